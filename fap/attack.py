@@ -1,0 +1,70 @@
+"""The attack in grey levels of 0..255: random start, sign step, projection.
+
+Working in grey levels gives eps its unit whatever the normalisation; the sign of a gradient does not change
+under a positive scale per channel. The random numbers come from counters, not from a generator: the same
+bits on a CPU, a GPU, in a captured graph, after a resume and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int32 with full avalanche (the finaliser of MurmurHash3; overflow wraps)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * -2048144789
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def random_bits(
+    keys: Tensor,  # int32 (G,)
+    count: int,
+) -> Tensor:  # int32 (G, count), every value equally likely
+    """`count` random integers per key: a function of (key, position) alone."""
+    counter = torch.arange(count, dtype=torch.int32, device=keys.device)
+    return _mix(_mix(counter * -1640531527)[None] ^ _mix(keys)[:, None])
+
+
+def uniform(
+    keys: Tensor,  # int32 (G,)
+    shape: torch.Size | tuple[int, ...],  # (G * a, ...)
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """U(-1, 1) of the given shape; rows [g a, (g + 1) a) depend on keys[g] only. Laid out channels_last for images."""
+    rows, *rest = shape
+    if len(rest) == 3:
+        rest = [rest[1], rest[2], rest[0]]
+    bits = random_bits(keys, rows // len(keys) * torch.Size(rest).numel())
+    values = bits.to(torch.float32).mul_(2.0**-31).clamp_(max=1 - 2**-24).to(dtype).view(rows, *rest)
+    return values.permute(0, 3, 1, 2) if len(rest) == 3 else values
+
+
+def other_label(
+    keys: Tensor,  # int32 (G,)
+    labels: Tensor,  # int64 (G * a,)
+    num_classes: int,
+) -> Tensor:
+    """A uniformly random wrong label for every row: the target of a targeted attack."""
+    bits = random_bits(keys ^ 0x3C6EF372, len(labels) // len(keys)).flatten().long() & 0x7FFFFFFF
+    return (labels + 1 + bits % (num_classes - 1)) % num_classes
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """where(isfinite(g), sign(g), 0): a non-finite gradient has no direction."""
+    return torch.where(gradient.isfinite(), gradient.sign(), 0)
+
+
+def ascend(
+    current: Tensor,  # (B, 3, H, W) grey levels, where the gradient was taken
+    clean: Tensor,  # (B, 3, H, W) grey levels, centre of the ball
+    direction: Tensor,  # (B, 3, H, W) in {-1, 0, 1}
+    step_255: float,
+    eps_255: float,
+) -> Tensor:
+    """One projected step: into the ball of radius eps around the clean image and into the valid pixel range."""
+    moved = torch.addcmul(current, direction, torch.full((), step_255, dtype=current.dtype, device=current.device))
+    return torch.clamp(moved, clean - eps_255, clean + eps_255).clamp_(0, 255)

@@ -1,0 +1,77 @@
+"""The training budget: image passes, and the epochs and learning rate that spend it.
+
+The unit is the image pass, one image forward and backward once. Vanilla training costs 1 per image and
+epoch (eq. 1), AdvProp K + 2 (eq. 2), decoupled training and Fast AdvProp 1 + p_adv K (eq. 4). Section 4.1
+divides epochs and milestones by that cost.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fap.config import Config, MethodConfig
+
+
+def cost_per_image(method: MethodConfig) -> Fraction:
+    """Image passes per image of the epoch."""
+    if method.name == "vanilla":
+        return Fraction(1)
+    assert method.attack_steps is not None
+    if method.name == "advprop":
+        return Fraction(method.attack_steps + 2)
+    assert method.p_adv is not None
+    return 1 + method.p_adv * method.attack_steps
+
+
+def divided(epochs: int, cost: Fraction) -> int:
+    """epochs / cost to the nearest whole epoch, ties down (105 / 1.2 = 87.5 -> 87, as in Table 4), at least 1."""
+    return max(1, math.ceil(Fraction(epochs) / cost - Fraction(1, 2)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one run does. `steps_per_epoch` full batches; a partial last batch is dropped."""
+
+    epochs: int
+    milestones: tuple[int, ...]  # epochs
+    gamma: float
+    steps_per_epoch: int
+    image_passes_per_step: int  # over all ranks
+    base_lr: float
+    warmup_steps: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def image_passes(self) -> int:
+        return self.steps * self.image_passes_per_step
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0 over the whole run."""
+        lr = self.base_lr * self.gamma ** bisect.bisect_right(self.milestones, step // self.steps_per_epoch)
+        return lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else lr
+
+
+def budget(config: Config, images: int) -> Budget:
+    """The budget of a run over a training set of `images` images. Raises ValueError if it has no full batch."""
+    method, rows = config.method, config.optim.clean_batch
+    cost = cost_per_image(method)
+    divisor = cost if config.budget.same_budget else Fraction(1)
+    loaded = rows + config.loader_adv_rows
+    if images < loaded:
+        raise ValueError(f"data.train has {images} images, fewer than one batch of {loaded}; lower optim.clean_batch")
+    steps = images // loaded
+    return Budget(
+        epochs=divided(config.budget.epochs, divisor),
+        milestones=tuple(divided(m, divisor) for m in config.budget.milestones),
+        gamma=config.budget.gamma,
+        steps_per_epoch=steps,
+        image_passes_per_step=int(loaded * cost),
+        base_lr=config.optim.lr * rows / 256,
+        warmup_steps=round(config.optim.warmup_epochs * steps),
+    )

@@ -1,0 +1,139 @@
+"""Checkpoints: one `.safetensors` file each, complete or absent, never pickle.
+
+A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the old files
+and at most a stale temporary one. A CRC32 of the whole file (its own eight digits read as zeros) stands in the
+header: a damaged file is noticed before any of it is used.
+"""
+
+import json
+import os
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_MARK = b'"crc32":"'  # unescaped, so no tensor's name and no value of the metadata can contain it
+_ZEROS = b"00000000"
+_NAME = re.compile(r"step_(\d+)\.safetensors")
+
+
+class DamagedCheckpoint(RuntimeError):  # noqa: N818
+    """A file that is truncated, garbled or not of this program; the message names it and what is wrong."""
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` (any shape, layout, device; views of one storage too) and `meta` (JSON) atomically.
+
+    Raises OSError (a full disk, say) after removing what it had written; a file at `path` stays as it was.
+    """
+    path = Path(path)
+    # One fresh contiguous copy each: safetensors refuses views of one storage, such as a flat buffer's.
+    copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for k, t in tensors.items()}
+    blob = safetensors.torch.save(copies, {"meta": json.dumps(meta), "crc32": _ZEROS.decode()})
+    at = blob.index(_MARK) + len(_MARK)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob[:at] + b"%08x" % zlib.crc32(blob))
+            file.write(memoryview(blob)[at + len(_ZEROS) :])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the rename itself survive a power cut
+    finally:
+        os.close(folder)
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (contiguous, on the CPU) and the metadata of a file that `save` wrote.
+
+    Raises DamagedCheckpoint for anything else, FileNotFoundError where there is no file.
+    """
+    blob = Path(path).read_bytes()
+    end = 8 + int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or end > len(blob):
+        raise DamagedCheckpoint(
+            f"{path}: truncated inside its header, or no safetensors file ({len(blob)} bytes)"
+        )
+    at = blob.find(_MARK, 8, end) + len(_MARK)
+    if at < len(_MARK):
+        raise DamagedCheckpoint(f"{path}: no checksum in its header, so it is no checkpoint of this program")
+    rest = at + len(_ZEROS)
+    found = b"%08x" % zlib.crc32(memoryview(blob)[rest:], zlib.crc32(blob[:at] + _ZEROS))
+    try:
+        if found != blob[at:rest]:
+            header = json.loads(blob[8:end])
+            size = end + max(
+                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
+            )
+            raise DamagedCheckpoint(
+                f"{path}: truncated, {len(blob)} of {size} bytes"
+                if len(blob) < size
+                else f"{path}: wrong checksum"
+            )
+        return safetensors.torch.load(blob), json.loads(json.loads(blob[8:end])["__metadata__"]["meta"])
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: garbled header ({error})") from error
+
+
+class Checkpoints:
+    """The checkpoints of a run, `folder/step_00001234.safetensors`: the last `keep` of them."""
+
+    def __init__(self, folder: str | Path, keep: int = 2, say: Callable[[str], Any] = warnings.warn) -> None:
+        """`say` is told about files that `newest` skips. A save needs room for `keep` + 1 files."""
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: at least 1 checkpoint must be kept")
+        self.folder, self.keep, self.say = Path(folder), keep, say
+
+    def paths(self) -> list[Path]:
+        """Complete files, oldest step first; not checked for damage."""
+        found = [p for p in self.folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)]
+        return sorted(found, key=_step)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+        """Save `step`; only once it is complete, remove what is no longer kept. One writer only; errors: `save`.
+
+        Files of later steps go as well: they are the damaged ones `newest` skipped when the run was resumed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".step_*.tmp"):  # a killed save's; first, since the room may be needed
+            stale.unlink()
+        path = self.folder / f"step_{step:08d}.safetensors"
+        save(path, tensors, meta)
+        until = [p for p in self.paths() if _step(p) <= step]
+        for old in set(self.paths()) - set(until[-self.keep :]):
+            old.unlink()
+        return path
+
+    def newest(self) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+        """The newest undamaged checkpoint; None where there is no file at all.
+
+        Raises DamagedCheckpoint where there are files and none is good: we do not start over unasked.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return (path, *load(path))
+            except DamagedCheckpoint as error:
+                self.say(f"skipped a damaged checkpoint: {error}")
+        if paths:
+            raise DamagedCheckpoint(
+                f"{self.folder}: all {len(paths)} checkpoints are damaged; remove them to start over"
+            )
+        return None
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))

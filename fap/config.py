@@ -1,0 +1,317 @@
+"""The typed configuration of a run: defaults <- YAML file <- `key=value` on the command line.
+
+Every field is used; an unknown key, a wrong type or a combination without meaning is a `ValueError` that
+names the field, the value and what is allowed. A saved config is complete, so `diff a.yaml b.yaml` is the
+ablation. The semantics of each field are those of the paper and of its authors' code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+
+def _fraction(value: Any) -> Fraction:
+    try:
+        return Fraction(str(value)).limit_denominator(1000)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("must be a fraction such as 1/5 or 0.2") from None
+
+
+Ratio = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: str = "resnet50"
+    """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD` with D = 6n + 2."""
+    num_classes: PositiveInt = 1000
+    init: str | None = None
+    """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the main ones."""
+
+
+# What an unset field of `method` means, per method. A field that is absent here is meaningless for that
+# method, and setting it is an error.
+_ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
+_REUSE = _ATTACK | {
+    "p_adv": Fraction(1, 5),
+    "schedule": "fused",
+    "weight_clean": 1.0,
+    "weight_noise": 0.5,
+    "weight_adv": 0.5,
+    "sync": True,
+    "combine": "sum",
+    "shuffle": "ranks",
+}
+_SEPARATE = _ATTACK | {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "targeted": False, "shuffle": "off"}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "fast_advprop": _REUSE,
+    "noise": _REUSE,
+    "decoupled": _SEPARATE | {"p_adv": Fraction(1, 5)},
+    # AdvProp paper (Xie et al., 2020): eps 4, step 1, 5 steps; eps is assumed, Fast AdvProp states none.
+    "advprop": _SEPARATE | {"eps_255": 4.0, "attack_steps": 5, "attack_bn": "batch"},
+}
+
+
+class MethodConfig(Section):
+    name: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"] = "fast_advprop"
+    """`noise` is the control: Fast AdvProp's passes with a random sign in place of the gradient's."""
+    group: PositiveInt = 64
+    """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p / (1 - p)."""
+    p_adv: Ratio | None = None
+    """n_adv / (n_clean + n_adv); `1/9`, `1/5`, `1/3`, `1/2` are the rows of Table 4."""
+    schedule: Literal["sequential", "fused", "pipelined"] | None = None
+    eps_255: PositiveFloat | None = None
+    """Radius of the ball in grey levels of 0..255, whatever the normalisation."""
+    step_255: PositiveFloat | None = None
+    """Step in grey levels; at least eps / attack_steps is used, as in the authors' code."""
+    attack_steps: PositiveInt | None = None
+    random_start: bool | None = None
+    """Start at U(-eps, eps); without it one step is FGSM (appendix A.1)."""
+    targeted: bool | None = None
+    attack_bn: Literal["batch", "running"] | None = None
+    """Statistics of the auxiliary batch norms during a separate attack (plain AdvProp only)."""
+    weight_clean: PositiveFloat | None = None
+    weight_noise: PositiveFloat | None = None
+    weight_adv: PositiveFloat | None = None
+    sync: bool | None = None
+    """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters (section 3.2.2)."""
+    combine: Literal["sum", "mean"] | None = None
+    """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1 to the letter."""
+    shuffle: Literal["ranks", "groups", "off"] | None = None
+    """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or not at all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("name", "fast_advprop") not in METHOD_DEFAULTS:
+            return given
+        name = given.get("name", "fast_advprop")
+        defaults = dict(METHOD_DEFAULTS[name])
+        if given.get("combine") == "mean":
+            defaults["sync"] = False
+        allowed = {"name", "group", *defaults}
+        for key, value in given.items():
+            if key in cls.model_fields and key not in allowed and value is not None:
+                raise ValueError(f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out")
+        return defaults | {k: v for k, v in given.items() if v is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.p_adv is not None:
+            if not 0 < self.p_adv < 1:
+                raise ValueError(f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0")
+            rows = self.group * self.p_adv / (1 - self.p_adv)
+            if rows.denominator != 1 or rows < 2:
+                n = max(2, round(rows))
+                near = sorted({Fraction(k, self.group + k) for k in (max(2, n - 1), n, n + 1)})
+                raise ValueError(
+                    f"method.p_adv = {self.p_adv} gives {float(rows):.3f} adversarial rows per {self.group} clean ones; "
+                    f"it must give a whole number >= 2, for example {', '.join(map(str, near))}"
+                )
+        if self.reuses_gradient and self.attack_steps != 1:
+            raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
+        if self.combine == "mean" and self.sync:
+            raise ValueError("method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false")
+        return self
+
+    @property
+    def reuses_gradient(self) -> bool:
+        return self.name in ("fast_advprop", "noise")
+
+    @property
+    def adv_group(self) -> int:
+        """Rows of one auxiliary batch-norm group, before `pipelined` joins noise and carry in one."""
+        if self.name == "advprop":
+            return self.group
+        return 0 if self.p_adv is None else int(self.group * self.p_adv / (1 - self.p_adv))
+
+    @property
+    def step_size_255(self) -> float:
+        assert self.eps_255 and self.step_255 and self.attack_steps
+        return max(self.step_255, self.eps_255 / self.attack_steps)
+
+
+class DataConfig(Section):
+    train: str | None = None
+    """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and `reference`)."""
+    val: str | None = None
+    pipeline: Literal["ffcv", "dali", "reference"] = "ffcv"
+    size: PositiveInt = 224
+    resize: PositiveInt = 256
+    """Evaluation: shorter side before the centre crop of `size` pixels."""
+    crop: Literal["random_resized", "pad"] = "random_resized"
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    pad: NonNegativeInt = 4
+    """Pixels of zero padding with `crop: pad` (CIFAR)."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mix: Literal["mixup", "cutmix"] | None = None
+    """On the clean partition only (Table 6)."""
+    mix_alpha: PositiveFloat = 1.0
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+    threads: PositiveInt | None = None
+    """Decoding threads of one process; unset: the cores it may use."""
+    prefetch: PositiveInt = 3
+    """Batches decoded ahead."""
+    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
+    """DALI on a GPU: share of JPEGs given to the hardware decoder."""
+
+
+class OptimConfig(Section):
+    clean_batch: PositiveInt = 256
+    """Clean rows of one step over all ranks."""
+    lr: PositiveFloat = 0.1
+    """Per 256 clean rows (section 4.1); the run uses lr * clean_batch / 256."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """On every parameter, batch norms included (authors' code)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+
+
+class BudgetConfig(Section):
+    epochs: PositiveInt = 105
+    """Epochs of vanilla training; other methods run epochs / cost (section 4.1)."""
+    milestones: tuple[PositiveInt, ...] = (30, 60, 90, 100)
+    """Epochs of vanilla training after which the learning rate is multiplied by gamma."""
+    gamma: PositiveFloat = 0.1
+    same_budget: bool = True
+    """False: as many epochs as vanilla, at (K + 2) or (1 + p_adv K) times its cost."""
+
+
+class RunConfig(Section):
+    dir: str = "runs"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """auto: fp16 on a GPU, off on a CPU."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph; auto: on a GPU."""
+    compile: bool = False
+    torch_threads: PositiveInt | None = None
+    """CPU threads of the training process; unset: torch's default."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps in all; the schedule is that of the whole run."""
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints; one is also written at each epoch's end."""
+    keep: PositiveInt = 2
+    eval_every: PositiveInt = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_batch: PositiveInt = 256
+    max_skipped: PositiveInt = 20
+    """Consecutive non-finite steps after which the run stops."""
+
+
+class Config(Section):
+    name: str = "fast_advprop"
+    seed: NonNegativeInt = 0
+    resume: Literal["never", "auto"] = "never"
+    paper: dict[str, float] = {}
+    """The paper's numbers for this run (percent), shown beside ours by the evaluation."""
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig.model_validate({})
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    budget: BudgetConfig = BudgetConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.optim.clean_batch % self.method.group:
+            raise ValueError(
+                f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of method.group = {self.method.group}"
+            )
+        if self.data.mix and self.method.name == "advprop":
+            raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
+        for field in ("scale", "ratio"):
+            low, high = getattr(self.data, field)
+            if low > high:
+                raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high")
+        if self.data.size > self.data.resize:
+            raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
+        return self
+
+    @property
+    def loader_adv_rows(self) -> int:
+        """Adversarial rows of one global batch that the loader delivers (plain AdvProp copies clean rows instead)."""
+        m = self.method
+        return 0 if m.name == "advprop" else self.optim.clean_batch // m.group * m.adv_group
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False)
+
+
+def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Config of a YAML file (or the defaults) with dotted `key=value` overrides. Raises ValueError."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise ValueError(f"config {path}: no such file")
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ValueError(f"config {path}: not YAML: {e}") from e
+        if not isinstance(loaded, dict):
+            raise ValueError(f"config {path}: must be a mapping of sections, found {type(loaded).__name__}")
+        tree = {"name": path.stem} | loaded
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{item!r}: expected key=value, for example optim.lr=0.2")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{key}: {parent!r} is not a section")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ValueError(f"{key} = {text!r}: not a YAML value") from e
+    return make_config(tree)
+
+
+def make_config(tree: dict[str, Any]) -> Config:
+    """Validate a nested dictionary; pydantic's findings become one ValueError, a line per field."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        raise ValueError("\n".join(_describe(error) for error in e.errors())) from None
+
+
+def _describe(error: Any) -> str:
+    field = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(str(error["loc"][-1]), section.model_fields, n=1)
+        return f"{field}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(section.model_fields)}")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and message.split(" ")[0].count("."):
+        return message
+    return f"{field} = {error['input']!r}: {message}" if field else message

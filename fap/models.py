@@ -1,0 +1,157 @@
+"""Models by name from torchvision and timm, with dual batch norms and a stem that can differentiate few rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from fap.norm import convert
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 px images: 3 stages of (depth - 2) / 6 basic blocks, widths 16, 32, 64 (He et al., 2016, section 4.2)."""
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"model.name = 'cifar_resnet{depth}': the depth must be 6n + 2: 8, 14, 20, 32, 44, 56 ...")
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        blocks: list[nn.Module] = []
+        inputs = 16
+        for width in (16, 32, 64):
+            for _ in range((depth - 2) // 6):
+                shortcut = None
+                if inputs != width:
+                    shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+                blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(64, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+def plain(name: str, num_classes: int) -> nn.Module:
+    """An unconverted, randomly initialised model. Raises ValueError for a name that nobody knows."""
+    if name == "cifar_resnet18":  # ResNet-18 with a 3x3 stem and no pooling: the field's CIFAR variant
+        model = torchvision.models.resnet18(num_classes=num_classes)
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model
+    if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
+        return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        kwargs: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
+    if timm.is_model(name.removeprefix("timm/")):
+        return timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
+    raise ValueError(f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD")
+
+
+def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
+    """A converted, channels_last model whose logits are (B, num_classes) for (B, 3, size, size) images."""
+    model = convert(plain(name, num_classes), aux)
+    _install_stem(model, size)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a plain state dict into a converted model; the auxiliary norms become copies of the main ones."""
+    own = model.state_dict()
+    full = {k: state.get(k, state.get(k.replace(".aux.", ".").removeprefix("aux."))) for k in own}
+    missing = [k for k, v in full.items() if v is None]
+    unknown = [k for k in state if k not in own]
+    wrong = [k for k, v in full.items() if v is not None and v.shape != own[k].shape]
+    if missing or unknown or wrong:
+        raise ValueError(f"model.init does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}")
+    model.load_state_dict(full)
+
+
+class StemConv2d(nn.Conv2d):
+    """The first convolution. With a `probe` it also gives the gradient of some input rows, and of no others.
+
+    The probe is a leaf that aliases the rows [first, first + len(probe)) of the input.
+    """
+
+    probe: Tensor | None
+    first: int
+    full_precision: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            if self.full_precision:  # one grey level would not survive the cast: compute in float32, then cast
+                with torch.autocast(x.device.type, enabled=False):
+                    return self._convolve(x, self.weight, self.bias).to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return self._convolve(x.to(dtype), self.weight.to(dtype), bias)
+        return self._convolve(x, self.weight, self.bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.probe is None or not self.training:
+            return self._conv_forward(x, weight, bias)
+        return _StemConv.apply(x, self.probe, weight, bias, self.first, self)
+
+
+class _StemConv(torch.autograd.Function):
+    """Weight gradient over all rows, data gradient over the probe's rows. Twin: autograd on the whole batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor, weight: Tensor, bias: Tensor | None, first: int, conv: StemConv2d) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows, ctx.conv, ctx.has_bias = slice(first, first + len(probe)), conv, bias is not None
+        return conv._conv_forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        c, rows = ctx.conv, ctx.rows
+        geometry = (c.stride, c.padding, c.dilation, False, [0, 0], c.groups)
+        bias_sizes = [len(weight)] if ctx.has_bias else None
+        _, gw, gb = torch.ops.aten.convolution_backward(gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias])
+        gx, _, _ = torch.ops.aten.convolution_backward(gy[rows], x[rows], weight, None, *geometry, [True, False, False])
+        return None, gx, gw, gb, None, None
+
+
+def _install_stem(model: nn.Module, size: int) -> None:
+    """Turn the convolution that sees the image first into a `StemConv2d`, if there is exactly such a one."""
+    image = torch.zeros(1, 3, size, size)
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if any(a is image for a in args) and not list(module.children()):
+            seen.append(module)
+
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules()]
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ValueError(f"data.size = {size}: the model does not accept images of {size} px: {e}") from None
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    if len(seen) == 1 and type(seen[0]) is nn.Conv2d and isinstance(seen[0].padding, tuple) and seen[0].padding_mode == "zeros":
+        stem = seen[0]
+        stem.__class__ = StemConv2d
+        assert isinstance(stem, StemConv2d)
+        stem.probe, stem.first, stem.full_precision = None, 0, False
+
+
+def stem_of(model: nn.Module) -> StemConv2d | None:
+    """The stem, or None if the model's first layer is no plain convolution."""
+    return next((m for m in model.modules() if isinstance(m, StemConv2d)), None)
