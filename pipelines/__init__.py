@@ -1,0 +1,65 @@
+"""The data: stores of encoded images, epoch plans, and loaders that execute them. Imports nothing of `fap`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .batch import Batch, Loader
+from .plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
+from .store import BetonStore, DamagedData, Store
+
+# fmt: off
+__all__ = [  # noqa: RUF022
+    "PADDING", "Batch", "BetonStore", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store", "draw_epoch", "eval_plan",
+    "open_loader", "open_store",
+]
+# fmt: on
+
+BACK_ENDS = {  # module, class, how to install what it needs
+    "ffcv": ("ffcv", "FfcvLoader", "pip install --no-deps ffcv==1.0.2 (README lists the system packages)"),
+    "dali": ("dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"),
+    "reference": ("reference", "ReferenceLoader", "pip install -e ."),
+}
+
+
+def open_store(path: str | Path) -> Store:
+    """A `.beton` file or an image folder in ImageNet's layout."""
+    path = Path(path)
+    if path.is_dir():
+        store: Store = import_module(".folder", __name__).FolderStore(path)
+        return store
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder; expected a .beton file or an image folder")
+    return BetonStore(path)
+
+
+def open_loader(
+    name: Literal["ffcv", "dali", "reference"],
+    store: Store,
+    *,
+    size: int,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    prefetch: int = 3,
+    hw_decoder_load: float = 0.65,
+) -> Loader:
+    """Open a back end for plans of `size` pixels. `threads`: None is every core this process may use.
+
+    `prefetch` is in batches; `hw_decoder_load` is the share of DALI's JPEGs given to the GPU's hardware decoder.
+    """
+    if name not in BACK_ENDS:
+        raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")
+    module, cls, install = BACK_ENDS[name]
+    try:
+        back_end = getattr(import_module(f".{module}", __name__), cls)
+    except ImportError as error:
+        raise ImportError(
+            f"pipeline = {name!r} needs a package that is missing ({error}): {install}"
+        ) from error
+    extra: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if name == "dali" else {}
+    loader: Loader = back_end(store, size=size, device=device, threads=threads, prefetch=prefetch, **extra)
+    return loader
