@@ -1,7 +1,7 @@
 """Checkpoints: one `.safetensors` file each, complete or absent, never pickle.
 
 A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the old files
-and at most a stale temporary one. A CRC32 of the whole file (its own eight digits read as zeros) stands in the
+and at most a stale temporary one. A CRC32 of the whole file (its own digits read as zeros) stands in its
 header: a damaged file is noticed before any of it is used.
 """
 
@@ -84,7 +84,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 else f"{path}: wrong checksum"
             )
         return safetensors.torch.load(blob), json.loads(json.loads(blob[8:end])["__metadata__"]["meta"])
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: garbled header ({error})") from error
 
 
@@ -103,7 +103,7 @@ class Checkpoints:
         return sorted(found, key=_step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
-        """Save `step`; only once it is complete, remove what is no longer kept. One writer only; errors: `save`.
+        """Save `step`; only once it is complete, remove what is no longer kept. Errors as `save`; one writer.
 
         Files of later steps go as well: they are the damaged ones `newest` skipped when the run was resumed.
         """
