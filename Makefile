@@ -1,0 +1,51 @@
+# Every target that needs packages makes .venv first (setup.sh; nothing happens when it is up to date).
+PY := .venv/bin/python
+PIPELINE ?= ffcv
+SIZE ?= small
+# Each test process holds about 1 GB and runs one torch thread.
+WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(PY) -m pytest -v -rs -n $(WORKERS) --dist loadfile
+
+.PHONY: help setup demo test check lint soak study bench clean
+help:
+	@echo "make demo [PIPELINE=ffcv|dali|reference]   data, conversion, training of both methods, a result table"
+	@echo "make test     the tests (with a GPU: the GPU tests too)"
+	@echo "make check    lint, types, quick tests"
+	@echo "make study SIZE=small|full   the comparison of methods over several seeds"
+	@echo "make bench    speed of conversion, loaders and steps       make soak   hours of stress"
+	@echo "make setup    only the environment in .venv                make clean  remove caches and build products"
+
+setup:
+	@bash setup.sh
+
+demo: setup
+	$(PY) -m bench.study demo --pipeline $(PIPELINE)
+
+test: setup
+	$(PYTEST) -m "not gpu and not soak"
+	@if nvidia-smi -L >/dev/null 2>&1; then echo "GPU tests:"; $(PY) -m pytest -v -rs -m "gpu and not soak"; \
+	else echo "no GPU: tests marked gpu were not run"; fi
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy fap pipelines
+
+check: lint
+	$(PYTEST) -m "not slow and not gpu and not soak"
+
+soak: setup
+	$(PY) -m pytest -v -rs -m soak
+
+study: setup
+	$(PY) -m bench.study study --size $(SIZE)
+
+bench: setup
+	$(PY) -m bench.convert
+	$(PY) -m bench.loaders
+	$(PY) -m bench.cost_parity
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fap pipelines bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
