@@ -63,7 +63,13 @@ _REUSE = _ATTACK | {
     "combine": "sum",
     "shuffle": "ranks",
 }
-_SEPARATE = _ATTACK | {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "targeted": False, "shuffle": "off"}
+_SEPARATE = _ATTACK | {
+    "weight_clean": 1.0,
+    "weight_adv": 1.0,
+    "sync": False,
+    "targeted": False,
+    "shuffle": "off",
+}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "fast_advprop": _REUSE,
@@ -114,14 +120,18 @@ class MethodConfig(Section):
         allowed = {"name", "group", *defaults}
         for key, value in given.items():
             if key in cls.model_fields and key not in allowed and value is not None:
-                raise ValueError(f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out")
+                raise ValueError(
+                    f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out"
+                )
         return defaults | {k: v for k, v in given.items() if v is not None}
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
         if self.p_adv is not None:
             if not 0 < self.p_adv < 1:
-                raise ValueError(f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0")
+                raise ValueError(
+                    f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0"
+                )
             rows = self.group * self.p_adv / (1 - self.p_adv)
             if rows.denominator != 1 or rows < 2:
                 n = max(2, round(rows))
@@ -131,9 +141,13 @@ class MethodConfig(Section):
                     f"it must give a whole number >= 2, for example {', '.join(map(str, near))}"
                 )
         if self.reuses_gradient and self.attack_steps != 1:
-            raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
+            raise ValueError(
+                f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1"
+            )
         if self.combine == "mean" and self.sync:
-            raise ValueError("method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false")
+            raise ValueError(
+                "method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false"
+            )
         return self
 
     @property
@@ -245,13 +259,17 @@ class Config(Section):
                 f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of method.group = {self.method.group}"
             )
         if self.data.mix and self.method.name == "advprop":
-            raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
+            raise ValueError(
+                "data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows"
+            )
         for field in ("scale", "ratio"):
             low, high = getattr(self.data, field)
             if low > high:
                 raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high")
         if self.data.size > self.data.resize:
-            raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
+            raise ValueError(
+                f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}"
+            )
         return self
 
     @property
@@ -310,7 +328,9 @@ def _describe(error: Any) -> str:
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
         near = difflib.get_close_matches(str(error["loc"][-1]), section.model_fields, n=1)
-        return f"{field}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(section.model_fields)}")
+        return f"{field}: unknown key" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(section.model_fields)}"
+        )
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and message.split(" ")[0].count("."):
         return message

@@ -19,7 +19,9 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"model.name = 'cifar_resnet{depth}': the depth must be 6n + 2: 8, 14, 20, 32, 44, 56 ...")
+            raise ValueError(
+                f"model.name = 'cifar_resnet{depth}': the depth must be 6n + 2: 8, 14, 20, 32, 44, 56 ..."
+            )
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
@@ -29,7 +31,9 @@ class CifarResNet(nn.Module):
             for _ in range((depth - 2) // 6):
                 shortcut = None
                 if inputs != width:
-                    shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width)
+                    )
                 blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
                 inputs = width
         self.blocks = nn.Sequential(*blocks)
@@ -53,11 +57,15 @@ def plain(name: str, num_classes: int) -> nn.Module:
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
         return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
     if name in torchvision.models.list_models(module=torchvision.models):
-        kwargs: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        kwargs: dict[str, Any] = (
+            {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        )
         return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
     if timm.is_model(name.removeprefix("timm/")):
         return timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
-    raise ValueError(f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD")
+    raise ValueError(
+        f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD"
+    )
 
 
 def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
@@ -75,7 +83,9 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
     unknown = [k for k in state if k not in own]
     wrong = [k for k, v in full.items() if v is not None and v.shape != own[k].shape]
     if missing or unknown or wrong:
-        raise ValueError(f"model.init does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}")
+        raise ValueError(
+            f"model.init does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
+        )
     model.load_state_dict(full)
 
 
@@ -92,7 +102,9 @@ class StemConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            if self.full_precision:  # one grey level would not survive the cast: compute in float32, then cast
+            if (
+                self.full_precision
+            ):  # one grey level would not survive the cast: compute in float32, then cast
                 with torch.autocast(x.device.type, enabled=False):
                     return self._convolve(x, self.weight, self.bias).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -109,7 +121,9 @@ class _StemConv(torch.autograd.Function):
     """Weight gradient over all rows, data gradient over the probe's rows. Twin: autograd on the whole batch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probe: Tensor, weight: Tensor, bias: Tensor | None, first: int, conv: StemConv2d) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, probe: Tensor, weight: Tensor, bias: Tensor | None, first: int, conv: StemConv2d
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.rows, ctx.conv, ctx.has_bias = slice(first, first + len(probe)), conv, bias is not None
         return conv._conv_forward(x, weight, bias)
@@ -120,8 +134,12 @@ class _StemConv(torch.autograd.Function):
         c, rows = ctx.conv, ctx.rows
         geometry = (c.stride, c.padding, c.dilation, False, [0, 0], c.groups)
         bias_sizes = [len(weight)] if ctx.has_bias else None
-        _, gw, gb = torch.ops.aten.convolution_backward(gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias])
-        gx, _, _ = torch.ops.aten.convolution_backward(gy[rows], x[rows], weight, None, *geometry, [True, False, False])
+        _, gw, gb = torch.ops.aten.convolution_backward(
+            gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias]
+        )
+        gx, _, _ = torch.ops.aten.convolution_backward(
+            gy[rows], x[rows], weight, None, *geometry, [True, False, False]
+        )
         return None, gx, gw, gb, None, None
 
 
@@ -145,7 +163,12 @@ def _install_stem(model: nn.Module, size: int) -> None:
         model.train(mode)
         for hook in hooks:
             hook.remove()
-    if len(seen) == 1 and type(seen[0]) is nn.Conv2d and isinstance(seen[0].padding, tuple) and seen[0].padding_mode == "zeros":
+    if (
+        len(seen) == 1
+        and type(seen[0]) is nn.Conv2d
+        and isinstance(seen[0].padding, tuple)
+        and seen[0].padding_mode == "zeros"
+    ):
         stem = seen[0]
         stem.__class__ = StemConv2d
         assert isinstance(stem, StemConv2d)

@@ -24,8 +24,9 @@ class Group(NamedTuple):
 
     bn: Bn
     rows: int
-    momentum: float = 0.0
-    """Of the running statistics; 0 leaves them alone."""
+    call: int = 0
+    calls: int = 0
+    """This is call `call` (from 0) of the `calls` groups that make one running average; 0 calls leave it alone."""
     running: bool = False
     """Normalise with the running statistics instead of the group's own."""
 
@@ -40,13 +41,16 @@ class RowGroups:
         """Use plain differentiable operations (torch.compile) instead of `_GroupedBatchNorm`."""
 
 
-def momentum_of_call(momentum: float, i: int, groups: int) -> float:
-    """Momentum of call i (from 0) of `groups`, such that all calls together are one exponential average.
+def momentum_of(norm: nn.BatchNorm2d, group: Group) -> float:
+    """Momentum of call i of G, such that the G calls together are one exponential average of the mean.
 
     m_i = (m / G) / (1 - m (G - 1 - i) / G) gives r <- (1 - m) r + m * (mean of the G statistics).
     """
-    share = momentum / groups
-    return share / (1 - share * (groups - 1 - i))
+    if group.calls == 0:
+        return 0.0
+    assert norm.momentum is not None
+    share = norm.momentum / group.calls
+    return share / (1 - share * (group.calls - 1 - group.call))
 
 
 class DualBatchNorm2d(nn.BatchNorm2d):
@@ -57,7 +61,9 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, norm: nn.BatchNorm2d, shared: RowGroups, aux: bool) -> None:
         if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
-            raise ValueError(f"{norm}: only affine batch norms with running statistics and a momentum can be converted")
+            raise ValueError(
+                f"{norm}: only affine batch norms with running statistics and a momentum can be converted"
+            )
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.load_state_dict(norm.state_dict())
         self.shared = shared
@@ -72,7 +78,9 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         if bn == "main":
             return self
         if self.aux is None:
-            raise ValueError("bn = 'aux': this model was trained without auxiliary batch norms; only 'main' is there")
+            raise ValueError(
+                "bn = 'aux': this model was trained without auxiliary batch norms; only 'main' is there"
+            )
         return self.aux
 
     def forward(
@@ -83,22 +91,27 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
     def _normalise(self, x: Tensor) -> Tensor:
         if not self.training:
-            return _normalise_group(x, self.side(self.shared.eval_bn), Group(self.shared.eval_bn, len(x), running=True))
+            return _normalise_group(
+                x, self.side(self.shared.eval_bn), Group(self.shared.eval_bn, len(x), running=True)
+            )
         groups = self.shared.groups
         assert sum(g.rows for g in groups) == x.shape[0], f"{x.shape[0]} rows, but groups {groups}"
         if len(groups) == 1:
             return _normalise_group(x, self.side(groups[0].bn), groups[0])
         if self.shared.functional or any(g.running for g in groups):
             parts = x.split([g.rows for g in groups])
-            return torch.cat([_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)])
+            return torch.cat(
+                [_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)]
+            )
         aux = self.aux if self.aux is not None else self
         return _GroupedBatchNorm.apply(x, self.weight, self.bias, aux.weight, aux.bias, self, groups)
 
 
 def _normalise_group(x: Tensor, norm: nn.BatchNorm2d, group: Group) -> Tensor:
-    tracked = group.running or group.momentum > 0
-    mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
-    return F.batch_norm(x, mean, var, norm.weight, norm.bias, not group.running, group.momentum, norm.eps)
+    mean, var = (norm.running_mean, norm.running_var) if group.running or group.calls else (None, None)
+    return F.batch_norm(
+        x, mean, var, norm.weight, norm.bias, not group.running, momentum_of(norm, group), norm.eps
+    )
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
@@ -110,15 +123,19 @@ class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, aux_weight: Tensor, aux_bias: Tensor,
                 norm: DualBatchNorm2d, groups: tuple[Group, ...]) -> Tensor:  # fmt: skip
-        memory_format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        memory_format = (
+            torch.channels_last
+            if x.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
         x = x.contiguous(memory_format=memory_format)
         y = torch.empty_like(x, memory_format=memory_format)
         stats = weight.new_empty(2, len(groups), x.shape[1])
         row = 0
         for g, mean, invstd in zip(groups, stats[0], stats[1], strict=True):
             side, rows = norm.side(g.bn), slice(row, row + g.rows)
-            tracked = (side.running_mean, side.running_var) if g.momentum > 0 else (None, None)
-            torch.native_batch_norm(x[rows], side.weight, side.bias, *tracked, True, g.momentum, side.eps,
+            tracked = (side.running_mean, side.running_var) if g.calls else (None, None)
+            torch.native_batch_norm(x[rows], side.weight, side.bias, *tracked, True, momentum_of(side, g), side.eps,
                                     out=(y[rows], mean, invstd))  # fmt: skip
             row += g.rows
         ctx.save_for_backward(x, weight, aux_weight, stats)
@@ -167,7 +184,9 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
                     "BatchNormAct2d can be given an auxiliary twin"
                 )
     if not found:
-        raise ValueError(f"model: {type(model).__name__} has no batch norm, so there is nothing for AdvProp to duplicate")
+        raise ValueError(
+            f"model: {type(model).__name__} has no batch norm, so there is nothing for AdvProp to duplicate"
+        )
     return model
 
 
@@ -200,6 +219,12 @@ def evaluate_with(model: nn.Module, bn: Bn) -> Iterator[None]:
 
 def export(state: dict[str, Tensor], steps: int = 0) -> dict[str, Tensor]:
     """The plain model's state dict: no `aux` keys; `num_batches_tracked` (not counted in training) set to `steps`."""
-    prefixes = tuple(k.removesuffix("running_mean") for k in state if k.endswith(".aux.running_mean") or k == "aux.running_mean")
+    prefixes = tuple(
+        k.removesuffix("running_mean")
+        for k in state
+        if k.endswith(".aux.running_mean") or k == "aux.running_mean"
+    )
     plain = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else dict(state)
-    return {k: torch.full_like(v, steps) if k.endswith("num_batches_tracked") else v for k, v in plain.items()}
+    return {
+        k: torch.full_like(v, steps) if k.endswith("num_batches_tracked") else v for k, v in plain.items()
+    }

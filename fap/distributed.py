@@ -1,0 +1,85 @@
+"""Ranks: who we are under torchrun, and the three collectives the step needs.
+
+DistributedDataParallel does not fit: its hooks expect one backward in which every parameter takes part, while
+a step here has several passes. All gradients are views of one flat buffer, so one explicit all-reduce after
+the last pass replaces it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET = (
+    1 << 25
+)  # elements of one all-reduce; several nodes overlap buckets, one node sees a single call for ResNet-50
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, flat: Tensor) -> None:
+        """Sum a flat tensor over all ranks, in place."""
+        if self.world > 1:
+            works = [dist.all_reduce(part, async_op=True) for part in flat.split(BUCKET)]
+            for work in works:
+                work.wait()
+
+    def mean_(self, flat: Tensor) -> None:
+        self.sum_(flat)
+        if self.world > 1:
+            flat.div_(self.world)
+
+    def gather_rows(
+        self,
+        rows: Tensor,  # (n, ...)
+    ) -> Tensor:  # (world * n, ...), rank after rank
+        if self.world == 1:
+            return rows
+        last = (
+            rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows
+        )  # channels_last rows are contiguous this way
+        out = last.new_empty(self.world * last.shape[0], *last.shape[1:])
+        dist.all_gather_into_tensor(out, last.contiguous())
+        return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one: for decisions that all must take alike."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def connect(device_type: str) -> Ranks:
+    """The ranks of this run: those of torchrun's environment, or a single one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(ranks.local_rank)
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return ranks
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
