@@ -1,7 +1,7 @@
 """The epoch is data: order, windows, flips, shuffles and mixes of a whole epoch, drawn before it starts.
 
-Every field has its own counter-based stream keyed by (seed, epoch, field), so a plan depends on nothing else: not on
-threads, ranks or the step at which a run resumes. A loader only executes a plan.
+Every field has its own counter-based stream keyed by (seed, epoch, field), so a plan depends on nothing else:
+not on threads, ranks or the step at which a run resumes. A loader only executes a plan.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)  # the streams of one epoch;
 class PlanSpec:
     """What stays fixed for a run. Rows are global (all ranks together), sides are in pixels.
 
-    `random_resized` is torchvision's RandomResizedCrop; `pad` its RandomCrop(size, padding=pad), zeros outside;
-    `center` belongs to `eval_plan`.
+    `random_resized` is torchvision's RandomResizedCrop; `pad` its RandomCrop(size, padding=pad), zeros
+    outside; `center` belongs to `eval_plan`.
     """
 
     seed: int
@@ -37,6 +37,12 @@ class PlanSpec:
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
     shuffle_groups: int = 0
+    paired: bool = False
+    """The adversarial rows are made from the clean ones (AdvProp): they are drawn for, but not loaded."""
+
+    @property
+    def loaded_rows(self) -> int:
+        return self.clean_rows + (0 if self.paired else self.adv_rows)
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("size", 1), ("clean_rows", 1), ("adv_rows", 0), ("pad", 0)):
@@ -48,24 +54,19 @@ class PlanSpec:
                 raise ValueError(f"{part}_rows = {rows}: must be a multiple of {part}_group = {group}")
         if self.crop not in ("random_resized", "pad", "center") or self.mix not in (None, "mixup", "cutmix"):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(
-                f"scale = {self.scale}, ratio = {self.ratio}: need 0 < low <= high, scale at most 1"
-            )
-        if not 0 <= self.flip <= 1 or self.mix_alpha <= 0:
-            raise ValueError(f"flip = {self.flip} must lie in [0, 1], mix_alpha = {self.mix_alpha} above 0")
+        for name, (low, high), top in (("scale", self.scale, 1), ("ratio", self.ratio, np.inf)):
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} = {low, high}: must be 0 < low <= high <= {top}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochPlan:
     """One epoch as arrays. Row order within a step: clean groups, then adversarial groups."""
 
     spec: PlanSpec
     epoch: int
     index: np.ndarray  # uint32 (steps, B), sample numbers
-    window: (
-        np.ndarray
-    )  # int16 (steps, B, 4): top, left, height, width in source pixels; `pad` may reach outside
+    window: np.ndarray  # int16 (steps, B, 4): top, left, height, width in source pixels; may reach outside
     flip: np.ndarray  # bool (steps, B)
     shuffle: np.ndarray  # int64 (steps, n_adv): new_adv_rows = adv_rows[shuffle]; global rows on every rank
     noise_key: np.ndarray  # int32 (steps, n_adv_groups), >= 0: seeds the attack's random start of one group
@@ -82,65 +83,39 @@ class EpochPlan:
 
     @property
     def n_clean(self) -> int:
-        return self.index.shape[1] - self.n_adv
+        return self.mix_partner.shape[1]
 
     def for_rank(self, rank: int, world: int) -> EpochPlan:
-        """The clean groups and the adversarial groups of one rank. Only `shuffle` keeps its global numbering.
-
-        Raises:
-            ValueError: the groups do not divide among `world` ranks.
-        """
+        """The clean groups and the adversarial groups of one rank; only `shuffle` stays in global numbers."""
         clean_groups, adv_groups = self.n_clean // self.spec.clean_group, self.noise_key.shape[1]
         if not 0 <= rank < world or clean_groups % world or adv_groups % world:
-            raise ValueError(
-                f"rank {rank} of {world}: {clean_groups} clean and {adv_groups} adversarial groups must divide evenly"
-            )
+            groups = f"{clean_groups} clean and {adv_groups} adversarial groups"
+            raise ValueError(f"rank {rank} of {world}: {groups} must divide evenly")
         n, m, g = self.n_clean // world, self.n_adv // world, adv_groups // world
         rows = np.r_[rank * n : (rank + 1) * n, self.n_clean + rank * m : self.n_clean + (rank + 1) * m]
-        return replace(
-            self,
-            index=self.index[:, rows],
-            window=self.window[:, rows],
-            flip=self.flip[:, rows],
-            noise_key=self.noise_key[:, rank * g : (rank + 1) * g],
-            mix_partner=self.mix_partner[:, rank * n : (rank + 1) * n] - rank * n,
-        )
+        rows = rows[:n] if self.spec.paired else rows
+        own = {name: getattr(self, name)[:, rows] for name in ("index", "window", "flip")}
+        partner = self.mix_partner[:, rank * n : (rank + 1) * n] - rank * n
+        noise_key = self.noise_key[:, rank * g : (rank + 1) * g]
+        return replace(self, **own, noise_key=noise_key, mix_partner=partner)
 
 
 def draw_epoch(spec: PlanSpec, heights: np.ndarray, widths: np.ndarray, epoch: int) -> EpochPlan:
-    """Draw a training epoch for images of `heights` x `widths` (N,) pixels; the partial last batch is dropped.
+    """Draw a training epoch for images of `heights` x `widths` (N,) pixels; a partial last batch is dropped.
 
     Raises:
         ValueError: fewer images than one batch, an image too large (side > 32767) or too small to crop.
     """
-    batch = spec.clean_rows + spec.adv_rows
+    batch = spec.loaded_rows
     steps = len(heights) // batch
     if not steps:
         raise ValueError(f"clean_rows + adv_rows = {batch}: the data hold only {len(heights)} images")
     if spec.crop == "center":
         raise ValueError("crop = 'center': training plans take 'random_resized' or 'pad'")
-    _check_sides(heights, widths)
-
-    def rng(field: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([spec.seed, epoch, field])))
-
-    index = rng(ORDER).permutation(np.arange(len(heights), dtype=np.uint32))[: steps * batch]
-    h, w = heights[index], widths[index]
-    window = (
-        _random_resized(rng(WINDOW), h, w, spec)
-        if spec.crop == "random_resized"
-        else _pad(rng(WINDOW), h, w, spec)
-    )
-    return EpochPlan(
-        spec,
-        epoch,
-        index.reshape(steps, batch),
-        window.reshape(steps, batch, 4),
-        rng(FLIP).random((steps, batch), dtype=np.float32) < spec.flip,
-        _shuffle(rng(SHUFFLE), steps, spec),
-        rng(NOISE).integers(0, 2**31, (steps, spec.adv_rows // spec.adv_group), dtype=np.int32),
-        *_mix(rng(MIX), steps, spec),
-    )
+    index = _stream(spec, epoch, ORDER).permutation(np.arange(len(heights), dtype=np.uint32))[: steps * batch]
+    draw = _random_resized if spec.crop == "random_resized" else _pad
+    window = draw(_stream(spec, epoch, WINDOW), heights[index], widths[index], spec)
+    return _complete(spec, epoch, index.reshape(steps, batch), window)
 
 
 def eval_plan(heights: np.ndarray, widths: np.ndarray, *, size: int, resize: int, batch: int) -> EpochPlan:
@@ -150,50 +125,52 @@ def eval_plan(heights: np.ndarray, widths: np.ndarray, *, size: int, resize: int
     """
     if not 0 < size <= resize:
         raise ValueError(f"resize = {resize}: must be at least size = {size}")
-    spec = PlanSpec(0, size, batch, clean_group=1, crop="center", flip=0.0)
-    _check_sides(heights, widths)
-    steps = -(-len(heights) // batch)
+    n, steps = len(heights), -(-len(heights) // batch)
     index = np.full(steps * batch, PADDING, np.uint32)
-    index[: len(heights)] = np.arange(len(heights))
-    window = np.zeros((steps * batch, 4), np.int16)
+    index[:n] = np.arange(n)
+    window = np.zeros((steps * batch, 4), np.int64)
     side = np.maximum(np.minimum(heights, widths).astype(np.int64) * size // resize, 1)
-    window[: len(heights)] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
-    flip, none = np.zeros((steps, batch), bool), np.zeros((steps, 0), np.int32)
-    mix = _mix(np.random.default_rng(0), steps, spec)
-    return EpochPlan(
-        spec,
-        0,
-        index.reshape(steps, batch),
-        window.reshape(steps, batch, 4),
-        flip,
-        none.astype(np.int64),
-        none,
-        *mix,
-    )
+    window[:n] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
+    spec = PlanSpec(0, size, batch, clean_group=1, crop="center", flip=0.0)
+    return _complete(spec, 0, index.reshape(steps, batch), window)
 
 
-def _check_sides(heights: np.ndarray, widths: np.ndarray) -> None:
-    if len(heights) and max(heights.max(), widths.max()) > np.iinfo(np.int16).max:
+def _stream(spec: PlanSpec, epoch: int, field: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([spec.seed, epoch, field])))
+
+
+def _complete(spec: PlanSpec, epoch: int, index: np.ndarray, window: np.ndarray) -> EpochPlan:
+    """Add the fields that do not depend on the images' sizes."""
+    steps = len(index)
+    if window.size and window.max() > np.iinfo(np.int16).max:
         raise ValueError("images with a side above 32767 pixels: shrink them (fap-convert --max-side)")
+    flip = _stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip
+    shuffle = _shuffle(_stream(spec, epoch, SHUFFLE), steps, spec)
+    groups = spec.adv_rows // spec.adv_group
+    noise = _stream(spec, epoch, NOISE).integers(0, 2**31, (steps, groups), dtype=np.int32)
+    mix = _mix(_stream(spec, epoch, MIX), steps, spec)
+    window = window.astype(np.int16).reshape(*index.shape, 4)
+    return EpochPlan(spec, epoch, index, window, flip, shuffle, noise, *mix)
 
 
 def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec: PlanSpec) -> np.ndarray:
     """Windows (n, 4) as torchvision's RandomResizedCrop.get_params draws them: ten tries, then the centre."""
-    window = np.empty((len(h), 4), np.int16)
-    todo: np.ndarray | slice = slice(None)
+    window = np.empty((len(h), 4), np.int32)
+    low, high = 0.5 * np.log(spec.ratio)
+    todo = np.arange(len(h))
     for _ in range(10):
         H, W = h[todo], w[todo]
         side = np.sqrt(rng.uniform(*spec.scale, len(H)) * H * W)
-        root = np.exp(rng.uniform(0.5 * np.log(spec.ratio[0]), 0.5 * np.log(spec.ratio[1]), len(H)))
+        root = np.exp(rng.uniform(low, high, len(H)))
         width, height = np.rint(side * root), np.rint(side / root)
-        top, left = (rng.random(len(H)) * (H - height + 1), rng.random(len(H)) * (W - width + 1))
+        top, left = rng.random(len(H)) * (H - height + 1), rng.random(len(H)) * (W - width + 1)
         ok = (width > 0) & (width <= W) & (height > 0) & (height <= H)
-        # rows that failed hold negative numbers here; a later try or the fallback overwrites them
+        # rows that failed hold nonsense until a later try or the fallback overwrites them
         window[todo] = np.stack([np.floor(top), np.floor(left), height, width], 1)
-        todo = np.flatnonzero(~ok) if isinstance(todo, slice) else todo[~ok]
+        todo = todo[~ok]
     H, W = h[todo], w[todo]
-    height = np.where(W < H * spec.ratio[0], np.rint(W / spec.ratio[0]), H)
-    width = np.where(W > H * spec.ratio[1], np.rint(H * spec.ratio[1]), W)
+    height = np.minimum(H, np.rint(W / spec.ratio[0]))
+    width = np.minimum(W, np.rint(H * spec.ratio[1]))
     window[todo] = np.stack([(H - height) // 2, (W - width) // 2, height, width], 1)
     return window
 
@@ -201,22 +178,22 @@ def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec
 def _pad(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec: PlanSpec) -> np.ndarray:
     room = np.stack([h, w], 1) + 2 * spec.pad - spec.size + 1  # (n, 2) places for the window
     if room.min() < 1:
-        raise ValueError(
-            f"size = {spec.size}, pad = {spec.pad}: an image of {h.min()}x{w.min()} pixels is too small"
-        )
+        at = np.argmin(room.min(1))
+        raise ValueError(f"size = {spec.size}: an image of {h[at]}x{w[at]} plus pad {spec.pad} is smaller")
     corner = np.floor(rng.random(room.shape) * room) - spec.pad
-    return np.concatenate([corner, np.full_like(corner, spec.size)], 1).astype(np.int16)
+    return np.concatenate([corner, np.full_like(corner, spec.size)], 1)
 
 
-def _permutations(rng: np.random.Generator, steps: int, groups: int, rows: int) -> np.ndarray:
-    """(steps, groups, rows): an independent permutation of 0..rows-1 for every group."""
-    return rng.random((steps, groups, rows), dtype=np.float32).argsort(-1, kind="stable")
+def _permute(rng: np.random.Generator, steps: int, groups: int, rows: int) -> np.ndarray:
+    """(steps, groups * rows): the rows of every group permuted inside it."""
+    inside = rng.random((steps, groups, rows), dtype=np.float32).argsort(-1, kind="stable")
+    return (inside + np.arange(groups)[:, None] * rows).reshape(steps, groups * rows)
 
 
 def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray:
-    """Permute inside each group, then deal: row j of group g goes to (g + 1 + j mod (G-1)) mod G of its G groups.
+    """Permute inside each group, then deal: row j of group g of G goes to (g + 1 + j mod (G-1)) mod G.
 
-    Every row leaves its BN group, in equal shares. Two groups exchange every other row: moving all would shuffle nothing.
+    Every row leaves its BN group. Two groups exchange every other row: moving all would shuffle nothing.
     """
     groups, rows = spec.adv_rows // spec.adv_group, spec.adv_group
     take = np.arange(spec.adv_rows)  # place -> row, before the permutations inside the groups
@@ -226,15 +203,13 @@ def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray
         target = (g + 1 + j % (G - 1)) % G if G >= 3 else (g + j % G) % G
         take[first * rows : (first + G) * rows] = first * rows + np.argsort(target, kind="stable")
     if spec.shuffle_groups < 2:
-        return np.tile(take, (steps, 1))
-    inside = _permutations(rng, steps, groups, rows) + np.arange(groups)[:, None] * rows
-    return inside.reshape(steps, -1)[:, take]
+        return np.broadcast_to(take, (steps, len(take)))
+    return _permute(rng, steps, groups, rows)[:, take]
 
 
 def _mix(rng: np.random.Generator, steps: int, spec: PlanSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """mix_lam, mix_box, mix_partner; arXiv 1710.09412 (Mixup) and 1905.04899 (CutMix), one draw per step."""
     lam, box = np.ones(steps), np.zeros((steps, 4), np.int32)
-    first = np.arange(0, spec.clean_rows, spec.clean_group)
     if spec.mix is None:  # every row is its own partner: mixing changes nothing
         own = np.broadcast_to(np.arange(spec.clean_rows), (steps, spec.clean_rows))
         return lam.astype(np.float32), box, own
@@ -244,5 +219,5 @@ def _mix(rng: np.random.Generator, steps: int, spec: PlanSpec) -> tuple[np.ndarr
         centre = rng.integers(0, spec.size, (steps, 2))
         box = np.concatenate([centre - half, centre + half], 1).clip(0, spec.size).astype(np.int32)
         lam = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / spec.size**2
-    partner = _permutations(rng, steps, len(first), spec.clean_group) + first[:, None]
-    return lam.astype(np.float32), box, partner.reshape(steps, -1)
+    partner = _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group)
+    return lam.astype(np.float32), box, partner
