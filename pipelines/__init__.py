@@ -1,4 +1,4 @@
-"""The data: stores of encoded images, epoch plans, and loaders that execute them. Imports nothing of `fap`."""
+"""The data: stores of encoded images, epoch plans, and loaders that execute them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
 from .store import BetonStore, DamagedData, Store
 
 # fmt: off
-__all__ = [  # noqa: RUF022
-    "PADDING", "Batch", "BetonStore", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store", "draw_epoch", "eval_plan",
-    "open_loader", "open_store",
+__all__ = [
+    "PADDING", "Batch", "BetonStore", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store",
+    "draw_epoch", "eval_plan", "open_loader", "open_store",
 ]
 # fmt: on
 
@@ -49,7 +49,7 @@ def open_loader(
 ) -> Loader:
     """Open a back end for plans of `size` pixels. `threads`: None is every core this process may use.
 
-    `prefetch` is in batches; `hw_decoder_load` is the share of DALI's JPEGs given to the GPU's hardware decoder.
+    `prefetch` is in batches; `hw_decoder_load` the share of DALI's JPEGs given to the hardware decoder.
     """
     if name not in BACK_ENDS:
         raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")

@@ -13,7 +13,7 @@ from .plan import EpochPlan
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images. Rows [0, n_clean) are clean, the rest adversarial. Valid until the next one is asked for."""
+    """One step's images: rows [0, n_clean) clean, the rest adversarial. Valid until the next is asked for."""
 
     images: Tensor  # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run
     labels: Tensor  # int64 (B,), same device; -1 = padding row of an evaluation plan

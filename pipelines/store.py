@@ -29,8 +29,8 @@ FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}
 INT_FIELD, IMAGE_FIELD = 1, 2
 
 
-class DamagedData(RuntimeError):
-    """A data file is not what it says it is. The message names the file and, where there is one, the sample index."""
+class DamagedData(RuntimeError):  # noqa: N818
+    """A data file is not what it says it is. The message names the file and, if it is one, the sample."""
 
 
 class Store(ABC):
@@ -39,7 +39,7 @@ class Store(ABC):
     path: Path
     classes: tuple[str, ...] | None
     heights: np.ndarray  # int32 (N,), pixels
-    widths: np.ndarray  # int32 (N,)
+    widths: np.ndarray  # int32 (N,), pixels
     labels: np.ndarray  # int64 (N,)
     modes: np.ndarray  # uint8 (N,): JPG or RAW
     sizes: np.ndarray  # int64 (N,), encoded bytes
@@ -64,84 +64,66 @@ class BetonStore(Store):
     """A `.beton` of one RGB image and one integer label per sample.
 
     Raises:
-        ValueError: a valid FFCV file with other fields.
-        DamagedData: header or tables contradict each other, the file's size or the sidecar.
+        DamagedData: other fields, or header or tables contradict each other, the file's size or the sidecar.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
         self.path = Path(path)
+        self.classes, self._crc32 = None, None
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            tables_crc = self._load_tables(os.fstat(self._fd).st_size)
-            self._load_sidecar(tables_crc)
+            self._load_tables(os.fstat(self._fd).st_size)
+            sidecar = read_sidecar(self.path) if use_sidecar else None
+            if sidecar is not None:
+                same = sidecar.tables_crc32 == self.tables_crc32 and len(sidecar.crc32) == len(self)
+                self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
+                self.classes, self._crc32 = sidecar.classes, sidecar.crc32
         except BaseException:
             self.close()
             raise
 
-    def _load_tables(self, file_size: int) -> int:
-        raw = self._pread(HEADER.itemsize, 0, "header")
-        crc = zlib.crc32(raw)
-        header = np.frombuffer(raw, HEADER)[0]
-        version, fields, page, n, alloc_ptr = (int(header[name]) for name in HEADER.names or ())
+    def _load_tables(self, file_size: int) -> None:
+        head = self._pread(HEADER.itemsize, 0, "header")
+        version, fields, page, n, alloc_ptr = (int(value) for value in np.frombuffer(head, HEADER)[0])
         self._require(version == 2 and 0 < fields < 64, f"not a version 2 FFCV file (version {version})")
         self._require(page.bit_count() == 1, f"page size {page} is no power of two")
-        # both sides are exact integers, so no single wrong count or pointer survives
-        self._require(
-            n > 0 and alloc_ptr + n * ALLOCATION.itemsize == file_size,
-            f"{n} samples, allocation table at {alloc_ptr}: does not fit a file of {file_size} bytes",
-        )
-        raw = self._pread(fields * FIELD.itemsize, HEADER.itemsize, "field descriptors")
-        crc = zlib.crc32(raw, crc)
-        types = np.frombuffer(raw, FIELD)["type_id"].tolist()
-        if sorted(types) != [INT_FIELD, IMAGE_FIELD]:
-            raise DamagedData(f"{self.path}: field types {types}: need one RGB image and one integer label")
+        # exact: no single wrong count or pointer survives
+        fits = n > 0 and alloc_ptr + n * ALLOCATION.itemsize == file_size
+        self._require(fits, f"{n} samples, allocation table at {alloc_ptr}: not a file of {file_size} bytes")
+        descriptors = self._pread(fields * FIELD.itemsize, len(head), "field descriptors")
+        types = np.frombuffer(descriptors, FIELD)["type_id"].tolist()
+        known = sorted(types) == [INT_FIELD, IMAGE_FIELD]
+        self._require(known, f"field types {types}: need one RGB image and one integer label")
         row = np.dtype([("", FIELD_TYPES[t]) for t in types], align=True)
-        start = HEADER.itemsize + fields * FIELD.itemsize
+        start = len(head) + len(descriptors)
         data_start = start + n * row.itemsize
         self._require(data_start <= alloc_ptr, f"{n} metadata rows overlap the allocation table")
-        raw = self._pread(n * row.itemsize, start, "metadata")
-        crc = zlib.crc32(raw, crc)
-        table = np.frombuffer(raw, row)
+        metadata = self._pread(n * row.itemsize, start, "metadata")
+        table = np.frombuffer(metadata, row)
         image, label = (table[f"f{types.index(t)}"] for t in (IMAGE_FIELD, INT_FIELD))
-        raw = self._pread(n * ALLOCATION.itemsize, alloc_ptr, "allocation table")
-        crc = zlib.crc32(raw, crc)
-        alloc = np.frombuffer(raw, ALLOCATION)
+        allocations = self._pread(n * ALLOCATION.itemsize, alloc_ptr, "allocation table")
+        alloc = np.frombuffer(allocations, ALLOCATION)
+        self.tables_crc32 = zlib.crc32(b"".join((head, descriptors, metadata, allocations)))
 
-        self._require(
-            bool((np.sort(alloc["sample"]) == np.arange(n)).all()), "allocation table: wrong sample numbers"
-        )
-        sizes = np.empty(n, np.uint64)
-        ptrs = np.empty(n, np.uint64)
+        complete = np.array_equal(np.sort(alloc["sample"]), np.arange(n))
+        self._require(complete, "allocation table: not every sample once")
+        sizes, ptrs = np.empty((2, n), np.uint64)
         sizes[alloc["sample"]], ptrs[alloc["sample"]] = alloc["size"], alloc["ptr"]
         self.modes = np.ascontiguousarray(image["mode"])
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
         self.labels = label.astype(np.int64)
         pixels = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
         self._check(ptrs == image["data_ptr"], "metadata and allocation table disagree")
-        # sizes first: ptr + size cannot wrap once both are below the file's size
-        self._check(
-            (sizes > 0) & (sizes < file_size) & (ptrs >= data_start) & (ptrs < file_size), "bad pointer"
-        )
-        self._check(ptrs + sizes <= alloc_ptr, "data reach outside the file")
+        self._check((ptrs >= data_start) & (ptrs < file_size), "its pointer is outside the data")
+        self._check((sizes > 0) & (sizes < file_size), "bad size")  # so that ptr + size cannot wrap
+        self._check(ptrs + sizes <= alloc_ptr, "its data reach outside the file")
         self._check((self.modes <= RAW) & (pixels > 0), "bad mode or dimensions")
         self._check((self.modes == JPG) | (sizes == pixels), "raw size is not height x width x 3")
         order = np.argsort(ptrs, kind="stable")
-        overlap = np.zeros(n, bool)
-        overlap[order[1:]] = (ptrs + sizes)[order[:-1]] > ptrs[order[1:]]
-        self._check(~overlap, "data overlap another sample's")
+        free = np.ones(n, bool)
+        free[order[1:]] = (ptrs + sizes)[order[:-1]] <= ptrs[order[1:]]
+        self._check(free, "its data overlap another sample's")
         self.sizes, self._ptrs = sizes.astype(np.int64), ptrs.astype(np.int64)
-        return crc
-
-    def _load_sidecar(self, tables_crc: int) -> None:
-        sidecar = read_sidecar(self.path)
-        self.classes, self._crc32 = None, None
-        if sidecar is None:
-            return
-        if sidecar.tables_crc32 != tables_crc or len(sidecar.crc32) != len(self.labels):
-            raise DamagedData(
-                f"{self.path}: header or tables are not those that {sidecar_path(self.path)} describes"
-            )
-        self.classes, self._crc32 = sidecar.classes, sidecar.crc32
 
     def read(self, index: int) -> np.ndarray:
         size = int(self.sizes[index])
@@ -151,9 +133,7 @@ class BetonStore(Store):
         if self.modes[index] == JPG:
             expected = (int(self.heights[index]), int(self.widths[index]))
             if (found := jpeg_sides(raw)) != expected:
-                raise DamagedData(
-                    f"{self.path}: sample {index}: JPEG of {found} pixels, the table says {expected}"
-                )
+                raise DamagedData(f"{self.path}: sample {index}: JPEG of {found} pixels, the table says {expected}")
         return np.frombuffer(raw, np.uint8)
 
     def close(self) -> None:
@@ -226,9 +206,7 @@ def read_sidecar(path: str | Path) -> Sidecar | None:
             raise ValueError("wrong version or count")
         return Sidecar(classes, dict(d["encoding"]), crc32, int(d["tables_crc32"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedData(
-            f"{side}: {error!r}: convert again, or delete it to read without checksums"
-        ) from error
+        raise DamagedData(f"{side}: {error!r}: convert again, or delete it to read without checksums") from error
 
 
 def write_sidecar(
@@ -238,23 +216,16 @@ def write_sidecar(
     encoding: dict[str, Any],
     crc32: np.ndarray,  # uint32 (N,)
 ) -> None:
-    """Write the sidecar of the complete `.beton` at `path`, atomically."""
-    with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER.itemsize), HEADER)[0]
-        fields = np.frombuffer(f.read(int(header["num_fields"]) * FIELD.itemsize), FIELD)["type_id"]
-        row = np.dtype([("", FIELD_TYPES[int(t)]) for t in fields], align=True)
-        f.seek(0)
-        tables = f.read(
-            HEADER.itemsize + fields.size * FIELD.itemsize + int(header["num_samples"]) * row.itemsize
-        )
-        f.seek(int(header["alloc_ptr"]))
-        tables_crc32 = zlib.crc32(f.read(), zlib.crc32(tables))
+    """Write the sidecar of the complete `.beton` at `path`, atomically; the file's tables are validated first."""
+    store = BetonStore(path, use_sidecar=False)
+    store.close()
+    assert len(crc32) == len(store)
     content = {
         "version": 1,
         "count": len(crc32),
         "classes": classes,
         "encoding": encoding,
-        "tables_crc32": tables_crc32,
+        "tables_crc32": store.tables_crc32,
         "crc32": base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode(),
     }
     side = sidecar_path(path)
