@@ -7,7 +7,6 @@ header: a damaged file is noticed before any of it is used.
 
 import json
 import os
-import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,11 +16,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+
+from fap import models, norm
+from fap.config import Config, make_config
 
 _MARK = b'"crc32":"'  # unescaped, so no tensor's name and no value of the metadata can contain it
 _ZEROS = b"00000000"
-_NAME = re.compile(r"step_(\d+)\.safetensors")
 
 
 class DamagedCheckpoint(RuntimeError):  # noqa: N818
@@ -33,10 +34,13 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) 
 
     Raises OSError (a full disk, say) after removing what it had written; a file at `path` stays as it was.
     """
-    path = Path(path)
+    _write(Path(path), tensors, {"meta": json.dumps(meta)})
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     # One fresh contiguous copy each: safetensors refuses views of one storage, such as a flat buffer's.
     copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for k, t in tensors.items()}
-    blob = safetensors.torch.save(copies, {"meta": json.dumps(meta), "crc32": _ZEROS.decode()})
+    blob = safetensors.torch.save(copies, header | {"crc32": _ZEROS.decode()})
     at = blob.index(_MARK) + len(_MARK)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -64,9 +68,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     blob = Path(path).read_bytes()
     end = 8 + int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or end > len(blob):
-        raise DamagedCheckpoint(
-            f"{path}: truncated inside its header, or no safetensors file ({len(blob)} bytes)"
-        )
+        raise DamagedCheckpoint(f"{path}: truncated inside its header, or no safetensors file ({len(blob)} bytes)")
     at = blob.find(_MARK, 8, end) + len(_MARK)
     if at < len(_MARK):
         raise DamagedCheckpoint(f"{path}: no checksum in its header, so it is no checkpoint of this program")
@@ -75,14 +77,9 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if found != blob[at:rest]:
             header = json.loads(blob[8:end])
-            size = end + max(
-                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
-            )
-            raise DamagedCheckpoint(
-                f"{path}: truncated, {len(blob)} of {size} bytes"
-                if len(blob) < size
-                else f"{path}: wrong checksum"
-            )
+            size = end + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            wrong = f"truncated, {len(blob)} of {size} bytes" if len(blob) < size else "wrong checksum"
+            raise DamagedCheckpoint(f"{path}: {wrong}")
         return safetensors.torch.load(blob), json.loads(json.loads(blob[8:end])["__metadata__"]["meta"])
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: garbled header ({error})") from error
@@ -99,8 +96,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Complete files, oldest step first; not checked for damage."""
-        found = [p for p in self.folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)]
-        return sorted(found, key=_step)
+        return sorted((p for p in self.folder.glob("step_*.safetensors") if p.stem[5:].isdigit()), key=_step)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
         """Save `step`; only once it is complete, remove what is no longer kept. Errors as `save`; one writer.
@@ -129,11 +125,45 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 self.say(f"skipped a damaged checkpoint: {error}")
         if paths:
-            raise DamagedCheckpoint(
-                f"{self.folder}: all {len(paths)} checkpoints are damaged; remove them to start over"
-            )
+            raise DamagedCheckpoint(f"{self.folder}: all {len(paths)} are damaged; remove them to start over")
         return None
 
 
 def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
+    return int(path.stem[5:])
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
+    """The converted model of a run's checkpoint, in evaluation mode, and the run's config.
+
+    Raises DamagedCheckpoint, FileNotFoundError, or ValueError for a checkpoint that is not of a training run.
+    """
+    state, _, config = _model_state(path)
+    aux = any(k.endswith("aux.running_mean") for k in state)
+    model = models.build(config.model.name, config.model.num_classes, aux=aux, size=config.data.size)
+    model.load_state_dict(state)
+    return model.to(device).eval(), config
+
+
+def export(path: str | Path, out: str | Path) -> dict[str, str]:
+    """Write the plain model of a run's checkpoint; returns the metadata written beside it, as text.
+
+    The file's tensors are a state dict that the unconverted torchvision or timm model loads with strict=True.
+    Raises as `load_model`; ValueError too if `out` exists.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists; choose another name or remove it first")
+    state, meta, config = _model_state(path)
+    header = {"model": config.model.name, "num_classes": config.model.num_classes, "size": config.data.size}
+    header |= {"mean": config.data.mean, "std": config.data.std, "run": config.name, "step": meta["step"]}
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
+    _write(Path(out), norm.export(state, meta["step"]), text)
+    return text
+
+
+def _model_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Config]:
+    tensors, meta = load(path)
+    if not {"config", "step"} <= meta.keys():
+        raise ValueError(f"{path}: no checkpoint of a training run (its metadata has no config or step)")
+    state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    return state, meta, make_config(meta["config"])

@@ -158,7 +158,7 @@ def test_a_damaged_newest_falls_back_saying_so(tmp_path: Path) -> None:
     assert kept.paths() == [second]
     assert load(second)[1] == {"step": 2}
     second.write_bytes(b"")
-    with pytest.raises(DamagedCheckpoint, match="all 1 checkpoints are damaged"):
+    with pytest.raises(DamagedCheckpoint, match="all 1 are damaged"):
         kept.newest()
 
 
