@@ -35,6 +35,11 @@ def _fraction(value: Any) -> Fraction:
         raise ValueError("must be a fraction such as 1/5 or 0.2") from None
 
 
+def _word(value: Any) -> Any:
+    """YAML reads a bare `on` or `off` as a bool."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Ratio = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str)]
 
 
@@ -105,7 +110,7 @@ class MethodConfig(Section):
     """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters (section 3.2.2)."""
     combine: Literal["sum", "mean"] | None = None
     """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1 to the letter."""
-    shuffle: Literal["ranks", "groups", "off"] | None = None
+    shuffle: Annotated[Literal["ranks", "groups", "off"] | None, BeforeValidator(_word)] = None
     """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or not at all."""
 
     @model_validator(mode="before")
@@ -219,9 +224,9 @@ class BudgetConfig(Section):
 class RunConfig(Section):
     dir: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    amp: Annotated[Literal["auto", "off", "fp16", "bf16"], BeforeValidator(_word)] = "auto"
     """auto: fp16 on a GPU, off on a CPU."""
-    graph: Literal["auto", "on", "off"] = "auto"
+    graph: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
     """Replay the step as one CUDA graph; auto: on a GPU."""
     compile: bool = False
     torch_threads: PositiveInt | None = None

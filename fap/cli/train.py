@@ -1,0 +1,56 @@
+"""fap-train [CONFIG.yaml] [key=value ...] [--pipeline ffcv|dali|reference]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import pipelines
+from fap.checkpoint import DamagedCheckpoint
+from fap.config import load_config
+from fap.distributed import connect, disconnect
+from fap.train import Interrupted, NonFinite, Run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fap-train",
+        description="Train an image classifier with Fast AdvProp (the default), AdvProp or plain training.",
+        epilog="Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml "
+        "data.train=train.beton data.val=val.beton --pipeline dali resume=auto",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of the config, e.g. optim.lr=0.2")
+    parser.add_argument("--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=...")
+    args = parser.parse_intermixed_args(argv)
+    config_file, overrides = args.config, list(args.overrides)
+    if config_file is not None and "=" in config_file:
+        config_file, overrides = None, [config_file, *overrides]
+    if args.pipeline:
+        overrides.append(f"data.pipeline={args.pipeline}")
+    try:
+        config = load_config(config_file, overrides)
+        ranks = connect("cpu" if config.run.device == "cpu" else _available())
+        result = Run(config, ranks).train()
+    except Interrupted as e:
+        print(f"fap-train: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except (ValueError, OSError, ImportError, NonFinite, DamagedCheckpoint, pipelines.DamagedData) as e:
+        sys.exit(f"fap-train: {e}")
+    finally:
+        disconnect()
+    if ranks.first:
+        last = result["last"]
+        print(f"done: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {result['image_passes']:,} image passes "
+              f"in {result['seconds']:.0f} s")  # fmt: skip
+
+
+def _available() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Capture of a whole step as one CUDA graph, and its replay.
+
+A step qualifies when its shapes are static, it never asks the device for a value and everything that changes
+between steps lies in tensors: `fap.step.Step` on the CPU and here is the same function.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from fap.step import Step
+
+
+class Graphed:
+    """Replays `step` as one CUDA graph. Warm-up and capture leave the step's state and random generators as they were."""
+
+    def __init__(self, step: Step) -> None:
+        before = {name: tensor.clone() for name, tensor in step.state().items()}
+        random = torch.cuda.get_rng_state(step.device)
+        side = torch.cuda.Stream(step.device)
+        side.wait_stream(torch.cuda.current_stream(step.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):  # allocations, cuDNN plans and compiled kernels happen here, not in the capture
+                step()
+        torch.cuda.current_stream(step.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
+        for name, tensor in step.state().items():
+            tensor.copy_(before[name])
+        torch.cuda.set_rng_state(random, step.device)
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def runner(step: Step, mode: Literal["auto", "on", "off"]) -> tuple[Callable[[], None], str]:
+    """What to call once per step, and how it runs: `CUDA graph` or `eager`.
+
+    `on` raises ValueError without a GPU and whatever the capture raises; only `auto` may fall back, with a warning.
+    """
+    if step.device.type != "cuda":
+        if mode == "on":
+            raise ValueError("run.graph = 'on': CUDA graphs need a GPU; use 'auto' or 'off'")
+        return step, "eager"
+    if mode == "off":
+        return step, "eager"
+    try:
+        return Graphed(step), "CUDA graph"
+    except RuntimeError as e:
+        if mode == "on":
+            raise
+        warnings.warn(f"the step could not be captured, so it runs eagerly: {e}", stacklevel=2)
+        return step, "eager"

@@ -1,0 +1,423 @@
+"""The training run: joins plan, loader, step, checkpoints, log and evaluation. The loop is `Run.train`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import pipelines
+from fap.budget import budget
+from fap.checkpoint import Checkpoints
+from fap.config import Config, make_config
+from fap.distributed import Ranks
+from fap.evaluate import evaluate
+from fap.graph import runner
+from fap.log import Log, versions
+from fap.models import build, load_plain
+from fap.norm import shared_groups
+from fap.step import KINDS, METRICS, Step
+from fap.summary import describe
+
+
+class Interrupted(Exception):  # noqa: N818
+    """SIGINT or SIGTERM arrived; the run has been saved. `exit_code` is the shell's convention."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class NonFinite(RuntimeError):  # noqa: N818
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a flag that is looked at between steps; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._former = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.restore()
+
+    def restore(self) -> None:
+        for s, handler in self._former.items():
+            signal.signal(s, handler)
+
+
+class Run:
+    """One training run in `<run.dir>/<name>/seed<k>`. Raises ValueError for users' mistakes before anything is written."""
+
+    def __init__(self, config: Config, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+        self.started = time.perf_counter()
+        self.config, self.ranks = config, ranks
+        for field in ("train", "val"):
+            if getattr(config.data, field) is None:
+                raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
+        self.device = _device(config.run.device, ranks)
+        self.amp = _amp(config.run.amp, self.device)
+        if config.run.torch_threads:
+            torch.set_num_threads(config.run.torch_threads)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+        self.store = self._open_store(config.data.train, config)
+        self.val_store = self._open_store(config.data.val, config)
+        self.budget = budget(config, len(self.store))
+        self.steps = min(self.budget.steps, config.run.max_steps or self.budget.steps)
+        self.spec = plan_spec(config, ranks)
+
+        torch.manual_seed(config.seed)
+        self.model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=config.data.size)
+        if config.model.init:
+            load_plain(self.model, _read_plain(config.model.init))
+        self.model.to(self.device)
+        self.step = Step(self.model, config, ranks, amp=self.amp)
+        self._prepare_folder()
+        if config.run.compile:
+            shared_groups(self.model).functional = True
+            self.step.forward = torch.compile(self.model)
+
+        self.done = 0  # optimiser steps
+        self.closed = 0  # epochs evaluated and logged
+        self.totals = dict.fromkeys(METRICS, 0.0)  # of the epoch so far
+        self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
+        self.last: dict[str, float] = {}
+        self.seconds = 0.0  # of this run's earlier processes
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep, say=self._say)
+        if config.resume == "auto":
+            self._resume()
+        self.log = Log(self.folder, self.done, self.steps, quiet=not ranks.first)
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end of the budget; the result is also written to `result.json`. Raises Interrupted, NonFinite."""
+        stop = StopSignal()
+        loader, run_step = None, None
+        try:
+            loader = self._open_loader(self.store)
+            run_step, how = runner(self.step, self.config.run.graph)
+            self._say(f"training from step {self.done} to {self.steps}, {how}, AMP {self.amp}, on {self.device}")
+            plans = self._plans()
+            while True:
+                epoch, offset = divmod(self.done, self.budget.steps_per_epoch)
+                ended = self.done == self.steps
+                if (offset == 0 and epoch > self.closed) or (ended and epoch >= self.closed and offset):
+                    self._close_epoch(epoch + bool(offset), stop)
+                if ended:
+                    return self._finish()
+                plan = next(plans)
+                draws = self._draws(plan)
+                waiting = Stopwatch()
+                for batch in waiting.on(loader.load(plan, offset)):
+                    lr = self.budget.lr_at(self.done)
+                    torch.manual_seed(hash((self.config.seed, self.done, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
+                    self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
+                    run_step()
+                    self.done += 1
+                    last = self.done == self.steps or self.done % self.budget.steps_per_epoch == 0
+                    if last or self.done % self.config.run.log_every == 0:
+                        self._log_step(lr, waiting)
+                    if self._stopped(stop):
+                        self._leave(stop)
+                    if last:
+                        break
+                    if self.done % self.config.run.checkpoint_every == 0:
+                        self._save()
+        finally:
+            stop.restore()
+            if loader is not None:
+                loader.close()
+            self.log.close()
+
+    def _close_epoch(self, epoch: int, stop: StopSignal) -> None:
+        """Evaluate, compare adversarial with clean training accuracy (the leak of section 4.3), save."""
+        record = {f"epoch_{k}": v for k, v in rates(self.totals).items()}
+        if record.get("epoch_acc_adv", 0) > record.get("epoch_acc_clean", 1):
+            record["leak"] = 1.0
+            self._say(
+                f"warning: epoch {epoch}: training accuracy of adversarial rows ({record['epoch_acc_adv']:.1%}) is above that of "
+                f"clean rows ({record['epoch_acc_clean']:.1%}): batch statistics leak the labels (section 4.3); see method.shuffle"
+            )
+        if self.done == self.steps or epoch % self.config.run.eval_every == 0:
+            try:
+                self.last = self._evaluate(stop)
+            except Interrupted:
+                self._leave(stop)
+            record |= {f"val_{k}": v for k, v in self.last.items()}
+            if self.last["top1"] > self.best["top1"]:
+                self.best = {"top1": self.last["top1"], "epoch": epoch}
+            self._say(f"epoch {epoch}: top-1 {self.last['top1']:.2%}, top-5 {self.last['top5']:.2%}, loss {self.last['loss']:.4f}")
+        self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
+        self.log.record(self.done, record | {"epoch": epoch})
+        self._save()
+
+    def _evaluate(self, stop: StopSignal) -> dict[str, float]:
+        data, store = self.config.data, self.val_store
+        batch = max(1, self.config.run.eval_batch // self.ranks.world) * self.ranks.world
+        plan = pipelines.eval_plan(store.heights, store.widths, size=data.size, resize=data.resize, batch=batch)
+        loader = self._open_loader(store)
+
+        def batches() -> Iterator[pipelines.Batch]:
+            for batch in loader.load(plan.for_rank(self.ranks.rank, self.ranks.world)):
+                if stop.number is not None and self.ranks.world == 1:
+                    raise Interrupted(stop.number)
+                yield batch
+
+        try:
+            result = evaluate(self.model, batches(), mean=data.mean, std=data.std, device=self.device, amp=self.amp)
+        finally:
+            loader.close()
+        return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+
+    # ------------------------------------------------------------------ the data
+
+    def _open_store(self, path: str | None, config: Config) -> pipelines.Store:
+        assert path is not None
+        store = pipelines.open_store(path)
+        if len(store) and int(store.labels.max()) >= config.model.num_classes:
+            raise ValueError(
+                f"model.num_classes = {config.model.num_classes}, but {path} holds labels up to {int(store.labels.max())}"
+            )
+        return store
+
+    def _open_loader(self, store: pipelines.Store) -> pipelines.Loader:
+        d = self.config.data
+        return pipelines.open_loader(
+            d.pipeline, store, size=d.size, device=self.device, threads=d.threads, prefetch=d.prefetch,
+            hw_decoder_load=d.hw_decoder_load,
+        )  # fmt: skip
+
+    def _plans(self) -> Iterator[pipelines.EpochPlan]:
+        """This rank's plans from the current epoch on; the next one is drawn while one runs."""
+        first = self.done // self.budget.steps_per_epoch
+
+        def draw(epoch: int) -> pipelines.EpochPlan:
+            return pipelines.draw_epoch(self.spec, self.store.heights, self.store.widths, epoch)
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(draw, first)
+            for epoch in range(first, self.budget.epochs):
+                plan = coming.result()
+                coming = pool.submit(draw, epoch + 1)
+                yield plan.for_rank(self.ranks.rank, self.ranks.world)
+
+    def _draws(self, plan: pipelines.EpochPlan) -> dict[str, Tensor]:
+        """The plan's draws for the step, on the device, one row per step."""
+        fields = {}
+        if self.step.n_adv:
+            first = self.ranks.rank * self.step.n_adv
+            shuffle = plan.shuffle[:, first : first + self.step.n_adv]
+            fields["shuffle"] = shuffle - first if self.config.method.shuffle == "groups" else shuffle
+            fields["noise_key"] = plan.noise_key
+        if self.config.data.mix:
+            fields |= {"mix_lam": plan.mix_lam, "mix_box": plan.mix_box, "mix_partner": plan.mix_partner}
+        return {k: torch.from_numpy(v.copy()).to(self.device) for k, v in fields.items()}
+
+    # ------------------------------------------------------------------ the record
+
+    def _log_step(self, lr: float, waiting: Stopwatch) -> None:
+        metrics = self.step.take_metrics()
+        for name, value in metrics.items():
+            self.totals[name] += value
+        seconds, waited = waiting.lap()
+        steps = max(1.0, metrics["steps"])
+        self.log.step(
+            self.done,
+            {
+                "epoch": self.done / self.budget.steps_per_epoch,
+                "lr": lr,
+                **rates(metrics),
+                "skipped": metrics["skipped"],
+                "image_passes_per_second": steps * self.budget.image_passes_per_step / seconds,
+                "waiting_for_data": waited / seconds,
+            },
+        )
+        if metrics["skipped"]:
+            self._say(f"step {self.done}: {metrics['skipped']:.0f} of the last {steps:.0f} steps were not finite and were skipped")
+        if metrics["skipped_in_a_row"] >= self.config.run.max_skipped:
+            bad = [k for k in KINDS if metrics[f"nonfinite_{k}"]]
+            raise NonFinite(
+                f"{metrics['skipped_in_a_row']:.0f} non-finite steps in a row up to step {self.done} (loss of the "
+                f"{', '.join(bad) or 'no'} rows; else gradients only); the last good checkpoint is in {self.checkpoints.folder}"
+            )
+
+    def _finish(self) -> dict[str, Any]:
+        result = {
+            "name": self.config.name, "seed": self.config.seed, "method": self.config.method.name, "steps": self.done,
+            "epochs": self.closed, "image_passes": self.done * self.budget.image_passes_per_step,
+            "seconds": self.seconds + time.perf_counter() - self.started, "last": self.last, "best": self.best,
+            "versions": versions(),
+        }  # fmt: skip
+        if self.ranks.first:
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def _say(self, message: str) -> None:
+        if self.ranks.first:
+            self.log.say(message) if hasattr(self, "log") else print(message, flush=True)
+
+    # ------------------------------------------------------------------ survival
+
+    def _stopped(self, stop: StopSignal) -> bool:
+        """Several ranks agree every tenth step, so that all of them leave after the same one."""
+        if self.ranks.world == 1:
+            return stop.number is not None
+        return self.done % 10 == 0 and self.ranks.any(stop.number is not None)
+
+    def _leave(self, stop: StopSignal) -> None:
+        self._save()
+        self._say(f"saved at step {self.done}; continue with resume=auto")
+        raise Interrupted(stop.number or signal.SIGTERM)
+
+    def _save(self) -> None:
+        meta = {
+            "config": self.config.model_dump(mode="json"), "step": self.done, "closed": self.closed, "totals": self.totals,
+            "best": self.best, "last": self.last, "seconds": self.seconds + time.perf_counter() - self.started,
+            "world": self.ranks.world, "versions": versions(), "classes": list(self.store.classes or ()),
+        }  # fmt: skip
+        state = self.step.state()
+        for name in ("carry.images_255", "carry.labels"):
+            if name in state:
+                state[name] = self.ranks.gather_rows(state[name])
+        if self.ranks.first:
+            try:
+                self.checkpoints.save(self.done, state, meta)
+            except OSError as e:
+                self._say(f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on")
+        self.ranks.barrier()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.newest()
+        if found is None:
+            return
+        path, tensors, meta = found
+        _same_run(self.config, make_config(meta["config"]), path)
+        if meta["world"] != self.ranks.world:
+            raise ValueError(
+                f"{path} was written by {meta['world']} ranks, this run has {self.ranks.world}: rank slices, and with them the "
+                "batch-norm groups, would differ; resume on as many ranks"
+            )
+        for name in ("carry.images_255", "carry.labels"):
+            if name in tensors:
+                tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
+        self.step.load_state(tensors)
+        self.done, self.closed, self.totals = meta["step"], meta["closed"], meta["totals"]
+        self.best, self.last, self.seconds = meta["best"], meta["last"], meta["seconds"]
+        self._say(f"resuming {path} at step {self.done}")
+
+    def _prepare_folder(self) -> None:
+        self.folder = run_folder(self.config)
+        summary = describe(self.config, self.budget, self.step, self.ranks)
+        if not self.ranks.first:
+            self.ranks.barrier()
+            return
+        print(summary, flush=True)
+        if self.config.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds an earlier run and is never overwritten: use resume=auto, another name or seed")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.yaml").exists():
+            (self.folder / "config.yaml").write_text(self.config.to_yaml())
+            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        self.ranks.barrier()
+
+
+class Stopwatch:
+    """Seconds since the last lap, and how many of them were spent waiting for the loader."""
+
+    def __init__(self) -> None:
+        self.start, self.waited = time.perf_counter(), 0.0
+
+    def on(self, batches: Iterable[pipelines.Batch]) -> Iterator[pipelines.Batch]:
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        seconds, waited = now - self.start, self.waited
+        self.start, self.waited = now, 0.0
+        return max(seconds, 1e-9), waited
+
+
+def rates(metrics: dict[str, float]) -> dict[str, float]:
+    """Mean loss and accuracy per kind of row, and the share of exactly zero gradient signs."""
+    out = {}
+    for kind in KINDS:
+        if rows := metrics[f"rows_{kind}"]:
+            out[f"loss_{kind}"] = metrics[f"loss_{kind}"] / rows
+            out[f"acc_{kind}"] = metrics[f"correct_{kind}"] / rows
+    if metrics["signs"]:
+        out["zero_signs"] = metrics["zero_signs"] / metrics["signs"]
+    return out
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.run.dir) / config.name / f"seed{config.seed}"
+
+
+def plan_spec(config: Config, ranks: Ranks = Ranks()) -> pipelines.PlanSpec:  # noqa: B008
+    """The plan of a run: global rows per step, groups, augmentation and the scope of the shuffle."""
+    method, data, rows = config.method, config.data, config.optim.clean_batch
+    groups = rows // method.group if method.adv_group else 0
+    return pipelines.PlanSpec(
+        seed=config.seed, size=data.size, clean_rows=rows, adv_rows=groups * method.adv_group, clean_group=method.group,
+        adv_group=method.adv_group or 1, crop=data.crop, scale=data.scale, ratio=data.ratio, pad=data.pad, flip=data.flip,
+        mix=data.mix, mix_alpha=data.mix_alpha, paired=method.name == "advprop",
+        shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
+    )  # fmt: skip
+
+
+def _same_run(config: Config, saved: Config, path: Path) -> None:
+    """Resuming exactly needs the same run; only where it runs and how often it reports may differ."""
+    free = {"resume": "auto", "run": config.run, "paper": config.paper}
+    data_free = {k: getattr(config.data, k) for k in ("threads", "prefetch", "hw_decoder_load")}
+
+    def comparable(c: Config) -> dict[str, Any]:
+        return c.model_copy(update={**free, "data": c.data.model_copy(update=data_free)}).model_dump(mode="json")
+
+    ours, theirs = comparable(config), comparable(saved)
+    differ = [f"{s}.{k}" for s in ours if isinstance(ours[s], dict) for k in ours[s] if ours[s][k] != theirs[s].get(k)]
+    differ += [s for s in ours if not isinstance(ours[s], dict) and ours[s] != theirs[s]]
+    if differ:
+        raise ValueError(f"resume=auto: {path} was trained with another {', '.join(differ)}; use another name or seed")
+
+
+def _device(wanted: str, ranks: Ranks) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _amp(wanted: str, device: torch.device) -> Literal["off", "fp16", "bf16"]:
+    if wanted == "auto":
+        return "fp16" if device.type == "cuda" else "off"
+    return wanted  # type: ignore[return-value]
+
+
+def _read_plain(path: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise ValueError(f"model.init = {path!r}: no such file")
+    return load_file(path)
