@@ -66,7 +66,5 @@ def ascend(
     eps_255: float,
 ) -> Tensor:
     """One projected step: into the ball of radius eps around the clean image and into the valid pixel range."""
-    moved = torch.addcmul(
-        current, direction, torch.full((), step_255, dtype=current.dtype, device=current.device)
-    )
+    moved = torch.addcmul(current, direction, torch.full((), step_255, dtype=current.dtype, device=current.device))
     return torch.clamp(moved, clean - eps_255, clean + eps_255).clamp_(0, 255)

@@ -64,9 +64,7 @@ def budget(config: Config, images: int) -> Budget:
     divisor = cost if config.budget.same_budget else Fraction(1)
     loaded = rows + config.loader_adv_rows
     if images < loaded:
-        raise ValueError(
-            f"data.train has {images} images, fewer than one batch of {loaded}; lower optim.clean_batch"
-        )
+        raise ValueError(f"data.train has {images} images, fewer than one batch of {loaded}; lower optim.clean_batch")
     steps = images // loaded
     return Budget(
         epochs=divided(config.budget.epochs, divisor),

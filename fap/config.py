@@ -125,18 +125,14 @@ class MethodConfig(Section):
         allowed = {"name", "group", *defaults}
         for key, value in given.items():
             if key in cls.model_fields and key not in allowed and value is not None:
-                raise ValueError(
-                    f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out"
-                )
+                raise ValueError(f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out")
         return defaults | {k: v for k, v in given.items() if v is not None}
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
         if self.p_adv is not None:
             if not 0 < self.p_adv < 1:
-                raise ValueError(
-                    f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0"
-                )
+                raise ValueError(f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0")
             rows = self.group * self.p_adv / (1 - self.p_adv)
             if rows.denominator != 1 or rows < 2:
                 n = max(2, round(rows))
@@ -146,9 +142,7 @@ class MethodConfig(Section):
                     f"it must give a whole number >= 2, for example {', '.join(map(str, near))}"
                 )
         if self.reuses_gradient and self.attack_steps != 1:
-            raise ValueError(
-                f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1"
-            )
+            raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
         if self.combine == "mean" and self.sync:
             raise ValueError(
                 "method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false"
@@ -272,9 +266,7 @@ class Config(Section):
             if low > high:
                 raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high")
         if self.data.size > self.data.resize:
-            raise ValueError(
-                f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}"
-            )
+            raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
         return self
 
     @property

@@ -14,9 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = (
-    1 << 25
-)  # elements of one all-reduce; several nodes overlap buckets, one node sees a single call for ResNet-50
+BUCKET = 1 << 25  # elements of one all-reduce; several nodes overlap buckets, one node sees a single call for ResNet-50
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,7 @@ class Ranks:
     ) -> Tensor:  # (world * n, ...), rank after rank
         if self.world == 1:
             return rows
-        last = (
-            rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows
-        )  # channels_last rows are contiguous this way
+        last = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows  # channels_last rows are contiguous this way
         out = last.new_empty(self.world * last.shape[0], *last.shape[1:])
         dist.all_gather_into_tensor(out, last.contiguous())
         return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out

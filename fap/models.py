@@ -19,9 +19,7 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(
-                f"model.name = 'cifar_resnet{depth}': the depth must be 6n + 2: 8, 14, 20, 32, 44, 56 ..."
-            )
+            raise ValueError(f"model.name = 'cifar_resnet{depth}': the depth must be 6n + 2: 8, 14, 20, 32, 44, 56 ...")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
@@ -31,9 +29,7 @@ class CifarResNet(nn.Module):
             for _ in range((depth - 2) // 6):
                 shortcut = None
                 if inputs != width:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width)
-                    )
+                    shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
                 blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
                 inputs = width
         self.blocks = nn.Sequential(*blocks)
@@ -102,9 +98,7 @@ class StemConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            if (
-                self.full_precision
-            ):  # one grey level would not survive the cast: compute in float32, then cast
+            if self.full_precision:  # one grey level would not survive the cast: compute in float32, then cast
                 with torch.autocast(x.device.type, enabled=False):
                     return self._convolve(x, self.weight, self.bias).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -137,9 +131,7 @@ class _StemConv(torch.autograd.Function):
         _, gw, gb = torch.ops.aten.convolution_backward(
             gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias]
         )
-        gx, _, _ = torch.ops.aten.convolution_backward(
-            gy[rows], x[rows], weight, None, *geometry, [True, False, False]
-        )
+        gx, _, _ = torch.ops.aten.convolution_backward(gy[rows], x[rows], weight, None, *geometry, [True, False, False])
         return None, gx, gw, gb, None, None
 
 

@@ -61,9 +61,7 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
     def __init__(self, norm: nn.BatchNorm2d, shared: RowGroups, aux: bool) -> None:
         if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
-            raise ValueError(
-                f"{norm}: only affine batch norms with running statistics and a momentum can be converted"
-            )
+            raise ValueError(f"{norm}: only affine batch norms with running statistics and a momentum can be converted")
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.load_state_dict(norm.state_dict())
         self.shared = shared
@@ -78,9 +76,7 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         if bn == "main":
             return self
         if self.aux is None:
-            raise ValueError(
-                "bn = 'aux': this model was trained without auxiliary batch norms; only 'main' is there"
-            )
+            raise ValueError("bn = 'aux': this model was trained without auxiliary batch norms; only 'main' is there")
         return self.aux
 
     def forward(
@@ -91,27 +87,21 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
     def _normalise(self, x: Tensor) -> Tensor:
         if not self.training:
-            return _normalise_group(
-                x, self.side(self.shared.eval_bn), Group(self.shared.eval_bn, len(x), running=True)
-            )
+            return _normalise_group(x, self.side(self.shared.eval_bn), Group(self.shared.eval_bn, len(x), running=True))
         groups = self.shared.groups
         assert sum(g.rows for g in groups) == x.shape[0], f"{x.shape[0]} rows, but groups {groups}"
         if len(groups) == 1:
             return _normalise_group(x, self.side(groups[0].bn), groups[0])
         if self.shared.functional or any(g.running for g in groups):
             parts = x.split([g.rows for g in groups])
-            return torch.cat(
-                [_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)]
-            )
+            return torch.cat([_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)])
         aux = self.aux if self.aux is not None else self
         return _GroupedBatchNorm.apply(x, self.weight, self.bias, aux.weight, aux.bias, self, groups)
 
 
 def _normalise_group(x: Tensor, norm: nn.BatchNorm2d, group: Group) -> Tensor:
     mean, var = (norm.running_mean, norm.running_var) if group.running or group.calls else (None, None)
-    return F.batch_norm(
-        x, mean, var, norm.weight, norm.bias, not group.running, momentum_of(norm, group), norm.eps
-    )
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, not group.running, momentum_of(norm, group), norm.eps)
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
@@ -124,9 +114,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, aux_weight: Tensor, aux_bias: Tensor,
                 norm: DualBatchNorm2d, groups: tuple[Group, ...]) -> Tensor:  # fmt: skip
         memory_format = (
-            torch.channels_last
-            if x.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
+            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
         x = x.contiguous(memory_format=memory_format)
         y = torch.empty_like(x, memory_format=memory_format)
@@ -220,11 +208,7 @@ def evaluate_with(model: nn.Module, bn: Bn) -> Iterator[None]:
 def export(state: dict[str, Tensor], steps: int = 0) -> dict[str, Tensor]:
     """The plain model's state dict: no `aux` keys; `num_batches_tracked` (not counted in training) set to `steps`."""
     prefixes = tuple(
-        k.removesuffix("running_mean")
-        for k in state
-        if k.endswith(".aux.running_mean") or k == "aux.running_mean"
+        k.removesuffix("running_mean") for k in state if k.endswith(".aux.running_mean") or k == "aux.running_mean"
     )
     plain = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else dict(state)
-    return {
-        k: torch.full_like(v, steps) if k.endswith("num_batches_tracked") else v for k, v in plain.items()
-    }
+    return {k: torch.full_like(v, steps) if k.endswith("num_batches_tracked") else v for k, v in plain.items()}

@@ -105,7 +105,7 @@ class Step:
         ranks: Ranks = Ranks(),
         *,
         amp: Literal["off", "fp16", "bf16"] = "off",
-    ):  # noqa: B008
+    ):
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group):
             raise ValueError(
@@ -144,9 +144,7 @@ class Step:
         image = (3, data.size, data.size)
 
         def empty(n: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros((n, *image), dtype=dtype, device=device).contiguous(
-                memory_format=torch.channels_last
-            )
+            return torch.zeros((n, *image), dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -165,9 +163,7 @@ class Step:
         self.mean_255 = torch.tensor(data.mean, dtype=self.dtype, device=device).mul(255).view(1, 3, 1, 1)
         self.std_255 = torch.tensor(data.std, dtype=self.dtype, device=device).mul(255).view(1, 3, 1, 1)
         self.pixels = torch.arange(data.size, device=device)
-        self.adv_255 = empty(
-            self.n_adv, self.dtype
-        )  # grey levels; with `pipelined` the carry to the next step
+        self.adv_255 = empty(self.n_adv, self.dtype)  # grey levels; with `pipelined` the carry to the next step
         self.adv_labels = ints(self.n_adv)
         self.carries = torch.zeros((), dtype=torch.bool, device=device)  # pipelined: is there a carry yet?
 
@@ -359,9 +355,7 @@ class Step:
             return source
         eps_255 = self.config.method.eps_255
         assert eps_255 is not None
-        return torch.add(
-            source, attack.uniform(self.inputs.noise_key, source.shape, self.dtype), alpha=eps_255
-        )
+        return torch.add(source, attack.uniform(self.inputs.noise_key, source.shape, self.dtype), alpha=eps_255)
 
     def _ascend(self, current: Tensor, source: Tensor, gradient: Tensor) -> Tensor:
         method = self.config.method
@@ -389,9 +383,7 @@ class Step:
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)
             leaf = x.detach().requires_grad_()
-            loss = F.cross_entropy(
-                self._forward(leaf), labels, label_smoothing=self.config.optim.label_smoothing
-            )
+            loss = F.cross_entropy(self._forward(leaf), labels, label_smoothing=self.config.optim.label_smoothing)
             (gradient,) = torch.autograd.grad(loss * self.loss_scale.scale, leaf)
             current = self._ascend(current, source, gradient)
         return current
@@ -418,9 +410,7 @@ class Step:
             torch.where(self.carries, self.adv_255, noise), torch.where(self.carries, self.adv_labels, labels)
         )
         halves = zip((noise, labels), carry, strict=True)
-        images, targets = (
-            torch.cat([self._by_group(a), self._by_group(b)], 1).flatten(0, 1) for a, b in halves
-        )
+        images, targets = (torch.cat([self._by_group(a), self._by_group(b)], 1).flatten(0, 1) for a, b in halves)
         return images, targets
 
     def _unmix(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,9 +440,7 @@ class Step:
         """Copy a saved `state()` back in place. Raises ValueError if it belongs to another model or method."""
         state = self.state()
         if state.keys() != saved.keys() or any(saved[k].shape != v.shape for k, v in state.items()):
-            odd = sorted(state.keys() ^ saved.keys()) or [
-                k for k, v in state.items() if saved[k].shape != v.shape
-            ]
+            odd = sorted(state.keys() ^ saved.keys()) or [k for k, v in state.items() if saved[k].shape != v.shape]
             raise ValueError(f"checkpoint does not fit the run: {', '.join(odd[:3])}")
         for name, tensor in state.items():
             tensor.copy_(saved[name])

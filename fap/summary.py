@@ -19,7 +19,10 @@ def describe(config: Config, budget: Budget, step: Step, ranks: Ranks) -> str:
     shown = " | ".join(" + ".join(f"{b.kind} {b.stop - b.start}" for b in blocks) for blocks in step.passes)
     lines.append(f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}")
     groups = config.optim.clean_batch // m.group
-    lines.append(f"BN groups  {groups} main of {m.group} rows" + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else ""))
+    lines.append(
+        f"BN groups  {groups} main of {m.group} rows"
+        + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else "")
+    )
     if m.eps_255 is not None:
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
         start = "random start" if m.random_start else "no random start (FGSM)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,7 +64,9 @@ class Run:
         self.config, self.ranks = config, ranks
         for field in ("train", "val"):
             if getattr(config.data, field) is None:
-                raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
+                raise ValueError(
+                    f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder"
+                )
         self.device = _device(config.run.device, ranks)
         self.amp = _amp(config.run.amp, self.device)
         if config.run.torch_threads:
@@ -80,7 +81,9 @@ class Run:
         self.spec = plan_spec(config, ranks)
 
         torch.manual_seed(config.seed)
-        self.model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=config.data.size)
+        self.model = build(
+            config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=config.data.size
+        )
         if config.model.init:
             load_plain(self.model, _read_plain(config.model.init))
         self.model.to(self.device)
@@ -160,7 +163,9 @@ class Run:
             record |= {f"val_{k}": v for k, v in self.last.items()}
             if self.last["top1"] > self.best["top1"]:
                 self.best = {"top1": self.last["top1"], "epoch": epoch}
-            self._say(f"epoch {epoch}: top-1 {self.last['top1']:.2%}, top-5 {self.last['top5']:.2%}, loss {self.last['loss']:.4f}")
+            self._say(
+                f"epoch {epoch}: top-1 {self.last['top1']:.2%}, top-5 {self.last['top5']:.2%}, loss {self.last['loss']:.4f}"
+            )
         self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self.log.record(self.done, record | {"epoch": epoch})
         self._save()
@@ -247,7 +252,9 @@ class Run:
             },
         )
         if metrics["skipped"]:
-            self._say(f"step {self.done}: {metrics['skipped']:.0f} of the last {steps:.0f} steps were not finite and were skipped")
+            self._say(
+                f"step {self.done}: {metrics['skipped']:.0f} of the last {steps:.0f} steps were not finite and were skipped"
+            )
         if metrics["skipped_in_a_row"] >= self.config.run.max_skipped:
             bad = [k for k in KINDS if metrics[f"nonfinite_{k}"]]
             raise NonFinite(
@@ -297,7 +304,9 @@ class Run:
             try:
                 self.checkpoints.save(self.done, state, meta)
             except OSError as e:
-                self._say(f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on")
+                self._say(
+                    f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on"
+                )
         self.ranks.barrier()
 
     def _resume(self) -> None:
@@ -327,7 +336,9 @@ class Run:
             return
         print(summary, flush=True)
         if self.config.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds an earlier run and is never overwritten: use resume=auto, another name or seed")
+            raise ValueError(
+                f"{self.folder} holds an earlier run and is never overwritten: use resume=auto, another name or seed"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "config.yaml").exists():
             (self.folder / "config.yaml").write_text(self.config.to_yaml())
@@ -403,7 +414,9 @@ def _same_run(config: Config, saved: Config, path: Path) -> None:
 
 def _device(wanted: str, ranks: Ranks) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
+        raise ValueError(
+            "run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks.local_rank)
