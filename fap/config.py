@@ -144,9 +144,7 @@ class MethodConfig(Section):
         if self.reuses_gradient and self.attack_steps != 1:
             raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
         if self.combine == "mean" and self.sync:
-            raise ValueError(
-                "method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false"
-            )
+            raise ValueError("method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false")
         return self
 
     @property
@@ -258,9 +256,7 @@ class Config(Section):
                 f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of method.group = {self.method.group}"
             )
         if self.data.mix and self.method.name == "advprop":
-            raise ValueError(
-                "data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows"
-            )
+            raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
         for field in ("scale", "ratio"):
             low, high = getattr(self.data, field)
             if low > high:

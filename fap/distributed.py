@@ -63,6 +63,9 @@ class Ranks:
             dist.barrier()
 
 
+ONE_RANK = Ranks()
+
+
 def connect(device_type: str) -> Ranks:
     """The ranks of this run: those of torchrun's environment, or a single one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))

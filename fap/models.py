@@ -53,15 +53,11 @@ def plain(name: str, num_classes: int) -> nn.Module:
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
         return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
     if name in torchvision.models.list_models(module=torchvision.models):
-        kwargs: dict[str, Any] = (
-            {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        )
+        kwargs: dict[str, Any] = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
     if timm.is_model(name.removeprefix("timm/")):
         return timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
-    raise ValueError(
-        f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD"
-    )
+    raise ValueError(f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD")
 
 
 def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
@@ -128,9 +124,7 @@ class _StemConv(torch.autograd.Function):
         c, rows = ctx.conv, ctx.rows
         geometry = (c.stride, c.padding, c.dilation, False, [0, 0], c.groups)
         bias_sizes = [len(weight)] if ctx.has_bias else None
-        _, gw, gb = torch.ops.aten.convolution_backward(
-            gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias]
-        )
+        _, gw, gb = torch.ops.aten.convolution_backward(gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias])
         gx, _, _ = torch.ops.aten.convolution_backward(gy[rows], x[rows], weight, None, *geometry, [True, False, False])
         return None, gx, gw, gb, None, None
 
@@ -155,12 +149,7 @@ def _install_stem(model: nn.Module, size: int) -> None:
         model.train(mode)
         for hook in hooks:
             hook.remove()
-    if (
-        len(seen) == 1
-        and type(seen[0]) is nn.Conv2d
-        and isinstance(seen[0].padding, tuple)
-        and seen[0].padding_mode == "zeros"
-    ):
+    if len(seen) == 1 and type(seen[0]) is nn.Conv2d and isinstance(seen[0].padding, tuple) and seen[0].padding_mode == "zeros":
         stem = seen[0]
         stem.__class__ = StemConv2d
         assert isinstance(stem, StemConv2d)

@@ -113,9 +113,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, aux_weight: Tensor, aux_bias: Tensor,
                 norm: DualBatchNorm2d, groups: tuple[Group, ...]) -> Tensor:  # fmt: skip
-        memory_format = (
-            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
+        memory_format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         x = x.contiguous(memory_format=memory_format)
         y = torch.empty_like(x, memory_format=memory_format)
         stats = weight.new_empty(2, len(groups), x.shape[1])
@@ -172,9 +170,7 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
                     "BatchNormAct2d can be given an auxiliary twin"
                 )
     if not found:
-        raise ValueError(
-            f"model: {type(model).__name__} has no batch norm, so there is nothing for AdvProp to duplicate"
-        )
+        raise ValueError(f"model: {type(model).__name__} has no batch norm, so there is nothing for AdvProp to duplicate")
     return model
 
 

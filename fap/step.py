@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fap import attack
 from fap.config import Config
-from fap.distributed import Ranks
+from fap.distributed import ONE_RANK, Ranks
 from fap.flat import Flat
 from fap.models import stem_of
 from fap.norm import Group, set_groups
@@ -102,15 +102,15 @@ class Step:
         self,
         model: nn.Module,
         config: Config,
-        ranks: Ranks = Ranks(),
+        ranks: Ranks = ONE_RANK,
         *,
         amp: Literal["off", "fp16", "bf16"] = "off",
     ):
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group):
             raise ValueError(
-                f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups of {method.group} rows on each "
-                f"of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
+                f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups of {method.group} rows on "
+                f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
         self.flat = Flat(model)
@@ -293,9 +293,7 @@ class Step:
         if block.kind == "clean" and self.config.data.mix:
             partner = labels[self.inputs.mix_partner[block.start : block.stop]]
             lam = self.inputs.mix_lam.to(each.dtype)
-            each = lam * each + (1 - lam) * F.cross_entropy(
-                logits, partner, reduction="none", label_smoothing=smoothing
-            )
+            each = lam * each + (1 - lam) * F.cross_entropy(logits, partner, reduction="none", label_smoothing=smoothing)
         with torch.no_grad():
             finite = each.isfinite()
             k = 4 * KINDS.index(block.kind)
@@ -339,9 +337,7 @@ class Step:
         if self.config.data.mix == "mixup":
             return torch.lerp(partner, images, self.inputs.mix_lam.to(self.dtype)), labels
         top, left, bottom, right = self.inputs.mix_box
-        inside = ((self.pixels >= top) & (self.pixels < bottom))[:, None] & (
-            (self.pixels >= left) & (self.pixels < right)
-        )
+        inside = ((self.pixels >= top) & (self.pixels < bottom))[:, None] & ((self.pixels >= left) & (self.pixels < right))
         return torch.where(inside, partner, images), labels
 
     def _adv_source(self) -> tuple[Tensor, Tensor]:

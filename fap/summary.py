@@ -20,8 +20,7 @@ def describe(config: Config, budget: Budget, step: Step, ranks: Ranks) -> str:
     lines.append(f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}")
     groups = config.optim.clean_batch // m.group
     lines.append(
-        f"BN groups  {groups} main of {m.group} rows"
-        + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else "")
+        f"BN groups  {groups} main of {m.group} rows" + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else "")
     )
     if m.eps_255 is not None:
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
@@ -43,5 +42,5 @@ def _shuffle(config: Config, ranks: Ranks) -> str:
     if m.shuffle == "off":
         return "off"
     if reach < 2:
-        return f"{m.shuffle}, WITHOUT EFFECT: only {reach} auxiliary group within reach; batch statistics may leak labels (section 4.3)"
+        return f"{m.shuffle}, WITHOUT EFFECT: only {reach} auxiliary group in reach; statistics may leak labels (section 4.3)"
     return f"{m.shuffle}: adversarial rows change places among {reach} groups"

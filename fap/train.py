@@ -18,7 +18,7 @@ import pipelines
 from fap.budget import budget
 from fap.checkpoint import Checkpoints
 from fap.config import Config, make_config
-from fap.distributed import Ranks
+from fap.distributed import ONE_RANK, Ranks
 from fap.evaluate import evaluate
 from fap.graph import runner
 from fap.log import Log, versions
@@ -59,14 +59,12 @@ class StopSignal:
 class Run:
     """One training run in `<run.dir>/<name>/seed<k>`. Raises ValueError for users' mistakes before anything is written."""
 
-    def __init__(self, config: Config, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    def __init__(self, config: Config, ranks: Ranks = ONE_RANK) -> None:
         self.started = time.perf_counter()
         self.config, self.ranks = config, ranks
         for field in ("train", "val"):
             if getattr(config.data, field) is None:
-                raise ValueError(
-                    f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder"
-                )
+                raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
         self.device = _device(config.run.device, ranks)
         self.amp = _amp(config.run.amp, self.device)
         if config.run.torch_threads:
@@ -152,8 +150,8 @@ class Run:
         if record.get("epoch_acc_adv", 0) > record.get("epoch_acc_clean", 1):
             record["leak"] = 1.0
             self._say(
-                f"warning: epoch {epoch}: training accuracy of adversarial rows ({record['epoch_acc_adv']:.1%}) is above that of "
-                f"clean rows ({record['epoch_acc_clean']:.1%}): batch statistics leak the labels (section 4.3); see method.shuffle"
+                f"warning: epoch {epoch}: training accuracy of adversarial rows ({record['epoch_acc_adv']:.1%}) is above that "
+                f"of clean rows ({record['epoch_acc_clean']:.1%}): batch statistics leak labels (section 4.3); see method.shuffle"
             )
         if self.done == self.steps or epoch % self.config.run.eval_every == 0:
             try:
@@ -304,9 +302,7 @@ class Run:
             try:
                 self.checkpoints.save(self.done, state, meta)
             except OSError as e:
-                self._say(
-                    f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on"
-                )
+                self._say(f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on")
         self.ranks.barrier()
 
     def _resume(self) -> None:
@@ -385,7 +381,7 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.dir) / config.name / f"seed{config.seed}"
 
 
-def plan_spec(config: Config, ranks: Ranks = Ranks()) -> pipelines.PlanSpec:  # noqa: B008
+def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     """The plan of a run: global rows per step, groups, augmentation and the scope of the shuffle."""
     method, data, rows = config.method, config.data, config.optim.clean_batch
     groups = rows // method.group if method.adv_group else 0
@@ -414,9 +410,7 @@ def _same_run(config: Config, saved: Config, path: Path) -> None:
 
 def _device(wanted: str, ranks: Ranks) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU"
-        )
+        raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks.local_rank)

@@ -57,9 +57,7 @@ def open_loader(
     try:
         back_end = getattr(import_module(f".{module}", __name__), cls)
     except ImportError as error:
-        raise ImportError(
-            f"pipeline = {name!r} needs a package that is missing ({error}): {install}"
-        ) from error
+        raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
     extra: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if name == "dali" else {}
     loader: Loader = back_end(store, size=size, device=device, threads=threads, prefetch=prefetch, **extra)
     return loader

@@ -29,9 +29,7 @@ def test_epochs_and_milestones_of_the_paper(method: dict, epochs: int, milestone
     assert milestones in (None, b.milestones)
 
 
-@pytest.mark.parametrize(
-    ("vanilla", "fast"), [((180, 60, 120), (150, 50, 100)), ((210, 75, 150, 180), (175, 62, 125, 150))]
-)
+@pytest.mark.parametrize(("vanilla", "fast"), [((180, 60, 120), (150, 50, 100)), ((210, 75, 150, 180), (175, 62, 125, 150))])
 def test_mixup_and_cutmix(vanilla: tuple[int, ...], fast: tuple[int, ...]) -> None:
     b = budget(make_config({"budget": {"epochs": vanilla[0], "milestones": vanilla[1:]}}), IMAGENET)
     assert (b.epochs, *b.milestones) == fast
@@ -49,9 +47,7 @@ def test_image_passes_count_every_forward_and_backward() -> None:
 def test_learning_rate_at_milestones_and_in_the_warm_up() -> None:
     b = budget(make_config({"optim": {"clean_batch": 512}}), 10 * 640)
     assert b.steps_per_epoch == 10
-    assert [b.lr_at(s) for s in (0, 249, 250, 500, 750, 830, 869)] == pytest.approx(
-        [0.2, 0.2, 0.02, 2e-3, 2e-4, 2e-5, 2e-5]
-    )
+    assert [b.lr_at(s) for s in (0, 249, 250, 500, 750, 830, 869)] == pytest.approx([0.2, 0.2, 0.02, 2e-3, 2e-4, 2e-5, 2e-5])
     b = budget(make_config({"optim": {"warmup_epochs": 2}}), 3200)
     assert [b.lr_at(s) for s in (0, 9, 19, 20)] == pytest.approx([0.005, 0.05, 0.1, 0.1])
 

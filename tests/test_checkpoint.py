@@ -178,9 +178,7 @@ for step in (1, 2):  # over the old file as well as beside it
 kept.save(3, {"w": torch.zeros(10)}, {"step": 3}) if sys.argv[2] == "go on" else None
 """
     for then, step in (("stop", 1), ("go on", 3)):
-        result = subprocess.run(
-            [sys.executable, "-c", child, tmp_path, then], capture_output=True, text=True, check=True
-        )
+        result = subprocess.run([sys.executable, "-c", child, tmp_path, then], capture_output=True, text=True, check=True)
         assert result.stdout.count("told: [Errno 27]") == 2
         assert os.listdir(tmp_path) == [f"step_{step:08d}.safetensors"]
         _, tensors, meta = Checkpoints(tmp_path).newest() or pytest.fail("no checkpoint")
