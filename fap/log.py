@@ -1,0 +1,130 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or, where there is no terminal, plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Log:
+    """The log of one run in `folder`, continued after step `done` of `steps`; `quiet` (ranks > 0): none at all.
+
+    A full disk costs records, never the run. Shown as progress: `progress(values)`, and when the last step is due.
+    """
+
+    def __init__(self, folder: str | Path, done: int, steps: int, *, quiet: bool = False, out: TextIO | None = None):
+        self.done, self.steps, self.quiet = done, steps, quiet
+        self.out, self.started = out or sys.stdout, time.monotonic()
+        self.bar: tqdm[Any] | None = None
+        if quiet:
+            return
+        self.file = open(Path(folder) / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        trim(self.file.name, done)
+        self.board: SummaryWriter | None = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
+        if self.out.isatty():
+            self.bar = tqdm(total=steps, initial=done, file=self.out, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics of the steps since the last call: recorded, and shown as progress."""
+        self.record(step, values, "steps")
+        if self.bar is not None:
+            self.bar.set_postfix_str(progress(values), refresh=False)
+            self.advance(step)
+        else:
+            seconds = (time.monotonic() - self.started) / max(1, step - self.done) * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  {progress(values)}  ETA {tqdm.format_interval(seconds)}")
+
+    def advance(self, step: int) -> None:
+        """Move the bar, if there is one; cheap enough for every step."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def say(self, message: str) -> None:
+        """A line for the user; the bar stays below it."""
+        if self.bar is not None:
+            self.bar.write(message, file=self.out)
+        elif not self.quiet:
+            print(message, file=self.out, flush=True)
+
+    def close(self) -> None:
+        if not self.quiet:
+            self.file.close()
+            self._on_board(SummaryWriter.close)
+        if self.bar is not None:
+            self.bar.close()
+
+    def record(self, step: int, values: Mapping[str, float], group: str = "epochs") -> None:
+        """Metrics of an epoch: recorded only. `group` heads their names in TensorBoard."""
+        if self.quiet:
+            return
+        finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("only a part of it could be written")
+        except OSError as error:
+            self.file.truncate(end)  # half a record would spoil the next one
+            self.say(f"warning: no record of step {step} in {self.file.name}: {error}")
+        for name, value in values.items():
+            self._on_board(SummaryWriter.add_scalar, f"{group}/{name}", float(value), step)
+
+    def _on_board(self, method: Callable[..., None], *args: Any) -> None:
+        try:
+            if self.board is not None:
+                method(self.board, *args)
+        except OSError as error:  # its thread does not come back
+            self.board = None
+            self.say(f"warning: TensorBoard is off from here on: {error}")
+
+
+def progress(values: Mapping[str, float]) -> str:
+    """`epoch 1.25  clean 2.301 45.0%  noise ...  adv ...  1,234 image passes/s`, of the values there are."""
+    parts = [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
+    for kind in ("clean", "noise", "adv"):
+        if f"loss_{kind}" in values:
+            parts.append(f"{kind} {values[f'loss_{kind}']:.3f} {values[f'acc_{kind}']:.1%}")
+    if "image_passes_per_second" in values:
+        parts.append(f"{values['image_passes_per_second']:,.0f} image passes/s")
+    return "  ".join(parts)
+
+
+def trim(path: str | Path, step: int) -> None:
+    """Cut a metrics.jsonl before the first record of a later step or the first torn one."""
+    kept = 0
+    with open(path, "rb") as lines, contextlib.suppress(ValueError, LookupError, TypeError):  # no record at all
+        while (line := lines.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on, the device, and the source's commit (`-dirty`: changed; None: no git)."""
+    found = {d.name: d.version for d in distributions()}
+    names = ["torch", "torchvision", "timm", "numpy", "ffcv", *(n for n in found if n.startswith("nvidia-dali"))]
+    git = "git ls-files --error-unmatch log.py >&2 && git describe --always --dirty --abbrev=40 --exclude='*'"
+    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return {
+        "python": sys.version.split()[0],
+        **{name: found.get(name) for name in names},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu[1] if cpu else "cpu",
+        "commit": commit.strip() or None,
+    }
