@@ -50,6 +50,7 @@ def open_loader(
     """Open a back end for plans of `size` pixels. `threads`: None is every core this process may use.
 
     `prefetch` is in batches; `hw_decoder_load` the share of DALI's JPEGs given to the hardware decoder.
+    `reference` needs none of the three.
     """
     if name not in BACK_ENDS:
         raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")
@@ -58,6 +59,8 @@ def open_loader(
         back_end = getattr(import_module(f".{module}", __name__), cls)
     except ImportError as error:
         raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
-    extra: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if name == "dali" else {}
-    loader: Loader = back_end(store, size=size, device=device, threads=threads, prefetch=prefetch, **extra)
+    options: dict[str, Any] = {} if name == "reference" else {"threads": threads, "prefetch": prefetch}
+    if name == "dali":
+        options["hw_decoder_load"] = hw_decoder_load
+    loader: Loader = back_end(store, size=size, device=device, **options)
     return loader

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
-from .plan import EpochPlan
+from .plan import PADDING, EpochPlan
+from .store import Store
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,31 @@ class Loader(Protocol):
     def close(self) -> None:
         """Release threads and buffers."""
         ...
+
+
+def check_plan(plan: EpochPlan, store: Store, size: int) -> None:
+    """Every loader's first act: a plan drawn for another store must not reach outside its images.
+
+    Raises:
+        ValueError: the plan's size is not `size`, or its rows do not fit the store's images.
+    """
+    if plan.spec.size != size:
+        raise ValueError(f"plan of size {plan.spec.size}: the loader was opened for size = {size}")
+    real = plan.index != PADDING
+    index = plan.index[real]
+    top, left, height, width = plan.window[real].T.astype(np.int32)
+    fits = not index.size or int(index.max()) < len(store)
+    if fits and plan.spec.crop == "pad":
+        fits = bool((height == size).all() and (width == size).all())
+    elif fits:
+        fits = bool((np.minimum(top, left) >= 0).all() and (np.minimum(height, width) > 0).all())
+        fits &= bool((top + height <= store.heights[index]).all())
+        fits &= bool((left + width <= store.widths[index]).all())
+    if not fits:
+        raise ValueError(f"plan: it was not drawn for the images of {store.path}")
+
+
+def labels_of(plan: EpochPlan, step: int, store: Store) -> np.ndarray:
+    """int64 (B,), -1 for padding rows."""
+    index = plan.index[step]
+    return np.where(index == PADDING, -1, store.labels[np.where(index == PADDING, 0, index)])

@@ -1,0 +1,248 @@
+"""Execute an epoch plan on CPU cores: FFCV's C++ JPEG decoder, our own area resize, a pool of threads.
+
+A thread reads, decodes and resizes row by row: the decoded image stays in its cache, and only the window is
+resized.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+
+from .batch import Batch, check_plan, labels_of
+from .plan import PADDING, EpochPlan
+from .store import JPG, DamagedData, Store
+
+ROWS_PER_TASK = 8
+
+
+def _load_decoder() -> Any:
+    """libffcv's `imdecode`: 0, or -1 on any error or warning of TurboJPEG.
+
+    Loaded without `import ffcv`, which takes seconds and sets torch's threads to 1.
+    """
+    spec = importlib.util.find_spec("ffcv")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    found = [file for folder in folders for file in sorted(Path(folder).glob("_libffcv*.so"))]
+    if not found:
+        raise ImportError("no module named 'ffcv' with its native library")
+    function = ctypes.CDLL(str(found[0])).imdecode
+    # source, bytes, height, width; target, crop height, width, x, y, scale numerator, denominator, crop?, flip?
+    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
+    function.argtypes += [ctypes.c_void_p, *[ctypes.c_uint32] * 6, ctypes.c_bool, ctypes.c_bool]
+    return function
+
+
+_imdecode = _load_decoder()
+# the cache lies beside this file: compiled once per machine, not once per run
+_jit: Any = partial(njit, nogil=True, cache=True, fastmath=True)
+
+IMAGE_IN = types.Array(types.uint8, 3, "C", readonly=True)
+IMAGE_OUT = types.Array(types.uint8, 3, "C")
+
+
+@_jit()
+def _taps(start, extent, limit, n_out):  # type: ignore[no-untyped-def]
+    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out)."""
+    step = extent / n_out
+    n_taps = int(np.ceil(step)) + 1
+    first = np.empty(n_out, np.int64)
+    weight = np.zeros((n_taps, n_out), np.float32)
+    for x in range(n_out):
+        low = start + x * step
+        first[x] = min(int(low), limit - 1)
+        total = 0.0
+        for k in range(n_taps):
+            pixel = first[x] + k
+            share = min(low + step, pixel + 1.0) - max(low, float(pixel))
+            if share > 1e-6 and pixel < limit:
+                weight[k, x] = share
+                total += share
+        for k in range(n_taps):
+            weight[k, x] /= total
+    return first, weight
+
+
+@_jit(types.void(IMAGE_IN, *[types.float64] * 4, types.boolean, IMAGE_OUT))
+def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
+    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded."""
+    stride, n = 3 * source.shape[1], 3 * out.shape[1]
+    ys, wy = _taps(top, height, source.shape[0], out.shape[0])
+    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1])
+    # one entry per channel value: the inner loops then run over contiguous memory and vectorise
+    at = np.empty(n, np.uint32)
+    wx = np.empty((len(wx_pixel), n), np.float32)
+    begin = 3 * xs[0]
+    for x in range(out.shape[1]):
+        target = 3 * (out.shape[1] - 1 - x if flip else x)
+        for c in range(3):
+            at[target + c] = 3 * xs[x] + c - begin
+            for k in range(len(wx)):
+                wx[k, target + c] = wx_pixel[k, x]
+    end = 3 * (xs[-1] + len(wx))
+    line = np.zeros(end - begin, np.float32)  # zeros behind the image's edge: weight 0 reads them
+    span = min(end, stride) - begin
+    values = np.empty(n, np.float32)
+    pixels, result = source.reshape(-1), out.reshape(-1)
+    for y in range(out.shape[0]):
+        for k in range(len(wy)):
+            w, base = wy[k, y], (ys[y] + k) * stride + begin
+            if k == 0:
+                row = pixels[base : base + span]
+                for i in range(span):
+                    line[i] = w * np.float32(row[i])
+            elif w > 0:
+                row = pixels[base : base + span]
+                for i in range(span):
+                    line[i] += w * np.float32(row[i])
+        for j in range(n):
+            values[j] = np.float32(0.5) + wx[0, j] * line[at[j]]
+        for k in range(1, len(wx)):
+            shift = np.uint32(3 * k)
+            for j in range(n):
+                values[j] += wx[k, j] * line[at[j] + shift]
+        row_out = result[y * n : (y + 1) * n]
+        for j in range(n):
+            row_out[j] = np.uint8(np.int32(values[j]))
+
+
+@_jit(types.void(IMAGE_IN, types.int64, types.int64, types.boolean, IMAGE_OUT))
+def _copy(source, top, left, flip, out):  # type: ignore[no-untyped-def]
+    """The window of out's size at (top, left) of source; zeros outside it."""
+    side = out.shape[1]
+    for y in range(out.shape[0]):
+        for x in range(side):
+            i, j, target = top + y, left + x, side - 1 - x if flip else x
+            inside = 0 <= i < source.shape[0] and 0 <= j < source.shape[1]
+            for c in range(3):
+                out[y, target, c] = source[i, j, c] if inside else 0
+
+
+class FfcvLoader:
+    """See `Loader`. `threads`: None is every core this process may use; `prefetch` batches are in the making."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        size: int,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        prefetch: int = 3,
+    ) -> None:
+        if prefetch < 1 or (threads is not None and threads < 1):
+            raise ValueError(f"threads = {threads}, prefetch = {prefetch}: must be at least 1")
+        self.store, self.size, self.device, self.prefetch = store, size, torch.device(device), prefetch
+        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "ffcv-loader")
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
+        """See `Loader.load`.
+
+        Raises:
+            ValueError: the plan's size is another, or its windows do not fit this store's images.
+        """
+        check_plan(plan, self.store, self.size)
+        return self._load(plan, start_step)
+
+    def _load(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
+        shape = (plan.index.shape[1], self.size, self.size, 3)
+        cuda = _CudaCopies(shape, self.device) if self.device.type == "cuda" else None
+        pin = cuda is not None
+        free = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(self.prefetch + 1))
+        flying: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+        to_start = iter(range(start_step, len(plan)))
+        try:
+            for step in range(start_step, len(plan)):
+                while free and (ahead := next(to_start, None)) is not None:
+                    slot = free.popleft()
+                    flying.append((slot, self._submit(plan, ahead, slot.numpy())))
+                for task in flying[0][1]:
+                    task.result()
+                slot, _ = flying.popleft()
+                images, labels = slot, torch.from_numpy(labels_of(plan, step, self.store))
+                if cuda is not None:
+                    images, labels = cuda.copy(slot, labels)
+                yield Batch(images.permute(0, 3, 1, 2), labels, step)
+                if cuda is not None:
+                    cuda.stream.synchronize()  # the copy out of the slot
+                free.append(slot)
+        finally:
+            tasks = [task for _, batch in flying for task in batch]
+            wait([task for task in tasks if not task.cancel()])
+
+    def _submit(self, plan: EpochPlan, step: int, out: np.ndarray) -> list[Future[None]]:
+        starts = range(0, len(out), ROWS_PER_TASK)
+        return [self._pool.submit(self._rows, plan, step, slice(a, a + ROWS_PER_TASK), out) for a in starts]
+
+    def _rows(self, plan: EpochPlan, step: int, rows: slice, out: np.ndarray) -> None:
+        index, flips = plan.index[step, rows].tolist(), plan.flip[step, rows].tolist()
+        windows = plan.window[step, rows].tolist()
+        for i, (top, left, height, width), flip, target in zip(index, windows, flips, out[rows], strict=True):
+            if i == PADDING:
+                target.fill(0)
+            elif height == width == self.size:
+                _copy(self._image(i, 1), top, left, flip, target)
+            else:
+                # the decoder halves the image for less work, the box filter does the rest
+                halve = min(height, width) >= 2 * self.size and self.store.modes[i] == JPG
+                by = 2 if halve else 1
+                _area(self._image(i, by), top / by, left / by, height / by, width / by, flip, target)
+
+    def _image(self, index: int, divisor: int) -> np.ndarray:
+        """One decoded sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3); valid until this thread's next."""
+        encoded = self.store.read(index)
+        height, width = int(self.store.heights[index]), int(self.store.widths[index])
+        if self.store.modes[index] != JPG:
+            return encoded.reshape(height, width, 3)
+        shape = (-(-height // divisor), -(-width // divisor), 3)
+        n = shape[0] * shape[1] * 3
+        scratch: np.ndarray | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.size < n:
+            scratch = self._local.scratch = np.empty(n, np.uint8)
+        source, target = encoded.ctypes.data, scratch.ctypes.data
+        scale = (1, divisor)
+        if _imdecode(source, encoded.size, height, width, target, height, width, 0, 0, *scale, False, False):
+            raise DamagedData(f"{self.store.path}: sample {index}: the JPEG does not decode cleanly")
+        return scratch[:n].reshape(shape)
+
+
+class _CudaCopies:
+    """Copies into two device buffers in turn, on a side stream.
+
+    A buffer is overwritten only after the work that the consumer queued on its last batch (event `used[0]`).
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.images = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.labels = [torch.empty(shape[:1], dtype=torch.int64, device=device) for _ in range(2)]
+        self.used: deque[torch.cuda.Event] = deque(maxlen=2)
+        self.turn = 0
+
+    def copy(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.used.append(current.record_event())
+        self.stream.wait_event(self.used[0])
+        self.turn ^= 1
+        with torch.cuda.stream(self.stream):
+            self.images[self.turn].copy_(images, non_blocking=True)
+            self.labels[self.turn].copy_(labels.pin_memory(), non_blocking=True)
+        current.wait_stream(self.stream)
+        return self.images[self.turn], self.labels[self.turn]

@@ -1,0 +1,68 @@
+"""The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, one row at a time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .batch import Batch, check_plan, labels_of
+from .plan import PADDING, EpochPlan
+from .store import JPG, DamagedData, Store
+
+
+def area_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """(n_out, n_in): how much of each output pixel's box every input pixel covers. Shrinks and enlarges.
+
+    Rows sum to 1: the resize of all loaders is `area_matrix @ image @ area_matrix.T`, rounded to nearest.
+    """
+    edges = np.arange(n_out + 1)[:, None] * (n_in / n_out)
+    pixels = np.arange(n_in)
+    covered = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return np.maximum(covered, 0) * (n_out / n_in)
+
+
+def crop_resize(image: np.ndarray, window: np.ndarray, size: int) -> np.ndarray:
+    """The window (top, left, height, width) of image (H, W, 3) at (size, size, 3); zeros outside the image."""
+    top, left, height, width = map(int, window)
+    margin = max(0, -top, -left, top + height - image.shape[0], left + width - image.shape[1])
+    padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+    crop = padded[top + margin : top + margin + height, left + margin : left + margin + width]
+    resized = np.einsum("yh,hwc,xw->yxc", area_matrix(height, size), crop, area_matrix(width, size), optimize=True)
+    return np.floor(resized + 0.5).astype(np.uint8)
+
+
+class ReferenceLoader:
+    """See `Loader`. One thread, no prefetch."""
+
+    def __init__(self, store: Store, *, size: int, device: torch.device | str = "cpu") -> None:
+        self.store, self.size, self.device = store, size, torch.device(device)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
+        """See `Loader.load`."""
+        check_plan(plan, self.store, self.size)
+        for step in range(start_step, len(plan)):
+            rows = [self._row(plan, step, row) for row in range(plan.index.shape[1])]
+            images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(self.device)
+            yield Batch(images, torch.from_numpy(labels_of(plan, step, self.store)).to(self.device), step)
+
+    def _row(self, plan: EpochPlan, step: int, row: int) -> np.ndarray:
+        index = int(plan.index[step, row])
+        if index == PADDING:
+            return np.zeros((self.size, self.size, 3), np.uint8)
+        encoded = self.store.read(index)
+        if self.store.modes[index] == JPG:
+            try:
+                image = np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+            except OSError as error:
+                raise DamagedData(f"{self.store.path}: sample {index}: {error}") from error
+        else:
+            image = encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
+        out = crop_resize(image, plan.window[step, row], self.size)
+        return out[:, ::-1] if plan.flip[step, row] else out
