@@ -64,7 +64,7 @@ def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> 
     """A converted, channels_last model whose logits are (B, num_classes) for (B, 3, size, size) images."""
     model = convert(plain(name, num_classes), aux)
     _install_stem(model, size)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last)
 
 
 def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -119,7 +119,7 @@ class _StemConv(torch.autograd.Function):
         return conv._conv_forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         c, rows = ctx.conv, ctx.rows
         geometry = (c.stride, c.padding, c.dilation, False, [0, 0], c.groups)

@@ -129,7 +129,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, aux_weight, stats = ctx.saved_tensors
         gy = gy.contiguous(memory_format=ctx.memory_format)
         gx = torch.empty_like(x, memory_format=ctx.memory_format)
@@ -147,7 +147,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
             of_bn = [k for k, g in enumerate(ctx.groups) if g.bn == bn]
             # The groups of one norm are consecutive in every pass, so this is a view.
             assert of_bn == list(range(of_bn[0], of_bn[-1] + 1))
-            grads[bn] = tuple(affine[:, of_bn[0] : of_bn[-1] + 1].sum(1))  # type: ignore[assignment]
+            grads[bn] = tuple(affine[:, of_bn[0] : of_bn[-1] + 1].sum(1))
         return gx, *grads["main"], *grads["aux"], None, None
 
 
@@ -162,6 +162,7 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) in (nn.BatchNorm2d, BatchNormAct2d):
+                assert isinstance(child, nn.BatchNorm2d)
                 setattr(parent, name, DualBatchNorm2d(child, shared, aux))
                 found += 1
             elif isinstance(child, nn.modules.batchnorm._NormBase) or "BatchNorm" in type(child).__name__:

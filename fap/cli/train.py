@@ -20,17 +20,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml "
         "data.train=train.beton data.val=val.beton --pipeline dali resume=auto",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of the config, e.g. optim.lr=0.2")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="e.g. optim.lr=0.2; any config field")
     parser.add_argument("--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=...")
     args = parser.parse_intermixed_args(argv)
-    config_file, overrides = args.config, list(args.overrides)
-    if config_file is not None and "=" in config_file:
-        config_file, overrides = None, [config_file, *overrides]
+    overrides = [word for word in args.words if "=" in word]
+    files = [word for word in args.words if "=" not in word]
     if args.pipeline:
         overrides.append(f"data.pipeline={args.pipeline}")
     try:
-        config = load_config(config_file, overrides)
+        if len(files) > 1:
+            raise ValueError(f"one CONFIG.yaml at most, found {', '.join(files)}; other words must be key=value")
+        config = load_config(files[0] if files else None, overrides)
         ranks = connect("cpu" if config.run.device == "cpu" else _available())
         result = Run(config, ranks).train()
     except Interrupted as e:
