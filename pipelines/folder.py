@@ -20,10 +20,12 @@ from tqdm import tqdm
 from .store import JPG, DamagedData, Store, jpeg_sides
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-THREADS = 16  # they wait for the disk, not for a core
-CHUNK = 256  # files
+THREADS, CHUNK = 16, 256  # threads that wait for the disk, files of one task
 HEAD = 65536  # bytes that nearly always hold a JPEG's frame header
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+
+File = tuple[str, int, int]  # path below the folder, bytes, mtime in ns
+Sides = tuple[int, int]  # height, width in pixels
 
 
 class FolderStore(Store):
@@ -75,8 +77,8 @@ class FolderStore(Store):
     def close(self) -> None:
         """No file stays open."""
 
-    def _list(self, name: str) -> list[tuple[str, int, int]]:
-        """(path below the folder, bytes, mtime in ns) of every image of a class."""
+    def _list(self, name: str) -> list[File]:
+        """Every image of a class."""
         files = []
         for root, _, names in sorted(os.walk(self.path / name, followlinks=True)):
             for path in (os.path.join(root, n) for n in sorted(names) if n.lower().endswith(EXTENSIONS)):
@@ -84,50 +86,35 @@ class FolderStore(Store):
                 files.append((os.path.relpath(path, self.path), stat.st_size, stat.st_mtime_ns))
         return files
 
-    def _scan(self, pool: ThreadPoolExecutor, files: list[tuple[str, int, int]]) -> list[tuple[int, int]]:
-        """(height, width) from the cached index; only the headers of new and changed files are read."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fap"
-        key = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:16]
-        places = self.path / ".fap-index.npz", cache / f"{key}.npz"  # the second if the folder is read-only
-        known: dict[tuple[str, int, int], tuple[int, int]] = {}
+    def _scan(self, pool: ThreadPoolExecutor, files: list[File]) -> list[Sides]:
+        """Sides from the cached index; only the headers of new and changed files are read."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fap"  # if the folder is read-only
+        places = self.path / ".fap-index.npz", cache / f"{hashlib.sha256(bytes(self.path.resolve())).hexdigest()}.npz"
+        known: dict[File, Sides] = {}
         for place in places:
-            try:
-                with np.load(place, allow_pickle=False) as index:
-                    names, table = os.fsdecode(index["names"].tobytes()).split("\0"), index["table"].tolist()
-                known |= {(n, size, mtime): (h, w) for n, (size, mtime, h, w) in zip(names, table, strict=True)}
-            except Exception:  # missing, cut short, foreign: an index can always be made again
-                continue
+            with contextlib.suppress(Exception), np.load(place) as index:  # bad or missing: it is made again
+                rows = zip(index["names"].tolist(), index["table"].tolist(), strict=True)
+                known |= {(name, size, mtime): (h, w) for name, (size, mtime, h, w) in rows}
         new = [file for file in files if file not in known]
-        with tqdm(total=len(new), desc="image headers", unit=" files", disable=not new) as progress:
-            for part in pool.map(self._sides, (new[i : i + CHUNK] for i in range(0, len(new), CHUNK))):
-                known |= part
-                progress.update(len(part))
+        parts = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
+        for found in tqdm(pool.map(self._sides, parts), "image headers", len(parts), unit_scale=CHUNK, disable=not new):
+            known |= found
         if bad := [file[0] for file in files if 0 in known[file]]:
             raise ValueError(f"{self.path}: {len(bad)} files are no images, such as {', '.join(bad[:5])}: remove them")
-        if new:
-            names = np.frombuffer(os.fsencode("\0".join(name for name, _, _ in files)), np.uint8)
-            table = np.array([(*file[1:], *known[file]) for file in files], np.int64)
-            for place in places:
-                temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-                with contextlib.suppress(OSError):  # read-only: the next place, or scan again next time
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with open(temporary, "wb") as f:
-                        np.savez(f, names=names, table=table)
-                    os.replace(temporary, place)
-                    break
+        table = np.array([(*file[1:], *known[file]) for file in files], np.int64)
+        for place in places if new else ():
+            temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp.npz")
+            with contextlib.suppress(OSError):  # read-only: the next place, else it is scanned again
+                place.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(temporary, names=np.array([file[0] for file in files]), table=table)
+                os.replace(temporary, place)
+                break
         return [known[file] for file in files]
 
-    def _sides(self, files: list[tuple[str, int, int]]) -> dict[tuple[str, int, int], tuple[int, int]]:
-        """(height, width) from the files' headers; (0, 0) where there is no image."""
-        sides = {}
+    def _sides(self, files: list[File]) -> dict[File, Sides]:
+        """Sides from the files' headers; (0, 0) where there is no image."""
+        sides = dict.fromkeys(files, (0, 0))
         for file in files:
-            try:
-                with open(self.path / file[0], "rb") as f:
-                    found = jpeg_sides(f.read(HEAD))
-                if found is None:
-                    with Image.open(self.path / file[0]) as image:
-                        found = image.height, image.width
-                sides[file] = found
-            except UNREADABLE:
-                sides[file] = 0, 0
+            with contextlib.suppress(*UNREADABLE), open(self.path / file[0], "rb") as f:
+                sides[file] = jpeg_sides(f.read(HEAD)) or Image.open(f.name).size[::-1]
         return sides
