@@ -2,18 +2,23 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
+import zlib
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
+import torchvision
 from torch import Tensor
 
-from fap.checkpoint import Checkpoints, DamagedCheckpoint, load, save
+from fap.checkpoint import Checkpoints, DamagedCheckpoint, load, load_model, save
+from fap.cli.export import main
+from fap.config import make_config
+from fap.models import build
+from fap.norm import norms
 
 META = {"config": {"model": "tiny", "lr": 1e-4}, "epoch": 3, "step": 77, "note": '"crc32":"deadbeef"'}
 
@@ -105,8 +110,6 @@ def test_foreign_and_garbled_files(tmp_path: Path) -> None:
 
 def test_a_false_header_with_a_right_checksum_is_damage(tmp_path: Path) -> None:
     """The checksum is no signature: what passes it by design of an attacker must still not crash."""
-    import zlib
-
     for text in (
         b"{%s}",
         b'{"__metadata__":{%s}}',
@@ -162,10 +165,15 @@ def test_a_damaged_newest_falls_back_saying_so(tmp_path: Path) -> None:
         kept.newest()
 
 
+def in_new_process(script: str, folder: Path) -> str:
+    run = [sys.executable, "-c", script, folder]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes a write fail part-way, as ENOSPC does, without filling a disk."""
     child = """
-import resource, sys, torch
+import os, resource, sys, torch
 from fap.checkpoint import Checkpoints
 kept = Checkpoints(sys.argv[1], keep=1)
 kept.save(1, {"w": torch.ones(1000)}, {"step": 1})
@@ -175,52 +183,97 @@ for step in (1, 2):  # over the old file as well as beside it
         kept.save(step, {"w": torch.zeros(1_000_000)}, {"step": step})
     except OSError as error:
         print("told:", error)
-kept.save(3, {"w": torch.zeros(10)}, {"step": 3}) if sys.argv[2] == "go on" else None
+    assert os.listdir(sys.argv[1]) == ["step_00000001.safetensors"]
+    _, tensors, meta = kept.newest()
+    assert meta == {"step": 1} and tensors["w"].sum() == 1000
+kept.save(3, {"w": torch.zeros(10)}, {"step": 3})
 """
-    for then, step in (("stop", 1), ("go on", 3)):
-        result = subprocess.run([sys.executable, "-c", child, tmp_path, then], capture_output=True, text=True, check=True)
-        assert result.stdout.count("told: [Errno 27]") == 2
-        assert os.listdir(tmp_path) == [f"step_{step:08d}.safetensors"]
-        _, tensors, meta = Checkpoints(tmp_path).newest() or pytest.fail("no checkpoint")
-        assert meta == {"step": step}
-        assert tensors["w"].sum() == (1000 if step == 1 else 0)
-
-
-CHILD = """
-import sys, torch
-from fap.checkpoint import Checkpoints
-torch.set_num_threads(1)
-kept = Checkpoints(sys.argv[1], keep=2)
-found = kept.newest()
-step = found[2]["step"] if found else 0
-print("ready", flush=True)
-while True:
-    step += 1
-    kept.save(step, {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}, {"step": step})
-"""
+    assert in_new_process(child, tmp_path).count("told: [Errno 27]") == 2
+    assert os.listdir(tmp_path) == ["step_00000003.safetensors"]
 
 
 @pytest.mark.slow
 def test_kill_9_while_saving(tmp_path: Path) -> None:
     """At random moments of a loop of nothing but saves, the newest file is whole and the loop carries on."""
-    rng = random.Random(0)
-    last = 0
-    for _ in range(5):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.05, 0.3))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        kept = Checkpoints(tmp_path, say=lambda text: pytest.fail(text))
-        found = kept.newest()
-        if found is None:
-            continue
+    child = """
+import os, random, signal, sys, time, torch
+from fap.checkpoint import Checkpoints
+torch.set_num_threads(1)
+rng, last, cut_off = random.Random(0), 0, 0
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        step = last
+        while True:
+            step += 1
+            tensors = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
+            Checkpoints(sys.argv[1]).save(step, tensors, {"step": step})
+    time.sleep(rng.uniform(0.01, 0.3))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kept = Checkpoints(sys.argv[1], say=sys.exit)  # sys.exit: a damaged file under the final name
+    cut_off += any(name.endswith(".tmp") for name in os.listdir(sys.argv[1]))
+    found = kept.newest()
+    if found:
         _, tensors, meta = found
-        assert meta["step"] >= last
-        assert all((t == meta["step"]).all() for t in tensors.values())
-        assert len(kept.paths()) <= 3  # the two kept and one whose removal was cut off
+        assert meta["step"] >= last and all((t == meta["step"]).all() for t in tensors.values())
+        assert len(kept.paths()) <= 3  # the two kept, and one whose removal was cut off
         last = meta["step"]
-    assert last > 0
-    Checkpoints(tmp_path).save(last + 1, {}, {})
+assert last > 0 and cut_off > 0, (last, cut_off)
+Checkpoints(sys.argv[1]).save(last + 1, {}, {})
+"""
+    in_new_process(child, tmp_path)
     assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["resnet50", "timm/resnet10t"])
+def test_export_loads_into_the_plain_model(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config({"name": "r", "model": {"name": name, "num_classes": 7}, "data": {"size": 64}})
+    model = build(name, 7, size=64).eval()
+    for norm in norms(model):  # main and auxiliary statistics differ, and neither is as initialised
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {"momentum.fc.weight": torch.ones(3)}
+    meta = {"config": config.model_dump(mode="json"), "step": 123, "epoch": 4}
+    save(tmp_path / "c.safetensors", state, meta)
+
+    x = torch.rand(2, 3, 64, 64)
+    again, read = load_model(tmp_path / "c.safetensors")
+    assert read == config
+    assert not again.training
+    assert torch.equal(again(x), model(x))
+
+    out = tmp_path / "plain.safetensors"
+    assert main([str(tmp_path / "c.safetensors"), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "[0.5, 0.5, 0.5]" in printed
+    assert "123 steps" in printed
+    if name == "resnet50":
+        plain: torch.nn.Module = torchvision.models.resnet50(num_classes=7)
+    else:
+        plain = timm.create_model("resnet10t", num_classes=7)
+    weights = safetensors.torch.load_file(out)
+    plain.load_state_dict(weights, strict=True)
+    torch.testing.assert_close(plain.eval()(x), model(x), rtol=1e-4, atol=1e-4)
+    assert {int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")} == {123}
+    with safetensors.safe_open(out, "pt") as file:
+        assert file.metadata().items() >= {"model": name, "num_classes": "7", "size": "64", "step": "123"}.items()
+
+    before = out.read_bytes()
+    assert main([str(tmp_path / "c.safetensors"), str(out)]) == 1
+    assert "plain.safetensors exists" in capsys.readouterr().err
+    assert main([str(out), str(tmp_path / "again.safetensors")]) == 1
+    assert main([str(tmp_path / "none"), str(tmp_path / "again.safetensors")]) == 1
+    assert out.read_bytes() == before
+    assert not (tmp_path / "again.safetensors").exists()
+    save(tmp_path / "other.safetensors", {}, {"step": 1})
+    with pytest.raises(ValueError, match="no checkpoint of a training run"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_a_vanilla_run_has_no_auxiliary_norms(tmp_path: Path) -> None:
+    config = make_config({"model": {"name": "cifar_resnet8", "num_classes": 3}, "method": {"name": "vanilla"}})
+    model = build("cifar_resnet8", 3, aux=False, size=32)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    save(tmp_path / "c", state, {"config": config.model_dump(mode="json"), "step": 1})
+    assert load_model(tmp_path / "c")[0].state_dict().keys() == model.state_dict().keys()
