@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from nvidia.dali import Pipeline, fn
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from PIL import Image
 
-from .batch import Batch
+from .batch import Batch, check_plan, labels_of
 from .folder import FolderStore
 from .plan import PADDING, EpochPlan
 from .store import RAW, DamagedData, Store
@@ -69,11 +70,9 @@ class DaliLoader:
 
     def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
         """`len(plan) - start_step` batches on the device's current stream; see `batch.Loader`."""
-        if plan.spec.size != self.size:
-            raise ValueError(f"plan of {plan.spec.size} pixels: this loader makes {self.size}")
-        rows = _Rows(self.store, self.size, plan.index, plan.window, plan.flip, start_step)
-        some = np.where(plan.index == PADDING, 0, plan.index)
-        labels = np.where(plan.index == PADDING, -1, self.store.labels[some])
+        check_plan(plan, self.store, self.size)
+        rows = _Rows(self.store, plan, start_step)
+        labels = np.stack([labels_of(plan, step, self.store) for step in range(len(plan))])
         all_labels = torch.from_numpy(labels).to(self.device)  # once, so that no step waits for a copy
         pool = ThreadPoolExecutor(READERS, thread_name_prefix="fap-dali-read")
         pipeline = None
@@ -87,7 +86,7 @@ class DaliLoader:
                     (images,) = pipeline.run(stream)
                 except RuntimeError as error:
                     if not isinstance(error, DamagedData):  # those of the store name their sample
-                        self._name_damaged(plan, step, error)
+                        self._name_damaged(plan, step)
                     raise
                 nhwc = torch.from_dlpack(images.as_tensor())  # (B, size, size, 3) in DALI's memory
                 yield Batch(nhwc.permute(0, 3, 1, 2), all_labels[step], step)
@@ -102,7 +101,7 @@ class DaliLoader:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip; uint8 NHWC."""
         gpu = self.device.type == "cuda"
         pipeline = Pipeline(
-            batch_size=rows.index.shape[1],
+            batch_size=rows.plan.index.shape[1],
             num_threads=self.threads,
             device_id=self.device.index if gpu else None,
             prefetch_queue_depth=prefetch,
@@ -142,17 +141,17 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _name_damaged(self, plan: EpochPlan, step: int, error: RuntimeError) -> None:
+    def _name_damaged(self, plan: EpochPlan, step: int) -> None:
         """Decode the rows of a failed step one by one; return if all of them decode: then no sample is to blame."""
         index, window, flip = (a[step][:, None] for a in (plan.index, plan.window, plan.flip))
-        rows = _Rows(self.store, self.size, index, window, flip, 0)  # B steps of one row
+        rows = _Rows(self.store, replace(plan, index=index, window=window, flip=flip), 0)  # B steps of one row
         pipeline = self._build(rows, rows, prefetch=1)
         for index in plan.index[step].tolist():
             try:
                 pipeline.run()
             except RuntimeError as cause:
                 file = self.store.file(index) if isinstance(self.store, FolderStore) else self.store.path
-                raise DamagedData(f"{file}: sample {index}: does not decode: {cause}") from error
+                raise DamagedData(f"{file}: sample {index}: DALI cannot decode it") from cause
 
 
 def _slice(images, start, shape):  # type: ignore[no-untyped-def]  # three DataNodes, which DALI does not type
@@ -162,40 +161,29 @@ def _slice(images, start, shape):  # type: ignore[no-untyped-def]  # three DataN
 class _Rows:
     """Source of `fn.external_source`: batch i as a function of i alone, so that any step may come first."""
 
-    def __init__(
-        self,
-        store: Store,
-        size: int,
-        index: np.ndarray,  # uint32 (steps, B)
-        window: np.ndarray,  # int16 (steps, B, 4)
-        flip: np.ndarray,  # bool (steps, B)
-        first: int,  # step of batch 0
-    ) -> None:
-        self.store, self.size, self.first = store, size, first
-        self.index, self.window, self.flip = index, window, flip
+    def __init__(self, store: Store, plan: EpochPlan, first: int) -> None:
+        self.store, self.plan, self.first = store, plan, first  # first: the step of batch 0
         self.raw = bool(store.modes[0] == RAW)
-        some = np.where(index == PADDING, 0, index)
-        end = window[..., :2].astype(np.int32) + window[..., 2:]
-        inside = (end[..., 0] <= store.heights[some]) & (end[..., 1] <= store.widths[some])
-        # of a JPEG only what lies inside can be decoded; the rest takes a second slice
-        self.outside = not self.raw and not bool((inside & (window[..., :2] >= 0).all(-1)).all())
+        # of a JPEG only what lies inside the image can be decoded; zeros around it take a second slice
+        self.outside = plan.spec.crop == "pad" and not self.raw
         black = io.BytesIO()
         Image.new("RGB", (1, 1)).save(black, "JPEG")
         self.padding = np.zeros((1, 1, 3), np.uint8) if self.raw else np.frombuffer(black.getvalue(), np.uint8)
 
     def __len__(self) -> int:
-        return len(self.index) - self.first
+        return len(self.plan) - self.first
 
     def __call__(self, i: int) -> Fields:
         """Rows, output sides (a negative width flips), start and shape of the slice (and of the second slice)."""
         if i >= len(self):
             raise StopIteration
-        index, window = self.index[self.first + i], self.window[self.first + i].astype(np.int32)
+        step = self.first + i
+        index, window = self.plan.index[step], self.plan.window[step].astype(np.int32)
         empty = index == PADDING
         window[empty] = 0, 0, 1, 1  # all of the black image
         corner, shape = np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])
-        out = np.full((len(index), 2), self.size, np.float32)
-        out[self.flip[self.first + i], 1] *= -1
+        out = np.full((len(index), 2), self.plan.spec.size, np.float32)
+        out[self.plan.flip[step], 1] *= -1
         data = [self._read(k) for k in index.tolist()]
         if not self.outside:
             return [data, out, corner, shape]
