@@ -7,13 +7,13 @@ passed through JPEG at quality 85. Motion blur is ImageMagick's, which the gener
 """
 
 import importlib.resources
-import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -209,8 +209,6 @@ def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
 @lru_cache
 def _overlays(scale: float) -> list[np.ndarray]:
     """Five photos of frost, RGB; the published generators never draw the sixth."""
-    if importlib.util.find_spec("imagecorruptions") is None:
-        raise ValueError("corruption 'frost' needs its photos: pip install --no-deps imagecorruptions-imaug")
     folder = importlib.resources.files("imagecorruptions") / "frost"
     names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
     photos = (Image.open(io.BytesIO((folder / n).read_bytes())).convert("RGB") for n in names)
@@ -254,16 +252,10 @@ def _spatter(x: np.ndarray, *constants: Any) -> np.ndarray:
 
 
 def worker_pool(processes: int | None = None) -> ProcessPoolExecutor:
-    """Processes for `corrupted`; by default as many as this one may use cores. A context manager."""
-    processes = processes or len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("forkserver")  # a fork of a process that uses CUDA or threads is unsafe
+    """Processes for `corrupted`: by default as many as this process may use cores, started when first used."""
+    context = multiprocessing.get_context("forkserver")  # a fork of a process with threads or CUDA is unsafe
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(processes, context, initializer=cv2.setNumThreads, initargs=(1,))
-
-
-def _corrupt_rows(images: np.ndarray, index: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
-    rows = zip(images, index.tolist(), strict=True)
-    return np.stack([corrupt(image, name, severity, seed=seed, index=i) for image, i in rows])
+    return ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), context, cv2.setNumThreads, (1,))
 
 
 def corrupted(
@@ -272,26 +264,22 @@ def corrupted(
     name: str,
     severity: int,
     seed: int = 0,
-    pool: Executor | None = None,
+    *,
+    pool: Executor,
 ) -> Iterator[Any]:
-    """The batches with their images corrupted, in order, on their device; without a pool in this process.
+    """The batches with their images corrupted, in order and on their device; they may be kept. ValueError as `corrupt`."""
+    waiting: deque[tuple[Any, list[Future]]] = deque()
+    for batch in itertools.chain(batches, [None, None]):  # two batches of work are under way ahead of the model
+        if batch is not None:
+            images, rows = batch.images.permute(0, 2, 3, 1).cpu().numpy(), index[batch.step]
+            parts = [slice(i, i + 16) for i in range(0, len(images), 16)]
+            work = [pool.submit(_corrupt, images[p].copy(), rows[p].tolist(), name, severity, seed) for p in parts]
+            waiting.append((replace(batch, labels=batch.labels.clone()), work))
+        if len(waiting) > 2 or (batch is None and waiting):
+            done, work = waiting.popleft()
+            images = torch.from_numpy(np.concatenate([w.result() for w in work])).permute(0, 3, 1, 2)
+            yield replace(done, images=images.to(done.images.device))
 
-    Unlike a loader's, these batches may be kept. Raises ValueError as `corrupt` does.
-    """
-    waiting: deque[tuple[Any, Any]] = deque()
 
-    def finish() -> Any:
-        batch, parts = waiting.popleft()
-        images = torch.from_numpy(np.concatenate([p if pool is None else p.result() for p in parts]))
-        return replace(batch, images=images.permute(0, 3, 1, 2).to(batch.images.device))
-
-    for batch in batches:
-        images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-        chunks = np.array_split(np.arange(len(images)), 1 if pool is None else max(1, len(images) // 16))
-        jobs = [(images[c].copy(), index[batch.step][c], name, severity, seed) for c in chunks]
-        parts = [_corrupt_rows(*j) if pool is None else pool.submit(_corrupt_rows, *j) for j in jobs]
-        waiting.append((replace(batch, images=batch.images[:0], labels=batch.labels.clone()), parts))
-        if len(waiting) > 2:  # two batches of work ahead of the model
-            yield finish()
-    while waiting:
-        yield finish()
+def _corrupt(images: np.ndarray, rows: list[int], name: str, severity: int, seed: int) -> np.ndarray:
+    return np.stack([corrupt(x, name, severity, seed=seed, index=i) for x, i in zip(images, rows, strict=True)])
