@@ -1,0 +1,140 @@
+"""fap-doctor [PATH]: what this machine lacks for training, one line each, with the command that mends it."""
+
+import argparse
+import importlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tensorboard", "tqdm", "PIL", "cv2", "numba", "scipy")
+SIDE, COLOUR = 64, (200, 100, 50)  # of the test image
+
+
+def check_python(path: Path) -> str:
+    text = f"{sys.version.split()[0]} (needed: 3.11 or newer), {len(os.sched_getaffinity(0))} cores to use"
+    return require(sys.version_info >= (3, 11), text)
+
+
+def check_torch(path: Path) -> str:
+    torch, torchvision = importlib.import_module("torch"), importlib.import_module("torchvision")
+    torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
+    return f"{torch.__version__}, torchvision {torchvision.__version__}, built for CUDA {torch.version.cuda}"
+
+
+def check_packages(path: Path) -> str:
+    return f"{len([importlib.import_module(name) for name in MODULES])} import"
+
+
+def check_gpu(path: Path) -> str:
+    torch: Any = importlib.import_module("torch")
+    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else ""
+    if torch.cuda.is_available():
+        torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (driver, name, memory: {found or 'unknown'})"
+    here = found or any(v.read_text() == "0x10de\n" for v in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    return require(not here, f"{found or ('NVIDIA, no driver' if here else 'none')}; torch trains on the CPU")
+
+
+def check_ffcv(path: Path) -> str:
+    np, libffcv = importlib.import_module("numpy"), importlib.import_module("ffcv.libffcv")
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    libffcv.imdecode(np.frombuffer(jpeg(), np.uint8), pixels, SIDE, SIDE, SIDE, SIDE)
+    return judged(pixels, "ffcv")
+
+
+def check_dali(path: Path, device: int | None = None) -> str:
+    np, dali = importlib.import_module("numpy"), importlib.import_module("nvidia.dali")
+    pipe = dali.Pipeline(1, 1, device)
+    with pipe:
+        data = dali.fn.external_source(lambda: [np.frombuffer(jpeg(), np.uint8)])
+        pipe.set_outputs(dali.fn.decoders.image(data, device="cpu" if device is None else "mixed"))
+    pipe.build()
+    return judged(np.asarray(pipe.run()[0].as_cpu().at(0)), "nvidia-dali")
+
+
+def check_gpu_decoding(path: Path) -> str:
+    return check_dali(path, 0) if importlib.import_module("torch").cuda.is_available() else "no GPU to try it on"
+
+
+def check_disk(path: Path) -> str:
+    folder, block = path if path.is_dir() else path.parent, os.urandom(1 << 26)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        start = time.perf_counter()
+        file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk, not the cache
+        file.seek(0)
+        file.read()
+        writing, reading = (len(block) / 1e6 / s for s in (written - start, time.perf_counter() - written))
+    free = shutil.disk_usage(folder).free / 1e9
+    text = f"{folder}: write {writing:,.0f}, read {reading:,.0f} MB/s, {free:,.0f} GB free"
+    return require(reading >= 100 and free >= 2, text)
+
+
+def check_memory(path: Path) -> str:
+    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, limit = int(info["MemAvailable"].split()[0]) / 1e6, Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) / 1e9)
+    size = path.stat().st_size / 1e9 if path.is_file() else 0
+    return require(free >= max(4, size), f"{free:,.1f} GB for processes and page cache; {path}: {size:,.1f} GB")
+
+
+def require(good: bool, text: str) -> str:
+    if not good:
+        raise RuntimeError(text)
+    return text
+
+
+def jpeg() -> bytes:
+    image: Any = importlib.import_module("PIL.Image")
+    image.new("RGB", (SIDE, SIDE), COLOUR).save(out := io.BytesIO(), "JPEG")
+    return out.getvalue()
+
+
+def judged(pixels: Any, package: str) -> str:
+    found = [f"{d.name} {d.version}" for d in distributions() if (d.name or "").startswith(package)]
+    right = pixels.shape == (SIDE, SIDE, 3) and abs(pixels.astype(int) - COLOUR).max() <= 8
+    return require(right, f"{', '.join(found)} {'decodes' if right else 'falsely decodes'} JPEG")
+
+
+CHECKS = (  # name, needed for training on a CPU, check, what mends it
+    ("Python", True, check_python, "apt-get install python3 python3-venv python3-dev && make setup"),
+    ("torch", True, check_torch, "pip install -c constraints.txt torch torchvision"),
+    ("packages", True, check_packages, "pip install -c constraints.txt -e ."),
+    ("GPU", False, check_gpu, "nvidia-smi  # fails: install the driver; works: a torch built for its CUDA"),
+    ("FFCV", False, check_ffcv, "bash setup.sh  # compiles it; until then: --pipeline dali or reference"),
+    ("DALI", False, check_dali, "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"),
+    ("GPU decoding", False, check_gpu_decoding, "pip install -e '.[dali]'  # until then: --pipeline ffcv"),
+    ("disk", False, check_disk, "df -h  # a local SSD with room for data and checkpoints"),
+    ("memory", False, check_memory, "fap-convert --max-side 512 SRC DST.beton  # or more memory, or a fast SSD"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 if something is missing that training on a CPU needs."""
+    parser = argparse.ArgumentParser(prog="fap-doctor", description=__doc__)
+    parser.add_argument("path", nargs="?", type=Path, default=Path.cwd(), help="a .beton, or the folder of data and runs")
+    path, missing = parser.parse_args(argv).path, False
+    for name, needed, check, mend in CHECKS:
+        try:
+            print(f"ok    {name:13} {check(path)}", flush=True)
+        except Exception as error:  # whatever a broken installation raises is the finding
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"{'fail' if needed else 'warn'}  {name:13} {text}  ->  {mend}", flush=True)
+            missing |= needed
+    return int(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
