@@ -1,0 +1,214 @@
+"""`.beton` files: FFCV's own, ours, and damaged ones, which must be errors and never crashes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import as_jpeg, write_beton
+
+from pipelines import open_store
+from pipelines.store import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    BetonStore,
+    DamagedData,
+    jpeg_sides,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
+
+TABLES = HEADER.itemsize + 2 * FIELD.itemsize  # where the metadata begin
+
+
+def contents(path: Path) -> list[tuple[int, bytes]]:
+    """Everything a loader would get: (label, encoded bytes) of every sample."""
+    store = BetonStore(path)
+    try:
+        return [(int(store.labels[i]), store.read(i).tobytes()) for i in range(len(store))]
+    finally:
+        store.close()
+
+
+def add_sidecar(path: Path) -> None:
+    crc32 = np.array([zlib.crc32(data) for _, data in contents(path)], np.uint32)
+    write_sidecar(path, classes=("a", "b"), encoding={"quality": 90}, crc32=crc32)
+
+
+@pytest.fixture
+def small(tmp_path: Path, photos: list[np.ndarray]) -> Path:
+    """Six samples, the last two raw."""
+    samples = [as_jpeg(image) for image in photos[:4]] + photos[4:6]
+    return write_beton(tmp_path / "small.beton", samples, range(6))
+
+
+def test_reads_bytes_sides_and_labels(jpeg_beton: Path, mixed_beton: Path, photos: list[np.ndarray]) -> None:
+    store = BetonStore(jpeg_beton)
+    assert len(store) == 40
+    assert store.labels.tolist() == [i // 10 for i in range(40)]
+    for i, image in enumerate(photos):
+        assert store.read(i).tobytes() == as_jpeg(image)
+        assert (store.heights[i], store.widths[i]) == image.shape[:2]
+    mixed = open_store(mixed_beton)
+    assert mixed.modes.tolist() == [1, 0] * 20
+    np.testing.assert_array_equal(mixed.read(2).reshape(photos[2].shape), photos[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
+def test_reads_what_ffcv_writes(tmp_path: Path) -> None:
+    """In a subprocess: importing ffcv changes torch's threads, its writer forks."""
+    script = """
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+rng = np.random.default_rng(0)
+images = [rng.integers(0, 256, (*rng.integers(20, 90, 2), 3), dtype=np.uint8) for _ in range(120)]
+class Data:
+    def __len__(self): return 120
+    def __getitem__(self, i): return images[i], i - 7
+for mode in ("jpg", "raw", "proportion"):
+    fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
+    writer = DatasetWriter(mode + ".beton", fields, num_workers=2, page_size=1 << 21)
+    writer.from_indexed_dataset(Data(), chunksize=10)
+np.savez("x.npz", *images)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    images = np.load(tmp_path / "x.npz")
+    for mode, expected in {"jpg": {0}, "raw": {1}, "proportion": {0, 1}}.items():
+        store = BetonStore(tmp_path / f"{mode}.beton")
+        assert store.labels.tolist() == [i - 7 for i in range(120)]
+        assert set(store.modes.tolist()) == expected
+        for i in range(120):
+            image = images[f"arr_{i}"]
+            if store.modes[i]:
+                np.testing.assert_array_equal(store.read(i).reshape(image.shape), image)
+            else:
+                assert jpeg_sides(store.read(i).tobytes()) == image.shape[:2]
+
+
+def flip_bit(path: Path, at: int, bit: int) -> None:
+    """In place; twice is as before."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def read_or_name(path: Path) -> list[tuple[int, bytes]] | None:
+    """The contents, or None after an error that names the file."""
+    try:
+        return contents(path)
+    except DamagedData as error:
+        if str(path) not in str(error):
+            raise
+        return None
+
+
+def test_every_bit_flip_in_the_header_and_tables(small: Path) -> None:
+    """An error or the right data; without a sidecar only labels and JPEG lengths cannot be checked."""
+    good, size = contents(small), small.stat().st_size
+    allocations = size - 6 * ALLOCATION.itemsize
+    in_row = [i % 24 for i in range(144)]
+    labels = {TABLES + i for i, k in enumerate(in_row) if k >= 16}
+    lengths = {allocations + i for i, k in enumerate(in_row) if k >= 16}
+    for at in [*range(HEADER.itemsize + 1), *range(TABLES, TABLES + 144), *range(allocations, size)]:
+        for bit in range(8):
+            flip_bit(small, at, bit)
+            found = read_or_name(small)
+            flip_bit(small, at, bit)
+            if found is None or found == good:
+                continue
+            wrong = [(a, b) for a, b in zip(found, good, strict=True) if a != b]
+            assert len(wrong) == 1
+            (label, data), (good_label, good_data) = wrong[0]
+            if at in labels:
+                assert data == good_data
+            else:
+                assert at in lengths
+                assert label == good_label
+                assert data.startswith(good_data) or good_data.startswith(data)
+
+
+def test_a_sidecar_finds_every_flip(small: Path) -> None:
+    add_sidecar(small)
+    good, end = contents(small), small.stat().st_size
+    store = BetonStore(small)
+    first, size = int(store._ptrs[2]), int(store.sizes[2])
+    rng = np.random.default_rng()
+    tables = [*range(24), *range(TABLES, TABLES + 6 * 24), *range(end - 6 * 24, end)]
+    for at in tables[::3]:
+        bit = int(rng.integers(8))
+        flip_bit(small, at, bit)
+        with pytest.raises(DamagedData, match=r"small\.beton"):
+            BetonStore(small)
+        flip_bit(small, at, bit)
+    for at in rng.integers(first, first + size, 50).tolist():
+        bit = int(rng.integers(8))
+        flip_bit(small, at, bit)
+        with pytest.raises(DamagedData, match=r"small\.beton: sample 2: wrong checksum"):
+            store.read(2)
+        assert store.read(3).tobytes() == good[3][1]
+        flip_bit(small, at, bit)
+
+
+def test_random_damage_never_crashes(small: Path) -> None:
+    whole, rng = small.read_bytes(), np.random.default_rng()
+    for _ in range(300):
+        bad = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.3 else whole)
+        for at in rng.integers(0, TABLES + 144, rng.integers(1, 20)):
+            if at < len(bad):
+                bad[at] = rng.integers(256)
+        small.write_bytes(bad)
+        read_or_name(small)
+
+
+def test_a_file_that_shrinks_while_open_is_an_error(small: Path) -> None:
+    store = BetonStore(small)
+    os.truncate(small, store._ptrs[3])
+    with pytest.raises(DamagedData, match="sample 4"):
+        store.read(4)
+
+
+def test_jpeg_whose_header_contradicts_the_table(small: Path) -> None:
+    bad = bytearray(small.read_bytes())
+    bad[TABLES + 24 + 1] ^= 1  # width of sample 1
+    small.write_bytes(bad)
+    with pytest.raises(DamagedData, match=r"sample 1: JPEG of \(\d+, \d+\) pixels, the table says"):
+        BetonStore(small).read(1)
+
+
+def test_sidecar_round_trip_and_damage(small: Path) -> None:
+    assert read_sidecar(small) is None
+    add_sidecar(small)
+    sidecar = read_sidecar(small)
+    assert sidecar is not None
+    assert sidecar.classes == BetonStore(small).classes == ("a", "b")
+    assert sidecar.encoding == {"quality": 90}
+    assert len(sidecar.crc32) == 6
+    text = sidecar_path(small).read_text()
+    for bad in ("", "[]", "{}", text[:-20], text.replace('"count": 6', '"count": 7'), text.replace("A", "!")):
+        sidecar_path(small).write_text(bad)
+        with pytest.raises(DamagedData, match=r"small\.beton\.json"):
+            BetonStore(small)
+
+
+def test_jpeg_sides(photos: list[np.ndarray]) -> None:
+    jpeg = as_jpeg(photos[0])
+    exif = jpeg[:2] + b"\xff\xe1\x00\x06abcd" + jpeg[2:]
+    assert jpeg_sides(jpeg) == jpeg_sides(exif) == photos[0].shape[:2]
+    assert [jpeg_sides(bad) for bad in (b"", b"\xff\xd8", jpeg[1:], jpeg[:100], b"\xff\xd8" + bytes(50))] == [None] * 5
+
+
+def test_open_store_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.beton: no such file"):
+        open_store(tmp_path / "nothing.beton")
