@@ -116,8 +116,8 @@ class Run:
             while True:
                 epoch, offset = divmod(self.done, self.budget.steps_per_epoch)
                 ended = self.done == self.steps
-                if (offset == 0 and epoch > self.closed) or (ended and epoch >= self.closed and offset):
-                    self._close_epoch(epoch + bool(offset), stop)
+                if (epoch > self.closed and offset == 0) or (ended and offset):
+                    self._close_epoch(epoch, stop)
                 if ended:
                     return self._finish()
                 plan = next(plans)
@@ -164,8 +164,9 @@ class Run:
             self._say(
                 f"epoch {epoch}: top-1 {self.last['top1']:.2%}, top-5 {self.last['top5']:.2%}, loss {self.last['loss']:.4f}"
             )
-        self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self.log.record(self.done, record | {"epoch": epoch})
+        if self.done % self.budget.steps_per_epoch == 0:
+            self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self._save()
 
     def _evaluate(self, stop: StopSignal) -> dict[str, float]:

@@ -1,0 +1,220 @@
+"""Does it work? Arms trained on CIFAR-10 by `fap-train`, evaluated by `fap-eval`, compared in one table and one plot.
+
+`python -m bench.study demo` is the short version: vanilla and Fast AdvProp, one seed. `study --size small|full` runs
+every arm over several seeds; finished runs are kept, so an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+from scipy import stats
+
+from bench.common import ROOT, write_json
+
+ARMS = {  # name -> config of configs/cifar10
+    "vanilla": "vanilla",
+    "noise": "noise",
+    "advprop": "advprop_pgd1",
+    "fast_advprop": "fast_advprop",
+    "no_shuffle": "fast_advprop_no_shuffle",
+    "mean": "fast_advprop_mean",
+    "pipelined": "fast_advprop_pipelined",
+}
+QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # fap-eval's four
+
+
+@dataclass(frozen=True)
+class Size:
+    arms: tuple[str, ...]
+    seeds: int
+    model: str
+    images: int
+    test: int
+    epochs: int  # of vanilla training; every arm spends the same image passes
+    milestones: tuple[int, ...]
+    clean_batch: int
+    workers: int
+    """Runs side by side; with more than one, each gets one thread."""
+    corrupt: tuple[str, ...]  # arguments of fap-eval
+
+
+SIZES = {
+    "demo": Size(("vanilla", "fast_advprop"), 1, "cifar_resnet8", 10_000, 2_000, 12, (7, 10), 128, 1, ()),
+    "small": Size(
+        ("vanilla", "noise", "advprop", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 18, (10, 15), 128, 2, ("all", "3")
+    ),
+    "full": Size(
+        ("vanilla", "noise", "fast_advprop", "no_shuffle", "mean", "pipelined"), 5, "cifar_resnet18", 50_000, 10_000, 30,
+        (15, 24, 28), 256, 1, ("all",),
+    ),
+}  # fmt: skip
+
+
+def command(module: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", f"fap.cli.{module}", *words]
+
+
+def convert(size: Size, split: str, count: int) -> Path:
+    """The first `count` images of CIFAR-10 as `.beton`, made once."""
+    file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
+    if not file.exists():
+        print(f"converting {count:,} {split} images of CIFAR-10 to {file.relative_to(ROOT)}", flush=True)
+        subprocess.run(command("convert", "cifar10", str(file), "--split", split, "--limit", str(count)), check=True, cwd=ROOT)
+    return file
+
+
+def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
+    """One run, or what is left of it. Returns its folder."""
+    folder = runs / ARMS[arm] / f"seed{seed}"
+    words = [
+        f"configs/cifar10/{ARMS[arm]}.yaml", f"model.name={size.model}", f"optim.clean_batch={size.clean_batch}",
+        f"budget.epochs={size.epochs}", f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
+        f"data.train={convert(size, 'train', size.images)}", f"data.val={convert(size, 'test', size.test)}",
+        f"run.dir={runs}", "--pipeline", pipeline,
+    ]  # fmt: skip
+    if (folder / "result.json").exists():
+        print(f"{arm}, seed {seed}: already trained, in {folder}", flush=True)
+        return folder
+    if size.workers == 1:
+        print(f"\n{arm}, seed {seed}", flush=True)
+        subprocess.run(command("train", *words), check=True, cwd=ROOT)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = os.environ | {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
+    with open(folder.parent / f"seed{seed}.log", "w") as log:
+        subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)
+    print(f"{arm}, seed {seed}: trained", flush=True)
+    return folder
+
+
+def evaluated(folders: list[Path], size: Size, runs: Path, pipeline: str) -> list[dict[str, Any]]:
+    """Clean and corrupted accuracy of every run's last checkpoint: fap-eval's report."""
+    last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
+    words = ["--data", str(convert(size, "test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
+    names = list(size.corrupt[:1])
+    severity = ["--severity", *size.corrupt[1:]] if size.corrupt[1:] else []
+    if names == ["all"] and severity:  # fap-eval's `all` means every severity; here one is asked for
+        from pipelines.corrupt import NAMES
+
+        names = list(NAMES)
+    subprocess.run(command("eval", *last, *words, "--corrupt", *names, *severity), check=True, cwd=ROOT)
+    return json.loads((runs / "eval" / "report.json").read_text())
+
+
+def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """One run in numbers; accuracies in percent."""
+    result = json.loads((folder / "result.json").read_text())
+    corrupted = [v["top1"] for k, v in report["results"].items() if k.startswith("computed/")]
+    last = [r for r in records(folder) if "epoch_acc_clean" in r][-1]
+    return {
+        "clean": 100 * report["results"]["clean"]["top1"],
+        "corrupted": 100 * float(np.mean(corrupted)),
+        "train_clean": 100 * last["epoch_acc_clean"],
+        "train_adv": 100 * last["epoch_acc_adv"] if "epoch_acc_adv" in last else None,
+        "image_passes": result["image_passes"],
+        "seconds": result["seconds"],
+    }
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence intervals."""
+    head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %"]
+    lines = ["| " + " | ".join([*head, "image passes", "seconds", "seconds / vanilla"]) + " |", "|---" + "|--:" * 9 + "|"]
+    base = rows["vanilla"]
+    for arm, runs in rows.items():
+        cells = [arm, str(len(runs)), *(mean_std([r[k] for r in runs]) for k in ("clean", "corrupted"))]
+        for key in ("clean", "corrupted"):
+            pairs = [r[key] - b[key] for r, b in zip(runs, base, strict=False)]
+            cells.append("" if arm == "vanilla" else interval(pairs))
+        leak = [(r["train_adv"], r["train_clean"]) for r in runs if r["train_adv"] is not None]
+        cells.append("{:.1f} / {:.1f}".format(*np.mean(leak, axis=0)) if leak else "")
+        ratio = np.median([r["seconds"] / b["seconds"] for r, b in zip(runs, base, strict=False)])
+        cells += [f"{runs[0]['image_passes']:,}", f"{np.median([r['seconds'] for r in runs]):.0f}", f"{ratio:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_std(values: list[float]) -> str:
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def interval(differences: list[float]) -> str:
+    n = len(differences)
+    if n < 2:
+        return f"{differences[0]:+.2f}"
+    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)
+    return f"{np.mean(differences):+.2f} [{np.mean(differences) - half:+.2f}, {np.mean(differences) + half:+.2f}]"
+
+
+def plot(folders: dict[str, list[Path]], rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Training accuracy of clean rows against image passes, and final clean and corrupted accuracy per arm."""
+    figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
+    curve, bars = figure.subplots(1, 2)
+    for arm, runs in folders.items():
+        per_step = rows[arm][0]["image_passes"] / json.loads((runs[0] / "result.json").read_text())["steps"]
+        points = [(r["step"] * per_step, 100 * r["epoch_acc_clean"]) for r in records(runs[0]) if "epoch_acc_clean" in r]
+        curve.plot(*zip(*points, strict=True), label=arm)
+    curve.set(xlabel="image passes", ylabel="training accuracy of clean rows, %, seed 0")
+    curve.legend()
+    for i, key in enumerate(("clean", "corrupted")):
+        means = [np.mean([r[key] for r in rows[arm]]) for arm in rows]
+        errors = [np.std([r[key] for r in rows[arm]]) for arm in rows]
+        bars.bar(np.arange(len(rows)) + 0.4 * i, means, 0.4, yerr=errors, label=f"{key} test images")
+    bars.set_xticks(np.arange(len(rows)) + 0.2, list(rows), rotation=30)
+    bars.set(ylabel="top-1 accuracy, %")
+    bars.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("demo", "study"))
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="only these, and vanilla")
+    parser.add_argument("--seeds", type=int)
+    args = parser.parse_args()
+    name = "demo" if args.what == "demo" else args.size
+    size = SIZES[name]
+    runs = ROOT / "runs" / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
+    arms = [a for a in size.arms if args.arms is None or a in (*args.arms, "vanilla")]
+    seeds = range(args.seeds or size.seeds)
+    try:
+        for split, count in (("train", size.images), ("test", size.test)):
+            convert(size, split, count)
+        with ThreadPoolExecutor(size.workers) as pool:
+            jobs = {(arm, seed): pool.submit(train, arm, seed, size, runs, args.pipeline) for seed in seeds for arm in arms}
+            folders = {arm: [jobs[arm, seed].result() for seed in seeds] for arm in arms}
+        reports = iter(evaluated([f for fs in folders.values() for f in fs], size, runs, args.pipeline))
+    except subprocess.CalledProcessError as error:
+        sys.exit(
+            f"study: '{' '.join(error.cmd[2:4])}' ended with exit code {error.returncode}; its message is above or in {runs}"
+        )
+    rows = {arm: [summary(f, next(reports)) for f in folders[arm]] for arm in arms}
+    text = table(rows)
+    out = runs if name == "demo" else ROOT / "bench" / "results"
+    plot(folders, rows, out / f"study_{name}.png")
+    write_json(out / f"study_{name}.json", {"size": size.__dict__, "runs": rows})
+    (out / f"study_{name}.md").write_text(text + "\n")
+    print(f"\n{text}\n\nplot: {out / f'study_{name}.png'}")
+
+
+if __name__ == "__main__":
+    main()
