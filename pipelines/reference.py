@@ -49,7 +49,7 @@ class ReferenceLoader:
         check_plan(plan, self.store, self.size)
         for step in range(start_step, len(plan)):
             rows = [self._row(plan, step, row) for row in range(plan.index.shape[1])]
-            images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(self.device)
+            images = torch.from_numpy(np.ascontiguousarray(rows)).permute(0, 3, 1, 2).to(self.device)
             yield Batch(images, torch.from_numpy(labels_of(plan, step, self.store)).to(self.device), step)
 
     def _row(self, plan: EpochPlan, step: int, row: int) -> np.ndarray:

@@ -172,6 +172,8 @@ def jpeg_sides(data: bytes) -> tuple[int, int] | None:
             return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
         if marker == 0xFF:  # fill byte
             at += 1
+        elif marker != 0x01 and marker < 0xC0:  # none of JPEG's: a decoder may go on elsewhere than we would
+            return None
         elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
             at += 2
         else:
