@@ -49,14 +49,11 @@ def check_plan(plan: EpochPlan, store: Store, size: int) -> None:
     real = plan.index != PADDING
     index = plan.index[real]
     top, left, height, width = plan.window[real].T.astype(np.int32)
-    fits = not index.size or int(index.max()) < len(store)
-    if fits and plan.spec.crop == "pad":
-        fits = bool((height == size).all() and (width == size).all())
-    elif fits:
-        fits = bool((np.minimum(top, left) >= 0).all() and (np.minimum(height, width) > 0).all())
-        fits &= bool((top + height <= store.heights[index]).all())
-        fits &= bool((left + width <= store.widths[index]).all())
-    if not fits:
+    fits = (height == size) & (width == size)  # such a window is copied; outside the image it is zero
+    if plan.spec.crop != "pad" and index.max(initial=0) < len(store):
+        fits = (np.minimum(top, left) >= 0) & (np.minimum(height, width) > 0)
+        fits &= (top + height <= store.heights[index]) & (left + width <= store.widths[index])
+    if not fits.all() or index.max(initial=0) >= len(store):
         raise ValueError(f"plan: it was not drawn for the images of {store.path}")
 
 

@@ -153,15 +153,8 @@ class FfcvLoader:
         self._pool.shutdown(cancel_futures=True)
 
     def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
-        """See `Loader.load`.
-
-        Raises:
-            ValueError: the plan's size is another, or its windows do not fit this store's images.
-        """
+        """See `Loader.load`."""
         check_plan(plan, self.store, self.size)
-        return self._load(plan, start_step)
-
-    def _load(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
         shape = (plan.index.shape[1], self.size, self.size, 3)
         cuda = _CudaCopies(shape, self.device) if self.device.type == "cuda" else None
         pin = cuda is not None
@@ -219,7 +212,7 @@ class FfcvLoader:
         source, target = encoded.ctypes.data, scratch.ctypes.data
         scale = (1, divisor)
         if _imdecode(source, encoded.size, height, width, target, height, width, 0, 0, *scale, False, False):
-            raise DamagedData(f"{self.store.path}: sample {index}: the JPEG does not decode cleanly")
+            raise DamagedData(f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly")
         return scratch[:n].reshape(shape)
 
 

@@ -197,13 +197,13 @@ def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray
     """
     groups, rows = spec.adv_rows // spec.adv_group, spec.adv_group
     take = np.arange(spec.adv_rows)  # place -> row, before the permutations inside the groups
-    for first in range(0, groups, max(spec.shuffle_groups, 1)):
-        G = min(max(spec.shuffle_groups, 1), groups - first)
+    if spec.shuffle_groups < 2:
+        return np.broadcast_to(take, (steps, len(take)))
+    for first in range(0, groups, spec.shuffle_groups):
+        G = min(spec.shuffle_groups, groups - first)
         g, j = np.divmod(np.arange(G * rows), rows)
         target = (g + 1 + j % (G - 1)) % G if G >= 3 else (g + j % G) % G
         take[first * rows : (first + G) * rows] = first * rows + np.argsort(target, kind="stable")
-    if spec.shuffle_groups < 2:
-        return np.broadcast_to(take, (steps, len(take)))
     return _permute(rng, steps, groups, rows)[:, take]
 
 

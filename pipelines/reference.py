@@ -61,7 +61,7 @@ class ReferenceLoader:
             try:
                 image = np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
             except OSError as error:
-                raise DamagedData(f"{self.store.path}: sample {index}: {error}") from error
+                raise DamagedData(f"{self.store.file(index)}: sample {index}: {error}") from error
         else:
             image = encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
         out = crop_resize(image, plan.window[step, row], self.size)

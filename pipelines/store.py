@@ -55,6 +55,10 @@ class Store(ABC):
             DamagedData: the bytes cannot be read, or are not those of the tables or of the checksum.
         """
 
+    def file(self, index: int) -> Path:
+        """The file that holds sample `index`, for messages."""
+        return self.path
+
     @abstractmethod
     def close(self) -> None:
         """Release file handles."""
