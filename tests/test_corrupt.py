@@ -1,6 +1,5 @@
 """Corruptions: against the reference package where it is faithful, else against a slow statement of the definition."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
+from pipelines import Batch
 from pipelines.corrupt import CONSTANTS, NAMES, _glass_blur, _plasma, _zoom, corrupt, corrupted, worker_pool
 
 RANDOM_DRAWS = {"fog", "frost", "snow", "motion_blur", "spatter"}  # a few numbers decide the whole image
@@ -188,13 +188,6 @@ def test_unknown_corruption(name, severity):
         corrupt(np.zeros((32, 32, 3), np.uint8), name, severity)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    images: torch.Tensor
-    labels: torch.Tensor
-    step: int
-
-
 def one_buffer(images: np.ndarray, batch: int):
     """Batches in one reused buffer, as loaders give them."""
     buffer = torch.empty(batch, 3, *images.shape[1:3], dtype=torch.uint8)
@@ -202,14 +195,14 @@ def one_buffer(images: np.ndarray, batch: int):
     for step in range(len(images) // batch):
         buffer.copy_(torch.from_numpy(images[step * batch : (step + 1) * batch]).permute(0, 3, 1, 2))
         labels.fill_(step)
-        yield Rows(buffer, labels, step)
+        yield Batch(buffer, labels, step)
 
 
 def test_batches_are_corrupted_by_image_number_in_order():
     images = np.stack([photo(np.random.default_rng(i), 32) for i in range(100)])
     index = np.arange(100).reshape(5, 20)[:, ::-1] + 1000
     with ThreadPoolExecutor(3) as pool:
-        batches = list(corrupted(one_buffer(images, 20), index, "gaussian_noise", 4, 11, pool=pool))
+        batches = list(corrupted(one_buffer(images, 20), index, name="gaussian_noise", severity=4, seed=11, pool=pool))
     assert [b.step for b in batches] == [0, 1, 2, 3, 4]
     for batch in batches:
         assert batch.labels.tolist() == [batch.step] * 20
@@ -223,5 +216,5 @@ def test_processes_make_the_same_images():
     images = np.stack([photo(np.random.default_rng(i), 32) for i in range(40)])
     index = np.arange(40).reshape(2, 20)
     with worker_pool(2) as pool, ThreadPoolExecutor(1) as thread:
-        one, two = (list(corrupted(one_buffer(images, 20), index, "snow", 2, pool=p)) for p in (pool, thread))
+        one, two = (list(corrupted(one_buffer(images, 20), index, name="snow", severity=2, pool=p)) for p in (pool, thread))
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, two, strict=True))

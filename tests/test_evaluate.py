@@ -15,6 +15,7 @@ from fap.cli import eval as cli
 from fap.config import make_config
 from fap.evaluate import ALEXNET_ERRORS, EXTRA, evaluate, match_classes, mce, summarise
 from fap.norm import DualBatchNorm2d, convert, norms
+from pipelines import open_store
 from pipelines.corrupt import NAMES, corrupt
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -267,8 +268,6 @@ def test_limit_takes_images_evenly_and_each_keeps_its_noise(world, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--data", "@/nowhere"], "nowhere"),
-    (["--corrupt", "rain"], "--corrupt rain"),
-    (["--corrupt", "fog", "--severity", "6"], "--severity 6"),
     (["--limit", "0"], "--limit 0"),
     (["--imagenet-c", "@/stylized"], "holds none of"),
     (["--imagenet-r", "@/c/fog"], "class folders are none of the model's 6 classes"),
@@ -280,3 +279,24 @@ def test_mistakes_are_one_line_and_exit_1(world, arguments, message):
         run(world, *arguments, out="mistakes")
     assert str(stopped.value.code).startswith("fap-eval: ")
     assert message in str(stopped.value.code)
+
+
+def test_unknown_names_are_refused_before_anything_is_done(capsys):
+    for arguments in (["--corrupt", "rain"], ["--corrupt", "fog", "--severity", "6"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["x.safetensors", "--data", "x", *arguments])
+        assert f"invalid choice: {arguments[-1]!r}".replace("'6'", "6") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kept_sets_are_built_once(world, monkeypatch):
+    keep = ["--corrupt", "fog", "jpeg_compression", "--limit", "7", "--keep", str(world / "kept"), "--pipeline", "reference"]
+    plain, _ = run(world, *keep[:-4], *keep[-2:], out="plain")
+    kept, _ = run(world, *keep, out="kept1")
+    assert kept["results"] == plain["results"]
+    files = sorted((world / "kept").glob("*.beton"))
+    assert [len(open_store(f)) for f in files] == [7, 7]
+    assert open_store(files[0]).classes == tuple(WNIDS)
+    monkeypatch.setattr(cli, "build", None)
+    again, _ = run(world, *keep, out="kept2")
+    assert again["results"] == plain["results"]

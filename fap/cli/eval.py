@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,7 +21,7 @@ from tqdm import tqdm
 import pipelines
 from fap import checkpoint
 from fap.evaluate import evaluate, match_classes, summarise
-from pipelines.corrupt import NAMES, QUICK, SMALL, corrupted, worker_pool
+from pipelines.corrupt import NAMES, QUICK, SMALL, build, corrupted, worker_pool
 
 KINDS = {
     "computed": "corruptions computed here, not the published files",
@@ -41,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
     add("--data", required=True, help="clean images: a .beton file or an image folder")
     quick = ", ".join(QUICK)
-    add("--corrupt", nargs="*", metavar="NAME", help=f"corrupt --data on the fly; alone: {quick}; or all: 19 x 5 severities")
-    add("--severity", nargs="+", type=int, help="of --corrupt, 1 to 5; default 3")
+    add("--corrupt", nargs="*", choices=["all", *NAMES], metavar="NAME",
+        help=f"corrupt --data on the fly; alone: {quick}; all: 19 at 5 severities; or of {', '.join(NAMES)}")  # fmt: skip
+    add("--keep", metavar="DIR", help="build each corrupted set once, as a .beton of raw images in this folder")
+    add("--severity", nargs="+", type=int, choices=range(1, 6), help="of --corrupt; default 3")
     add("--imagenet-c", metavar="DIR", help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop")
     add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
     add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
@@ -69,13 +70,13 @@ def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     known = checkpoint.load(path)[1]["classes"]
     fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "limit", "seed")
     settings = {field: getattr(args, field) for field in fields}
-    identity = json.dumps([settings, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
-    saved = Path(args.out) / f"{config.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
+    identity = _digest([settings, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
+    saved = Path(args.out) / f"{config.name}-{identity}.json"
+    saved.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = json.loads(saved.read_text())["results"] if saved.exists() else {}
     report = {"checkpoint": str(path), "name": config.name, "seed": config.seed, "paper": config.paper,
               "settings": settings, "results": done}  # fmt: skip
-    # Processes take seconds to start: they are for work of minutes.
-    many = config.data.size > SMALL or args.corrupt == ["all"]
+    many = config.data.size > SMALL or "all" in (args.corrupt or ())  # minutes of work; processes take seconds to start
     with worker_pool() if many else ThreadPoolExecutor(1) as pool:
         sets = _sets(args, config.data.size, config.data.resize, pool)
         for key, opened in (bar := tqdm(sets.items(), desc=config.name, unit="set")):
@@ -83,14 +84,13 @@ def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             if key in done:
                 continue
             with opened as (names, steps, batches):
-                label_map = match_classes(names, known) if names and known else None
-                if key == "imagenet_r" and label_map is None:
-                    raise ValueError(f"{path}: lists no classes, among which to find those of ImageNet-R")
+                label_map = match_classes(names, known) if names and (known or key == "imagenet_r") else None
                 done[key] = asdict(evaluate(
                     model, tqdm(batches, key, steps, leave=False), mean=config.data.mean, std=config.data.std,
                     bn=args.bn, device=args.device, label_map=label_map, restrict=key == "imagenet_r",
                 ))  # fmt: skip
-            _write(saved, json.dumps(report, indent=1))
+            saved.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
+            saved.with_suffix(".tmp").replace(saved)  # complete or not at all
     return report | {"results": {key: done[key] for key in sets}}
 
 
@@ -98,13 +98,13 @@ def _sets(args: argparse.Namespace, size: int, resize: int, pool: Executor) -> S
     back_end = args.pipeline or ("reference" if Path(args.data).is_dir() else "ffcv")
     of_folder = partial(_stored, args, "dali" if args.pipeline == "dali" else "reference", size)
     sets: Sets = {"clean": _stored(args, back_end, size, resize, args.data)}
-    everything = args.corrupt == ["all"]
+    everything = "all" in (args.corrupt or ())
     for name in () if args.corrupt is None else NAMES if everything else args.corrupt or QUICK:
         for severity in args.severity or (range(1, 6) if everything else [3]):
-            if name not in NAMES or severity not in range(1, 6):
-                raise ValueError(f"--corrupt {name} --severity {severity}: known are all, {', '.join(NAMES)} at 1 to 5")
             change = partial(corrupted, name=name, severity=severity, seed=args.seed, pool=pool)
-            sets[f"computed/{name}/{severity}"] = _stored(args, back_end, size, resize, args.data, change)
+            computed = _stored(args, back_end, size, resize, args.data, change)
+            key = f"computed/{name}/{severity}"
+            sets[key] = computed if args.keep is None else _kept(args, size, f"{size}-{resize}-{key}", computed)
     for name in NAMES:
         for severity in range(1, 6):
             if args.imagenet_c and (folder := Path(args.imagenet_c) / name / str(severity)).is_dir():
@@ -133,6 +133,21 @@ def _stored(
 
 
 @contextmanager
+def _kept(args: argparse.Namespace, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
+    """A corrupted set as a `.beton` in args.keep, built the first time."""
+    said = {"source": str(Path(args.data).resolve()), "changed": Path(args.data).stat().st_mtime_ns, "set": key,
+            "seed": args.seed, "limit": args.limit, "pipeline": args.pipeline}  # fmt: skip
+    file = Path(args.keep) / f"{key.replace('/', '-')}-{_digest(said)}.beton"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with computed as (names, steps, batches):
+            rows = tqdm(batches, f"building {file.name}", steps, leave=False)
+            build(rows, file, capacity=steps * args.batch, classes=names or (), encoding=said)
+    with _stored(args, args.pipeline or "ffcv", size, size, file) as opened:
+        yield opened
+
+
+@contextmanager
 def _array(args: argparse.Namespace, file: Path, severity: int) -> Iterator[Opened]:
     images, labels = np.load(file, mmap_mode="r"), torch.from_numpy(np.load(file.with_name("labels.npy")).astype(np.int64))
     if images.ndim != 4 or len(images) != len(labels) or len(images) % 5:
@@ -148,8 +163,8 @@ def rows_of(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """{row of the table: (ours, the paper's or None)}; percent but for the loss."""
     results, paper = report["results"], report["paper"]
     clean = results["clean"]
-    rows = {"top-1 accuracy": (100 * clean["top1"], paper.get("top1")), "top-5 accuracy": (100 * clean["top5"], None)}
-    rows["loss"] = (clean["loss"], None)
+    rows = {"top-1 accuracy": (100 * clean["top1"], paper.get("top1")), "top-5 accuracy": (100 * clean["top5"], None),
+            "loss": (clean["loss"], None)}  # fmt: skip
     for kind, errors in errors_of(report).items():
         for key, value in summarise(errors).items():
             of_paper = paper.get("imagenet_c") if key == "raw_19" and kind != "cifar10_c" else None
@@ -175,9 +190,10 @@ def write_report(reports: list[dict[str, Any]], out: Path) -> str:
 
     tables, errors = [rows_of(r) for r in reports], [errors_of(r) for r in reports]
     heads = [f"{r['name']}, seed {r['seed']}" for r in reports]
-    settings, count = reports[0]["settings"], reports[0]["results"]["clean"]["count"]
-    lines = [f"{count} images of {settings['data']}, {settings['bn']} batch norms; percent.", ""]
-    lines += _table("", heads, {n: [_beside(*t[n]) for t in tables] for n in tables[0]})
+    settings = reports[0]["settings"]
+    lines = [f"{reports[0]['results']['clean']['count']} images of {settings['data']}, {settings['bn']} BN; percent.", ""]
+    beside = [{n: f"{v:.2f}" + (f" (paper {p:g})" if p is not None else "") for n, (v, p) in t.items()} for t in tables]
+    lines += _table("", heads, {n: [b[n] for b in beside] for n in tables[0]})
     figure = matplotlib.figure.Figure(figsize=(10, 4 * max(1, len(errors[0]))), layout="constrained")
     for panel, kind in enumerate(errors[0]):
         means = {n: [100 * float(np.mean(list(e[kind][n].values()))) for e in errors] for n in errors[0][kind]}
@@ -190,17 +206,12 @@ def write_report(reports: list[dict[str, Any]], out: Path) -> str:
             axes.bar(x, [b[i] for b in bars.values()], 0.8 / len(heads), label=head)
         axes.set_xticks(np.arange(len(bars)) + 0.4, list(bars), rotation=40, ha="right")
         axes.legend()
-    text = "\n".join(lines) + "\n"
-    _write(out / "report.md", text)
+    (out / "report.md").write_text(text := "\n".join(lines) + "\n")
     full = [r | {"summary": {n: v for n, (v, _) in t.items()}} for r, t in zip(reports, tables, strict=True)]
-    _write(out / "report.json", json.dumps(full, indent=1))
+    (out / "report.json").write_text(json.dumps(full, indent=1))
     if errors[0]:
         figure.savefig(out / "report.png", dpi=120)
     return text
-
-
-def _beside(ours: float, paper: float | None) -> str:
-    return f"{ours:.2f}" + ("" if paper is None else f" (paper {paper:g})")
 
 
 def _table(first: str, heads: list[str], rows: dict[str, list[str]]) -> list[str]:
@@ -208,12 +219,8 @@ def _table(first: str, heads: list[str], rows: dict[str, list[str]]) -> list[str
     return head + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
 
 
-def _write(path: Path, text: str) -> None:
-    """Complete or not at all, so that an interrupted evaluation goes on from what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
