@@ -36,10 +36,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class Rules:
-    method: Literal["vanilla", "fast_advprop", "pipelined", "decoupled", "advprop", "noise"]
+    method: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"]
     clean_group: int
     adv_group: int = 0  # rows of one auxiliary BN group
     n_adv: int = 0
+    pipelined: bool = False  # fast_advprop, noise: one pass, adversarial rows trained a step later
     weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # clean, noise, adversarial
     sync: bool = True
     combine: Literal["sum", "mean"] = "sum"
@@ -118,22 +119,17 @@ class Twin:
             x, labels = self._attacked_rows(draws, n_clean)
             self._count(n_clean, len(x), len(x))
             noise = x + self._delta0(draws)
+            parts = [Rows("noise", noise, labels)]
+            if rules.pipelined:  # the first step has nothing to carry
+                parts.append(self._shuffled("adv", *(self.carry or (noise, labels)), draws))
             self._train(self.main, [clean], rules.clean_group)
-            gradient = self._train(self.aux, [Rows("noise", noise, labels)], rules.adv_group)[0]
+            gradient = self._train(self.aux, parts, rules.adv_group)[0]
             direction = draws.direction if rules.method == "noise" else gradient
+            assert direction is not None
             adversarial = self._project(x, noise + self._step_size() * self._sign(direction))
-            self._train(self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group)
-
-        elif rules.method == "pipelined":
-            x, labels = self._attacked_rows(draws, n_clean)
-            self._count(n_clean, len(x), len(x))
-            noise = x + self._delta0(draws)
-            old = self.carry or (noise, labels)  # the first step has nothing to carry
-            self._train(self.main, [clean], rules.clean_group)
-            carried = self._shuffled("adv", *old, draws)
-            gradient = self._train(self.aux, [Rows("noise", noise, labels), carried], rules.adv_group)[0]
-            adversarial = self._project(x, noise + self._step_size() * self._sign(gradient))
             self.carry = (adversarial, labels)
+            if not rules.pipelined:
+                self._train(self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group)
 
         else:  # decoupled, advprop: an attack without reuse, then one training pass
             x, labels = self._attacked_rows(draws, n_clean)
@@ -287,7 +283,7 @@ class Twin:
                     p -= lr * self.velocity[key]
 
     def bn_state(self) -> dict[str, dict[str, Tensor]]:
-        """"main" | "aux" -> "layer.running_mean" | "layer.running_var" -> value."""
+        """ "main" | "aux" -> "layer.running_mean" | "layer.running_var" -> value."""
         return {
             which: {
                 f"{layer}.{name}": getattr(bn, name).clone()
