@@ -71,6 +71,9 @@ class DaliLoader:
     def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
         """`len(plan) - start_step` batches on the device's current stream; see `batch.Loader`."""
         check_plan(plan, self.store, self.size)
+        return self._load(plan, start_step)
+
+    def _load(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
         rows = _Rows(self.store, plan, start_step)
         labels = np.stack([labels_of(plan, step, self.store) for step in range(len(plan))])
         all_labels = torch.from_numpy(labels).to(self.device)  # once, so that no step waits for a copy
