@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under 9 minutes: tests, cost parity, steps, loaders; a short table last.
+# Usage: bench/gpu_suite.sh [--out DIR]      Without a GPU it says so and runs nothing that needs one.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+out=bench/results
+[ "${1:-}" = --out ] && out=${2:?--out needs a folder}
+mkdir -p "$out"
+py=python
+[ -x .venv/bin/python ] && py=.venv/bin/python
+summary=() failed=0
+
+part() { # name, seconds, command: its output goes to a log; a failure or a time-out stops nothing
+    local name=$1 limit=$2 began=$SECONDS code=0
+    shift 2
+    echo "== $name (at most $limit s)"
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+    tail -n 15 "$out/$name.log"
+    case $code in 0) state=done ;; 124) state="timed out; what it had measured is in $out" failed=1 ;; *) state="failed ($code)" failed=1 ;; esac
+    summary+=("$(printf '%-22s %4d s  %s' "$name" $((SECONDS - began)) "$state")")
+}
+
+for package in ffcv nvidia.dali; do
+    $py -c "import $package" 2>/dev/null || summary+=("$package is missing: its loader is not measured")
+done
+if $py -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+    part gpu_tests 100 $py -m pytest -m "gpu and not soak" -rs -p no:cacheprovider
+    part cost_parity 250 $py -m bench.cost_parity --amp fp16 bf16 --rows 64 256 --rounds 8 --out "$out"
+    part step 110 $py -m bench.step --rounds 5 --out "$out"
+    part loaders 70 $py -m bench.loaders --out "$out"
+else
+    summary+=("no GPU: GPU tests, cost parity, steps and loaders on a GPU are not measured")
+fi
+[ -f "$out/cost_parity_cuda.md" ] && grep '^|' "$out/cost_parity_cuda.md"
+[ -f "$out/step.log" ] && grep ' ms, ours ' "$out/step.log"
+printf '%s\n' "== summary" "${summary[@]}" | tee "$out/summary.txt"
+exit $failed
