@@ -67,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Results of every set that `args` ask for; each is saved when it is finished, and not computed again."""
     model, config = checkpoint.load_model(path, args.device)
-    known = checkpoint.load(path)[1]["classes"]
+    meta = checkpoint.load(path)[1]
     fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "limit", "seed")
     settings = {field: getattr(args, field) for field in fields}
     identity = _digest([settings, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
     saved = Path(args.out) / f"{config.name}-{identity}.json"
     saved.parent.mkdir(parents=True, exist_ok=True)
     done: dict[str, Any] = json.loads(saved.read_text())["results"] if saved.exists() else {}
-    report = {"checkpoint": str(path), "name": config.name, "seed": config.seed, "paper": config.paper,
-              "settings": settings, "results": done}  # fmt: skip
+    report = {"checkpoint": str(path), "name": config.name, "seed": config.seed, "step": meta["step"],
+              "paper": config.paper, "settings": settings, "results": done}  # fmt: skip
     many = config.data.size > SMALL or "all" in (args.corrupt or ())  # minutes of work; processes take seconds to start
     with worker_pool() if many else ThreadPoolExecutor(1) as pool:
         sets = _sets(args, config.data.size, config.data.resize, pool)
@@ -84,7 +84,9 @@ def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             if key in done:
                 continue
             with opened as (names, steps, batches):
-                label_map = match_classes(names, known) if names and (known or key == "imagenet_r") else None
+                label_map = (
+                    match_classes(names, meta["classes"]) if names and (meta["classes"] or key == "imagenet_r") else None
+                )
                 done[key] = asdict(evaluate(
                     model, tqdm(batches, key, steps, leave=False), mean=config.data.mean, std=config.data.std,
                     bn=args.bn, device=args.device, label_map=label_map, restrict=key == "imagenet_r",
@@ -189,7 +191,7 @@ def write_report(reports: list[dict[str, Any]], out: Path) -> str:
     import matplotlib.figure  # a Figure of its own needs no display
 
     tables, errors = [rows_of(r) for r in reports], [errors_of(r) for r in reports]
-    heads = [f"{r['name']}, seed {r['seed']}" for r in reports]
+    heads = [f"{r['name']}, seed {r['seed']}, step {r['step']}" for r in reports]
     settings = reports[0]["settings"]
     lines = [f"{reports[0]['results']['clean']['count']} images of {settings['data']}, {settings['bn']} BN; percent.", ""]
     beside = [{n: f"{v:.2f}" + (f" (paper {p:g})" if p is not None else "") for n, (v, p) in t.items()} for t in tables]
