@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,8 @@ def torchvision_folder(images: Path, *, threads: int) -> Batches:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    steps = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    data = ImageFolder(str(images), v2.Compose(steps))
+    steps = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    data = ImageFolder(str(images), steps)
     sampler = RandomSampler(data, num_samples=EPOCHS * len(data))
     yield from (len(batch) for batch, _ in DataLoader(data, BATCH, sampler=sampler, num_workers=threads))
 
@@ -77,18 +77,17 @@ def stock_dali(images: Path, device: str = "cpu", *, threads: int) -> Batches:
     pipeline = Pipeline(BATCH, threads, 0 if device == "mixed" else None, prefetch_queue_depth=3)
     with pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
-        area, ratio = [0.08, 1], [3 / 4, 4 / 3]
-        x = fn.decoders.image_random_crop(jpegs, device=device, random_area=area, random_aspect_ratio=ratio)
-        x = fn.flip(fn.resize(x, size=[SIZE, SIZE]), horizontal=fn.random.coin_flip())
+        x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
+        x = fn.flip(x, horizontal=fn.random.coin_flip())
         pipeline.set_outputs(x, labels)
     pipeline.build()
     while True:
         yield len(torch.from_dlpack(pipeline.run()[0].as_tensor()))
 
 
-def contestants(beton: Path, images: Path) -> dict[str, Callable[..., Batches]]:
+def contestants(beton: Path, images: Path) -> dict[str, Any]:
     """Every contestant; those on a GPU if there is one."""
-    every: dict[str, Callable[..., Batches]] = {
+    every: dict[str, Any] = {
         "ffcv": partial(ours, "ffcv", beton),
         "dali": partial(ours, "dali", beton),
         "dali, folder": partial(ours, "dali", images),
@@ -122,15 +121,12 @@ def counters() -> np.ndarray:
 
 def memory_mb() -> float:
     """Proportional set size of the family."""
-    text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family())
-    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) / 1e3
+    maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family()]
+    return sum(int(text.split("\nPss:")[1].split()[0]) for text in maps) / 1e3
 
 
 def forget(path: Path, limit_bytes: float) -> None:
-    """Drop the file's cached pages (posix_fadvise DONTNEED) whenever `limit_bytes` were read from the disk.
-
-    A limit of the page cache without a cgroup: never more of the file is cached than that, mostly less.
-    """
+    """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no cgroup needed)."""
     done = -math.inf
     while True:
         if counters()[2] - done > limit_bytes:
@@ -198,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of measurement per contestant and round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", nargs="+", help="contestants")
-    parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton: see forget()")
+    parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -213,7 +209,6 @@ def main() -> None:
     args.beton.exists() or convert_folder(args.images, args.beton)
     if args.memory_limit and args.beton.stat().st_size < 1e6 * args.memory_limit:
         parser.error(f"--memory-limit {args.memory_limit}: {args.beton} has {args.beton.stat().st_size / 1e6:.0f} MB")
-    # pages of a mapped file cannot be dropped, a folder's are not: the limit holds for what preads the .beton
     names = args.only or (["ffcv", "dali"] if args.memory_limit else list(every))
     rounds: dict[str, list[Any]] = {name: [] for name in names}
     for r in range(args.rounds):
@@ -225,11 +220,10 @@ def main() -> None:
         if good := np.array([run for run in runs if not isinstance(run, str)]).T.tolist():
             results[name] = dict(zip(MEASURES, map(spread, good), strict=True))
     stem = args.out / ("loaders_memory_limit" if args.memory_limit else "loaders")
-    settings = {"batch": BATCH, "size": SIZE, **{k: getattr(args, k) for k in ("seconds", "threads", "memory_limit")}}
+    settings = {"batch": BATCH, "size": SIZE, "threads": args.threads, "memory_limit_mb": args.memory_limit}
     write_json(stem.with_suffix(".json"), {"settings": settings, "results": results})
     stem.with_suffix(".md").write_text(table(results))
     plot(results, stem.with_suffix(".png"))
-    print(table(results))
 
 
 if __name__ == "__main__":

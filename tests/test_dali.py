@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -83,14 +84,19 @@ def assert_agree(a: torch.Tensor, b: torch.Tensor, mean: float = 2, most: int = 
     assert (difference <= most).float().mean() >= 0.99
 
 
+FFCV = pytest.param("ffcv", 2, marks=pytest.mark.skipif(find_spec("ffcv") is None, reason="no FFCV"))
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_same_images_as_the_reference(photos, device):
+@pytest.mark.parametrize(("twin", "mean"), [("reference", 1.2), FFCV])
+def test_same_images_as_the_other_back_ends(photos, device, twin, mean):
+    """Decoders agree exactly on a CPU (reference) or within a fast inverse DCT (ffcv); a triangle filter is no box."""
     plan = draw_epoch(PlanSpec(3, 224, 8, 4, clean_group=4, adv_group=2), photos.heights, photos.widths, 1)
     images, labels = run(open_loader("dali", photos, size=224, device=device), plan)
-    expected, same = run(open_loader("reference", photos, size=224), plan)
+    expected, same = run(open_loader(twin, photos, size=224), plan)
     assert images.shape == (24, 3, 224, 224) and images.dtype == torch.uint8 and torch.equal(labels, same)
     assert labels.tolist() == photos.labels[plan.index.reshape(-1)].tolist()
-    assert_agree(images, expected)
+    assert_agree(images, expected, mean)
     mirrored = replace(plan, flip=~plan.flip)
     assert_agree(run(open_loader("dali", photos, size=224, device=device), mirrored)[0].flip(-1), images, 0.1, 1)
 
