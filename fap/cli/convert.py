@@ -9,16 +9,9 @@ from collections.abc import Sequence
 
 from pipelines.convert import Encoding, check, convert_cifar10, convert_folder
 
-EXAMPLES = """examples:
-  fap-convert imagenet/train train.beton                          every JPEG byte for byte
-  fap-convert imagenet/train train.beton --max-side 500 --quality 90
-  fap-convert cifar10 test.beton --split test
-  fap-convert --check train.beton"""
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fap-convert", None, __doc__, EXAMPLES, formatter_class=formatter)
+    parser = argparse.ArgumentParser("fap-convert", description=__doc__)
     add = parser.add_argument
     add("src", nargs="?", help="image folder in ImageNet's layout (one folder per class), or cifar10")
     add("dst", nargs="?", help="file to write; one that exists is never overwritten")
@@ -34,12 +27,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if (a.check is None) == (a.src is None) or (a.src is None) != (a.dst is None):
         parser.error("give SRC and DST, or --check FILE")
     folder_only = a.max_side is not None or a.quality is not None or a.raw or a.skip_bad
-    if (a.check is not None or a.src == "cifar10") and folder_only:
+    if (a.check or a.src == "cifar10") and folder_only:
         parser.error("--max-side, --quality, --raw and --skip-bad are for image folders")
-    if a.src != "cifar10" and (a.split is not None or a.limit is not None):
+    if a.src != "cifar10" and (a.split or a.limit is not None):
         parser.error("--split and --limit are for cifar10")
-    if a.threads is not None and a.threads < 1:
-        parser.error(f"--threads {a.threads}: must be at least 1")
+    if a.threads is not None and (a.threads < 1 or a.src == "cifar10"):
+        parser.error(f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded")
     return a
 
 
