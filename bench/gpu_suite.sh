@@ -34,6 +34,6 @@ else
     summary+=("no GPU: GPU tests, cost parity, steps and loaders on a GPU are not measured")
 fi
 [ -f "$out/cost_parity_cuda.md" ] && grep '^|' "$out/cost_parity_cuda.md"
-[ -f "$out/step.log" ] && grep ' ms, ours ' "$out/step.log"
+[ -f "$out/step.log" ] && grep ' s, ours ' "$out/step.log"
 printf '%s\n' "== summary" "${summary[@]}" | tee "$out/summary.txt"
 exit $failed
