@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"# Cost parity\n\n{meta}\n\n{environment()}\n\n{head}" + "\n".join(map(row, results)) + "\n"
         write_json(path.with_suffix(".json"), meta | {"results": results})  # after every cell: a time-out loses nothing
         path.with_suffix(".md").write_text(text)
+    plot(results, path.with_suffix(".png"))
     missed = [r for r in results if a.max_ratio and not r.get("whole_run", {"ratio": np.inf})["ratio"] <= a.max_ratio]
     print(f"gate: {len(missed)} of {len(results)} above {a.max_ratio}" if a.max_ratio else "no gate (--max-ratio)")
     return int(bool(missed))
