@@ -130,30 +130,36 @@ class _StemConv(torch.autograd.Function):
 
 
 def _install_stem(model: nn.Module, size: int) -> None:
-    """Turn the convolution that sees the image first into a `StemConv2d`, if there is exactly such a one."""
-    image = torch.zeros(1, 3, size, size)
+    """Turn the first convolution into a `StemConv2d`, if the image reaches the logits through it alone."""
+    image = torch.zeros(1, 3, size, size, requires_grad=True)
     seen: list[nn.Module] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if any(a is image for a in args) and not list(module.children()):
-            seen.append(module)
+    def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Note who reads the image; cut it off there, so that any other way to the logits still needs its gradient."""
+        if list(module.children()) or not any(a is image for a in args):
+            return None
+        seen.append(module)
+        return tuple(a.detach() if a is image else a for a in args)
 
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules()]
+    hooks = [m.register_forward_pre_hook(cut) for m in model.modules()]
+    frozen = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     mode = model.training
     try:
-        with torch.no_grad():
-            model.eval()(image)
+        bypassed = model.eval()(image).requires_grad
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"data.size = {size}: the model does not accept images of {size} px: {e}") from None
     finally:
         model.train(mode)
+        for p in frozen:
+            p.requires_grad_()
         for hook in hooks:
             hook.remove()
-    if len(seen) == 1 and type(seen[0]) is nn.Conv2d and isinstance(seen[0].padding, tuple) and seen[0].padding_mode == "zeros":
+    if len(seen) == 1 and not bypassed and type(seen[0]) is nn.Conv2d and seen[0].padding_mode == "zeros":
         stem = seen[0]
-        stem.__class__ = StemConv2d
-        assert isinstance(stem, StemConv2d)
-        stem.probe, stem.first, stem.full_precision = None, 0, False
+        if not isinstance(stem.padding, str):
+            stem.__class__ = StemConv2d
+            assert isinstance(stem, StemConv2d)
+            stem.probe, stem.first, stem.full_precision = None, 0, False
 
 
 def stem_of(model: nn.Module) -> StemConv2d | None:

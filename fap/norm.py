@@ -62,10 +62,11 @@ class DualBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d, shared: RowGroups, aux: bool) -> None:
         if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
             raise ValueError(f"{norm}: only affine batch norms with running statistics and a momentum can be converted")
-        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        kind: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        super().__init__(norm.num_features, norm.eps, norm.momentum, **kind)
         self.load_state_dict(norm.state_dict())
         self.shared = shared
-        self.aux = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum) if aux else None
+        self.aux = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, **kind) if aux else None
         if self.aux is not None:
             self.aux.load_state_dict(norm.state_dict())
         self.drop = getattr(norm, "drop", None) or nn.Identity()

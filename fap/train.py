@@ -129,6 +129,7 @@ class Run:
                     self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
                     run_step()
                     self.done += 1
+                    self.log.advance(self.done)
                     last = self.done == self.steps or self.done % self.budget.steps_per_epoch == 0
                     if last or self.done % self.config.run.log_every == 0:
                         self._log_step(lr, waiting)
