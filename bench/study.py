@@ -92,7 +92,7 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
         subprocess.run(command("train", *words), check=True, cwd=ROOT)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    alone = os.environ | {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
     with open(folder.parent / f"seed{seed}.log", "w") as log:
         subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)

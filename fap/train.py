@@ -152,7 +152,7 @@ class Run:
             record["leak"] = 1.0
             self._say(
                 f"warning: epoch {epoch}: training accuracy of adversarial rows ({record['epoch_acc_adv']:.1%}) is above that "
-                f"of clean rows ({record['epoch_acc_clean']:.1%}): batch statistics leak labels (section 4.3); see method.shuffle"
+                f"of clean rows ({record['epoch_acc_clean']:.1%}): statistics leak labels (section 4.3); see method.shuffle"
             )
         if self.done == self.steps or epoch % self.config.run.eval_every == 0:
             try:

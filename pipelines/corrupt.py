@@ -11,7 +11,6 @@ import io
 import itertools
 import multiprocessing
 import os
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -289,6 +288,5 @@ def build(
         for batch in batches:
             real, images = (batch.labels >= 0).cpu().numpy(), batch.images.permute(0, 2, 3, 1).cpu().numpy()
             for image, label in zip(images[real], batch.labels[batch.labels >= 0].tolist(), strict=True):
-                data = image.tobytes()
-                writer.add(Sample(data, RAW, image.shape[0], image.shape[1], zlib.crc32(data), False), label)
+                writer.add(Sample(image.tobytes(), RAW, image.shape[0], image.shape[1]), label)
         writer.commit(classes, encoding)

@@ -113,7 +113,8 @@ def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_gro
 @pytest.mark.slow
 def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(tiny_beton: Path, tmp_path: Path) -> None:
     words = [
-        f"data.train={tiny_beton}", f"data.val={tiny_beton}", "data.size=32", "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8",
+        f"data.train={tiny_beton}", f"data.val={tiny_beton}",
+        "data.size=32", "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8",
         "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3", "budget.epochs=3",
         "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1", "run.eval_batch=8",
         "data.pipeline=reference",
