@@ -37,6 +37,7 @@ from fap.models import stem_of
 from fap.norm import Group, set_groups
 
 Kind = Literal["clean", "noise", "adv", "mixed"]
+Amp = Literal["off", "fp16", "bf16"]
 KINDS = ("clean", "noise", "adv")
 METRICS = (
     *(f"{what}_{kind}" for kind in KINDS for what in ("loss", "correct", "rows", "nonfinite")),
@@ -104,7 +105,7 @@ class Step:
         config: Config,
         ranks: Ranks = ONE_RANK,
         *,
-        amp: Literal["off", "fp16", "bf16"] = "off",
+        amp: Amp = "off",
     ):
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group):

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import pipelines
@@ -24,7 +25,7 @@ from fap.graph import runner
 from fap.log import Log, versions
 from fap.models import build, load_plain
 from fap.norm import shared_groups
-from fap.step import KINDS, METRICS, Step
+from fap.step import KINDS, METRICS, Amp, Step
 from fap.summary import describe
 
 
@@ -66,14 +67,16 @@ class Run:
             if getattr(config.data, field) is None:
                 raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
         self.device = _device(config.run.device, ranks)
-        self.amp = _amp(config.run.amp, self.device)
+        wanted = config.run.amp
+        self.amp: Amp = ("fp16" if self.device.type == "cuda" else "off") if wanted == "auto" else wanted
         if config.run.torch_threads:
             torch.set_num_threads(config.run.torch_threads)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
-        self.store = self._open_store(config.data.train, config)
-        self.val_store = self._open_store(config.data.val, config)
+        self.store, self.val_store = (_open_store(path, config) for path in (config.data.train, config.data.val))
+        if self.store.classes and self.val_store.classes and self.store.classes != self.val_store.classes:
+            raise ValueError(f"data.val = {config.data.val} has other classes than data.train = {config.data.train}")
         self.budget = budget(config, len(self.store))
         self.steps = min(self.budget.steps, config.run.max_steps or self.budget.steps)
         self.spec = plan_spec(config, ranks)
@@ -83,7 +86,9 @@ class Run:
             config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=config.data.size
         )
         if config.model.init:
-            load_plain(self.model, _read_plain(config.model.init))
+            if not Path(config.model.init).is_file():
+                raise ValueError(f"model.init = {config.model.init!r}: no such file")
+            load_plain(self.model, load_file(config.model.init))
         self.model.to(self.device)
         self.step = Step(self.model, config, ranks, amp=self.amp)
         self._prepare_folder()
@@ -189,15 +194,6 @@ class Run:
         return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
 
     # ------------------------------------------------------------------ the data
-
-    def _open_store(self, path: str | None, config: Config) -> pipelines.Store:
-        assert path is not None
-        store = pipelines.open_store(path)
-        if len(store) and int(store.labels.max()) >= config.model.num_classes:
-            raise ValueError(
-                f"model.num_classes = {config.model.num_classes}, but {path} holds labels up to {int(store.labels.max())}"
-            )
-        return store
 
     def _open_loader(self, store: pipelines.Store) -> pipelines.Loader:
         d = self.config.data
@@ -395,10 +391,18 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     )  # fmt: skip
 
 
+def _open_store(path: str | None, config: Config) -> pipelines.Store:
+    assert path is not None
+    store = pipelines.open_store(path)
+    if len(store) and (most := int(store.labels.max())) >= config.model.num_classes:
+        raise ValueError(f"model.num_classes = {config.model.num_classes}, but {path} holds labels up to {most}")
+    return store
+
+
 def _same_run(config: Config, saved: Config, path: Path) -> None:
     """Resuming exactly needs the same run; only where it runs and how often it reports may differ."""
     free = {"resume": "auto", "run": config.run, "paper": config.paper}
-    data_free = {k: getattr(config.data, k) for k in ("threads", "prefetch", "hw_decoder_load")}
+    data_free = {k: getattr(config.data, k) for k in ("threads", "prefetch", "hw_decoder_load", "val")}
 
     def comparable(c: Config) -> dict[str, Any]:
         return c.model_copy(update={**free, "data": c.data.model_copy(update=data_free)}).model_dump(mode="json")
@@ -416,17 +420,3 @@ def _device(wanted: str, ranks: Ranks) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks.local_rank)
-
-
-def _amp(wanted: str, device: torch.device) -> Literal["off", "fp16", "bf16"]:
-    if wanted == "auto":
-        return "fp16" if device.type == "cuda" else "off"
-    return wanted  # type: ignore[return-value]
-
-
-def _read_plain(path: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise ValueError(f"model.init = {path!r}: no such file")
-    return load_file(path)

@@ -27,11 +27,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from . import cifar10, store
-from .store import JPG, RAW, DamagedData, sidecar_path
+from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
 
 ROW = np.dtype([("image", store.IMAGE), ("label", store.FIELD_TYPES[store.INT_FIELD])], align=True)
 PAGE = 8 << 20  # FFCV's default
-MAX_SIDE = 32767  # an epoch plan's windows are int16
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .store import JPG, DamagedData, Store, jpeg_sides
+from .store import JPG, MAX_SIDE, PIXELS_PER_BYTE, DamagedData, Store, jpeg_sides
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 THREADS, CHUNK = 16, 256  # threads that wait for the disk, files of one task
@@ -62,6 +62,8 @@ class FolderStore(Store):
         try:
             data = self.file(index).read_bytes()
             found = jpeg_sides(data)
+            if found and found[0] * found[1] > PIXELS_PER_BYTE * len(data):
+                raise ValueError(f"too few bytes for a JPEG of {found} pixels")
             # precision, sides and component count stand together in the frame header; four components are CMYK
             if found is None or struct.pack(">BHHB", 8, *found, 4) in data:
                 with Image.open(io.BytesIO(data)) as image:
@@ -99,8 +101,9 @@ class FolderStore(Store):
         parts = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
         for found in tqdm(pool.map(self._sides, parts), "image headers", len(parts), unit_scale=CHUNK, disable=not new):
             known |= found
-        if bad := [file[0] for file in files if 0 in known[file]]:
-            raise ValueError(f"{self.path}: {len(bad)} files are no images, such as {', '.join(bad[:5])}: remove them")
+        if bad := [file[0] for file in files if not 0 < min(known[file]) <= max(known[file]) <= MAX_SIDE]:
+            what = f"no images, such as {', '.join(bad[:5])}, or have a side above {MAX_SIDE} pixels"
+            raise ValueError(f"{self.path}: {len(bad)} files are {what}: remove them")
         table = np.array([(*file[1:], *known[file]) for file in files], np.int64)
         for place in places if new else ():
             temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp.npz")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from .batch import Batch, check_plan, labels_of
+from .folder import UNREADABLE
 from .plan import PADDING, EpochPlan
 from .store import JPG, DamagedData, Store
 
@@ -60,7 +61,7 @@ class ReferenceLoader:
         if self.store.modes[index] == JPG:
             try:
                 image = np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
-            except OSError as error:
+            except UNREADABLE as error:
                 raise DamagedData(f"{self.store.file(index)}: sample {index}: {error}") from error
         else:
             image = encoded.reshape(self.store.heights[index], self.store.widths[index], 3)

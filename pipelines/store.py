@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 JPG, RAW = 0, 1  # FFCV's mode byte
+MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
+PIXELS_PER_BYTE = 512  # a JPEG's block of 64 takes at least a bit: damaged sides must not ask for gigabytes
 HEADER = np.dtype(
     [
         ("version", "<u2"),
@@ -121,8 +123,11 @@ class BetonStore(Store):
         self._check((ptrs >= data_start) & (ptrs < file_size), "its pointer is outside the data")
         self._check((sizes > 0) & (sizes < file_size), "bad size")  # so that ptr + size cannot wrap
         self._check(ptrs + sizes <= alloc_ptr, "its data reach outside the file")
-        self._check((self.modes <= RAW) & (pixels > 0), "bad mode or dimensions")
+        sides = np.maximum(self.heights, self.widths) <= MAX_SIDE
+        self._check((self.modes <= RAW) & (pixels > 0) & sides, "bad mode or dimensions")
         self._check((self.modes == JPG) | (sizes == pixels), "raw size is not height x width x 3")
+        enough = (self.modes == RAW) | (pixels <= 3 * PIXELS_PER_BYTE * sizes)
+        self._check(enough, "too few bytes for a JPEG of its dimensions")
         order = np.argsort(ptrs, kind="stable")
         free = np.ones(n, bool)
         free[order[1:]] = (ptrs + sizes)[order[:-1]] <= ptrs[order[1:]]
@@ -211,8 +216,9 @@ def read_sidecar(path: str | Path) -> Sidecar | None:
         if d["version"] != 1 or d["count"] != len(crc32):
             raise ValueError("wrong version or count")
         return Sidecar(classes, dict(d["encoding"]), crc32, int(d["tables_crc32"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedData(f"{side}: {error!r}: convert again, or delete it to read without checksums") from error
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"  # not its repr, which may hold the whole file
+        raise DamagedData(f"{side}: {why}: convert again, or delete it to read without checksums") from error
 
 
 def write_sidecar(
