@@ -8,14 +8,14 @@ passed through JPEG at quality 85. Motion blur is ImageMagick's, which the gener
 
 import importlib.util
 import io
-import itertools
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,67 +33,57 @@ Rng = np.random.Generator
 SMALL = 64  # pixels; images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them
 
 # fmt: off
-# name: (five constants of ImageNet-C, five of CIFAR-10-C), severity 1 to 5
+# name: (five constants of ImageNet-C, five of CIFAR-10-C), severity 1 to 5; their names stand where they are used
 CONSTANTS: dict[str, tuple[tuple, tuple]] = {
     "gaussian_noise": ((.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
     "shot_noise": ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
     "impulse_noise": ((.03, .06, .09, .17, .27), (.01, .02, .03, .05, .07)),
-    "defocus_blur": (  # radius, sigma of its edge
-        ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
-    "glass_blur": (  # sigma, reach, rounds
-        ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-        ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
-    "motion_blur": (  # radius, sigma
-        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": (  # end and step of the factors
-        ((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-        ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
-    "snow": (  # mean, deviation, zoom, threshold, radius, sigma, share of the image kept
-        ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-         (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
-        ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
-         (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
-    "frost": (  # weights of image and overlay
-        ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
-    "fog": (  # thickness, decay
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "defocus_blur": (((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": (((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": (((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
+    "snow": (((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+              (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
+              (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": (((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": (((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
     "brightness": ((.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
     "contrast": ((.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
-    "elastic_transform": (  # amplitude, sigma, affine jitter, in units of 244 (sic, not 224) and 32 pixels
-        ((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
-        ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
+    "elastic_transform": (((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
+                          ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
     "pixelate": ((.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65)),
     "jpeg_compression": ((25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
     "speckle_noise": ((.15, .2, .35, .45, .6), (.06, .1, .12, .16, .2)),
     "gaussian_blur": ((1, 2, 3, 4, 6), (.4, .6, .7, .8, 1)),
-    "spatter": (  # mean, deviation, sigma, threshold, strength, mud instead of water
-        ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-         (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-        ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-         (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
-    "saturate": (  # factor and offset of S
-        ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+    "spatter": (((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+                 (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+                 (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
+    "saturate": (((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
 # fmt: on
 NAMES = tuple(CONSTANTS)  # the 15 of ImageNet-C, then the 4 extra ones
 QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # one of each family
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, *, seed: int = 0, index: int = 0) -> np.ndarray:
+def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone. `index` is the image's number.
 
     Raises ValueError for an unknown name or severity.
     """
     if name not in CONSTANTS or severity not in range(1, 6):
         raise ValueError(f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5")
-    assert image.dtype == np.uint8
     c = CONSTANTS[name][max(image.shape[:2]) <= SMALL][severity - 1]
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
-    return (_define(name, image / 255.0, c, rng).clip(0, 1) * 255).astype(np.uint8)  # truncates, as published
+    return (_define(name, image, c, rng).clip(0, 1) * 255).astype(np.uint8)  # truncates, as published
 
 
-def _define(name: str, x: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
-    """float64 (H, W, 3) in [0, 1] -> the same, not yet clipped."""
+def _define(name: str, image: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
+    """uint8 (H, W, 3) -> float, 0 is black and 1 white, not yet clipped."""
+    x, pil = image / 255, Image.fromarray(image)
     match name:
         case "gaussian_noise":
             return x + c * rng.standard_normal(x.shape)
@@ -105,30 +95,27 @@ def _define(name: str, x: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
             return x + x * c * rng.standard_normal(x.shape)
         case "gaussian_blur":
             return _gauss(x, c)
-        case "motion_blur":
-            return np.rint(_streak(x, c[0], c[1], rng.uniform(-45, 45)) * 255) / 255  # ImageMagick's 8 bits
-        case "zoom_blur":
-            factors = np.arange(1, *c)
-            return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
-        case "brightness":  # V + c in HSV: hue and saturation stay, so the channels scale together
-            value = (x := np.maximum(x, 1e-9)).max(2, keepdims=True)
-            return x * np.minimum(value + c, 1) / value
-        case "saturate":  # S * a + b in HSV; each channel's distance from V, in shares of the spread, is the hue
-            value, spread = np.maximum(x.max(2, keepdims=True), 1e-9), np.ptp(x, 2, keepdims=True)
-            share = np.where(spread > 0, (value - x) / np.maximum(spread, 1e-9), [0, 1, 1])  # grey is a red
-            return value * (1 - np.clip(spread / value * c[0] + c[1], 0, 1) * share)
         case "contrast":
             return x * c + x.mean((0, 1)) * (1 - c)
-        case "fog":
+        case "brightness" | "saturate":  # V + c; S * a + b
+            channel, factor, offset = (2, 1, c) if name == "brightness" else (1, *c)
+            hsv = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2HSV)
+            hsv[..., channel] = (hsv[..., channel] * factor + offset).clip(0, 1)
+            return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        case "motion_blur":  # radius, sigma; rounded to ImageMagick's 8 bits
+            return np.rint(_streak(x, c[0], c[1], rng.uniform(-45, 45)) * 255) / 255
+        case "zoom_blur":  # end and step of the factors
+            factors = np.arange(1, *c)
+            return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
+        case "fog":  # thickness, decay
             haze = c[0] * _plasma(1 << (max(x.shape) - 1).bit_length(), c[1], rng)
             return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + c[0])
         case "jpeg_compression":
-            Image.fromarray(np.rint(x * 255).astype(np.uint8)).save(file := io.BytesIO(), "JPEG", quality=c)
+            pil.save(file := io.BytesIO(), "JPEG", quality=c)
             return np.asarray(Image.open(file)) / 255
         case "pixelate":
             (h, w), box = x.shape[:2], Image.Resampling.BOX
-            small = Image.fromarray(np.rint(x * 255).astype(np.uint8)).resize((int(w * c), int(h * c)), box)
-            return np.asarray(small.resize((w, h), box)) / 255
+            return np.asarray(pil.resize((int(w * c), int(h * c)), box).resize((w, h), box)) / 255
     return globals()[f"_{name}"](x, *c, rng)
 
 
@@ -148,14 +135,14 @@ def _streak(x: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndar
 
 def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
     """The centre of (H, W, C) enlarged by `factor` >= 1: linear, corners aligned, trimmed to (H, W, C)."""
-    for axis, shape in ((0, (-1, 1, 1)), (1, (1, -1, 1))):
-        side = x.shape[axis]
+    for _ in range(2):  # along the rows, then along the columns
+        side = len(x)
         crop = int(np.ceil(side / factor))
         full = round(crop * factor)
         at = (side - crop) // 2 + (np.arange(side) + (full - side) // 2) * (crop - 1) / (full - 1)
         low = np.minimum(at.astype(int), side - 2)
-        share = (at - low).reshape(shape)
-        x = np.take(x, low, axis) * (1 - share) + np.take(x, low + 1, axis) * share
+        share = (at - low)[:, None, None]
+        x = (x[low] * (1 - share) + x[low + 1] * share).swapaxes(0, 1)
     return x
 
 
@@ -196,7 +183,7 @@ def _glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) 
 
 
 def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
-    mean, deviation, zoom, threshold, radius, sigma, keep, rng = constants
+    mean, deviation, zoom, threshold, radius, sigma, keep, rng = constants  # keep: of the image
     flakes = _zoom(rng.normal(mean, deviation, (*x.shape[:2], 1)), zoom)
     flakes = np.floor(np.where(flakes < threshold, 0, flakes).clip(0, 1) * 255)
     flakes = np.rint(_streak(flakes, radius, sigma, rng.uniform(-135, -45))) / 255
@@ -223,9 +210,10 @@ def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
     return image * x + overlay * ice[top : top + h, left : left + w] / 255
 
 
-def _elastic_transform(x: np.ndarray, *constants: Any) -> np.ndarray:
-    (*lengths, rng), (h, w) = constants, x.shape[:2]
-    amplitude, sigma, jitter = np.array(lengths) * (32 if max(h, w) <= SMALL else 244)
+def _elastic_transform(x: np.ndarray, amplitude: float, sigma: float, jitter: float, rng: Rng) -> np.ndarray:
+    h, w = x.shape[:2]
+    unit = 32 if max(h, w) <= SMALL else 244  # pixels; 244 (sic, not 224)
+    amplitude, sigma, jitter = amplitude * unit, sigma * unit, jitter * unit
     before = (np.array([w, h]) // 2 + min(h, w) // 3 * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
     after = (before + rng.uniform(-jitter, jitter, before.shape)).astype(np.float32)
     moved = cv2.warpAffine(x, cv2.getAffineTransform(before, after), (w, h), borderMode=cv2.BORDER_REFLECT_101)
@@ -263,21 +251,19 @@ def corrupted(
 
     `index` (steps, B) is the plan's: the number of each row's image.
     """
-    waiting: deque[tuple[Batch, list[Future]]] = deque()
-    for batch in itertools.chain(batches, [None, None]):  # two batches of work are under way ahead of the model
-        if batch is not None:
-            images, numbers = batch.images.permute(0, 2, 3, 1).cpu().numpy(), index[batch.step].tolist()
-            parts = [slice(i, i + 16) for i in range(0, len(images), 16)]
-            work = [pool.submit(_corrupt, images[p].copy(), numbers[p], name, severity, seed) for p in parts]
-            waiting.append((replace(batch, labels=batch.labels.clone()), work))
-        if len(waiting) > 2 or (batch is None and waiting):
-            done, work = waiting.popleft()
-            rows = torch.from_numpy(np.concatenate([w.result() for w in work])).permute(0, 3, 1, 2)
-            yield replace(done, images=rows.to(done.images.device))
 
+    def start(batch: Batch) -> tuple[Batch, Iterator[np.ndarray]]:
+        images = batch.images.permute(0, 2, 3, 1).cpu().numpy().copy()
+        fixed = map(repeat, (name, severity, seed))
+        return replace(batch, labels=batch.labels.clone()), pool.map(corrupt, images, *fixed, index[batch.step], chunksize=16)
 
-def _corrupt(images: np.ndarray, rows: list[int], name: str, severity: int, seed: int) -> np.ndarray:
-    return np.stack([corrupt(x, name, severity, seed=seed, index=i) for x, i in zip(images, rows, strict=True)])
+    started = map(start, batches)
+    waiting = deque(islice(started, 2))  # batches of work that are under way ahead of the model
+    while waiting:
+        waiting.extend(islice(started, 1))
+        batch, work = waiting.popleft()
+        rows = torch.from_numpy(np.stack([*work])).permute(0, 3, 1, 2)
+        yield replace(batch, images=rows.to(batch.images.device))
 
 
 def build(
