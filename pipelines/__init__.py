@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -59,8 +59,7 @@ def open_loader(
         back_end = getattr(import_module(f".{module}", __name__), cls)
     except ImportError as error:
         raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
-    options: dict[str, Any] = {} if name == "reference" else {"threads": threads, "prefetch": prefetch}
-    if name == "dali":
-        options["hw_decoder_load"] = hw_decoder_load
-    loader: Loader = back_end(store, size=size, device=device, **options)
+    loader: Loader = back_end(
+        store, size=size, device=device, threads=threads, prefetch=prefetch, hw_decoder_load=hw_decoder_load
+    )
     return loader

@@ -1,16 +1,25 @@
-"""What every loader yields, and the two calls every loader has."""
+"""What every loader yields, and what all loaders share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .plan import PADDING, EpochPlan
 from .store import Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,20 +31,70 @@ class Batch:
     step: int  # row of the plan
 
 
-class Loader(Protocol):
-    """Executes plans. Breaking out of an iterator early leaks neither threads nor memory."""
+class Loader(ABC):
+    """Executes plans of `size` x `size` pixels. Breaking out of an iterator early leaks neither threads nor memory.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        size: int,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,  # None: all cores this process may use
+        prefetch: int = 3,  # batches in the making while one is used
+        hw_decoder_load: float = 0.65,  # DALI: share of the JPEGs for the GPU's hardware decoder
+    ) -> None:
+        for name, value in (("threads", threads), ("prefetch", prefetch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if not 0 <= hw_decoder_load <= 1:
+            raise ValueError(f"hw_decoder_load = {hw_decoder_load}: must be in [0, 1]")
+        self.store, self.size, self.prefetch, self.hw_decoder_load = store, size, prefetch, hw_decoder_load
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.device = torch.empty(0, device=device).device  # with the index of a GPU
 
     def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
         """`len(plan) - start_step` batches; the same images whatever the threads and the starting step.
 
         Raises:
+            ValueError: the plan was not drawn for this store or size.
             DamagedData: a sample cannot be read or decoded; the message names file and index.
         """
-        ...
+        check_plan(plan, self.store, self.size)
+        return self._batches(plan, start_step)
 
     def close(self) -> None:
-        """Release threads and buffers."""
-        ...
+        """Nothing outlives the iterators of `load`."""
+
+    def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
+        padding = plan.index == PADDING
+        labels = np.where(padding, -1, self.store.labels[np.where(padding, 0, plan.index)])
+        on_device = torch.from_numpy(labels).to(self.device)  # once, so that no step waits for a copy
+        with closing(self._images(plan, start_step)) as steps:
+            for step, images in enumerate(steps, start_step):
+                yield Batch(images.permute(0, 3, 1, 2), on_device[step], step)
+
+    @abstractmethod
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+        """Steps `start_step`, `start_step` + 1, ...: uint8 (B, size, size, 3) on the device; zeros for PADDING rows."""
+
+
+def run_ahead(calls: Iterable[Callable[[], T]], threads: int, ahead: int) -> Generator[T, None, None]:
+    """Results of the calls, in order, from a pool of threads; at most `ahead` calls run or wait, or their results do."""
+    pool, calls = ThreadPoolExecutor(threads), iter(calls)
+    tasks: deque[Future[T]] = deque()
+    try:
+        while True:
+            tasks.extend(map(pool.submit, islice(calls, ahead - len(tasks))))
+            if not tasks:
+                return
+            yield tasks.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_plan(plan: EpochPlan, store: Store, size: int) -> None:
@@ -55,9 +114,3 @@ def check_plan(plan: EpochPlan, store: Store, size: int) -> None:
         fits &= (top + height <= store.heights[index]) & (left + width <= store.widths[index])
     if not fits.all() or index.max(initial=0) >= len(store):
         raise ValueError(f"plan: it was not drawn for the images of {store.path}")
-
-
-def labels_of(plan: EpochPlan, step: int, store: Store) -> np.ndarray:
-    """int64 (B,), -1 for padding rows."""
-    index = plan.index[step]
-    return np.where(index == PADDING, -1, store.labels[np.where(index == PADDING, 0, index)])

@@ -130,59 +130,35 @@ def _copy(source, top, left, flip, out):  # type: ignore[no-untyped-def]
                 out[y, target, c] = source[i, j, c] if inside else 0
 
 
-class FfcvLoader:
-    """See `Loader`. `threads`: None is every core this process may use; `prefetch` batches are in the making."""
+class FfcvLoader(Loader):
+    """See `Loader`."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        size: int,
-        device: torch.device | str = "cpu",
-        threads: int | None = None,
-        prefetch: int = 3,
-    ) -> None:
-        if prefetch < 1 or (threads is not None and threads < 1):
-            raise ValueError(f"threads = {threads}, prefetch = {prefetch}: must be at least 1")
-        self.store, self.size, self.device, self.prefetch = store, size, torch.device(device), prefetch
-        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "ffcv-loader")
-        self._local = threading.local()
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
+        rows, steps, cuda = plan.index.shape[1], range(start_step, len(plan)), self.device.type == "cuda"
+        # one slot is in use, `prefetch` are being filled
+        slots = torch.empty((self.prefetch + 1, rows, self.size, self.size, 3), dtype=torch.uint8, pin_memory=cuda)
+        out, side = slots.numpy(), torch.cuda.Stream(self.device) if cuda else None
+        parts = [slice(i, i + ROWS_PER_TASK) for i in range(0, rows, ROWS_PER_TASK)]
+        local = threading.local()
+        calls = (partial(self._rows, plan, step, part, out[step % len(out), part], local) for step in steps for part in parts)
+        with closing(run_ahead(calls, self.threads, self.prefetch * len(parts))) as done:
+            for step in steps:
+                for _ in parts:
+                    next(done)
+                if side is None:
+                    yield slots[step % len(slots)]
+                else:
+                    yield self._copied(slots[step % len(slots)], side)
+                    side.synchronize()  # the copy out of the slot
 
-    def close(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
-        """See `Loader.load`."""
-        check_plan(plan, self.store, self.size)
-        shape = (plan.index.shape[1], self.size, self.size, 3)
-        cuda = _CudaCopies(shape, self.device) if self.device.type == "cuda" else None
-        pin = cuda is not None
-        free = deque(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(self.prefetch + 1))
-        flying: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
-        to_start = iter(range(start_step, len(plan)))
-        try:
-            for step in range(start_step, len(plan)):
-                while free and (ahead := next(to_start, None)) is not None:
-                    slot = free.popleft()
-                    flying.append((slot, self._submit(plan, ahead, slot.numpy())))
-                for task in flying[0][1]:
-                    task.result()
-                slot, _ = flying.popleft()
-                images, labels = slot, torch.from_numpy(labels_of(plan, step, self.store))
-                if cuda is not None:
-                    images, labels = cuda.copy(slot, labels)
-                yield Batch(images.permute(0, 3, 1, 2), labels, step)
-                if cuda is not None:
-                    cuda.stream.synchronize()  # the copy out of the slot
-                free.append(slot)
-        finally:
-            tasks = [task for _, batch in flying for task in batch]
-            wait([task for task in tasks if not task.cancel()])
-
-    def _submit(self, plan: EpochPlan, step: int, out: np.ndarray) -> list[Future[None]]:
-        starts = range(0, len(out), ROWS_PER_TASK)
-        return [self._pool.submit(self._rows, plan, step, slice(a, a + ROWS_PER_TASK), out) for a in starts]
+    def _copied(self, slot: torch.Tensor, side: torch.cuda.Stream) -> torch.Tensor:
+        """On the device, copied on a side stream beside the work that the consumer queued on its last batch."""
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(side):
+            images = slot.to(self.device, non_blocking=True)
+        current.wait_stream(side)
+        images.record_stream(current)  # its memory is not reused before the consumer's work is done
+        return images
 
     def _rows(self, plan: EpochPlan, step: int, rows: slice, out: np.ndarray) -> None:
         index, flips = plan.index[step, rows].tolist(), plan.flip[step, rows].tolist()
@@ -214,28 +190,3 @@ class FfcvLoader:
         if _imdecode(source, encoded.size, height, width, target, height, width, 0, 0, *scale, False, False):
             raise DamagedData(f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly")
         return scratch[:n].reshape(shape)
-
-
-class _CudaCopies:
-    """Copies into two device buffers in turn, on a side stream.
-
-    A buffer is overwritten only after the work that the consumer queued on its last batch (event `used[0]`).
-    """
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.images = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.labels = [torch.empty(shape[:1], dtype=torch.int64, device=device) for _ in range(2)]
-        self.used: deque[torch.cuda.Event] = deque(maxlen=2)
-        self.turn = 0
-
-    def copy(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        current = torch.cuda.current_stream(self.stream.device)
-        self.used.append(current.record_event())
-        self.stream.wait_event(self.used[0])
-        self.turn ^= 1
-        with torch.cuda.stream(self.stream):
-            self.images[self.turn].copy_(images, non_blocking=True)
-            self.labels[self.turn].copy_(labels.pin_memory(), non_blocking=True)
-        current.wait_stream(self.stream)
-        return self.images[self.turn], self.labels[self.turn]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .batch import Batch, check_plan, labels_of
+from .batch import Loader
 from .folder import UNREADABLE
 from .plan import PADDING, EpochPlan
 from .store import JPG, DamagedData, Store
@@ -36,22 +36,13 @@ def crop_resize(image: np.ndarray, window: np.ndarray, size: int) -> np.ndarray:
     return np.floor(resized + 0.5).astype(np.uint8)
 
 
-class ReferenceLoader:
+class ReferenceLoader(Loader):
     """See `Loader`. One thread, no prefetch."""
 
-    def __init__(self, store: Store, *, size: int, device: torch.device | str = "cpu") -> None:
-        self.store, self.size, self.device = store, size, torch.device(device)
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
-        """See `Loader.load`."""
-        check_plan(plan, self.store, self.size)
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
         for step in range(start_step, len(plan)):
             rows = [self._row(plan, step, row) for row in range(plan.index.shape[1])]
-            images = torch.from_numpy(np.ascontiguousarray(rows)).permute(0, 3, 1, 2).to(self.device)
-            yield Batch(images, torch.from_numpy(labels_of(plan, step, self.store)).to(self.device), step)
+            yield torch.from_numpy(np.stack(rows)).to(self.device)
 
     def _row(self, plan: EpochPlan, step: int, row: int) -> np.ndarray:
         index = int(plan.index[step, row])
