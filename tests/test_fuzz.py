@@ -1,0 +1,74 @@
+"""Damaged input of every kind, worked through in subprocesses: see fuzz.py for what may happen and what may not."""
+
+import re
+import secrets
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_soak import record
+
+from fap.config import load_config
+
+WORKER = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
+BATCH = 500  # inputs of one process
+TARGETS = {"beton", "sidecar", "folder", "convert", "checkpoint", "config"}
+
+
+def work_through(first: int, count: int, hang_s: int = 60) -> tuple[Counter[str], list[str]]:
+    """How often each target passed, and what went wrong; after a crash or a hang the next process takes over."""
+    passed, wrong, seed = Counter[str](), [], first
+    while seed < first + count and len(wrong) < 10:
+        cmd = [*WORKER, "--seed", str(seed), "--count", str(min(BATCH, first + count - seed)), "--hang", str(hang_s)]
+        done = subprocess.run(cmd, capture_output=True, text=True, timeout=3600)
+        lines = done.stdout.splitlines()
+        passed.update(re.findall(r"^ok \S+ fuzz_(\w+)", done.stdout, re.M))
+        wrong += [line.encode().decode("unicode_escape") for line in lines if line.startswith("bad")]
+        assert lines, done.stderr
+        seed = int(lines[-1].split()[1])
+        if lines[-1].startswith("start"):
+            wrong.append(f"crash or hang, exit code {done.returncode}: {done.stderr[-2000:]}\nbad {seed}")
+        seed += 1
+    return passed, wrong
+
+
+def explain(wrong: list[str]) -> str:
+    return "\n".join([*wrong, "replay: python tests/fuzz.py --seed N"])
+
+
+@pytest.mark.slow
+def test_500_damaged_inputs() -> None:
+    passed, wrong = work_through(0, 500)
+    assert not wrong, explain(wrong)
+    assert passed.keys() == TARGETS
+    assert passed.total() == 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "says"), [(-1, "Aborted"), (-2, "Timeout"), (-3, "reference: sample 0 shows sample 1")])
+def test_the_fuzzer_notices(seed: int, says: str) -> None:
+    _, (wrong,) = work_through(seed, 1, hang_s=2)
+    assert says in wrong
+    assert f"bad {seed}" in wrong
+
+
+CONFIG_GAPS = ["seed=!!bool x", "seed=!!int x", "seed=!!timestamp x", "seed=2001-99-99", "seed=0x_", "seed=" + "9" * 5000]
+CONFIG_GAPS += ["seed=" + "[" * 5000, "method.name=[1]", "method.name={}"]
+
+
+@pytest.mark.xfail(strict=True, reason="load_config passes on PyYAML's other exceptions; mended: move into fuzz.HOSTILE_YAML")
+@pytest.mark.parametrize("override", CONFIG_GAPS, ids=lambda o: o[:20])
+def test_every_value_is_an_error_that_names_its_field(override: str) -> None:
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        load_config(None, [override])
+
+
+@pytest.mark.soak
+def test_10000_damaged_inputs() -> None:
+    first = secrets.randbelow(1 << 40)
+    passed, wrong = work_through(first, 10_000)
+    record("fuzz", {"first_seed": first, "passed": dict(sorted(passed.items())), "wrong": [w[-300:] for w in wrong]})
+    assert not wrong, explain(wrong)
+    assert passed.total() == 10_000
