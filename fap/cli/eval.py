@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from fap import checkpoint
 from fap.evaluate import evaluate, match_classes, summarise
 from pipelines.corrupt import NAMES, QUICK, SMALL, build, corrupted, worker_pool
 
+TOP1 = {"clean": "top-1 accuracy", "imagenet_r": "ImageNet-R top-1", "stylized": "Stylized-ImageNet top-1"}
 KINDS = {
     "computed": "corruptions computed here, not the published files",
     "imagenet_c": "ImageNet-C, the published files",
     "cifar10_c": "CIFAR-10-C, the published files",
 }
 SUMMARY = {"mean": "all sets", "raw_15": "15 corruptions", "raw_19": "19 corruptions", "mce": "mCE, AlexNet = 100"}
+Args = argparse.Namespace
 # What a set opens as: its class names (None: labels are the model's), the number of batches, the batches.
 Opened = tuple[tuple[str, ...] | None, int, Iterator[Any]]
 Sets = dict[str, AbstractContextManager[Opened]]  # clean | KIND/CORRUPTION/SEVERITY | imagenet_r | stylized
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"fap-eval: {e}")
 
 
-def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
     """Results of every set that `args` ask for; each is saved when it is finished, and not computed again."""
     model, config = checkpoint.load_model(path, args.device)
     meta = checkpoint.load(path)[1]
@@ -83,59 +86,59 @@ def evaluate_checkpoint(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             bar.set_postfix_str(key)
             if key in done:
                 continue
+            restrict = key == "imagenet_r"
             with opened as (names, steps, batches):
-                label_map = (
-                    match_classes(names, meta["classes"]) if names and (meta["classes"] or key == "imagenet_r") else None
-                )
-                done[key] = asdict(evaluate(
-                    model, tqdm(batches, key, steps, leave=False), mean=config.data.mean, std=config.data.std,
-                    bn=args.bn, device=args.device, label_map=label_map, restrict=key == "imagenet_r",
-                ))  # fmt: skip
+                label_map = match_classes(names, meta["classes"]) if names and (meta["classes"] or restrict) else None
+                result = evaluate(
+                    model, tqdm(batches, key, steps, leave=False), mean=config.data.mean, std=config.data.std, bn=args.bn,
+                    device=args.device, label_map=label_map, restrict=restrict,
+                )  # fmt: skip
+            done[key] = asdict(result)
             saved.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
             saved.with_suffix(".tmp").replace(saved)  # complete or not at all
     return report | {"results": {key: done[key] for key in sets}}
 
 
-def _sets(args: argparse.Namespace, size: int, resize: int, pool: Executor) -> Sets:
-    back_end = args.pipeline or ("reference" if Path(args.data).is_dir() else "ffcv")
-    of_folder = partial(_stored, args, "dali" if args.pipeline == "dali" else "reference", size)
-    sets: Sets = {"clean": _stored(args, back_end, size, resize, args.data)}
+def _sets(args: Args, size: int, resize: int, pool: Executor) -> Sets:
+    sets: Sets = {"clean": _stored(args, size, resize, args.data)}
     everything = "all" in (args.corrupt or ())
-    for name in () if args.corrupt is None else NAMES if everything else args.corrupt or QUICK:
-        for severity in args.severity or (range(1, 6) if everything else [3]):
+    names = () if args.corrupt is None else NAMES if everything else args.corrupt or QUICK
+    severities = args.severity or (range(1, 6) if everything else [3])
+    for name, severity in product(NAMES, range(1, 6)):
+        if name in names and severity in severities:
             change = partial(corrupted, name=name, severity=severity, seed=args.seed, pool=pool)
-            computed = _stored(args, back_end, size, resize, args.data, change)
-            key = f"computed/{name}/{severity}"
+            computed, key = _stored(args, size, resize, args.data, change), f"computed/{name}/{severity}"
             sets[key] = computed if args.keep is None else _kept(args, size, f"{size}-{resize}-{key}", computed)
-    for name in NAMES:
-        for severity in range(1, 6):
-            if args.imagenet_c and (folder := Path(args.imagenet_c) / name / str(severity)).is_dir():
-                sets[f"imagenet_c/{name}/{severity}"] = of_folder(size, folder)
-            if args.cifar10_c and (file := Path(args.cifar10_c) / f"{name}.npy").is_file():
-                sets[f"cifar10_c/{name}/{severity}"] = _array(args, file, severity)
+        if args.imagenet_c and (folder := Path(args.imagenet_c) / name / str(severity)).is_dir():
+            sets[f"imagenet_c/{name}/{severity}"] = _stored(args, size, size, folder)
+        if args.cifar10_c and (file := Path(args.cifar10_c) / f"{name}.npy").is_file():
+            sets[f"cifar10_c/{name}/{severity}"] = _array(args, file, severity)
     for kind in ("imagenet_c", "cifar10_c"):
         if (folder := getattr(args, kind)) and not any(key.startswith(kind) for key in sets):
             raise ValueError(f"--{kind.replace('_', '-')} {folder}: holds none of {', '.join(NAMES)}")
-    return sets | {k: of_folder(resize, folder) for k in ("imagenet_r", "stylized") if (folder := getattr(args, k))}
+    return sets | {k: _stored(args, size, resize, path) for k in ("imagenet_r", "stylized") if (path := getattr(args, k))}
+
+
+def _some(args: Args, start: int, stop: int) -> np.ndarray:
+    """start ... stop - 1, or --limit of them, evenly spaced."""
+    return np.linspace(start, stop, min(stop - start, args.limit or stop), endpoint=False, dtype=np.int64)
 
 
 @contextmanager
-def _stored(
-    args: argparse.Namespace, back_end: Any, size: int, resize: int, path: str | Path, change: Callable | None = None
-) -> Iterator[Opened]:
+def _stored(args: Args, size: int, resize: int, path: str | Path, change: Callable | None = None) -> Iterator[Opened]:
     with closing(pipelines.open_store(path)) as store:
-        n = min(len(store), args.limit or len(store))
-        chosen = np.arange(n) * len(store) // max(n, 1)
+        chosen = _some(args, 0, len(store))
         sides = store.heights[chosen], store.widths[chosen]
         plan = pipelines.eval_plan(*sides, size=size, resize=resize, batch=args.batch)
-        index = np.append(chosen, pipelines.PADDING).astype(np.uint32)[np.minimum(plan.index, n)]
+        index = np.append(chosen, pipelines.PADDING).astype(np.uint32)[np.minimum(plan.index, len(chosen))]
+        back_end: Any = args.pipeline or ("reference" if Path(path).is_dir() else "ffcv")
         with closing(pipelines.open_loader(back_end, store, size=size, device=args.device)) as loader:
             batches = loader.load(replace(plan, index=index))
             yield store.classes, len(plan), change(batches, index) if change else batches
 
 
 @contextmanager
-def _kept(args: argparse.Namespace, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
+def _kept(args: Args, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
     """A corrupted set as a `.beton` in args.keep, built the first time."""
     said = {"source": str(Path(args.data).resolve()), "changed": Path(args.data).stat().st_mtime_ns, "set": key,
             "seed": args.seed, "limit": args.limit, "pipeline": args.pipeline}  # fmt: skip
@@ -145,80 +148,66 @@ def _kept(args: argparse.Namespace, size: int, key: str, computed: AbstractConte
         with computed as (names, steps, batches):
             rows = tqdm(batches, f"building {file.name}", steps, leave=False)
             build(rows, file, capacity=steps * args.batch, classes=names or (), encoding=said)
-    with _stored(args, args.pipeline or "ffcv", size, size, file) as opened:
+    with _stored(args, size, size, file) as opened:
         yield opened
 
 
 @contextmanager
-def _array(args: argparse.Namespace, file: Path, severity: int) -> Iterator[Opened]:
+def _array(args: Args, file: Path, severity: int) -> Iterator[Opened]:
     images, labels = np.load(file, mmap_mode="r"), torch.from_numpy(np.load(file.with_name("labels.npy")).astype(np.int64))
     if images.ndim != 4 or len(images) != len(labels) or len(images) % 5:
         raise ValueError(f"{file}: {images.shape}, labels {tuple(labels.shape)}: expected five severities, as many of each")
-    n = min(len(images) // 5, args.limit or len(images))
-    chosen = (severity - 1) * (len(images) // 5) + np.arange(n) * (len(images) // 5) // n
-    parts = np.split(chosen, range(args.batch, n, args.batch))
+    of_each = len(images) // 5
+    parts = np.array_split(chosen := _some(args, (severity - 1) * of_each, severity * of_each), -(-len(chosen) // args.batch))
     rows = (pipelines.Batch(torch.from_numpy(images[p]).permute(0, 3, 1, 2), labels[p], i) for i, p in enumerate(parts))
     yield None, len(parts), rows
 
 
 def rows_of(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """{row of the table: (ours, the paper's or None)}; percent but for the loss."""
-    results, paper = report["results"], report["paper"]
-    clean = results["clean"]
-    rows = {"top-1 accuracy": (100 * clean["top1"], paper.get("top1")), "top-5 accuracy": (100 * clean["top5"], None),
-            "loss": (clean["loss"], None)}  # fmt: skip
-    for kind, errors in errors_of(report).items():
-        for key, value in summarise(errors).items():
+    results, paper = report["results"], {"clean": report["paper"].get("top1")} | report["paper"]
+    rows = {row: (100 * results[key]["top1"], paper.get(key)) for key, row in TOP1.items() if key in results}
+    rows |= {"top-5 accuracy": (100 * results["clean"]["top5"], None), "loss": (results["clean"]["loss"], None)}
+    errors: dict[str, dict[str, dict[int, float]]] = {}  # {kind: {corruption: {severity: a fraction}}}
+    for kind, name, severity in (key.split("/") for key in results if "/" in key):
+        error = 1 - results[f"{kind}/{name}/{severity}"]["top1"]
+        errors.setdefault(kind, {}).setdefault(name, {})[int(severity)] = error
+    for kind, of_kind in errors.items():
+        for key, value in summarise(of_kind).items():
             of_paper = paper.get("imagenet_c") if key == "raw_19" and kind != "cifar10_c" else None
             rows[f"error, {SUMMARY[key]} ({KINDS[kind]})"] = (value, of_paper)
-    for key, name in (("imagenet_r", "ImageNet-R top-1"), ("stylized", "Stylized-ImageNet top-1")):
-        if key in results:
-            rows[name] = (100 * results[key]["top1"], paper.get(key))
+        for name, by_severity in of_kind.items():
+            rows[f"error, {name} ({KINDS[kind]})"] = (100 * float(np.mean(list(by_severity.values()))), None)
     return rows
-
-
-def errors_of(report: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
-    """{kind: {corruption: {severity: top-1 error, a fraction}}}"""
-    errors: dict[str, dict[str, dict[int, float]]] = {}
-    for kind, name, severity in (key.split("/") for key in report["results"] if "/" in key):
-        top1 = report["results"][f"{kind}/{name}/{severity}"]["top1"]
-        errors.setdefault(kind, {}).setdefault(name, {})[int(severity)] = 1 - top1
-    return errors
 
 
 def write_report(reports: list[dict[str, Any]], out: Path) -> str:
     """Write report.md, report.json and report.png, the checkpoints side by side; returns the Markdown."""
     import matplotlib.figure  # a Figure of its own needs no display
 
-    tables, errors = [rows_of(r) for r in reports], [errors_of(r) for r in reports]
+    tables = [rows_of(r) for r in reports]
     heads = [f"{r['name']}, seed {r['seed']}, step {r['step']}" for r in reports]
-    settings = reports[0]["settings"]
+    settings, rows = reports[0]["settings"], list(tables[0])
     lines = [f"{reports[0]['results']['clean']['count']} images of {settings['data']}, {settings['bn']} BN; percent.", ""]
-    beside = [{n: f"{v:.2f}" + (f" (paper {p:g})" if p is not None else "") for n, (v, p) in t.items()} for t in tables]
-    lines += _table("", heads, {n: [b[n] for b in beside] for n in tables[0]})
-    figure = matplotlib.figure.Figure(figsize=(10, 4 * max(1, len(errors[0]))), layout="constrained")
-    for panel, kind in enumerate(errors[0]):
-        means = {n: [100 * float(np.mean(list(e[kind][n].values()))) for e in errors] for n in errors[0][kind]}
-        lines += ["", f"Top-1 error, mean over severities: {KINDS[kind]}", ""]
-        lines += _table("corruption", heads, {n: [f"{m:.2f}" for m in row] for n, row in means.items()})
-        axes = figure.add_subplot(len(errors[0]), 1, panel + 1, ylabel="top-1 error, %", title=KINDS[kind])
-        bars = {"clean": [100 - t["top-1 accuracy"][0] for t in tables]} | means
-        for i, head in enumerate(heads):
-            x = np.arange(len(bars)) + (i + 0.5) * 0.8 / len(heads)
-            axes.bar(x, [b[i] for b in bars.values()], 0.8 / len(heads), label=head)
-        axes.set_xticks(np.arange(len(bars)) + 0.4, list(bars), rotation=40, ha="right")
-        axes.legend()
+    lines += [f"| | {' | '.join(heads)} |", "|---" + "|--:" * len(heads) + "|"]
+    lines += [f"| {row} | {' | '.join(_cell(*table[row]) for table in tables)} |" for row in rows]
     (out / "report.md").write_text(text := "\n".join(lines) + "\n")
-    full = [r | {"summary": {n: v for n, (v, _) in t.items()}} for r, t in zip(reports, tables, strict=True)]
+    full = [r | {"summary": {row: ours for row, (ours, _) in t.items()}} for r, t in zip(reports, tables, strict=True)]
     (out / "report.json").write_text(json.dumps(full, indent=1))
-    if errors[0]:
-        figure.savefig(out / "report.png", dpi=120)
+    rows.remove("loss")
+    figure = matplotlib.figure.Figure(figsize=(10, 1 + 0.2 * len(rows) * (1 + len(heads))), layout="constrained")
+    axes, width = figure.add_subplot(xlabel="percent"), 0.8 / len(heads)
+    for i, (head, table) in enumerate(zip(heads, tables, strict=True)):
+        axes.barh(np.arange(len(rows)) + (i + 0.5) * width, [table[row][0] for row in rows], width, label=head)
+    axes.set_yticks(np.arange(len(rows)) + 0.4, rows)
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(out / "report.png", dpi=120)
     return text
 
 
-def _table(first: str, heads: list[str], rows: dict[str, list[str]]) -> list[str]:
-    head = [f"| {first} | {' | '.join(heads)} |", "|---" + "|--:" * len(heads) + "|"]
-    return head + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+def _cell(ours: float, paper: float | None) -> str:
+    return f"{ours:.2f}" if paper is None else f"{ours:.2f} (paper {paper:g})"
 
 
 def _digest(of: Any) -> str:
