@@ -67,7 +67,7 @@ class Loader(ABC):
         check_plan(plan, self.store, self.size)
         return self._batches(plan, start_step)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Nothing outlives the iterators of `load`."""
 
     def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:

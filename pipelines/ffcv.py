@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ import numpy as np
 import torch
 from numba import njit, types
 
-from .batch import Batch, check_plan, labels_of
+from .batch import Loader, run_ahead
 from .plan import PADDING, EpochPlan
-from .store import JPG, DamagedData, Store
+from .store import JPG, DamagedData
 
 ROWS_PER_TASK = 8
 
@@ -34,8 +32,8 @@ def _load_decoder() -> Any:
     Loaded without `import ffcv`, which takes seconds and sets torch's threads to 1.
     """
     spec = importlib.util.find_spec("ffcv")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    found = [file for folder in folders for file in sorted(Path(folder).glob("_libffcv*.so"))]
+    folders = (spec and spec.submodule_search_locations) or []
+    found = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
     if not found:
         raise ImportError("no module named 'ffcv' with its native library")
     function = ctypes.CDLL(str(found[0])).imdecode
@@ -45,7 +43,7 @@ def _load_decoder() -> Any:
     return function
 
 
-_imdecode = _load_decoder()
+_imdecode, _this_thread = _load_decoder(), threading.local()
 # the cache lies beside this file: compiled once per machine, not once per run
 _jit: Any = partial(njit, nogil=True, cache=True, fastmath=True)
 
@@ -139,39 +137,26 @@ class FfcvLoader(Loader):
         slots = torch.empty((self.prefetch + 1, rows, self.size, self.size, 3), dtype=torch.uint8, pin_memory=cuda)
         out, side = slots.numpy(), torch.cuda.Stream(self.device) if cuda else None
         parts = [slice(i, i + ROWS_PER_TASK) for i in range(0, rows, ROWS_PER_TASK)]
-        local = threading.local()
-        calls = (partial(self._rows, plan, step, part, out[step % len(out), part], local) for step in steps for part in parts)
+        calls = (partial(self._rows, plan, (step, part), out[step % len(out), part]) for step in steps for part in parts)
         with closing(run_ahead(calls, self.threads, self.prefetch * len(parts))) as done:
             for step in steps:
                 for _ in parts:
                     next(done)
-                if side is None:
-                    yield slots[step % len(slots)]
-                else:
-                    yield self._copied(slots[step % len(slots)], side)
-                    side.synchronize()  # the copy out of the slot
+                with torch.cuda.stream(side):  # beside the work that the consumer queued; on a CPU nothing is copied
+                    images = slots[step % len(slots)].to(self.device)
+                if cuda:
+                    images.record_stream(torch.cuda.current_stream(self.device))  # its memory waits for the consumer
+                yield images
 
-    def _copied(self, slot: torch.Tensor, side: torch.cuda.Stream) -> torch.Tensor:
-        """On the device, copied on a side stream beside the work that the consumer queued on its last batch."""
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(side):
-            images = slot.to(self.device, non_blocking=True)
-        current.wait_stream(side)
-        images.record_stream(current)  # its memory is not reused before the consumer's work is done
-        return images
-
-    def _rows(self, plan: EpochPlan, step: int, rows: slice, out: np.ndarray) -> None:
-        index, flips = plan.index[step, rows].tolist(), plan.flip[step, rows].tolist()
-        windows = plan.window[step, rows].tolist()
-        for i, (top, left, height, width), flip, target in zip(index, windows, flips, out[rows], strict=True):
+    def _rows(self, plan: EpochPlan, at: tuple[int, slice], out: np.ndarray) -> None:
+        rows = (array[at].tolist() for array in (plan.index, plan.window, plan.flip))
+        for i, (top, left, height, width), flip, target in zip(*rows, out, strict=True):
             if i == PADDING:
                 target.fill(0)
             elif height == width == self.size:
                 _copy(self._image(i, 1), top, left, flip, target)
-            else:
-                # the decoder halves the image for less work, the box filter does the rest
-                halve = min(height, width) >= 2 * self.size and self.store.modes[i] == JPG
-                by = 2 if halve else 1
+            else:  # the decoder halves the image for less work, the box filter does the rest
+                by = 2 if min(height, width) >= 2 * self.size and self.store.modes[i] == JPG else 1
                 _area(self._image(i, by), top / by, left / by, height / by, width / by, flip, target)
 
     def _image(self, index: int, divisor: int) -> np.ndarray:
@@ -182,11 +167,10 @@ class FfcvLoader(Loader):
             return encoded.reshape(height, width, 3)
         shape = (-(-height // divisor), -(-width // divisor), 3)
         n = shape[0] * shape[1] * 3
-        scratch: np.ndarray | None = getattr(self._local, "scratch", None)
-        if scratch is None or scratch.size < n:
-            scratch = self._local.scratch = np.empty(n, np.uint8)
-        source, target = encoded.ctypes.data, scratch.ctypes.data
-        scale = (1, divisor)
-        if _imdecode(source, encoded.size, height, width, target, height, width, 0, 0, *scale, False, False):
+        scratch = getattr(_this_thread, "scratch", np.empty(0, np.uint8))
+        if scratch.size < n:
+            scratch = _this_thread.scratch = np.empty(n, np.uint8)
+        source, target = (encoded.ctypes.data, encoded.size, height, width), (scratch.ctypes.data, height, width)
+        if _imdecode(*source, *target, 0, 0, 1, divisor, False, False):
             raise DamagedData(f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly")
         return scratch[:n].reshape(shape)

@@ -12,7 +12,7 @@ from PIL import Image
 from .batch import Loader
 from .folder import UNREADABLE
 from .plan import PADDING, EpochPlan
-from .store import JPG, DamagedData, Store
+from .store import JPG, DamagedData
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
@@ -42,7 +42,7 @@ class ReferenceLoader(Loader):
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
         for step in range(start_step, len(plan)):
             rows = [self._row(plan, step, row) for row in range(plan.index.shape[1])]
-            yield torch.from_numpy(np.stack(rows)).to(self.device)
+            yield torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
 
     def _row(self, plan: EpochPlan, step: int, row: int) -> np.ndarray:
         index = int(plan.index[step, row])
