@@ -25,11 +25,7 @@ from fap.evaluate import evaluate, match_classes, summarise
 from pipelines.corrupt import NAMES, QUICK, SMALL, build, corrupted, worker_pool
 
 TOP1 = {"clean": "top-1 accuracy", "imagenet_r": "ImageNet-R top-1", "stylized": "Stylized-ImageNet top-1"}
-KINDS = {
-    "computed": "corruptions computed here, not the published files",
-    "imagenet_c": "ImageNet-C, the published files",
-    "cifar10_c": "CIFAR-10-C, the published files",
-}
+KINDS = {"computed": "computed here, not the published files", "imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C"}
 SUMMARY = {"mean": "all sets", "raw_15": "15 corruptions", "raw_19": "19 corruptions", "mce": "mCE, AlexNet = 100"}
 Args = argparse.Namespace
 # What a set opens as: its class names (None: labels are the model's), the number of batches, the batches.
