@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -28,50 +29,42 @@ class Log:
     """
 
     def __init__(self, folder: str | Path, done: int, steps: int, *, quiet: bool = False, out: TextIO | None = None):
-        self.done, self.steps, self.quiet = done, steps, quiet
-        self.out, self.started = out or sys.stdout, time.monotonic()
-        self.bar: tqdm[Any] | None = None
-        if quiet:
-            return
-        self.file = open(Path(folder) / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-        trim(self.file.name, done)
-        self.board: SummaryWriter | None = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
-        if self.out.isatty():
-            self.bar = tqdm(total=steps, initial=done, file=self.out, unit="step", dynamic_ncols=True)
+        self.done, self.steps, self.started = done, steps, time.monotonic()
+        self.out = open(os.devnull, "w") if quiet else out or sys.stdout  # noqa: SIM115
+        file = os.devnull if quiet else Path(folder) / "metrics.jsonl"
+        self.file = open(file, "ab", buffering=0)  # noqa: SIM115
+        self.board: SummaryWriter | None = None
+        if not quiet:
+            trim(file, done)
+            self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
+        self.bar: tqdm[Any] = tqdm(total=steps, initial=done, file=self.out, disable=None, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of the steps since the last call: recorded, and shown as progress."""
         self.record(step, values, "steps")
-        if self.bar is not None:
-            self.bar.set_postfix_str(progress(values), refresh=False)
-            self.advance(step)
-        else:
+        if self.bar.disable:
             seconds = (time.monotonic() - self.started) / max(1, step - self.done) * (self.steps - step)
             self.say(f"step {step}/{self.steps}  {progress(values)}  ETA {tqdm.format_interval(seconds)}")
+        else:
+            self.bar.set_postfix_str(progress(values), refresh=False)
+            self.advance(step)
 
     def advance(self, step: int) -> None:
         """Move the bar, if there is one; cheap enough for every step."""
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+        self.bar.update(step - self.bar.n)
 
     def say(self, message: str) -> None:
         """A line for the user; the bar stays below it."""
-        if self.bar is not None:
-            self.bar.write(message, file=self.out)
-        elif not self.quiet:
-            print(message, file=self.out, flush=True)
+        self.bar.write(message, file=self.out)
+        self.out.flush()
 
     def close(self) -> None:
-        if not self.quiet:
-            self.file.close()
-            self._on_board(SummaryWriter.close)
-        if self.bar is not None:
-            self.bar.close()
+        self.file.close()
+        self._on_board(SummaryWriter.close)
+        self.bar.close()
 
     def record(self, step: int, values: Mapping[str, float], group: str = "epochs") -> None:
         """Metrics of an epoch: recorded only. `group` heads their names in TensorBoard."""
-        if self.quiet:
-            return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         end = self.file.seek(0, os.SEEK_END)
@@ -115,16 +108,16 @@ def trim(path: str | Path, step: int) -> None:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, the device, and the source's commit (`-dirty`: changed; None: no git)."""
+    """Versions of what a result depends on, the device, and the commit (`-dirty`: code differs from it; None: no git)."""
     found = {d.name: d.version for d in distributions()}
-    names = ["torch", "torchvision", "timm", "numpy", "ffcv", *(n for n in found if n.startswith("nvidia-dali"))]
-    git = "git ls-files --error-unmatch log.py >&2 && git describe --always --dirty --abbrev=40 --exclude='*'"
-    commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    names = ["torch", "torchvision", "timm", "numpy", "numba", "opencv-python-headless", "ffcv"]
+    git = "git ls-files --error-unmatch fap/log.py >&2 && git rev-parse HEAD && git status -s fap pipelines 'bench/*.py'"
+    told = subprocess.run(git, shell=True, cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout.split("\n")
     return {
         "python": sys.version.split()[0],
-        **{name: found.get(name) for name in names},
+        **{name: found.get(name) for name in [*names, *(n for n in found if n.startswith("nvidia-dali"))]},
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu[1] if cpu else "cpu",
-        "commit": commit.strip() or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": [*re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()), platform.machine()][0],
+        "commit": (told[0] + "-dirty" * (len(told) > 2)) or None,
     }

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from test_train import words
 
-from bench.common import ROOT, commit, write_json
+from bench.common import ROOT, write_json
 from fap.config import load_config
+from fap.log import versions
 from fap.train import Run
 
 EPOCHS = int(os.environ.get("SOAK_EPOCHS", 200))
@@ -24,7 +25,7 @@ def record(section: str, figures: dict[str, Any]) -> None:
     path = ROOT / "bench" / "results" / "soak.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     before.pop("environment", None)
-    write_json(path, before | {section: {"commit": commit(), **figures}})
+    write_json(path, before | {section: {"commit": versions()["commit"], **figures}})
 
 
 class Watched(Run):
