@@ -23,10 +23,8 @@ PACKAGE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9
 IMAGES = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "test": ["test_batch.png"]}
 
 
-def load(
-    split: Literal["train", "test"], root: str | Path = "data/cifar10"
-) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, 32, 32, 3), int64 (N,)
-    """One split in its published order, N = 50,000 or 10,000.
+def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> tuple[np.ndarray, np.ndarray]:
+    """One split in its published order: uint8 (N, 32, 32, 3) and int64 (N,), N = 50,000 or 10,000.
 
     Raises:
         OSError: no copy under `root` and no source can be reached.

@@ -12,12 +12,10 @@ import ctypes
 import fcntl
 import os
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,10 +25,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from . import cifar10, store
+from .batch import run_ahead
 from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
 
 ROW = np.dtype([("image", store.IMAGE), ("label", store.FIELD_TYPES[store.INT_FIELD])], align=True)
 PAGE = 8 << 20  # FFCV's default
+CHUNK = 8  # images of one task
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,9 @@ def encode(data: bytes, encoding: Encoding) -> Sample:
     limit = encoding.max_side or MAX_SIDE
     if data[:2] == b"\xff\xd8":
         height, width, coloured = check_jpeg(data)
-        keep = coloured and encoding.quality is None and not encoding.raw and max(height, width) <= limit
-        if (
-            keep
-            and store.jpeg_sides(data) == (height, width)
-            and (b"Exif\0\0" not in data[: 1 << 16] or not _is_rotated(Image.open(BytesIO(data))))
-        ):
+        as_wanted = encoding.quality is None and not encoding.raw and max(height, width) <= limit
+        upright = b"Exif\0\0" not in data[: 1 << 16] or not _is_rotated(Image.open(BytesIO(data)))
+        if coloured and as_wanted and upright and store.jpeg_sides(data) == (height, width):
             return Sample(data, JPG, height, width, verbatim=True)
     image: Image.Image = Image.open(BytesIO(data))
     image.load()
@@ -199,29 +196,18 @@ class BetonWriter:
             self._file.close()
 
 
-def _ordered(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None, what: str, chunk: int = 8) -> Iterator[Any]:
+def _ordered(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None, what: str) -> Iterator[Any]:
     """`map` on a thread pool, in order, with few results waiting and a progress bar."""
     threads = threads or len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(threads)
-    waiting: deque[Future[list[Any]]] = deque()
-    try:
-        with tqdm(total=len(items), desc=what, unit="img") as progress:
-            for i in range(0, len(items), chunk):
-                waiting.append(pool.submit(lambda part: list(map(work, part)), items[i : i + chunk]))
-                while waiting and (len(waiting) > 4 * threads or i + chunk >= len(items)):
-                    yield from (done := waiting.popleft().result())
-                    progress.update(len(done))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    calls = (partial(list[Any], map(work, items[i : i + CHUNK])) for i in range(0, len(items), CHUNK))
+    with tqdm(total=len(items), desc=what, unit="img") as progress, closing(run_ahead(calls, threads, 4 * threads)) as done:
+        for results in done:
+            yield from results
+            progress.update(len(results))
 
 
 def convert_folder(
-    src: str | Path,
-    dst: str | Path,
-    encoding: Encoding = Encoding(),
-    *,
-    skip_bad: bool = False,
-    threads: int | None = None,
+    src: str | Path, dst: str | Path, encoding: Encoding = Encoding(), *, skip_bad: bool = False, threads: int | None = None
 ) -> dict[str, Any]:
     """An image folder in ImageNet's layout. Returns the sidecar's `encoding` entry, `skipped` files included.
 
@@ -276,20 +262,17 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
     """The faults of a `.beton`: structure and every CRC; where there is no sidecar every JPEG is decoded instead."""
     try:
         beton = store.BetonStore(path)
-        decode = store.read_sidecar(path) is None
     except DamagedData as error:
         return [str(error)]
 
     def one(index: int) -> str | None:
         try:
             data = beton.read(index)
-            if decode and beton.modes[index] == JPG:
+            if beton.crc32 is None and beton.modes[index] == JPG:
                 check_jpeg(data.tobytes())
         except (DamagedData, ValueError) as error:
             return f"sample {index}: {error}"
         return None
 
-    try:
+    with closing(beton):
         return [fault for fault in _ordered(one, range(len(beton)), threads, "check") if fault]
-    finally:
-        beton.close()

@@ -15,15 +15,7 @@ import numpy as np
 JPG, RAW = 0, 1  # FFCV's mode byte
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
 PIXELS_PER_BYTE = 512  # a JPEG's block of 64 takes at least a bit: damaged sides must not ask for gigabytes
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_ptr", "<u8"),
-    ]
-)
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_ptr", "<u8")])
 FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
@@ -75,15 +67,14 @@ class BetonStore(Store):
 
     def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
         self.path = Path(path)
-        self.classes, self._crc32 = None, None
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._load_tables(os.fstat(self._fd).st_size)
             sidecar = read_sidecar(self.path) if use_sidecar else None
-            if sidecar is not None:
-                same = sidecar.tables_crc32 == self.tables_crc32 and len(sidecar.crc32) == len(self)
-                self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
-                self.classes, self._crc32 = sidecar.classes, sidecar.crc32
+            same = sidecar is None or (sidecar.tables_crc32, len(sidecar.crc32)) == (self.tables_crc32, len(self))
+            self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
+            self.classes = sidecar.classes if sidecar else None
+            self.crc32 = sidecar.crc32 if sidecar else None
         except BaseException:
             self.close()
             raise
@@ -137,7 +128,7 @@ class BetonStore(Store):
     def read(self, index: int) -> np.ndarray:
         size = int(self.sizes[index])
         raw = self._pread(size, int(self._ptrs[index]), f"sample {index}")
-        if self._crc32 is not None and zlib.crc32(raw) != self._crc32[index]:
+        if self.crc32 is not None and zlib.crc32(raw) != self.crc32[index]:
             raise DamagedData(f"{self.path}: sample {index}: wrong checksum")
         if self.modes[index] == JPG:
             expected = (int(self.heights[index]), int(self.widths[index]))
@@ -221,14 +212,8 @@ def read_sidecar(path: str | Path) -> Sidecar | None:
         raise DamagedData(f"{side}: {why}: convert again, or delete it to read without checksums") from error
 
 
-def write_sidecar(
-    path: str | Path,
-    *,
-    classes: tuple[str, ...] | None,
-    encoding: dict[str, Any],
-    crc32: np.ndarray,  # uint32 (N,)
-) -> None:
-    """Write the sidecar of the complete `.beton` at `path`, atomically; the file's tables are validated first."""
+def write_sidecar(path: str | Path, *, classes: tuple[str, ...] | None, encoding: dict[str, Any], crc32: np.ndarray) -> None:
+    """Write the sidecar of the complete `.beton` at `path`, whose tables are validated first. crc32: uint32 (N,)."""
     store = BetonStore(path, use_sidecar=False)
     store.close()
     assert len(crc32) == len(store)
@@ -240,10 +225,7 @@ def write_sidecar(
         "tables_crc32": store.tables_crc32,
         "crc32": base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode(),
     }
-    side = sidecar_path(path)
-    temporary = side.with_name(side.name + ".tmp")
-    with open(temporary, "w") as f:
+    with open(sidecar_path(path), "w") as f:
         json.dump(content, f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, side)
