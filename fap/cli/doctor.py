@@ -10,11 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tensorboard", "tqdm", "PIL", "cv2", "numba", "scipy")
+DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"
 SIDE, COLOUR = 64, (200, 100, 50)  # of the test image
 
 
@@ -35,8 +38,8 @@ def check_packages(path: Path) -> str:
 
 def check_gpu(path: Path) -> str:
     torch: Any = importlib.import_module("torch")
-    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else ""
+    query = "nvidia-smi --query-gpu=driver_version,name,memory.total --format=csv,noheader"
+    found = subprocess.run(query, shell=True, capture_output=True, text=True).stdout.strip()
     if torch.cuda.is_available():
         torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (driver, name, memory: {found or 'unknown'})"
@@ -44,47 +47,40 @@ def check_gpu(path: Path) -> str:
     return require(not here, f"{found or ('NVIDIA, no driver' if here else 'none')}; torch trains on the CPU")
 
 
-def check_ffcv(path: Path) -> str:
-    np, libffcv = importlib.import_module("numpy"), importlib.import_module("ffcv.libffcv")
-    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
-    libffcv.imdecode(np.frombuffer(jpeg(), np.uint8), pixels, SIDE, SIDE, SIDE, SIDE)
-    return judged(pixels, "ffcv")
-
-
-def check_dali(path: Path, device: int | None = None) -> str:
-    np, dali = importlib.import_module("numpy"), importlib.import_module("nvidia.dali")
-    pipe = dali.Pipeline(1, 1, device)
-    with pipe:
-        data = dali.fn.external_source(lambda: [np.frombuffer(jpeg(), np.uint8)])
-        pipe.set_outputs(dali.fn.decoders.image(data, device="cpu" if device is None else "mixed"))
-    pipe.build()
-    return judged(np.asarray(pipe.run()[0].as_cpu().at(0)), "nvidia-dali")
-
-
-def check_gpu_decoding(path: Path) -> str:
-    return check_dali(path, 0) if importlib.import_module("torch").cuda.is_available() else "no GPU to try it on"
+def check_decoding(path: Path, back_end: str, device: str = "cpu") -> str:
+    """One JPEG through a back end of ours, as in training."""
+    pipelines, convert, image = map(importlib.import_module, ("pipelines", "pipelines.convert", "PIL.Image"))
+    if device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+        return "no GPU to try it on"
+    image.new("RGB", (SIDE, SIDE), COLOUR).save(out := io.BytesIO(), "JPEG")
+    with tempfile.TemporaryDirectory() as folder:
+        with convert.BetonWriter(file := f"{folder}/1.beton", 1) as writer:
+            writer.add(convert.Sample(out.getvalue(), convert.JPG, SIDE, SIDE), 0)
+            writer.commit((), {})
+        store = pipelines.open_store(file)
+        plan = pipelines.eval_plan(store.heights, store.widths, size=SIDE, resize=SIDE, batch=1)
+        with closing(pipelines.open_loader(back_end, store, size=SIDE, device=device)) as loader:
+            return judged(next(loader.load(plan)).images[0].permute(1, 2, 0).cpu().numpy(), back_end)
 
 
 def check_disk(path: Path) -> str:
     folder, block = path if path.is_dir() else path.parent, os.urandom(1 << 26)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        start = time.perf_counter()
         file.write(block)
         os.fsync(file.fileno())
-        written = time.perf_counter()
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk, not the cache
         file.seek(0)
+        start = time.perf_counter()
         file.read()
-        writing, reading = (len(block) / 1e6 / s for s in (written - start, time.perf_counter() - written))
+        speed = len(block) / 1e6 / (time.perf_counter() - start)
     free = shutil.disk_usage(folder).free / 1e9
-    text = f"{folder}: write {writing:,.0f}, read {reading:,.0f} MB/s, {free:,.0f} GB free"
-    return require(reading >= 100 and free >= 2, text)
+    return require(speed >= 100 and free >= 2, f"{folder}: reads {speed:,.0f} MB/s, {free:,.0f} GB free")
 
 
 def check_memory(path: Path) -> str:
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free, limit = int(info["MemAvailable"].split()[0]) / 1e6, Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip() != "max":
+    if limit.exists() and limit.read_text() != "max\n":
         free = min(free, int(limit.read_text()) / 1e9)
     size = path.stat().st_size / 1e9 if path.is_file() else 0
     return require(free >= max(4, size), f"{free:,.1f} GB for processes and page cache; {path}: {size:,.1f} GB")
@@ -96,14 +92,8 @@ def require(good: bool, text: str) -> str:
     return text
 
 
-def jpeg() -> bytes:
-    image: Any = importlib.import_module("PIL.Image")
-    image.new("RGB", (SIDE, SIDE), COLOUR).save(out := io.BytesIO(), "JPEG")
-    return out.getvalue()
-
-
 def judged(pixels: Any, package: str) -> str:
-    found = [f"{d.name} {d.version}" for d in distributions() if (d.name or "").startswith(package)]
+    found = [f"{d.name} {d.version}" for d in distributions() if package in str(d.name)]
     right = pixels.shape == (SIDE, SIDE, 3) and abs(pixels.astype(int) - COLOUR).max() <= 8
     return require(right, f"{', '.join(found)} {'decodes' if right else 'falsely decodes'} JPEG")
 
@@ -113,9 +103,9 @@ CHECKS = (  # name, needed for training on a CPU, check, what mends it
     ("torch", True, check_torch, "pip install -c constraints.txt torch torchvision"),
     ("packages", True, check_packages, "pip install -c constraints.txt -e ."),
     ("GPU", False, check_gpu, "nvidia-smi  # fails: install the driver; works: a torch built for its CUDA"),
-    ("FFCV", False, check_ffcv, "bash setup.sh  # compiles it; until then: --pipeline dali or reference"),
-    ("DALI", False, check_dali, "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"),
-    ("GPU decoding", False, check_gpu_decoding, "pip install -e '.[dali]'  # until then: --pipeline ffcv"),
+    ("FFCV", False, partial(check_decoding, back_end="ffcv"), "bash setup.sh  # until then: --pipeline dali or reference"),
+    ("DALI", False, partial(check_decoding, back_end="dali"), DALI),
+    ("GPU decoding", False, partial(check_decoding, back_end="dali", device="cuda"), DALI),
     ("disk", False, check_disk, "df -h  # a local SSD with room for data and checkpoints"),
     ("memory", False, check_memory, "fap-convert --max-side 512 SRC DST.beton  # or more memory, or a fast SSD"),
 )
