@@ -45,14 +45,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) ->
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(blob[:at] + b"%08x" % zlib.crc32(blob))
-            file.write(memoryview(blob)[at + len(_ZEROS) :])
+            file.writelines([blob[:at], b"%08x" % zlib.crc32(blob), memoryview(blob)[at + len(_ZEROS) :]])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # makes the rename itself survive a power cut
