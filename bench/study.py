@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from bench.common import ROOT, write_json
+from pipelines.corrupt import NAMES
 
 ARMS = {  # name -> config of configs/cifar10
     "vanilla": "vanilla",
@@ -32,7 +33,7 @@ ARMS = {  # name -> config of configs/cifar10
     "mean": "fast_advprop_mean",
     "pipelined": "fast_advprop_pipelined",
 }
-QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # fap-eval's four
+RUNS = ROOT / "runs"
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Size:
     clean_batch: int
     workers: int
     """Runs side by side; with more than one, each gets one thread."""
-    corrupt: tuple[str, ...]  # arguments of fap-eval
+    corrupt: tuple[str, ...]  # --corrupt of fap-eval
 
 
 SIZES = {
     "demo": Size(("vanilla", "fast_advprop"), 1, "cifar_resnet8", 10_000, 2_000, 12, (7, 10), 128, 1, ()),
     "small": Size(
-        ("vanilla", "noise", "advprop", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 18, (10, 15), 128, 2, ("all", "3")
+        ("vanilla", "noise", "advprop", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 15, (9, 13), 128, 2, NAMES
     ),
     "full": Size(
         ("vanilla", "noise", "fast_advprop", "no_shuffle", "mean", "pipelined"), 5, "cifar_resnet18", 50_000, 10_000, 30,
@@ -104,13 +105,7 @@ def evaluated(folders: list[Path], size: Size, runs: Path, pipeline: str) -> lis
     """Clean and corrupted accuracy of every run's last checkpoint: fap-eval's report."""
     last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
     words = ["--data", str(convert(size, "test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
-    names = list(size.corrupt[:1])
-    severity = ["--severity", *size.corrupt[1:]] if size.corrupt[1:] else []
-    if names == ["all"] and severity:  # fap-eval's `all` means every severity; here one is asked for
-        from pipelines.corrupt import NAMES
-
-        names = list(NAMES)
-    subprocess.run(command("eval", *last, *words, "--corrupt", *names, *severity), check=True, cwd=ROOT)
+    subprocess.run(command("eval", *last, *words, "--corrupt", *size.corrupt), check=True, cwd=ROOT)
     return json.loads((runs / "eval" / "report.json").read_text())
 
 
@@ -193,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     name = "demo" if args.what == "demo" else args.size
     size = SIZES[name]
-    runs = ROOT / "runs" / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
+    runs = RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
     arms = [a for a in size.arms if args.arms is None or a in (*args.arms, "vanilla")]
     seeds = range(args.seeds or size.seeds)
     try:
