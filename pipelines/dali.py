@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+from nvidia.dali.types import DALIInterpType
 from PIL import Image
 
 from .batch import Loader, run_ahead
@@ -26,6 +26,7 @@ from .plan import PADDING, EpochPlan
 from .store import RAW, DamagedData, Store
 
 READERS = 2  # threads that fetch encoded bytes, 0.05 ms per image, and batches fetched before DALI asks for them
+LIKE_LIBJPEG = {"adjust_orientation": False, "jpeg_fancy_upsampling": True, "use_fast_idct": False}
 
 Fields = list[list[np.ndarray] | np.ndarray]  # what one batch feeds to the graph
 
@@ -74,39 +75,18 @@ class DaliLoader(Loader):
 
     def _build(self, plan: EpochPlan, source: Callable[[], Fields] | list[Fields], prefetch: int) -> Pipeline:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip; uint8 NHWC."""
-        gpu = self.device.type == "cuda"
-        pipeline = Pipeline(
-            batch_size=plan.index.shape[1],
-            num_threads=self.threads,
-            device_id=self.device.index if gpu else None,
-            prefetch_queue_depth=prefetch,
-            exec_dynamic=True,  # outputs stay ours for as long as a tensor holds them
-        )
-        numbers = 5 if self._reaches_outside(plan) else 3
+        gpu, rows, gpu_id = self.device.type == "cuda", plan.index.shape[1], self.device.index
+        # exec_dynamic: outputs stay ours for as long as a tensor holds them
+        pipeline = Pipeline(rows, self.threads, gpu_id, prefetch_queue_depth=prefetch, exec_dynamic=True)
+        layout = ["HWC" if self.raw else ""] + [""] * (5 if self._reaches_outside(plan) else 3)
         with pipeline:
-            data, out, start, shape, *beyond = fn.external_source(
-                source=source,
-                num_outputs=1 + numbers,
-                no_copy=True,
-                dtype=[DALIDataType.UINT8, DALIDataType.FLOAT] + [DALIDataType.INT32] * (numbers - 1),
-                ndim=[3 if self.raw else 1] + [1] * numbers,
-                layout=["HWC" if self.raw else ""] + [""] * numbers,
-            )
+            fields = fn.external_source(source=source, num_outputs=len(layout), layout=layout, no_copy=True)
+            images, out, start, shape, *beyond = fields
             if self.raw:
-                images = _slice(data, start, shape)
+                images = _slice(images, start, shape)
             else:
-                images = fn.decoders.image_slice(
-                    data,
-                    start=start,
-                    shape=shape,
-                    axis_names="HW",
-                    device="mixed" if gpu else "cpu",
-                    hw_decoder_load=self.hw_decoder_load,
-                    output_type=DALIImageType.RGB,
-                    adjust_orientation=False,
-                    jpeg_fancy_upsampling=True,
-                    use_fast_idct=False,
-                )
+                decode = partial(fn.decoders.image_slice, device="mixed" if gpu else "cpu", **LIKE_LIBJPEG)
+                images = decode(images, start=start, shape=shape, axis_names="HW", hw_decoder_load=self.hw_decoder_load)
             if beyond:
                 images = _slice(images, *beyond)
             if self.raw and gpu:

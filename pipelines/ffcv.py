@@ -55,22 +55,12 @@ IMAGE_OUT = types.Array(types.uint8, 3, "C")
 def _taps(start, extent, limit, n_out):  # type: ignore[no-untyped-def]
     """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out)."""
     step = extent / n_out
-    n_taps = int(np.ceil(step)) + 1
-    first = np.empty(n_out, np.int64)
-    weight = np.zeros((n_taps, n_out), np.float32)
-    for x in range(n_out):
-        low = start + x * step
-        first[x] = min(int(low), limit - 1)
-        total = 0.0
-        for k in range(n_taps):
-            pixel = first[x] + k
-            share = min(low + step, pixel + 1.0) - max(low, float(pixel))
-            if share > 1e-6 and pixel < limit:
-                weight[k, x] = share
-                total += share
-        for k in range(n_taps):
-            weight[k, x] /= total
-    return first, weight
+    low = start + step * np.arange(n_out)
+    first = np.minimum(low.astype(np.int64), limit - 1)
+    pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
+    share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
+    share = np.where((share > 1e-6) & (pixel < limit), share, 0.0)
+    return first, (share / share.sum(0)).astype(np.float32)
 
 
 @_jit(types.void(IMAGE_IN, *[types.float64] * 4, types.boolean, IMAGE_OUT))

@@ -119,8 +119,14 @@ def mutate(rng: np.random.Generator, data: bytes, low: int = 0, high: int | None
 
 
 def table_value(rng: np.random.Generator, data: bytes) -> bytes:
-    """A hostile integer exactly on a field of the header or of a table."""
+    """A hostile integer exactly on a field of the header or of a table, or one field of two rows exchanged."""
     bad, n = bytearray(data), 12
+    if rng.random() < 0.25:
+        table = int(rng.choice([TABLES, len(data) - ROW * n]))
+        start, end = [(0, 5), (5, 13), (16, 24), (0, 8), (8, 16)][int(rng.integers(5))]
+        a, b = (table + ROW * int(i) for i in rng.choice(n if rng.random() < 0.5 else 6, 2, replace=False))
+        bad[a + start : a + end], bad[b + start : b + end] = data[b + start : b + end], data[a + start : a + end]
+        return bytes(bad)
     header = [(0, 2), (2, 2), (4, 4), (8, 8), (16, 8), (24, 1), (24 + FIELD.itemsize, 1)]
     row = TABLES + ROW * int(rng.integers(n))
     allocation = len(data) - ROW * int(rng.integers(1, n + 1))
@@ -256,7 +262,7 @@ def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
     if checksums:
         add_sidecar(path)
     good, owner = path.read_bytes(), owners(path)
-    where = str(rng.choice(["fields", "tables", "allocations", "sample", "sample", "sample", "anywhere"]))
+    where = str(rng.choice(["fields", "fields", "fields", "tables", "allocations", "sample", "sample", "sample", "anywhere"]))
     sample = np.flatnonzero(owner == rng.integers(12))
     low, high = {
         "tables": (0, TABLES + ROW * 12),
@@ -342,13 +348,14 @@ def damage_folder(rng: np.random.Generator, root: Path) -> tuple[set[int], str]:
     """Returns the samples that are damaged, in the order of their names, which no damage changes."""
     i = int(rng.integers(len(FILES)))
     file = root.joinpath(*FILES[i])
-    how = str(rng.choice(["bytes"] * 7 + ["sides", "sides", "empty", "dangling", "folder", "text", "index"]))
+    how = str(rng.choice(["bytes"] * 7 + ["sides"] * 4 + ["empty", "dangling", "folder", "text", "index"]))
     if how == "bytes":
         bad, how = mutate(rng, file.read_bytes())
         file.write_bytes(bad)
     elif how == "sides":  # what the header says, up to 65535 x 65535
         data, (height, width) = file.read_bytes(), images()[i].shape[:2]
-        sides = [n.to_bytes(2, "big") for n in (height, width, *rng.choice([1, height + 1, 30000, 65535], 2).tolist())]
+        new = (30000, 30000) if rng.random() < 0.5 else rng.choice([1, height + 1, 30000, 65535], 2).tolist()
+        sides = [n.to_bytes(2, "big") for n in (height, width, *new)]
         file.write_bytes(data.replace(b"\x08" + sides[0] + sides[1], b"\x08" + sides[2] + sides[3]))
     elif how == "empty":
         file.write_bytes(b"")
@@ -432,7 +439,14 @@ def fuzz_checkpoint(rng: np.random.Generator, folder: Path) -> str:
         path = keeper.save(step, tensors, {"config": {"seed": 1}, "step": step})
     good = path.read_bytes()
     bad, how = mutate(rng, good, 0, len(good) if rng.random() < 0.5 else 8 + int.from_bytes(good[:8], "little"))
-    if rng.random() < 0.5:  # with a checksum that is right, as another program might write it
+    if rng.random() < 0.3:
+        end = 8 + int.from_bytes(good[:8], "little")
+        tree = json.loads(good[8:end])
+        node = tree[str(rng.choice(list(tree)))] if rng.random() < 0.7 else tree
+        node[str(rng.choice(list(node)))] = "@"
+        text = json.dumps(tree, separators=(",", ":")).replace('"@"', str(rng.choice(HOSTILE_JSON))).encode()
+        bad, how = len(text).to_bytes(8, "little") + text + good[end:], "value"
+    if rng.random() < 0.6:  # with a checksum that is right, as another program might write it
         at = bad.find(b'"crc32":"') + 9
         if at >= 9 and len(bad) >= at + 8:
             zeros = bad[:at] + b"0" * 8 + bad[at + 8 :]
@@ -530,7 +544,7 @@ def main() -> int:
     faulthandler.enable()
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30),) * 2)  # memory beyond reason is an error, not a full machine
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)  # memory beyond reason is an error, not a full machine
     wrong = 0
     for seed in range(a.seed, a.seed + a.count):
         print("start", seed, flush=True)

@@ -64,17 +64,21 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
-    [["method.schedule=fused", "method.p_adv=1/3"], ["method.schedule=pipelined", "method.p_adv=1/3"], ["method.name=vanilla"]],
+    ("method", "worlds"),
+    [
+        (["method.schedule=fused", "method.p_adv=1/3"], (2, 4)),
+        (["method.schedule=pipelined", "method.p_adv=1/3"], (2,)),
+        (["method.name=vanilla"], (2,)),
+    ],
     ids=["fused", "pipelined", "vanilla"],
 )
-def test_one_two_and_four_ranks_train_alike(method: list[str], tmp_path: Path) -> None:
+def test_one_two_and_four_ranks_train_alike(method: list[str], worlds: tuple[int, ...], tmp_path: Path) -> None:
     seed = int(np.random.default_rng().integers(1 << 30))
     train(0, 1, 0, method, seed, tmp_path)
-    for world in (2, 4):
+    for world in worlds:
         mp.spawn(train, (world, free_port(), method, seed, tmp_path), nprocs=world)
     one = torch.load(tmp_path / "1_0.pt")
-    for world in (2, 4):
+    for world in worlds:
         for rank in range(world):
             other = torch.load(tmp_path / f"{world}_{rank}.pt")
             for name, value in one["state"].items():
