@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pipelines.convert import Encoding, check, convert_cifar10, convert_folder
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fap-convert", description=__doc__)
     add = parser.add_argument
     add("src", nargs="?", help="image folder in ImageNet's layout (one folder per class), or cifar10")
@@ -26,18 +26,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     a = parser.parse_args(argv)
     if (a.check is None) == (a.src is None) or (a.src is None) != (a.dst is None):
         parser.error("give SRC and DST, or --check FILE")
-    folder_only = a.max_side is not None or a.quality is not None or a.raw or a.skip_bad
-    if (a.check or a.src == "cifar10") and folder_only:
+    if (a.check or a.src == "cifar10") and (a.max_side is not None or a.quality is not None or a.raw or a.skip_bad):
         parser.error("--max-side, --quality, --raw and --skip-bad are for image folders")
     if a.src != "cifar10" and (a.split or a.limit is not None):
         parser.error("--split and --limit are for cifar10")
     if a.threads is not None and (a.threads < 1 or a.src == "cifar10"):
         parser.error(f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded")
-    return a
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    a = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no partial file stays
     try:
         if a.check:
