@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
             of_paper = paper.get("imagenet_c") if key == "raw_19" and kind != "cifar10_c" else None
             rows[f"error, {SUMMARY[key]} ({KINDS[kind]})"] = (value, of_paper)
         for name, by_severity in of_kind.items():
-            rows[f"error, {name} ({KINDS[kind]})"] = (100 * float(np.mean(list(by_severity.values()))), None)
+            rows[f"error, {name} ({KINDS[kind]})"] = (100 * fmean(by_severity.values()), None)
     return rows
 
 
