@@ -59,7 +59,7 @@ def _taps(start, extent, limit, n_out):  # type: ignore[no-untyped-def]
     first = np.minimum(low.astype(np.int64), limit - 1)
     pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
     share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
-    share = np.where((share > 1e-6) & (pixel < limit), share, 0.0)
+    share = np.maximum(share, 0.0) * (pixel < limit)
     return first, (share / share.sum(0)).astype(np.float32)
 
 
