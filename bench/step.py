@@ -4,11 +4,11 @@ Every contender alternates in short blocks with our own step on images of the sa
 per step over ours, with a 95% bootstrap interval. Without a GPU: CIFAR size, no CUDA graph, no AMP unless asked for.
 """
 
-import argparse
 import itertools
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,54 +17,70 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
-from bench.common import spread, write_json
+from bench.common import alternate, cell, options, ratio, report, spread
 from fap.config import Config, make_config
 from fap.graph import runner
 from fap.models import build, plain, stem_of
 from fap.norm import Group, set_groups, shared_groups
 from fap.step import Step
-from fap.train import plan_spec
+from fap.train import Stopwatch, plan_spec
 
-# fmt: off
 GPU = torch.cuda.is_available()
-sync = torch.cuda.synchronize if GPU else lambda: None
+DEVICE = torch.device("cuda" if GPU else "cpu")
+AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
 
-def config_of(a: Any, model: str, rows: int, **method: Any) -> Config:
-    data = {"size": a.size, "resize": a.size, "crop": "random_resized" if a.size > 64 else "pad"}
-    model_config = {"name": model, "num_classes": 1000 if a.size > 64 else 10}
+
+def sync() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def fast_kernels() -> None:
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+
+
+def config_of(model: str, rows: int, size: int, **method: Any) -> Config:
+    """Data of CIFAR-10's kind up to 64 pixels, of ImageNet's above."""
+    data = {"size": size, "resize": size, "crop": "random_resized" if size > 64 else "pad"}
+    model_config = {"name": model, "num_classes": 1000 if size > 64 else 10}
     return make_config({"model": model_config, "method": method, "data": data, "optim": {"clean_batch": rows}})
 
-def synthetic(config: Config, device: torch.device) -> pipelines.Batch:
+
+def synthetic(config: Config) -> pipelines.Batch:
     shape = (config.optim.clean_batch + config.loader_adv_rows, 3, config.data.size, config.data.size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
-    return pipelines.Batch(images, torch.randint(0, config.model.num_classes, shape[:1], device=device), 0)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    return pipelines.Batch(images, torch.randint(0, config.model.num_classes, shape[:1], device=DEVICE), 0)
+
 
 class Contestant:
     """Our step and its data: those of a loader, or one batch again and again; perhaps `without` an ingredient."""
 
-    def __init__(self, config: Config, amp: Any, a: Any, store: pipelines.Store | None = None, without: str = "") -> None:
+    def __init__(
+        self, config: Config, amp: Any, store: Any = None, pipeline: Any = "", without: str = "", compiled: bool = False
+    ) -> None:
         torch.manual_seed(0)
         self.config, size, spec = config, config.data.size, plan_spec(config)
-        model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=size)
-        stem, self.model = stem_of(model), model.to(a.device)
+        self.model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=size)
+        stem = stem_of(self.model)
         if without == "stem function" and stem is not None:
             stem.__class__ = torch.nn.Conv2d  # then the whole batch gets an input gradient
         layout = torch.contiguous_format if without == "channels_last" else torch.channels_last
-        self.step = Step(model.to(memory_format=layout), config, amp=amp)
+        self.step = Step(self.model.to(DEVICE, memory_format=layout), config, amp=amp)
         self.step.pass_input = [x.contiguous(memory_format=layout) for x in self.step.pass_input]
         sides = (store.heights, store.widths) if store else np.full((2, 64 * spec.loaded_rows), size)
-        self.plan, self.at, self.sample = pipelines.draw_epoch(spec, *sides, 0), 0, synthetic(config, a.device)
+        self.plan, self.at, self.sample = pipelines.draw_epoch(spec, *sides, 0), 0, synthetic(config)
         names = ("shuffle", "noise_key") if self.step.n_adv else ()
-        self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(a.device) for k in names}
-        self.loader = pipelines.open_loader(a.pipeline, store, size=size, device=a.device) if store else None
+        self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(DEVICE) for k in names}
+        self.loader = pipelines.open_loader(pipeline, store, size=size, device=DEVICE) if store else None
         self.feed(self.sample, 0)
         with FlopCounterMode(display=False) as counter:
             self.step()
         self.flops, began = counter.get_total_flops(), time.perf_counter()
-        shared_groups(model).functional = a.compile or without == "norm slices"
-        if a.compile:
-            self.step.forward = torch.compile(model)
-        self.run, self.how = runner(self.step, "off" if without == "graph" else a.graph)
+        shared_groups(self.model).functional = compiled or without == "norm slices"
+        if compiled:
+            self.step.forward = torch.compile(self.model)
+        self.run, self.how = runner(self.step, "off" if without == "graph" else "auto")
         self.run()
         sync()
         self.startup = time.perf_counter() - began
@@ -76,33 +92,34 @@ class Contestant:
         """Seconds per step, and the part of them spent waiting for data."""
         warm_up = 4 if self.loader else 0  # batches decoded while the other contestant ran, or a cold start
         steps = min(steps, len(self.plan) - warm_up)
-        first = self.at if self.at + warm_up + steps <= len(self.plan) else 0
-        batches = iter(self.loader.load(self.plan, first)) if self.loader else itertools.repeat(self.sample)
-        self.at = first + warm_up + steps
-        for at in range(first, self.at):
-            if at == first + warm_up:
-                sync()
-                began, waited = time.perf_counter(), 0.0
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            self.feed(batch, at)
-            self.run()
+        if self.at + warm_up + steps > len(self.plan):
+            self.at = 0
+        watch = Stopwatch()
+        batches = watch.on(self.loader.load(self.plan, self.at) if self.loader else itertools.repeat(self.sample))
+        for count in (warm_up, steps):
+            sync()
+            watch.lap()
+            for _ in range(count):
+                self.feed(next(batches), self.at)
+                self.run()
+                self.at += 1
         sync()
-        return (time.perf_counter() - began) / steps, waited / steps
+        seconds, waited = watch.lap()
+        return seconds / steps, waited / steps
+
 
 class Peer:
     """Another's loop, whole-batch norms: torchvision's reference and timm's for `vanilla`, else the authors' three passes."""
 
-    def __init__(self, config: Config, amp: str, a: Any, nhwc: bool = False, compiled: bool = False) -> None:
+    def __init__(self, config: Config, amp: str, nhwc: bool = False, compiled: bool = False) -> None:
         self.vanilla, name, classes = config.method.name == "vanilla", config.model.name, config.model.num_classes
-        layout, batch = torch.channels_last if nhwc else torch.contiguous_format, synthetic(config, a.device)
+        layout, batch = torch.channels_last if nhwc else torch.contiguous_format, synthetic(config)
         model = plain(name, classes) if self.vanilla else build(name, classes, size=config.data.size)
-        self.model = model.to(a.device, memory_format=layout).train()
+        self.model = model.to(DEVICE, memory_format=layout).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-        self.scaler, self.reads = torch.amp.GradScaler(a.device.type, enabled=amp == "fp16"), not nhwc
-        self.cast = torch.autocast(a.device.type, torch.bfloat16 if amp == "bf16" else torch.float16, amp != "off", False)
+        self.scaler, self.reads = torch.amp.GradScaler(DEVICE.type, enabled=amp == "fp16"), not nhwc
+        self.cast = torch.autocast(DEVICE.type, torch.bfloat16 if amp == "bf16" else torch.float16, amp != "off", False)
         self.images, self.labels = batch.images.contiguous(memory_format=layout), batch.labels
         self.rows = config.optim.clean_batch
 
@@ -140,60 +157,46 @@ class Peer:
         sync()
         return (time.perf_counter() - began) / steps, 0.0
 
-def alternate(contestants: Any, rounds: int, block: int) -> np.ndarray:
-    """(contestants, 2, rounds): seconds per step and waiting, in turns; the first two rounds are thrown away."""
-    return np.array([[c.block(block) for c in contestants] for _ in range(rounds + 2)])[2:].transpose(1, 2, 0)
 
-def ratio(top: np.ndarray, bottom: np.ndarray, fixed: Any = (0, 0)) -> dict[str, float]:
-    """(median(top) + fixed) / (median(bottom) + fixed) with its 95% bootstrap interval over the rounds."""
-    picks = np.random.default_rng(0).integers(len(top), size=(4000, len(top)))
-    value, drawn = ((np.median(t, -1) + fixed[0]) / (np.median(b, -1) + fixed[1])
-                    for t, b in ((top, bottom), (top[picks], bottom[picks])))
-    return dict(zip(("ratio", "low", "high"), map(float, (value, *np.percentile(drawn, (2.5, 97.5)))), strict=True))
-
-def main(argv: Any = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--amp", choices=["off", "fp16", "bf16"], default="fp16" if GPU else "off")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=GPU, help="also the compiled contenders")
-    values = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
-    for name, value in zip(("model", "size", "rows", "rounds", "block"), values, strict=True):
-        p.add_argument(f"--{name}", type=type(value), default=value)
-    p.add_argument("--out", type=Path, default=Path("bench/results"))
-    a = p.parse_args(argv)
-    meta = {k: v for k, v in vars(a).items() if k != "out"}
-    a.device, a.graph, compiled, a.compile = torch.device("cuda" if GPU else "cpu"), "auto", a.compile, False
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    vanilla, fused = config_of(a, a.model, a.rows, name="vanilla"), config_of(a, a.model, a.rows, schedule="fused")
-    squeezed = argparse.Namespace(**vars(a) | {"compile": True})  # as `a`, compiled
-    contenders: list[tuple[Config, str, Any]] = [
-        (vanilla, "torchvision reference: fp32, NCHW", lambda: Peer(vanilla, "off", a)),
-        (vanilla, f"timm-like: AMP {a.amp}, NHWC", lambda: Peer(vanilla, a.amp, a, nhwc=True)),
-        (vanilla, "timm-like, compiled", lambda: Peer(vanilla, a.amp, a, nhwc=True, compiled=True)),
-        (vanilla, "ours, compiled", lambda: Contestant(vanilla, a.amp, squeezed)),
-        (fused, "authors' three passes: fp32, NCHW", lambda: Peer(fused, "off", a)),
-        (fused, f"authors' three passes: AMP {a.amp}, NHWC", lambda: Peer(fused, a.amp, a, nhwc=True)),
-        *((fused, f"ours, {s}", lambda s=s: Contestant(config_of(a, a.model, a.rows, schedule=s), a.amp, a))
-          for s in ("sequential", "pipelined")),
-        *((fused, f"ours without {w}", lambda w=w: Contestant(fused, a.amp, a, without=w))
-          for w in ("channels_last", "norm slices", "stem function", *(["graph"] if GPU else []))),
-        (fused, "ours without AMP", lambda: Contestant(fused, "off", a)),
-        (fused, "ours, compiled", lambda: Contestant(fused, a.amp, squeezed)),
+def main(argv: Sequence[str] | None = None) -> int:
+    model, size, rows, rounds, block = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
+    parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
+    parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
+    a = parser.parse_args(argv)
+    amp, on = a.amp, a.amp != "off"
+    fast_kernels()
+    vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
+    fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", "sequential", "pipelined"))
+    contenders = [  # the baseline's config, the name, how to make it, whether it is wanted
+        (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off"), True),
+        (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True), True),
+        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True), a.compile),
+        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True), a.compile),
+        (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off"), True),
+        (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True), True),
+        *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp), True) for c in others),
+        *(
+            (fused, f"ours without {w}", partial(Contestant, fused, amp, without=w), GPU or w != "graph")
+            for w in ("channels_last", "norm slices", "stem function", "graph")
+        ),
+        (fused, "ours without AMP", partial(Contestant, fused, "off"), on),
+        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True), a.compile),
     ]
-    results, own, baseline = [], None, None
-    for config, name, make in contenders:
-        if ("compiled" in name and not compiled) or ("without AMP" in name and a.amp == "off"):
+    results: list[dict[str, Any]] = []
+    baseline = None
+    for config, name, make, wanted in contenders:
+        if not wanted:
             continue
         if config is not baseline:
-            own, baseline = Contestant(config, a.amp, a), config
-        theirs, mine = alternate([make(), own], a.rounds, a.block)[:, 0]
+            own, baseline = Contestant(config, amp), config
+        theirs, mine = alternate([partial(c.block, a.block) for c in (make(), own)], a.rounds)[:, 0]
         torch.cuda.empty_cache()
-        r = {"ours": config.method.name, "how": own.how, "other": name, "s": spread(theirs), "ours_s": spread(mine)}
+        r = {"ours": config.method.name, "other": name, "how": own.how, "s": spread(theirs), "ours_s": spread(mine)}
         results.append(r | ratio(theirs, mine))
-        print("{ours:12} {other:40} {s[median]:.4f} s, ours {ours_s[median]:.4f} s: {ratio:.3f} [{low:.3f}, {high:.3f}]".format(
-            **results[-1]), flush=True)
-        write_json(a.out / f"step_{a.device.type}.json", {**meta, "results": results})
+        report(f"step_{DEVICE.type}", a, results, ["other / ours"], row)
+        print("{ours} | {other} | {other, s} s, ours {ours, s} | {other / ours}".format(**row(results[-1])), flush=True)
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

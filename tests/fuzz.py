@@ -52,6 +52,7 @@ TABLES = HEADER.itemsize + 2 * FIELD.itemsize
 ALLOWED = (ValueError, OSError, DamagedData, checkpoint.DamagedCheckpoint)
 EXTREME = [0, 1, 2, 3, 127, 128, 255, 32767, 32768, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
 ROOT = Path(__file__).parent.parent
+GROWTH_MB = 400  # of one input, the first of which also loads what loaders need
 SAME_ROW = 6  # grey levels between rows that show the same; the samples' own rows are twice as far apart
 
 
@@ -550,7 +551,10 @@ def main() -> int:
         print("start", seed, flush=True)
         faulthandler.dump_traceback_later(a.hang, exit=True)
         try:
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             what = one(seed)
+            grown_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 - peak_mb
+            assert grown_mb < GROWTH_MB, f"took {grown_mb:.0f} MB"
             print("ok", seed, what.replace("\n", " | ").encode("ascii", "replace").decode()[:300], flush=True)
         except BaseException:
             wrong += 1

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fap.config import make_config
 from fap.graph import runner
 from fap.models import build
-from fap.norm import norms
+from fap.norm import norms, shared_groups
 from fap.step import Step
 
 KINDS = ("vanilla", "sequential", "fused", "pipelined")
@@ -316,3 +316,22 @@ def test_no_layout_copies_in_the_trace(amp, strict_sync):
         torch.cuda.synchronize()
     names = {e.key for e in trace.key_averages()}
     assert not [n for n in names if "nchwToNhwc" in n or "nhwcToNchw" in n]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one():
+    """Traced by Dynamo and AOTAutograd as `run.compile` does, without the code generator, which takes minutes here."""
+    from torch._dynamo.utils import counters
+
+    eager, compiled = make("fused"), make("fused")
+    shared_groups(compiled.model).functional = True
+    compiled.forward = torch.compile(compiled.model, backend="aot_eager")
+    counters.clear()
+    for seed in range(3):
+        for step in (eager, compiled):
+            feed(step, seed)
+            step()
+    assert counters["stats"]["unique_graphs"] == 2  # one per pass
+    assert not counters["graph_break"]
+    for name, value in eager.state().items():
+        assert torch.allclose(value.double(), compiled.state()[name].double(), rtol=1e-4, atol=1e-6), name
