@@ -88,6 +88,8 @@ def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int, bool]:
         width, height, _, colour = numbers = [ctypes.c_int() for _ in range(4)]
         source = handle, data, ctypes.c_ulong(len(data))
         failed = lib.tjDecompressHeader3(*source, *map(ctypes.byref, numbers))
+        if width.value * height.value > store.PIXELS_PER_BYTE * len(data):
+            raise ValueError("too few bytes for its dimensions")
         if not failed:
             w, h = (-(-side.value // shrink) for side in (width, height))
             pixels = 11 if colour.value in (3, 4) else 0  # TJPF_CMYK for TJCS_CMYK, TJCS_YCCK; TJPF_RGB
