@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 from .batch import Batch, Loader
 from .plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
@@ -19,10 +17,10 @@ __all__ = [
 ]
 # fmt: on
 
-BACK_ENDS = {  # module, class, how to install what it needs
-    "ffcv": ("ffcv", "FfcvLoader", "pip install --no-deps ffcv==1.0.2 (README lists the system packages)"),
-    "dali": ("dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"),
-    "reference": ("reference", "ReferenceLoader", "pip install -e ."),
+BACK_ENDS = {  # module: class, how to install what it needs
+    "ffcv": ("FfcvLoader", "pip install --no-deps ffcv==1.0.2 (README lists the system packages)"),
+    "dali": ("DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"),
+    "reference": ("ReferenceLoader", "pip install -e ."),
 }
 
 
@@ -37,29 +35,14 @@ def open_store(path: str | Path) -> Store:
     return BetonStore(path)
 
 
-def open_loader(
-    name: Literal["ffcv", "dali", "reference"],
-    store: Store,
-    *,
-    size: int,
-    device: torch.device | str = "cpu",
-    threads: int | None = None,
-    prefetch: int = 3,
-    hw_decoder_load: float = 0.65,
-) -> Loader:
-    """Open a back end for plans of `size` pixels. `threads`: None is every core this process may use.
-
-    `prefetch` is in batches; `hw_decoder_load` the share of DALI's JPEGs given to the hardware decoder.
-    `reference` needs none of the three.
-    """
+def open_loader(name: Literal["ffcv", "dali", "reference"], store: Store, **options: Any) -> Loader:
+    """Open a back end. `options` are those of `Loader`: size, device, threads, prefetch, hw_decoder_load."""
     if name not in BACK_ENDS:
         raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")
-    module, cls, install = BACK_ENDS[name]
+    cls, install = BACK_ENDS[name]
     try:
-        back_end = getattr(import_module(f".{module}", __name__), cls)
+        back_end = getattr(import_module(f".{name}", __name__), cls)
     except ImportError as error:
         raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
-    loader: Loader = back_end(
-        store, size=size, device=device, threads=threads, prefetch=prefetch, hw_decoder_load=hw_decoder_load
-    )
+    loader: Loader = back_end(store, **options)
     return loader

@@ -159,18 +159,16 @@ def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec
     low, high = 0.5 * np.log(spec.ratio)
     todo = np.arange(len(h))
     for _ in range(10):
-        H, W = h[todo], w[todo]
-        side = np.sqrt(rng.uniform(*spec.scale, len(H)) * H * W)
-        root = np.exp(rng.uniform(low, high, len(H)))
+        H, W, n = h[todo], w[todo], len(todo)
+        side, root = np.sqrt(rng.uniform(*spec.scale, n) * H * W), np.exp(rng.uniform(low, high, n))
         width, height = np.rint(side * root), np.rint(side / root)
-        top, left = rng.random(len(H)) * (H - height + 1), rng.random(len(H)) * (W - width + 1)
+        top, left = rng.random(n) * (H - height + 1), rng.random(n) * (W - width + 1)
         ok = (width > 0) & (width <= W) & (height > 0) & (height <= H)
         # rows that failed hold nonsense until a later try or the fallback overwrites them
         window[todo] = np.stack([np.floor(top), np.floor(left), height, width], 1)
         todo = todo[~ok]
     H, W = h[todo], w[todo]
-    height = np.minimum(H, np.rint(W / spec.ratio[0]))
-    width = np.minimum(W, np.rint(H * spec.ratio[1]))
+    height, width = np.minimum(H, np.rint(W / spec.ratio[0])), np.minimum(W, np.rint(H * spec.ratio[1]))
     window[todo] = np.stack([(H - height) // 2, (W - width) // 2, height, width], 1)
     return window
 
@@ -198,7 +196,7 @@ def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray
     groups, rows = spec.adv_rows // spec.adv_group, spec.adv_group
     take = np.arange(spec.adv_rows)  # place -> row, before the permutations inside the groups
     if spec.shuffle_groups < 2:
-        return np.broadcast_to(take, (steps, len(take)))
+        return np.broadcast_to(take, (steps, spec.adv_rows))
     for first in range(0, groups, spec.shuffle_groups):
         G = min(spec.shuffle_groups, groups - first)
         g, j = np.divmod(np.arange(G * rows), rows)
@@ -209,10 +207,9 @@ def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray
 
 def _mix(rng: np.random.Generator, steps: int, spec: PlanSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """mix_lam, mix_box, mix_partner; arXiv 1710.09412 (Mixup) and 1905.04899 (CutMix), one draw per step."""
-    lam, box = np.ones(steps), np.zeros((steps, 4), np.int32)
+    box = np.zeros((steps, 4), np.int32)
     if spec.mix is None:  # every row is its own partner: mixing changes nothing
-        own = np.broadcast_to(np.arange(spec.clean_rows), (steps, spec.clean_rows))
-        return lam.astype(np.float32), box, own
+        return np.ones(steps, np.float32), box, np.broadcast_to(np.arange(spec.clean_rows), (steps, spec.clean_rows))
     lam = rng.beta(spec.mix_alpha, spec.mix_alpha, steps)
     if spec.mix == "cutmix":
         half = (0.5 * np.sqrt(1 - lam) * spec.size).astype(np.int64)[:, None]
