@@ -69,7 +69,9 @@ def evaluate(
                     logits = logits[:, label_map]
                 elif label_map is not None:
                     labels = torch.where(labels < 0, -1, label_map[labels.clamp(min=0)])
-                sums += _sums(logits.double(), labels)
+                losses = cross_entropy(logits.double(), labels, ignore_index=-1, reduction="sum")
+                hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+                sums += torch.stack([losses, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])  # no host synchronisation
     finally:
         for module, training in former:
             module.training = training
@@ -79,15 +81,6 @@ def evaluate(
     if not count:
         raise ValueError("evaluation: the data hold no images")
     return Result(loss / count, top1 / count, top5 / count, int(count))
-
-
-def _sums(
-    logits: Tensor,  # float64 (B, C)
-    labels: Tensor,  # int64 (B,), -1 = ignored
-) -> Tensor:  # float64 (4,), without a host synchronisation
-    loss = cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
 
 
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> Tensor:
