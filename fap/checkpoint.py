@@ -29,20 +29,17 @@ class DamagedCheckpoint(RuntimeError):  # noqa: N818
     """A file that is truncated, garbled or not of this program; the message names it and what is wrong."""
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+def save(path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], **header: str) -> None:
     """Write `tensors` (any shape, layout, device; views of one storage too) and `meta` (JSON) atomically.
 
-    Raises OSError (a full disk, say) after removing what it had written; a file at `path` stays as it was.
+    `header` stands beside `meta`, for other readers. Raises OSError (a full disk, say) after removing what it had
+    written; a file at `path` stays as it was.
     """
-    _write(Path(path), tensors, {"meta": json.dumps(meta)})
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     # One fresh contiguous copy each: safetensors refuses views of one storage, such as a flat buffer's.
     copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for k, t in tensors.items()}
-    blob = safetensors.torch.save(copies, header | {"crc32": _ZEROS.decode()})
+    blob = safetensors.torch.save(copies, header | {"meta": json.dumps(meta), "crc32": _ZEROS.decode()})
     at = blob.index(_MARK) + len(_MARK)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = (path := Path(path)).with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines([blob[:at], b"%08x" % zlib.crc32(blob), memoryview(blob)[at + len(_ZEROS) :]])
@@ -152,10 +149,10 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
     if Path(out).exists():
         raise ValueError(f"{out} exists; choose another name or remove it first")
     state, meta, config = _model_state(path)
-    header = {"model": config.model.name, "num_classes": config.model.num_classes, "size": config.data.size}
-    header |= {"mean": config.data.mean, "std": config.data.std, "run": config.name, "step": meta["step"]}
-    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
-    _write(Path(out), norm.export(state, meta["step"]), text)
+    header = {"num_classes": config.model.num_classes, "size": config.data.size, "step": meta["step"],
+              "mean": config.data.mean, "std": config.data.std}  # fmt: skip
+    text = {"model": config.model.name, "run": config.name} | {k: json.dumps(v) for k, v in header.items()}
+    save(out, norm.export(state, meta["step"]), {}, **text)
     return text
 
 
