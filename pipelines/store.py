@@ -217,15 +217,9 @@ def write_sidecar(path: str | Path, *, classes: tuple[str, ...] | None, encoding
     store = BetonStore(path, use_sidecar=False)
     store.close()
     assert len(crc32) == len(store)
-    content = {
-        "version": 1,
-        "count": len(crc32),
-        "classes": classes,
-        "encoding": encoding,
-        "tables_crc32": store.tables_crc32,
-        "crc32": base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode(),
-    }
+    encoded = base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode()
+    content = {"version": 1, "count": len(crc32), "classes": classes, "encoding": encoding, "crc32": encoded}
     with open(sidecar_path(path), "w") as f:
-        json.dump(content, f)
+        json.dump(content | {"tables_crc32": store.tables_crc32}, f)
         f.flush()
         os.fsync(f.fileno())
