@@ -53,7 +53,9 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report(name: str, a: argparse.Namespace, results: list[Any], bars: Sequence[str], row: Callable[..., Any] = dict) -> list[str]:
+def report(
+    name: str, a: argparse.Namespace, results: list[Any], bars: Sequence[str], row: Callable[..., Any] = dict
+) -> list[str]:
     """Write NAME.json, .md and .png to `a.out` and return the table's lines.
 
     `row` makes of a result the cells of its line, by column; a result with an `error` shows its plain values instead.
@@ -63,10 +65,11 @@ def report(name: str, a: argparse.Namespace, results: list[Any], bars: Sequence[
 
     settings = {k: v for k, v in vars(a).items() if not isinstance(v, Path)}
     write_json(a.out / f"{name}.json", {"settings": settings, "results": results})
-    good = [row(r) for r in results if "error" not in r]
+    shown = [r if "error" in r else row(r) for r in results]
+    good = [r for r in shown if "error" not in r]
     head = list(good[0]) if good else []
-    rows = [head, ["---"] * len(head), *((r if "error" in r else row(r)).values() for r in results)]
-    lines = [f"| {' | '.join(map(cell, values))} |" for values in rows]
+    body = [[f"not measured: {v}" if k == "error" else cell(v) for k, v in r.items()] for r in shown]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
     (a.out / f"{name}.md").write_text("\n".join([*lines, "", str(settings), "", str(environment()), ""]))
     labels = [" ".join(str(v) for v in r.values() if isinstance(v, str | int)) for r in good]
     figure = Figure((12, 1.5 + 0.35 * len(good)), layout="constrained")

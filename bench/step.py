@@ -158,15 +158,21 @@ class Peer:
         return (time.perf_counter() - began) / steps, 0.0
 
 
+def row(r: dict[str, Any]) -> dict[str, Any]:
+    """The cells of a result's line in the table."""
+    names = {"ours": r["ours"], "other": r["other"], "other's s per step": r["s"], "our s per step": r["ours_s"]}
+    return names | {"other / ours": {k: r[k] for k in ("ratio", "low", "high")}}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     model, size, rows, rounds, block = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
-    amp, on = a.amp, a.amp != "off"
     fast_kernels()
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
     fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", "sequential", "pipelined"))
+    amp = a.amp
     contenders = [  # the baseline's config, the name, how to make it, whether it is wanted
         (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off"), True),
         (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True), True),
@@ -179,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (fused, f"ours without {w}", partial(Contestant, fused, amp, without=w), GPU or w != "graph")
             for w in ("channels_last", "norm slices", "stem function", "graph")
         ),
-        (fused, "ours without AMP", partial(Contestant, fused, "off"), on),
+        (fused, "ours without AMP", partial(Contestant, fused, "off"), amp != "off"),
         (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True), a.compile),
     ]
     results: list[dict[str, Any]] = []
@@ -193,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         r = {"ours": config.method.name, "other": name, "how": own.how, "s": spread(theirs), "ours_s": spread(mine)}
         results.append(r | ratio(theirs, mine))
+        print("| {} | {} | {} s, ours {} s | {} |".format(*map(cell, row(results[-1]).values())), flush=True)
         report(f"step_{DEVICE.type}", a, results, ["other / ours"], row)
-        print("{ours} | {other} | {other, s} s, ours {ours, s} | {other / ours}".format(**row(results[-1])), flush=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,11 @@ import torch
 pytest.importorskip("bench.cost_parity")
 from bench import cost_parity
 from bench import step as bench_step
-from bench.step import Contestant, Peer, alternate, config_of, ratio
+from bench.common import alternate, ratio
+from bench.step import Contestant, Peer, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--models", "cifar_resnet8", "--size", "8", "--rows", "64", "--rounds", "2", "--amp", "off", "--synthetic"]
-
-
-class Arguments:
-    size, graph, compile, device, pipeline = 8, "auto", False, torch.device("cpu"), "reference"
 
 
 def run_parity(tmp_path, *extra):
@@ -113,7 +111,7 @@ def test_contestants_take_turns():
             order.append(self.name)
             return float(steps), 0.0
 
-    times = alternate([Noted("a"), Noted("b")], 3, 2)
+    times = alternate([partial(Noted(name).block, 2) for name in "ab"], 3)
     assert times.shape == (2, 2, 3)
     assert order == ["a", "b"] * 5
 
@@ -139,7 +137,7 @@ def test_step_bench_runs_every_contender(tmp_path):
 
 def test_taking_an_ingredient_away_takes_it_away():
     def made(without):
-        return Contestant(config_of(Arguments, "cifar_resnet8", 64), "off", Arguments, without=without)
+        return Contestant(config_of("cifar_resnet8", 64, 8), "off", without=without)
 
     whole = made("")
     assert made("stem function").flops > whole.flops  # the clean rows' data gradient
@@ -153,12 +151,12 @@ def test_the_peers_train_on_the_same_work_as_ours():
     """Three passes of the authors cost as many FLOPs as our sequential schedule, but for the clean rows' stem."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = config_of(Arguments, "cifar_resnet8", 64, schedule="sequential")
-    peer = Peer(config, "off", Arguments)
+    config = config_of("cifar_resnet8", 64, 8, schedule="sequential")
+    peer = Peer(config, "off")
     before = {k: v.clone() for k, v in peer.model.state_dict().items()}
     with FlopCounterMode(display=False) as counter:
         peer.block(1)
-    assert counter.get_total_flops() == Contestant(config, "off", Arguments).flops
+    assert counter.get_total_flops() == Contestant(config, "off").flops
     after = peer.model.state_dict()
     assert all(
         not torch.equal(before[k], after[k]) for k in ("conv1.weight", "bn1.weight", "bn1.aux.weight", "bn1.aux.running_mean")
