@@ -4,83 +4,51 @@
 and cores, files in the page cache, ours including its fsync. Writes bench/results/convert.json. Target: 2x, goal 3x.
 """
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from bench.common import ROOT, spread, write_json
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+from torchvision.datasets import ImageFolder
+
+from bench.common import ROOT, alternate, options, ratio, report, spread
 from bench.jpegs import make
+from pipelines.convert import Encoding, convert_folder
 
 
-def stock(src: Path, dst: Path, workers: int) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
-
+def stock(src: Path, dst: Path) -> None:
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
-    DatasetWriter(str(dst), fields, num_workers=workers).from_indexed_dataset(ImageFolder(str(src)))
+    DatasetWriter(str(dst), fields, num_workers=len(os.sched_getaffinity(0))).from_indexed_dataset(ImageFolder(str(src)))
 
 
-def ours(src: Path, dst: Path, workers: int) -> None:
-    from pipelines.convert import convert_folder
-
-    convert_folder(src, dst, threads=workers)
+WAYS = {"ours": convert_folder, "ours, --quality 90": partial(convert_folder, encoding=Encoding(quality=90)), "FFCV": stock}
 
 
-def reencoding(src: Path, dst: Path, workers: int) -> None:
-    from pipelines.convert import Encoding, convert_folder
-
-    convert_folder(src, dst, Encoding(quality=90), threads=workers)
-
-
-WAYS: dict[str, Callable[[Path, Path, int], None]] = {
-    "ours": ours,
-    "ours, --quality 90": reencoding,
-    "FFCV DatasetWriter": stock,
-}
+def timed(way: Callable[[Path, Path], Any], src: Path) -> tuple[float, float]:
+    """Seconds of a conversion and the bytes it wrote."""
+    with tempfile.TemporaryDirectory(dir=src.parent) as folder:
+        dst = Path(folder) / "out.beton"
+        start = time.perf_counter()
+        way(src, dst)
+        return time.perf_counter() - start, dst.stat().st_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("bench.convert", description=__doc__)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    a = parser.parse_args()
-    workers = len(os.sched_getaffinity(0))
-    rates: dict[str, list[float]] = {name: [] for name in WAYS}
-    sizes: dict[str, int] = {}
+    a = options(__doc__, count=2000, repeats=5).parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT / "data", prefix="bench-") as folder:
-        src, dst = make(Path(folder) / "jpegs", a.count), Path(folder) / "out.beton"
-        encoded = sum(path.stat().st_size for path in src.rglob("*.JPEG"))
-        for repeat in range(a.repeats + 1):  # the first round is warm-up: imports, page cache
-            for name, way in WAYS.items():
-                start = time.perf_counter()
-                way(src, dst, workers)
-                seconds = time.perf_counter() - start
-                sizes[name] = dst.stat().st_size
-                for path in (dst, Path(f"{dst}.json")):
-                    path.unlink(missing_ok=True)
-                if repeat:
-                    rates[name].append(a.count / seconds)
-    ratios = [x / y for x, y in zip(rates["ours"], rates["FFCV DatasetWriter"], strict=True)]
-    results = {
-        "images": a.count,
-        "mean_bytes": round(encoded / a.count),
-        "workers": workers,
-        "load_average_after": os.getloadavg()[0],  # above the cores: others were using them too
-        "images_per_second": {name: spread(values) for name, values in rates.items()},
-        "file_bytes": sizes,
-        "ours_over_ffcv": spread(ratios),
-    }
-    write_json(a.out / "convert.json", results)
-    for name, values in rates.items():
-        s = spread(values)
-        print(f"{name:20s} {s['median']:7.0f} img/s  [{s['min']:.0f}, {s['max']:.0f}]  n = {s['n']}")
-    r = spread(ratios)
-    print(f"ours / FFCV: {r['median']:.2f} [{r['min']:.2f}, {r['max']:.2f}] on {workers} cores")
+        src = make(Path(folder) / "jpegs", a.count)
+        a.mean_bytes = sum(path.stat().st_size for path in src.rglob("*.JPEG")) / a.count
+        found = alternate([partial(timed, way, src) for way in WAYS.values()], a.repeats, warm_up=1)
+    results = [
+        {"way": way, "images/s": spread(a.count / s), "it / FFCV": ratio(found[-1, 0], s), "file MB": size[0] / 1e6}
+        for way, (s, size) in zip(WAYS, found, strict=True)
+    ]
+    print(*report("convert", a, results, ["images/s"]), sep="\n")
 
 
 if __name__ == "__main__":
