@@ -1,11 +1,11 @@
-"""Loaders against each other: same images, same cores, alternating rounds, each in a process of its own.
+"""Loaders against each other: same images, same cores, taking turns, each in a process of its own.
 
     python -m bench.loaders --out DIR
 
-Training crops of 224 px as uint8. A round runs every contestant once, every second round in reverse order. Throughput
-is steady state: the first batches are dropped, epochs follow each other without a pause. CPU time is that of all its
-processes; memory their proportional set size (mapped files included), the largest of five samples; start-up the time
-from the start of the interpreter to the first batch. With a GPU, decoding there joins in.
+Training crops of 224 px as uint8. A round runs every contestant once. Throughput is steady state: the first batches are
+dropped, epochs follow each other without a pause. CPU time is that of all its processes; memory their proportional set
+size (mapped files included), the largest of five samples; start-up the time from the start of the interpreter to the
+first batch. With a GPU, decoding there joins in.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import ROOT, spread, write_json
+from bench.common import ROOT, alternate, options, report, spread
 from bench.jpegs import make
 from pipelines import PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert import convert_folder
@@ -38,9 +38,9 @@ Batches = Iterator[int]  # rows of each batch
 def ours(name: Any, source: Path, device: str = "cpu", hw_decoder_load: float = 0.65, *, threads: int) -> Batches:
     """One of this project's pipelines on a `.beton` or a folder."""
     store = open_store(source)
-    plans = [draw_epoch(PlanSpec(0, SIZE, BATCH), store.heights, store.widths, e) for e in range(EPOCHS)]
-    index, window, flip = (np.concatenate([getattr(p, f) for p in plans]) for f in ("index", "window", "flip"))
-    plan = replace(plans[0], index=index, window=window, flip=flip)  # all epochs in one: no pause between them
+    heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
+    plan = draw_epoch(PlanSpec(0, SIZE, BATCH), heights, widths, 0)
+    plan = replace(plan, index=plan.index % len(store))
     loader = open_loader(name, store, size=SIZE, device=device, threads=threads, hw_decoder_load=hw_decoder_load)
     yield from (len(batch.images) for batch in loader.load(plan))
 
@@ -152,78 +152,43 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
     return [images / wall, 1e3 * cpu / images, memory, startup, disk / images / 1e3]
 
 
-def in_child(name: str) -> list[float] | str:
-    """MEASURES from a process of its own, or why there are none."""
-    command = [sys.executable, "-m", "bench.loaders", *sys.argv[1:], "--child", name, "--launched", str(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: medians, the range of the throughput, what could not run."""
-    lines = [f"| loader | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 1) + "|"]
-    for name, r in results.items():
-        cells = ["not measured: " + r] if isinstance(r, str) else []
-        cells = cells or [f"{r[m]['median']:.4g} ({r[m]['min']:.4g}-{r[m]['max']:.4g})" for m in MEASURES]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of throughput and of CPU time, medians with ranges."""
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, name in zip(axes, MEASURES, strict=False):
-        rows = {loader: r[name] for loader, r in results.items() if not isinstance(r, str)}
-        median, low, high = np.array([[r["median"], r["min"], r["max"]] for r in rows.values()]).T
-        axis.barh(list(rows), median, xerr=[median - low, high - median])
-        axis.set_xlabel(f"{name}, {SIZE} px training crops")
-    axes[0].invert_yaxis()
-    plt.savefig(path, dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--images", type=Path, default=ROOT / "data" / "jpegs", help="made if missing")
-    parser.add_argument("--beton", type=Path, help="the same images; IMAGES.beton, made if missing")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of measurement per contestant and round")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0, threads=len(os.sched_getaffinity(0)))
+    parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
     parser.add_argument("--only", nargs="+", help="contestants")
     parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.beton = args.beton or args.images.with_suffix(".beton")
-    every = contestants(args.beton, args.images)
-    if args.child:
-        if args.memory_limit:
-            threading.Thread(target=forget, args=(args.beton, 1e6 * args.memory_limit), daemon=True).start()
-        print(json.dumps(measure(every[args.child](threads=args.threads), args.seconds, args.launched)), flush=True)
+    parser.add_argument("--child", nargs=2, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    a.beton = a.beton or a.images.with_suffix(".beton")
+    every = contestants(a.beton, a.images)
+    if "child" in a:
+        if a.memory_limit:
+            threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
+        name, launched = a.child
+        print(json.dumps(measure(every[name](threads=a.threads), a.seconds, float(launched))), flush=True)
         os._exit(0)  # some contestants never join their threads
-    args.images.exists() or make(args.images)
-    args.beton.exists() or convert_folder(args.images, args.beton)
-    if args.memory_limit and args.beton.stat().st_size < 1e6 * args.memory_limit:
-        parser.error(f"--memory-limit {args.memory_limit}: {args.beton} has {args.beton.stat().st_size / 1e6:.0f} MB")
-    names = args.only or (["ffcv", "dali"] if args.memory_limit else list(every))
-    rounds: dict[str, list[Any]] = {name: [] for name in names}
-    for r in range(args.rounds):
-        for name in names[:: -1 if r % 2 else 1]:
-            rounds[name].append(in_child(name))
-            print(f"round {r + 1}, {name}: {rounds[name][-1]}", flush=True)
-    results: dict[str, Any] = {name: runs[-1] for name, runs in rounds.items()}  # a failure's message
-    for name, runs in rounds.items():
-        if good := np.array([run for run in runs if not isinstance(run, str)]).T.tolist():
-            results[name] = dict(zip(MEASURES, map(spread, good), strict=True))
-    stem = args.out / ("loaders_memory_limit" if args.memory_limit else "loaders")
-    settings = {"batch": BATCH, "size": SIZE, "threads": args.threads, "memory_limit_mb": args.memory_limit}
-    write_json(stem.with_suffix(".json"), {"settings": settings, "results": results})
-    stem.with_suffix(".md").write_text(table(results))
-    plot(results, stem.with_suffix(".png"))
+    a.images.exists() or make(a.images)
+    a.beton.exists() or convert_folder(a.images, a.beton)
+    if a.memory_limit and a.beton.stat().st_size < 1e6 * a.memory_limit:
+        parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {a.beton.stat().st_size / 1e6:.0f} MB")
+    failed: dict[str, str] = {}
+
+    def in_child(name: str) -> list[float]:
+        command = [sys.executable, "-m", "bench.loaders", *sys.argv[1:], "--child", name, str(time.time())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        found = [math.nan] * len(MEASURES) if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {failed.get(name, found)}", flush=True)
+        return found
+
+    a.only = a.only or (["ffcv", "dali"] if a.memory_limit else list(every))
+    found = alternate([partial(in_child, name) for name in a.only], a.rounds, warm_up=0)
+    results: list[dict[str, Any]] = [
+        {"loader": name, **({"error": failed[name]} if name in failed else dict(zip(MEASURES, map(spread, r), strict=True)))}
+        for name, r in zip(a.only, found, strict=True)
+    ]
+    print(*report("loaders_memory_limit" if a.memory_limit else "loaders", a, results, MEASURES[:2]), sep="\n")
 
 
 if __name__ == "__main__":
