@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
     add("--data", required=True, help="clean images: a .beton file or an image folder")
-    quick = ", ".join(QUICK)
-    add("--corrupt", nargs="*", choices=["all", *NAMES], metavar="NAME",
-        help=f"corrupt --data on the fly; alone: {quick}; all: 19 at 5 severities; or of {', '.join(NAMES)}")  # fmt: skip
+    add("--corrupt", nargs="*", choices=["all", *NAMES],
+        help=f"corrupt --data on the fly; alone: {', '.join(QUICK)}; all: 19 at 5 severities")  # fmt: skip
     add("--keep", metavar="DIR", help="build each corrupted set once, as a .beton of raw images in this folder")
     add("--severity", nargs="+", type=int, choices=range(1, 6), help="of --corrupt; default 3")
     add("--imagenet-c", metavar="DIR", help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop")
