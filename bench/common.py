@@ -63,7 +63,7 @@ def report(
     """
     from matplotlib.figure import Figure  # not at the top: the loaders' start-up is measured
 
-    settings = {k: v for k, v in vars(a).items() if not isinstance(v, Path)}
+    settings = {k: v for k, v in vars(a).items() if v is not None and not isinstance(v, Path)}
     write_json(a.out / f"{name}.json", {"settings": settings, "results": results})
     shown = [r if "error" in r else row(r) for r in results]
     good = [r for r in shown if "error" not in r]
@@ -75,7 +75,7 @@ def report(
     figure = Figure((12, 1.5 + 0.35 * len(good)), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(bars), sharey=True, squeeze=False)[0], bars, strict=True):
         middle, low, high = np.reshape([list(r[column].values())[-3:] for r in good], (-1, 3)).T
-        axes.barh(labels, middle, xerr=[middle - low, high - middle])
+        axes.barh(range(len(good)), middle, xerr=[middle - low, high - middle], tick_label=labels)
         axes.set_xlabel(column)
     axes.invert_yaxis()
     figure.savefig(a.out / f"{name}.png", dpi=120)

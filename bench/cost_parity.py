@@ -9,9 +9,7 @@ clock speed and the same neighbours; the ratio of medians has a bootstrap interv
 """
 
 import gc
-import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -82,7 +80,7 @@ def row(r: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def arguments(argv: Sequence[str] | None) -> Namespace:
+def main(argv: Any = None) -> int:
     p = options(
         __doc__, models=["resnet50" if GPU else "cifar_resnet8"], size=224 if GPU else 32, rows=[64, 256] if GPU else [256],
         p_adv=["1/5"], schedules=["sequential", "fused", "pipelined"], equal_rows=not GPU, val_images=50_000,
@@ -98,11 +96,6 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     p.add_argument("--max-ratio", type=float, help="exit 1 if a whole-run ratio is above it or not measured")
     a = p.parse_args(argv)
     a.block = a.block or (20 if a.data else 5 if GPU else 1)
-    return a
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    a = arguments(argv)
     fast_kernels()
     store = pipelines.open_store(a.data) if a.data else None
     a.train_images = len(store) if store else "synthetic"
@@ -125,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

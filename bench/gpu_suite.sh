@@ -33,7 +33,8 @@ if $py -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
 else
     summary+=("no GPU: GPU tests, cost parity, steps and loaders on a GPU are not measured")
 fi
-[ -f "$out/cost_parity_cuda.md" ] && grep '^|' "$out/cost_parity_cuda.md"
-[ -f "$out/step.log" ] && grep ' s, ours ' "$out/step.log"
+for table in cost_parity_cuda step_cuda; do
+    [ -f "$out/$table.md" ] && grep '^|' "$out/$table.md"
+done
 printf '%s\n' "== summary" "${summary[@]}" | tee "$out/summary.txt"
 exit $failed

@@ -8,9 +8,7 @@ size (mapped files included), the largest of five samples; start-up the time fro
 first batch. With a GPU, decoding there joins in.
 """
 
-import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -102,32 +100,26 @@ def contestants(beton: Path, images: Path) -> dict[str, Any]:
     return every
 
 
-def family() -> list[int]:
-    """This process and all below it."""
-    found = [os.getpid()]
-    for pid in found:  # grows while it is read
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
-    return found
+def number(file: Path, key: str) -> int:
+    """The number after `key` in a file of /proc."""
+    return int(file.read_text().split(key)[1].split()[0])
 
 
-def counters() -> np.ndarray:
-    """Wall seconds, CPU seconds and bytes that the family made the disk read; ended children count with parents."""
-    proc = [Path(f"/proc/{pid}") for pid in family()]
+def counters(memory: bool = False) -> np.ndarray:
+    """Wall seconds, CPU seconds and bytes from the disk of this process and all below it; with `memory` also its kB."""
+    proc = [Path("/proc/self")]
+    for process in proc:  # grows while it is read
+        for task in process.glob("task/*/children"):
+            proc += [Path("/proc", pid) for pid in task.read_text().split()]
     ticks = sum(int(t) for p in proc for t in (p / "stat").read_text().rpartition(")")[2].split()[11:15])
-    disk = sum(int((p / "io").read_text().split("read_bytes: ")[1].split()[0]) for p in proc)
-    return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), disk])
-
-
-def memory_mb() -> float:
-    """Proportional set size of the family."""
-    maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in family()]
-    return sum(int(text.split("\nPss:")[1].split()[0]) for text in maps) / 1e3
+    disk = sum(number(p / "io", "read_bytes:") for p in proc)
+    shares = [number(p / "smaps_rollup", "\nPss:") for p in proc] if memory else []
+    return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), disk, sum(shares)])
 
 
 def forget(path: Path, limit_bytes: float) -> None:
     """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no cgroup needed)."""
-    done = -math.inf
+    done = -np.inf
     while True:
         if counters()[2] - done > limit_bytes:
             with open(path, "rb") as file:
@@ -147,8 +139,8 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
         images += next(batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    wall, cpu, disk = (counters() - begin).tolist()
-    memory = max((next(batches), memory_mb())[1] for _ in range(5))
+    wall, cpu, disk, _ = (counters() - begin).tolist()
+    memory = max((next(batches), counters(memory=True)[3] / 1e3)[1] for _ in range(5))
     return [images / wall, 1e3 * cpu / images, memory, startup, disk / images / 1e3]
 
 
@@ -157,11 +149,11 @@ def main() -> None:
     parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
     parser.add_argument("--only", nargs="+", help="contestants")
     parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
-    parser.add_argument("--child", nargs=2, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
     every = contestants(a.beton, a.images)
-    if "child" in a:
+    if a.child:
         if a.memory_limit:
             threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
         name, launched = a.child
@@ -178,7 +170,7 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        found = [math.nan] * len(MEASURES) if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        found = [np.nan] * len(MEASURES) if done.returncode else json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {failed.get(name, found)}", flush=True)
         return found
 

@@ -5,19 +5,16 @@ per step over ours, with a 95% bootstrap interval. Without a GPU: CIFAR size, no
 """
 
 import itertools
-import sys
-import time
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
-from bench.common import alternate, cell, options, ratio, report, spread
+from bench.common import alternate, options, ratio, report, spread
 from fap.config import Config, make_config
 from fap.graph import runner
 from fap.models import build, plain, stem_of
@@ -28,11 +25,8 @@ from fap.train import Stopwatch, plan_spec
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
-
-
-def sync() -> None:
-    if GPU:
-        torch.cuda.synchronize()
+INGREDIENTS = ("channels_last", "norm slices", "stem function", *(["graph"] if GPU else []))
+sync = torch.cuda.synchronize if GPU else lambda: None
 
 
 def fast_kernels() -> None:
@@ -68,59 +62,60 @@ class Contestant:
         layout = torch.contiguous_format if without == "channels_last" else torch.channels_last
         self.step = Step(self.model.to(DEVICE, memory_format=layout), config, amp=amp)
         self.step.pass_input = [x.contiguous(memory_format=layout) for x in self.step.pass_input]
-        sides = (store.heights, store.widths) if store else np.full((2, 64 * spec.loaded_rows), size)
+        sides = (store.heights, store.widths) if store else np.full((2, spec.loaded_rows), size)
         self.plan, self.at, self.sample = pipelines.draw_epoch(spec, *sides, 0), 0, synthetic(config)
         names = ("shuffle", "noise_key") if self.step.n_adv else ()
         self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(DEVICE) for k in names}
         self.loader = pipelines.open_loader(pipeline, store, size=size, device=DEVICE) if store else None
-        self.feed(self.sample, 0)
+        self.run = self.step
         with FlopCounterMode(display=False) as counter:
-            self.step()
-        self.flops, began = counter.get_total_flops(), time.perf_counter()
+            self.train(self.sample)
+        self.flops, watch = counter.get_total_flops(), Stopwatch()
         shared_groups(self.model).functional = compiled or without == "norm slices"
         if compiled:
             self.step.forward = torch.compile(self.model)
         self.run, self.how = runner(self.step, "off" if without == "graph" else "auto")
         self.run()
         sync()
-        self.startup = time.perf_counter() - began
+        self.startup = watch.lap()[0]
 
-    def feed(self, batch: pipelines.Batch, at: int) -> None:
-        self.step.feed(batch.images, batch.labels, 0.01, **{k: v[at] for k, v in self.draws.items()})
+    def train(self, batch: pipelines.Batch) -> None:
+        self.step.feed(batch.images, batch.labels, 0.01, **{k: v[batch.step] for k, v in self.draws.items()})
+        self.run()
 
     def block(self, steps: int) -> tuple[float, float]:
         """Seconds per step, and the part of them spent waiting for data."""
-        warm_up = 4 if self.loader else 0  # batches decoded while the other contestant ran, or a cold start
-        steps = min(steps, len(self.plan) - warm_up)
-        if self.at + warm_up + steps > len(self.plan):
-            self.at = 0
+        warm_up, batches = 0, itertools.repeat(self.sample)
+        if self.loader:
+            warm_up = 4  # batches decoded while the other contestant ran, or a cold start
+            steps = min(steps, len(self.plan) - warm_up)
+            first = self.at if self.at + warm_up + steps <= len(self.plan) else 0
+            batches, self.at = self.loader.load(self.plan, first), first + warm_up + steps
         watch = Stopwatch()
-        batches = watch.on(self.loader.load(self.plan, self.at) if self.loader else itertools.repeat(self.sample))
+        batches = watch.on(batches)
         for count in (warm_up, steps):
             sync()
             watch.lap()
-            for _ in range(count):
-                self.feed(next(batches), self.at)
-                self.run()
-                self.at += 1
+            for batch in itertools.islice(batches, count):
+                self.train(batch)
         sync()
         seconds, waited = watch.lap()
         return seconds / steps, waited / steps
 
 
-class Peer:
+class Peer(Contestant):
     """Another's loop, whole-batch norms: torchvision's reference and timm's for `vanilla`, else the authors' three passes."""
 
     def __init__(self, config: Config, amp: str, nhwc: bool = False, compiled: bool = False) -> None:
         self.vanilla, name, classes = config.method.name == "vanilla", config.model.name, config.model.num_classes
         layout, batch = torch.channels_last if nhwc else torch.contiguous_format, synthetic(config)
+        self.loader, self.sample = None, replace(batch, images=batch.images.contiguous(memory_format=layout))
         model = plain(name, classes) if self.vanilla else build(name, classes, size=config.data.size)
         self.model = model.to(DEVICE, memory_format=layout).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
         self.scaler, self.reads = torch.amp.GradScaler(DEVICE.type, enabled=amp == "fp16"), not nhwc
         self.cast = torch.autocast(DEVICE.type, torch.bfloat16 if amp == "bf16" else torch.float16, amp != "off", False)
-        self.images, self.labels = batch.images.contiguous(memory_format=layout), batch.labels
         self.rows = config.optim.clean_batch
 
     def _backward(self, x: torch.Tensor, labels: torch.Tensor, weight: float, bn: Any = None) -> None:
@@ -128,14 +123,14 @@ class Peer:
             set_groups(self.model, [Group(bn, len(x), 0, 1)])
         with self.cast:
             logits = self.forward(x)
-            loss = F.cross_entropy(logits, labels, reduction="sum") * weight / len(self.labels)
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * weight / len(self.sample.labels)
         self.scaler.scale(loss).backward()
         if self.reads:  # the reference loop's meters wait for the device in every step
             loss.item(), (logits.argmax(1) == labels).sum().item()
 
-    def _three_passes(self, x: torch.Tensor) -> None:
-        (clean, source), labels, eps = (x[: self.rows], x[self.rows :]), self.labels[self.rows :], 2 / 255
-        self._backward(clean, self.labels[: self.rows], 1, "main")
+    def _three_passes(self, x: torch.Tensor, labels: torch.Tensor) -> None:
+        self._backward(x[: self.rows], labels[: self.rows], 1, "main")
+        source, labels, eps = x[self.rows :], labels[self.rows :], 2 / 255
         noise = source + torch.empty_like(source).uniform_(-eps, eps)
         self._backward(noise.requires_grad_(), labels, 0.5, "aux")
         adv = noise.detach() + eps * noise.grad.sign()
@@ -145,26 +140,15 @@ class Peer:
         for name, p in self.model.named_parameters():  # one kernel per parameter
             p.grad.mul_(len(x) / len(source) if ".aux." in f".{name}" else len(x) / self.rows if "bn" in name else 1)
 
-    def block(self, steps: int) -> tuple[float, float]:
-        sync()
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            x = self.images.float().sub_(127.5).div_(127.5)
-            self._backward(x, self.labels, 1) if self.vanilla else self._three_passes(x)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        sync()
-        return (time.perf_counter() - began) / steps, 0.0
+    def train(self, batch: pipelines.Batch) -> None:
+        self.optimizer.zero_grad()
+        x = batch.images.float().sub_(127.5).div_(127.5)
+        self._backward(x, batch.labels, 1) if self.vanilla else self._three_passes(x, batch.labels)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
-def row(r: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a result's line in the table."""
-    names = {"ours": r["ours"], "other": r["other"], "other's s per step": r["s"], "our s per step": r["ours_s"]}
-    return names | {"other / ours": {k: r[k] for k in ("ratio", "low", "high")}}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Any = None) -> int:
     model, size, rows, rounds, block = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
@@ -173,36 +157,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
     fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", "sequential", "pipelined"))
     amp = a.amp
-    contenders = [  # the baseline's config, the name, how to make it, whether it is wanted
-        (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off"), True),
-        (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True), True),
-        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True), a.compile),
-        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True), a.compile),
-        (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off"), True),
-        (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True), True),
-        *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp), True) for c in others),
-        *(
-            (fused, f"ours without {w}", partial(Contestant, fused, amp, without=w), GPU or w != "graph")
-            for w in ("channels_last", "norm slices", "stem function", "graph")
-        ),
-        (fused, "ours without AMP", partial(Contestant, fused, "off"), amp != "off"),
-        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True), a.compile),
+    contenders = [
+        (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),
+        (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True)),
+        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True)),
+        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True)),
+        (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off")),
+        (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True)),
+        *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp)) for c in others),
+        *((fused, f"ours without {w}", partial(Contestant, fused, amp, without=w)) for w in INGREDIENTS),
+        (fused, "ours without AMP", partial(Contestant, fused, "off")),
+        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True)),
     ]
+    missing = (*(["without AMP"] if amp == "off" else []), *([] if a.compile else ["compiled"]))
     results: list[dict[str, Any]] = []
     baseline = None
-    for config, name, make, wanted in contenders:
-        if not wanted:
+    for config, name, make in contenders:
+        if name.endswith(missing):
             continue
         if config is not baseline:
             own, baseline = Contestant(config, amp), config
         theirs, mine = alternate([partial(c.block, a.block) for c in (make(), own)], a.rounds)[:, 0]
         torch.cuda.empty_cache()
-        r = {"ours": config.method.name, "other": name, "how": own.how, "s": spread(theirs), "ours_s": spread(mine)}
-        results.append(r | ratio(theirs, mine))
-        print("| {} | {} | {} s, ours {} s | {} |".format(*map(cell, row(results[-1]).values())), flush=True)
-        report(f"step_{DEVICE.type}", a, results, ["other / ours"], row)
+        names = {"ours": config.method.name, "how": own.how, "other": name}
+        results.append(names | {"other's s": spread(theirs), "our s": spread(mine), "other / ours": ratio(theirs, mine)})
+        print(report(f"step_{DEVICE.type}", a, results, ["other / ours"])[-1], flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
