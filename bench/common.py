@@ -17,11 +17,8 @@ def options(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     for name, default in defaults.items():
-        kind: dict[str, Any] = {"type": type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, list):
-            kind = {"type": type(default[0]), "nargs": "+"}
+        several = {"type": type(default[0]), "nargs": "+"} if isinstance(default, list) else {"type": type(default)}
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else several
         parser.add_argument("--" + name.replace("_", "-"), default=default, help="default: %(default)s", **kind)
     return parser
 
@@ -53,9 +50,7 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report(
-    name: str, a: argparse.Namespace, results: list[Any], bars: Sequence[str], row: Callable[..., Any] = dict
-) -> list[str]:
+def report(name: str, a: Any, results: list[Any], bars: Sequence[str], row: Callable[..., Any] = dict) -> list[str]:
     """Write NAME.json, .md and .png to `a.out` and return the table's lines.
 
     `row` makes of a result the cells of its line, by column; a result with an `error` shows its plain values instead.
@@ -89,9 +84,8 @@ def environment() -> dict[str, Any]:
     from fap.log import versions
 
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    machine = {"cores": len(os.sched_getaffinity(0)), "memory_gb": round(gigabytes, 1)}
-    # a load above the cores: others were using them too
-    return machine | {"load_average": os.getloadavg()[0], "torch_threads": torch.get_num_threads(), **versions()}
+    machine = {"cores": len(os.sched_getaffinity(0)), "memory_gb": round(gigabytes, 1), "load_average": os.getloadavg()[0]}
+    return machine | {"torch_threads": torch.get_num_threads(), **versions()}
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ clock speed and the same neighbours; the ratio of medians has a bootstrap interv
 """
 
 import gc
-from argparse import Namespace
+import timeit
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,22 +24,16 @@ from bench.step import AMPS, DEVICE, GPU, Contestant, config_of, fast_kernels
 from fap.budget import budget
 from fap.evaluate import evaluate
 from fap.step import passes
-from fap.train import Stopwatch
 
 
 def evaluation(c: Contestant) -> float:
     """Seconds per image of the evaluation, loading left out; the best of three."""
-    seconds, data, watch = [], c.config.data, Stopwatch()
-    for _ in range(3):
-        watch.lap()
-        found = evaluate(c.model, [c.sample] * 3, mean=data.mean, std=data.std, device=DEVICE, amp=c.step.amp)
-        seconds.append(watch.lap()[0] / found.count)
-    return min(seconds)
+    data, batches = c.config.data, [c.sample] * 3
+    run = partial(evaluate, c.model, batches, mean=data.mean, std=data.std, device=DEVICE, amp=c.step.amp)
+    return min(timeit.repeat(run, number=1, repeat=3)) / (3 * len(c.sample.images))
 
 
-def compare(
-    a: Namespace, store: pipelines.Store | None, model: str, rows: int, p_adv: str, amp: str, schedule: str, bn: str
-) -> dict[str, Any]:
+def compare(a: Any, store: Any, model: str, rows: int, p_adv: str, amp: Any, schedule: str, bn: str) -> dict[str, Any]:
     """One schedule against vanilla training with batch norm over groups of 64 (`groups`) or over the `whole` batch."""
     ours = config_of(model, rows, a.size, p_adv=p_adv, schedule=schedule)
     blocks = passes(schedule, rows, ours.loader_adv_rows, ours.loader_adv_rows, ours.method.group)

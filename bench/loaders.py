@@ -30,20 +30,21 @@ from pipelines.convert import convert_folder
 
 SIZE, BATCH, EPOCHS, HW_LOADS = 224, 256, 60, (0.65, 0.9, 0.99)
 MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
+THREADS = len(os.sched_getaffinity(0))
 Batches = Iterator[int]  # rows of each batch
 
 
-def ours(name: Any, source: Path, device: str = "cpu", hw_decoder_load: float = 0.65, *, threads: int) -> Batches:
+def ours(name: Any, source: Path, device: str = "cpu", hw_decoder_load: float = 0.65) -> Batches:
     """One of this project's pipelines on a `.beton` or a folder."""
     store = open_store(source)
     heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
     plan = draw_epoch(PlanSpec(0, SIZE, BATCH), heights, widths, 0)
     plan = replace(plan, index=plan.index % len(store))
-    loader = open_loader(name, store, size=SIZE, device=device, threads=threads, hw_decoder_load=hw_decoder_load)
+    loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
     yield from (len(batch.images) for batch in loader.load(plan))
 
 
-def stock_ffcv(beton: Path, *, threads: int) -> Batches:
+def stock_ffcv(beton: Path) -> Batches:
     """FFCV's Loader with its own decoder and augmentations."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -53,10 +54,10 @@ def stock_ffcv(beton: Path, *, threads: int) -> Batches:
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     indices = np.tile(np.arange(len(open_store(beton))), EPOCHS)
     options = {"order": OrderOption.RANDOM, "os_cache": True, "indices": indices, "pipelines": pipelines}
-    yield from (len(images) for images, _ in Loader(str(beton), BATCH, threads, **options))
+    yield from (len(images) for images, _ in Loader(str(beton), BATCH, THREADS, **options))
 
 
-def torchvision_folder(images: Path, *, threads: int) -> Batches:
+def torchvision_folder(images: Path) -> Batches:
     """ImageFolder + DataLoader, one worker per core."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
@@ -65,14 +66,14 @@ def torchvision_folder(images: Path, *, threads: int) -> Batches:
     steps = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     data = ImageFolder(str(images), steps)
     sampler = RandomSampler(data, num_samples=EPOCHS * len(data))
-    yield from (len(batch) for batch, _ in DataLoader(data, BATCH, sampler=sampler, num_workers=threads))
+    yield from (len(batch) for batch, _ in DataLoader(data, BATCH, sampler=sampler, num_workers=THREADS))
 
 
-def stock_dali(images: Path, device: str = "cpu", *, threads: int) -> Batches:
+def stock_dali(images: Path, device: str = "cpu") -> Batches:
     """NVIDIA's ImageNet example: readers.file, image_random_crop, resize, flip."""
     from nvidia.dali import Pipeline, fn
 
-    pipeline = Pipeline(BATCH, threads, 0 if device == "mixed" else None, prefetch_queue_depth=3)
+    pipeline = Pipeline(BATCH, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3)
     with pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
         x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
@@ -81,23 +82,6 @@ def stock_dali(images: Path, device: str = "cpu", *, threads: int) -> Batches:
     pipeline.build()
     while True:
         yield len(torch.from_dlpack(pipeline.run()[0].as_tensor()))
-
-
-def contestants(beton: Path, images: Path) -> dict[str, Any]:
-    """Every contestant; those on a GPU if there is one."""
-    every: dict[str, Any] = {
-        "ffcv": partial(ours, "ffcv", beton),
-        "dali": partial(ours, "dali", beton),
-        "dali, folder": partial(ours, "dali", images),
-        "reference": partial(ours, "reference", beton),
-        "stock FFCV": partial(stock_ffcv, beton),
-        "stock DALI": partial(stock_dali, images),
-        "torchvision": partial(torchvision_folder, images),
-    }
-    if torch.cuda.is_available():
-        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", beton, "cuda", load) for load in HW_LOADS}
-        every["stock DALI, GPU"] = partial(stock_dali, images, "mixed")
-    return every
 
 
 def number(file: Path, key: str) -> int:
@@ -145,19 +129,30 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
 
 
 def main() -> None:
-    parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0, threads=len(os.sched_getaffinity(0)))
+    parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0)
     parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
     parser.add_argument("--only", nargs="+", help="contestants")
     parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
     parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
-    every = contestants(a.beton, a.images)
+    every: dict[str, Any] = {
+        "ffcv": partial(ours, "ffcv", a.beton),
+        "dali": partial(ours, "dali", a.beton),
+        "dali, folder": partial(ours, "dali", a.images),
+        "reference": partial(ours, "reference", a.beton),
+        "stock FFCV": partial(stock_ffcv, a.beton),
+        "stock DALI": partial(stock_dali, a.images),
+        "torchvision": partial(torchvision_folder, a.images),
+    }
+    if torch.cuda.is_available():
+        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, "cuda", load) for load in HW_LOADS}
+        every["stock DALI, GPU"] = partial(stock_dali, a.images, "mixed")
     if a.child:
         if a.memory_limit:
             threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
         name, launched = a.child
-        print(json.dumps(measure(every[name](threads=a.threads), a.seconds, float(launched))), flush=True)
+        print(json.dumps(measure(every[name](), a.seconds, float(launched))), flush=True)
         os._exit(0)  # some contestants never join their threads
     a.images.exists() or make(a.images)
     a.beton.exists() or convert_folder(a.images, a.beton)

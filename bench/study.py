@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -88,16 +87,14 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
     if (folder / "result.json").exists():
         print(f"{arm}, seed {seed}: already trained, in {folder}", flush=True)
         return folder
-    if size.workers == 1:
-        print(f"\n{arm}, seed {seed}", flush=True)
-        subprocess.run(command("train", *words), check=True, cwd=ROOT)
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
-    with open(folder.parent / f"seed{seed}.log", "w") as log:
-        subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)
-    print(f"{arm}, seed {seed}: trained", flush=True)
+    alone, log = None, None
+    if size.workers > 1:
+        folder.mkdir(parents=True, exist_ok=True)
+        alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
+        log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115
+    print(f"\n{arm}, seed {seed}: training" + (f", see {log.name}" if log else ""), flush=True)
+    subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)
     return folder
 
 
@@ -130,32 +127,32 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence intervals."""
-    head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %"]
-    lines = ["| " + " | ".join([*head, "image passes", "seconds", "seconds / vanilla"]) + " |", "|---" + "|--:" * 9 + "|"]
-    base = rows["vanilla"]
+    head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %",
+            "image passes", "seconds", "seconds / vanilla"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for arm, runs in rows.items():
-        cells = [arm, str(len(runs)), *(mean_std([r[k] for r in runs]) for k in ("clean", "corrupted"))]
-        for key in ("clean", "corrupted"):
-            pairs = [r[key] - b[key] for r, b in zip(runs, base, strict=False)]
-            cells.append("" if arm == "vanilla" else interval(pairs))
-        leak = [(r["train_adv"], r["train_clean"]) for r in runs if r["train_adv"] is not None]
-        cells.append("{:.1f} / {:.1f}".format(*np.mean(leak, axis=0)) if leak else "")
-        ratio = np.median([r["seconds"] / b["seconds"] for r, b in zip(runs, base, strict=False)])
-        cells += [f"{runs[0]['image_passes']:,}", f"{np.median([r['seconds'] for r in runs]):.0f}", f"{ratio:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        columns = {key: np.array([r[key] for r in runs], dtype=float) for key in runs[0]}
+        base = {key: np.array([r[key] for r in rows["vanilla"]], dtype=float) for key in runs[0]}
+        cells = [arm, str(len(runs)), *(mean_std(columns[k]) for k in ("clean", "corrupted"))]
+        cells += ["" if arm == "vanilla" else interval(columns[k] - base[k]) for k in ("clean", "corrupted")]
+        adv, clean = columns["train_adv"].mean(), columns["train_clean"].mean()
+        cells += ["" if np.isnan(adv) else f"{adv:.1f} / {clean:.1f}", f"{runs[0]['image_passes']:,}"]
+        cells += [f"{np.median(columns['seconds']):.0f}", f"{np.median(columns['seconds'] / base['seconds']):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def mean_std(values: list[float]) -> str:
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+def mean_std(values: np.ndarray) -> str:
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def interval(differences: list[float]) -> str:
-    n = len(differences)
-    if n < 2:
-        return f"{differences[0]:+.2f}"
-    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)
-    return f"{np.mean(differences):+.2f} [{np.mean(differences) - half:+.2f}, {np.mean(differences) + half:+.2f}]"
+def interval(differences: np.ndarray) -> str:
+    """Mean and 95% interval of the paired t-test."""
+    mean = differences.mean()
+    if len(differences) < 2:
+        return f"{mean:+.2f}"
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def plot(folders: dict[str, list[Path]], rows: dict[str, list[dict[str, Any]]], file: Path) -> None:

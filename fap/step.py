@@ -444,10 +444,15 @@ class Step:
 
     def take_metrics(self) -> dict[str, float]:
         """Sums since the last call, over all ranks (a host sync); counters start anew, except `skipped_in_a_row`."""
-        totals = self.metrics.clone()
-        self.ranks.sum_(totals[: METRICS.index("steps")])
+        totals = self.metrics_of_all_ranks()
         self.metrics[:-1].zero_()
         return dict(zip(METRICS, totals.tolist(), strict=True))
+
+    def metrics_of_all_ranks(self) -> Tensor:
+        """The metrics so far; what counts rows is summed over the ranks, steps are common to all."""
+        totals = self.metrics.clone()
+        self.ranks.sum_(totals[: METRICS.index("steps")])
+        return totals
 
 
 def _survives_bf16(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:

@@ -292,7 +292,7 @@ class Run:
             "best": self.best, "last": self.last, "seconds": self.seconds + time.perf_counter() - self.started,
             "world": self.ranks.world, "versions": versions(), "classes": list(self.store.classes or ()),
         }  # fmt: skip
-        state = self.step.state()
+        state = self.step.state() | {"metrics": self.step.metrics_of_all_ranks()}
         for name in ("carry.images_255", "carry.labels"):
             if name in state:
                 state[name] = self.ranks.gather_rows(state[name])
@@ -317,6 +317,8 @@ class Run:
         for name in ("carry.images_255", "carry.labels"):
             if name in tensors:
                 tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
+        if not self.ranks.first:  # saved as sums over all ranks
+            tensors["metrics"][: METRICS.index("steps")] = 0
         self.step.load_state(tensors)
         self.done, self.closed, self.totals = meta["step"], meta["closed"], meta["totals"]
         self.best, self.last, self.seconds = meta["best"], meta["last"], meta["seconds"]

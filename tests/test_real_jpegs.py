@@ -27,7 +27,8 @@ def test_resnet18_trains_on_real_jpegs(photos_beton: tuple[Path, Path], tmp_path
     config = load_config(
         None,
         [
-            f"data.train={data}", f"data.val={photos_beton[0].parent / 'val'}", f"data.pipeline={pipeline}", "data.threads=2", "model.name=resnet18",
+            f"data.train={data}", f"data.val={photos_beton[0].parent / 'val'}", f"data.pipeline={pipeline}",
+            "data.threads=2", "model.name=resnet18",
             "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3", "run.max_steps=10", "run.device=cpu",
             f"run.dir={tmp_path}", "run.log_every=1", "run.eval_batch=50",
         ],

@@ -15,7 +15,7 @@ from bench import study
 def test_interval_is_the_paired_t_test() -> None:
     ours, base = np.random.default_rng().normal(size=(2, 5))
     low, high = stats.ttest_rel(ours, base).confidence_interval(0.95)
-    assert study.interval(list(ours - base)).endswith(f"[{low:+.2f}, {high:+.2f}]")
+    assert study.interval(ours - base).endswith(f"[{low:+.2f}, {high:+.2f}]")
 
 
 @pytest.mark.slow
