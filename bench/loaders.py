@@ -77,8 +77,7 @@ def stock_dali(images: Path, device: str = "cpu") -> Batches:
     with pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
         x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
-        x = fn.flip(x, horizontal=fn.random.coin_flip())
-        pipeline.set_outputs(x, labels)
+        pipeline.set_outputs(fn.flip(x, horizontal=fn.random.coin_flip()), labels)
     pipeline.build()
     while True:
         yield len(torch.from_dlpack(pipeline.run()[0].as_tensor()))
@@ -136,15 +135,9 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
-    every: dict[str, Any] = {
-        "ffcv": partial(ours, "ffcv", a.beton),
-        "dali": partial(ours, "dali", a.beton),
-        "dali, folder": partial(ours, "dali", a.images),
-        "reference": partial(ours, "reference", a.beton),
-        "stock FFCV": partial(stock_ffcv, a.beton),
-        "stock DALI": partial(stock_dali, a.images),
-        "torchvision": partial(torchvision_folder, a.images),
-    }
+    every: dict[str, Any] = {name: partial(ours, name, a.beton) for name in ("ffcv", "dali", "reference")}
+    every |= {"dali, folder": partial(ours, "dali", a.images), "torchvision": partial(torchvision_folder, a.images)}
+    every |= {"stock FFCV": partial(stock_ffcv, a.beton), "stock DALI": partial(stock_dali, a.images)}
     if torch.cuda.is_available():
         every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, "cuda", load) for load in HW_LOADS}
         every["stock DALI, GPU"] = partial(stock_dali, a.images, "mixed")
