@@ -20,7 +20,7 @@ import torch
 
 import pipelines
 from bench.common import alternate, options, ratio, report, spread
-from bench.step import AMPS, DEVICE, GPU, Contestant, config_of, fast_kernels
+from bench.step import AMPS, DEVICE, GPU, Contestant, config_of
 from fap.budget import budget
 from fap.evaluate import evaluate
 from fap.step import passes
@@ -90,7 +90,6 @@ def main(argv: Any = None) -> int:
     p.add_argument("--max-ratio", type=float, help="exit 1 if a whole-run ratio is above it or not measured")
     a = p.parse_args(argv)
     a.block = a.block or (20 if a.data else 5 if GPU else 1)
-    fast_kernels()
     store = pipelines.open_store(a.data) if a.data else None
     a.train_images = len(store) if store else "synthetic"
     results: list[dict[str, Any]] = []

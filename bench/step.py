@@ -29,11 +29,6 @@ INGREDIENTS = ("channels_last", "norm slices", "stem function", *(["graph"] if G
 sync = torch.cuda.synchronize if GPU else lambda: None
 
 
-def fast_kernels() -> None:
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-
-
 def config_of(model: str, rows: int, size: int, **method: Any) -> Config:
     """Data of CIFAR-10's kind up to 64 pixels, of ImageNet's above."""
     data = {"size": size, "resize": size, "crop": "random_resized" if size > 64 else "pad"}
@@ -54,6 +49,8 @@ class Contestant:
         self, config: Config, amp: Any, store: Any = None, pipeline: Any = "", without: str = "", compiled: bool = False
     ) -> None:
         torch.manual_seed(0)
+        torch.backends.cudnn.benchmark = True  # this and the next as in fap-train, for the peers too
+        torch.set_float32_matmul_precision("high")
         self.config, size, spec = config, config.data.size, plan_spec(config)
         self.model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=size)
         stem = stem_of(self.model)
@@ -153,7 +150,6 @@ def main(argv: Any = None) -> int:
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
-    fast_kernels()
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
     fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", "sequential", "pipelined"))
     amp = a.amp
