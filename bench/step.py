@@ -61,8 +61,7 @@ class Contestant:
         self.step.pass_input = [x.contiguous(memory_format=layout) for x in self.step.pass_input]
         sides = (store.heights, store.widths) if store else np.full((2, spec.loaded_rows), size)
         self.plan, self.at, self.sample = pipelines.draw_epoch(spec, *sides, 0), 0, synthetic(config)
-        names = ("shuffle", "noise_key") if self.step.n_adv else ()
-        self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(DEVICE) for k in names}
+        self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(DEVICE) for k in ("shuffle", "noise_key")}
         self.loader = pipelines.open_loader(pipeline, store, size=size, device=DEVICE) if store else None
         self.run = self.step
         with FlopCounterMode(display=False) as counter:

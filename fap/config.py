@@ -68,13 +68,7 @@ _REUSE = _ATTACK | {
     "combine": "sum",
     "shuffle": "ranks",
 }
-_SEPARATE = _ATTACK | {
-    "weight_clean": 1.0,
-    "weight_adv": 1.0,
-    "sync": False,
-    "targeted": False,
-    "shuffle": "off",
-}
+_SEPARATE = _ATTACK | {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "targeted": False, "shuffle": "off"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "fast_advprop": _REUSE,

@@ -63,10 +63,7 @@ def passes(schedule: str, n_clean: int, n_noise: int, n_adv: int, group: int) ->
     if schedule == "pipelined":
         return [[clean, Block("mixed", 0, n_noise + n_adv)]]
     half = -(-n_clean // group // 2) * group
-    return [
-        [Block("clean", 0, half), noise],
-        [b for b in (Block("clean", half, n_clean), adv) if b.stop > b.start],
-    ]
+    return [[Block("clean", 0, half), noise], [b for b in (Block("clean", half, n_clean), adv) if b.stop > b.start]]
 
 
 @dataclass
@@ -99,14 +96,7 @@ class LossScale:
 class Step:
     """A training step over static buffers. `model` must be converted (`fap.models.build`) and on its device."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Config,
-        ranks: Ranks = ONE_RANK,
-        *,
-        amp: Amp = "off",
-    ):
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks = ONE_RANK, *, amp: Amp = "off"):
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group):
             raise ValueError(
@@ -128,11 +118,7 @@ class Step:
         self.aux_groups = self.n_adv // method.adv_group if self.n_adv else 0
 
         # Weights (section 3.2.2). `mean` is Algorithm 1: means over each kind, added with beta.
-        weight = {
-            "clean": method.weight_clean or 1.0,
-            "noise": method.weight_noise or 0.0,
-            "adv": method.weight_adv or 0.0,
-        }
+        weight = {"clean": method.weight_clean or 1.0, "noise": method.weight_noise or 0.0, "adv": method.weight_adv or 0.0}
         rows = {"clean": self.n_clean, "noise": n_noise, "adv": self.n_adv}
         total = {k: weight[k] * rows[k] * ranks.world for k in KINDS}
         if method.combine == "mean":
@@ -372,10 +358,7 @@ class Step:
         assert method.attack_steps is not None
         if method.targeted:
             labels = attack.other_label(self.inputs.noise_key, labels, self.config.model.num_classes)
-        set_groups(
-            self.model,
-            [Group("aux", method.adv_group, running=method.attack_bn == "running")] * self.aux_groups,
-        )
+        set_groups(self.model, [Group("aux", method.adv_group, running=method.attack_bn == "running")] * self.aux_groups)
         x = torch.empty_like(current, memory_format=torch.channels_last)
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)
@@ -426,11 +409,7 @@ class Step:
         state |= {f"momentum.{k}": v for k, v in self.flat.named(momentum, self.model).items()}
         state |= {"scale": self.loss_scale.scale, "growth": self.loss_scale.growth, "metrics": self.metrics}
         if self.config.method.schedule == "pipelined":
-            state |= {
-                "carry.images_255": self.adv_255,
-                "carry.labels": self.adv_labels,
-                "carry.filled": self.carries,
-            }
+            state |= {"carry.images_255": self.adv_255, "carry.labels": self.adv_labels, "carry.filled": self.carries}
         return state
 
     def load_state(self, saved: dict[str, Tensor]) -> None:

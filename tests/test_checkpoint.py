@@ -110,13 +110,7 @@ def test_foreign_and_garbled_files(tmp_path: Path) -> None:
 
 def test_a_false_header_with_a_right_checksum_is_damage(tmp_path: Path) -> None:
     """The checksum is no signature: what passes it by design of an attacker must still not crash."""
-    for text in (
-        b"{%s}",
-        b'{"__metadata__":{%s}}',
-        b'{"w":1,%s}',
-        b"[{%s}]",
-        b'{"__metadata__":{"meta":"{",%s}}',
-    ):
+    for text in (b"{%s}", b'{"__metadata__":{%s}}', b'{"w":1,%s}', b"[{%s}]", b'{"__metadata__":{"meta":"{",%s}}'):
         header = text % b'"crc32":"00000000"'
         blob = len(header).to_bytes(8, "little") + header
         (tmp_path / "a").write_bytes(blob.replace(b"00000000", b"%08x" % zlib.crc32(blob), 1))

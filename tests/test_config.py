@@ -92,13 +92,7 @@ def test_shipped_configs_are_complete_and_survive_a_round_trip(file: Path) -> No
 def test_an_unset_field_means_the_paper() -> None:
     method = Config().method
     assert (method.name, method.schedule, method.combine, method.shuffle) == ("fast_advprop", "fused", "sum", "ranks")
-    assert (method.eps_255, method.step_size_255, method.weight_noise, method.weight_adv, method.sync) == (
-        1,
-        1,
-        0.5,
-        0.5,
-        True,
-    )
+    assert (method.eps_255, method.step_size_255, method.weight_noise, method.weight_adv, method.sync) == (1, 1, 0.5, 0.5, True)
     assert (method.group, method.adv_group) == (64, 16)
     assert make_config({"method": {"name": "advprop"}}).method.step_size_255 == 1
     assert make_config({"method": {"name": "advprop", "attack_steps": 1}}).method.step_size_255 == 4

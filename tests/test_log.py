@@ -83,13 +83,7 @@ def test_resume_leaves_no_duplicates(tmp_path: Path) -> None:
     log.close()
     assert [(r["step"], r["loss_clean"]) for r in records(tmp_path)] == [(20, 20), (40, 40), (60, 1), (80, 1), (100, 1)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("steps/loss_clean")] == [
-        (20, 20),
-        (40, 40),
-        (60, 1),
-        (80, 1),
-        (100, 1),
-    ]
+    assert [(e.step, e.value) for e in board.Scalars("steps/loss_clean")] == [(20, 20), (40, 40), (60, 1), (80, 1), (100, 1)]
 
 
 @pytest.mark.parametrize("tail", [b"", b"\n", b"[1]\n", b"3\n", b'{"a": 1}\n', b"\0\0\0\0", b"\xff\n", b'{"step": 2}'])

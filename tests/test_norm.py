@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from fap.norm import (
-    DualBatchNorm2d,
-    Group,
-    RowGroups,
-    convert,
-    evaluate_with,
-    export,
-    norms,
-    set_groups,
-    shared_groups,
-)
+from fap.norm import DualBatchNorm2d, Group, RowGroups, convert, evaluate_with, export, norms, set_groups, shared_groups
 
 CHANNELS = 5
 
