@@ -4,8 +4,6 @@
 every arm over several seeds; finished runs are kept, so an interrupted study goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ under a positive scale per channel. The random numbers come from counters, not f
 bits on a CPU, a GPU, in a captured graph, after a resume and on any number of ranks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ epoch (eq. 1), AdvProp K + 2 (eq. 2), decoupled training and Fast AdvProp 1 + p_
 divides epochs and milestones by that cost.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from dataclasses import dataclass

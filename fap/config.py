@@ -24,20 +24,20 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 
 def _fraction(value: Any) -> Fraction:
+    text = str(value)
     try:
-        return Fraction(str(value)).limit_denominator(1000)
+        if len(text) > 32 or ("/" not in text and not 0 <= float(text) <= 1):
+            raise ValueError
+        return Fraction(text).limit_denominator(1000)
     except (ValueError, ZeroDivisionError):
-        raise ValueError("must be a fraction such as 1/5 or 0.2") from None
-
-
-def _word(value: Any) -> Any:
-    """YAML reads a bare `on` or `off` as a bool."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2") from None
 
 
 Ratio = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str)]
@@ -45,6 +45,17 @@ Ratio = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads a bare `on` or `off` as a truth value, and pydantic a truth value as a number."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        if not isinstance(value, bool) or "bool" in kind:
+            return value
+        if "'off'" not in kind:
+            raise ValueError("must not be a truth value")
+        return "on" if value else "off"
 
 
 class ModelConfig(Section):
@@ -104,15 +115,15 @@ class MethodConfig(Section):
     """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters (section 3.2.2)."""
     combine: Literal["sum", "mean"] | None = None
     """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1 to the letter."""
-    shuffle: Annotated[Literal["ranks", "groups", "off"] | None, BeforeValidator(_word)] = None
+    shuffle: Literal["ranks", "groups", "off"] | None = None
     """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or not at all."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("name", "fast_advprop") not in METHOD_DEFAULTS:
+        name = given.get("name", "fast_advprop") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name not in METHOD_DEFAULTS:
             return given
-        name = given.get("name", "fast_advprop")
         defaults = dict(METHOD_DEFAULTS[name])
         if given.get("combine") == "mean":
             defaults["sync"] = False
@@ -210,9 +221,9 @@ class BudgetConfig(Section):
 class RunConfig(Section):
     dir: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    amp: Annotated[Literal["auto", "off", "fp16", "bf16"], BeforeValidator(_word)] = "auto"
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """auto: fp16 on a GPU, off on a CPU."""
-    graph: Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)] = "auto"
+    graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto: on a GPU."""
     compile: bool = False
     torch_threads: PositiveInt | None = None
@@ -276,10 +287,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         path = Path(file)
         if not path.is_file():
             raise ValueError(f"config {path}: no such file")
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ValueError(f"config {path}: not YAML: {e}") from e
+        loaded = _yaml(path.read_bytes(), f"config {path}")
         if not isinstance(loaded, dict):
             raise ValueError(f"config {path}: must be a mapping of sections, found {type(loaded).__name__}")
         tree = {"name": path.stem} | loaded
@@ -293,11 +301,15 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{key}: {parent!r} is not a section")
-        try:
-            node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ValueError(f"{key} = {text!r}: not a YAML value") from e
+        node[leaf] = _yaml(text.encode(), f"{key} = {text!r}")
     return make_config(tree)
+
+
+def _yaml(text: bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{where}: not a YAML value: {e}") from e
 
 
 def make_config(tree: dict[str, Any]) -> Config:

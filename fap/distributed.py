@@ -5,8 +5,6 @@ a step here has several passes. All gradients are views of one flat buffer, so o
 the last pass replaces it.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Exact evaluation: loss, top-1 and top-5 of every image once, and the summaries of corruption benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ multiplications, the reduction over ranks one all-reduce, the optimiser one kern
 statistics of a skipped step one `where`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

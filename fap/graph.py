@@ -4,8 +4,6 @@ A step qualifies when its shapes are static, it never asks the device for a valu
 between steps lies in tensors: `fap.step.Step` on the CPU and here is the same function.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Literal

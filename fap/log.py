@@ -1,7 +1,5 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a progress bar or, where there is no terminal, plain lines."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

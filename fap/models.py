@@ -1,7 +1,5 @@
 """Models by name from torchvision and timm, with dual batch norms and a stem that can differentiate few rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm
@@ -69,16 +67,11 @@ def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> 
 
 def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a plain state dict into a converted model; the auxiliary norms become copies of the main ones."""
-    own = model.state_dict()
-    full = {k: state.get(k, state.get(k.replace(".aux.", ".").removeprefix("aux."))) for k in own}
-    missing = [k for k, v in full.items() if v is None]
-    unknown = [k for k in state if k not in own]
-    wrong = [k for k, v in full.items() if v is not None and v.shape != own[k].shape]
-    if missing or unknown or wrong:
-        raise ValueError(
-            f"model.init does not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
-        )
-    model.load_state_dict(full)
+    copies = {k: k.replace(".aux.", ".").removeprefix("aux.") for k in model.state_dict() if k not in state}
+    try:
+        model.load_state_dict(state | {k: state[source] for k, source in copies.items() if source in state})
+    except RuntimeError as e:
+        raise ValueError(f"model.init does not fit the model: {e}") from None
 
 
 class StemConv2d(nn.Conv2d):

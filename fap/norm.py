@@ -5,8 +5,6 @@ auxiliary parameters, as if it were alone on a GPU. The groups of the next forwa
 the `RowGroups` object that all norms of a model share.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple

@@ -17,8 +17,6 @@ value, so the same function runs eagerly on a CPU and is captured as one CUDA gr
 Twin: tests/reference_step.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What a run is about to do, in words and numbers, printed before it does it."""
 
-from __future__ import annotations
-
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
 from fap.distributed import Ranks

@@ -396,22 +396,18 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
 def _open_store(path: str | None, config: Config) -> pipelines.Store:
     assert path is not None
     store = pipelines.open_store(path)
-    if len(store) and (most := int(store.labels.max())) >= config.model.num_classes:
-        raise ValueError(f"model.num_classes = {config.model.num_classes}, but {path} holds labels up to {most}")
+    least, most = int(store.labels.min(initial=0)), int(store.labels.max(initial=0))
+    if least < 0 or most >= config.model.num_classes:
+        raise ValueError(f"model.num_classes = {config.model.num_classes}, but {path} holds labels {least} to {most}")
     return store
 
 
 def _same_run(config: Config, saved: Config, path: Path) -> None:
     """Resuming exactly needs the same run; only where it runs and how often it reports may differ."""
-    free = {"resume": "auto", "run": config.run, "paper": config.paper}
-    data_free = {k: getattr(config.data, k) for k in ("threads", "prefetch", "hw_decoder_load", "val")}
-
-    def comparable(c: Config) -> dict[str, Any]:
-        return c.model_copy(update={**free, "data": c.data.model_copy(update=data_free)}).model_dump(mode="json")
-
-    ours, theirs = comparable(config), comparable(saved)
-    differ = [f"{s}.{k}" for s in ours if isinstance(ours[s], dict) for k in ours[s] if ours[s][k] != theirs[s].get(k)]
-    differ += [s for s in ours if not isinstance(ours[s], dict) and ours[s] != theirs[s]]
+    free: Any = {"resume": True, "run": True, "paper": True, "data": {"threads", "prefetch", "hw_decoder_load", "val"}}
+    ours, theirs = (c.model_dump(mode="json", exclude=free) for c in (config, saved))
+    differ = [f"{s}.{k}" for s, v in ours.items() if isinstance(v, dict) for k in v if v[k] != theirs[s][k]]
+    differ += [s for s in ("name", "seed") if ours[s] != theirs[s]]
     if differ:
         raise ValueError(f"resume=auto: {path} was trained with another {', '.join(differ)}; use another name or seed")
 

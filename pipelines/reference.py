@@ -1,7 +1,5 @@
 """The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, one row at a time."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Generator
 

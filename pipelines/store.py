@@ -1,7 +1,5 @@
 """Encoded images by index. `BetonStore` reads FFCV's format, version 2, and trusts nothing in the file."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -189,7 +189,7 @@ def test_a_run_that_diverges_stops_and_says_where(tiny_beton: Path, tmp_path: Pa
     [
         ("data.train=null", "data.train is not set"),
         ("data.train=/nowhere/x.beton", "/nowhere/x.beton"),
-        ("model.num_classes=5", "labels up to 9"),
+        ("model.num_classes=5", "labels 0 to 9"),
         ("optim.clean_batch=512", "fewer than one batch"),
         ("model.name=resnet1000", "neither torchvision nor timm"),
         ("model.name=vit_b_16", "no batch norm"),

@@ -1,7 +1,5 @@
 """`fap-convert SRC DST.beton`: make the data file that `fap-train` reads."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -1,7 +1,5 @@
 """fap-eval: exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

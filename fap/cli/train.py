@@ -1,7 +1,5 @@
 """fap-train [CONFIG.yaml] [key=value ...] [--pipeline ffcv|dali|reference]"""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
