@@ -178,26 +178,23 @@ def main() -> None:
     parser.add_argument("what", choices=("demo", "study"))
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="only these, and vanilla")
-    parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
     name = "demo" if args.what == "demo" else args.size
     size = SIZES[name]
     runs = RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
-    arms = [a for a in size.arms if args.arms is None or a in (*args.arms, "vanilla")]
-    seeds = range(args.seeds or size.seeds)
+    seeds = range(size.seeds)
     try:
         for split, count in (("train", size.images), ("test", size.test)):
             convert(size, split, count)
         with ThreadPoolExecutor(size.workers) as pool:
-            jobs = {(arm, seed): pool.submit(train, arm, seed, size, runs, args.pipeline) for seed in seeds for arm in arms}
-            folders = {arm: [jobs[arm, seed].result() for seed in seeds] for arm in arms}
+            jobs = {(a, s): pool.submit(train, a, s, size, runs, args.pipeline) for s in seeds for a in size.arms}
+            folders = {arm: [jobs[arm, seed].result() for seed in seeds] for arm in size.arms}
         reports = iter(evaluated([f for fs in folders.values() for f in fs], size, runs, args.pipeline))
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"study: '{' '.join(error.cmd[2:4])}' ended with exit code {error.returncode}; its message is above or in {runs}"
         )
-    rows = {arm: [summary(f, next(reports)) for f in folders[arm]] for arm in arms}
+    rows = {arm: [summary(f, next(reports)) for f in folders[arm]] for arm in size.arms}
     text = table(rows)
     out = runs if name == "demo" else ROOT / "bench" / "results"
     plot(folders, rows, out / f"study_{name}.png")

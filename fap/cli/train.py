@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 import pipelines
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import load_config
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(files) > 1:
             raise ValueError(f"one CONFIG.yaml at most, found {', '.join(files)}; other words must be key=value")
         config = load_config(files[0] if files else None, overrides)
-        ranks = connect("cpu" if config.run.device == "cpu" else _available())
+        ranks = connect("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
         result = Run(config, ranks).train()
     except Interrupted as e:
         print(f"fap-train: {e}", file=sys.stderr)
@@ -42,12 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         last = result["last"]
         print(f"done: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {result['image_passes']:,} image passes "
               f"in {result['seconds']:.0f} s")  # fmt: skip
-
-
-def _available() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":
