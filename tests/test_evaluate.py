@@ -249,26 +249,9 @@ def test_finished_sets_are_not_computed_again(world, monkeypatch):
     assert len(calls) == 2
 
 
-def test_limit_takes_images_evenly_and_each_keeps_its_noise(world, monkeypatch):
-    seen = {}
-
-    def spy(model, rows, **k):
-        rows = [Rows(b.images.clone(), b.labels.clone(), b.step) for b in rows]
-        seen[len(seen)] = torch.cat([b.images[b.labels >= 0] for b in rows]), torch.cat([b.labels for b in rows])
-        return evaluate(model, rows, **k)
-
-    monkeypatch.setattr(cli, "evaluate", spy)
-    run(world, "--corrupt", "gaussian_noise", out="all")
-    report, _ = run(world, "--corrupt", "gaussian_noise", "--limit", "6", out="some")
-    assert report["results"]["clean"]["count"] == 6
-    assert seen[2][1].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
-    assert torch.equal(seen[2][0], seen[0][0][::3])
-    assert torch.equal(seen[3][0], seen[1][0][::3])
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--data", "@/nowhere"], "nowhere"),
-    (["--limit", "0"], "--limit 0"),
+    (["--batch", "0"], "--batch 0"),
     (["--imagenet-c", "@/stylized"], "holds none of"),
     (["--imagenet-r", "@/c/fog"], "class folders are none of the model's 6 classes"),
     (["--stylized", "@/nowhere"], "nowhere"),
@@ -290,12 +273,12 @@ def test_unknown_names_are_refused_before_anything_is_done(capsys):
 
 @pytest.mark.slow
 def test_kept_sets_are_built_once(world, monkeypatch):
-    keep = ["--corrupt", "fog", "jpeg_compression", "--limit", "7", "--keep", str(world / "kept"), "--pipeline", "reference"]
+    keep = ["--corrupt", "fog", "jpeg_compression", "--keep", str(world / "kept"), "--pipeline", "reference"]
     plain, _ = run(world, *keep[:-4], *keep[-2:], out="plain")
     kept, _ = run(world, *keep, out="kept1")
     assert kept["results"] == plain["results"]
     files = sorted((world / "kept").glob("*.beton"))
-    assert [len(open_store(f)) for f in files] == [7, 7]
+    assert [len(open_store(f)) for f in files] == [18, 18]
     assert open_store(files[0]).classes == tuple(WNIDS)
     monkeypatch.setattr(cli, "build", None)
     again, _ = run(world, *keep, out="kept2")

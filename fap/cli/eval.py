@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -49,13 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--pipeline", choices=list(pipelines.BACK_ENDS), help="default: ffcv for a .beton, reference for a folder")
     add("--batch", type=int, default=256)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--limit", type=int, help="only so many images of every set, evenly spaced")
     add("--seed", type=int, default=0, help="of the corruptions computed here")
     add("--out", metavar="DIR", default="eval", help="for tables, plot and each set's result, which is not computed again")
     args = parser.parse_args(argv)
     try:
-        if args.batch < 1 or (args.limit is not None and args.limit < 1):
-            raise ValueError(f"--batch {args.batch} --limit {args.limit}: must be at least 1")
+        if args.batch < 1:
+            raise ValueError(f"--batch {args.batch}: must be at least 1")
         print(write_report([evaluate_checkpoint(Path(path), args) for path in args.checkpoints], Path(args.out)))
     except (ValueError, OSError, ImportError, pipelines.DamagedData, checkpoint.DamagedCheckpoint) as e:
         sys.exit(f"fap-eval: {e}")
@@ -65,7 +64,7 @@ def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
     """Results of every set that `args` ask for; each is saved when it is finished, and not computed again."""
     model, config = checkpoint.load_model(path, args.device)
     meta = checkpoint.load(path)[1]
-    fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "limit", "seed")
+    fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "seed")
     settings = {field: getattr(args, field) for field in fields}
     identity = _digest([settings, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
     saved = Path(args.out) / f"{config.name}-{identity}.json"
@@ -113,29 +112,21 @@ def _sets(args: Args, size: int, resize: int, pool: Executor) -> Sets:
     return sets | {k: _stored(args, size, resize, path) for k in ("imagenet_r", "stylized") if (path := getattr(args, k))}
 
 
-def _some(args: Args, start: int, stop: int) -> np.ndarray:
-    """start ... stop - 1, or --limit of them, evenly spaced."""
-    return np.linspace(start, stop, min(stop - start, args.limit or stop), endpoint=False, dtype=np.int64)
-
-
 @contextmanager
 def _stored(args: Args, size: int, resize: int, path: str | Path, change: Callable | None = None) -> Iterator[Opened]:
     with closing(pipelines.open_store(path)) as store:
-        chosen = _some(args, 0, len(store))
-        sides = store.heights[chosen], store.widths[chosen]
-        plan = pipelines.eval_plan(*sides, size=size, resize=resize, batch=args.batch)
-        index = np.append(chosen, pipelines.PADDING).astype(np.uint32)[np.minimum(plan.index, len(chosen))]
+        plan = pipelines.eval_plan(store.heights, store.widths, size=size, resize=resize, batch=args.batch)
         back_end: Any = args.pipeline or ("reference" if Path(path).is_dir() else "ffcv")
         with closing(pipelines.open_loader(back_end, store, size=size, device=args.device)) as loader:
-            batches = loader.load(replace(plan, index=index))
-            yield store.classes, len(plan), change(batches, index) if change else batches
+            batches = loader.load(plan)
+            yield store.classes, len(plan), change(batches, plan.index) if change else batches
 
 
 @contextmanager
 def _kept(args: Args, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
     """A corrupted set as a `.beton` in args.keep, built the first time."""
     said = {"source": str(Path(args.data).resolve()), "changed": Path(args.data).stat().st_mtime_ns, "set": key,
-            "seed": args.seed, "limit": args.limit, "pipeline": args.pipeline}  # fmt: skip
+            "seed": args.seed, "pipeline": args.pipeline}  # fmt: skip
     file = Path(args.keep) / f"{key.replace('/', '-')}-{_digest(said)}.beton"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +143,7 @@ def _array(args: Args, file: Path, severity: int) -> Iterator[Opened]:
     if images.ndim != 4 or len(images) != len(labels) or len(images) % 5:
         raise ValueError(f"{file}: {images.shape}, labels {tuple(labels.shape)}: expected five severities, as many of each")
     of_each = len(images) // 5
-    parts = np.array_split(chosen := _some(args, (severity - 1) * of_each, severity * of_each), -(-len(chosen) // args.batch))
+    parts = np.array_split(np.arange((severity - 1) * of_each, severity * of_each), -(-of_each // args.batch))
     rows = (pipelines.Batch(torch.from_numpy(images[p]).permute(0, 3, 1, 2), labels[p], i) for i, p in enumerate(parts))
     yield None, len(parts), rows
 
