@@ -325,20 +325,15 @@ class Run:
         self._say(f"resuming {path} at step {self.done}")
 
     def _prepare_folder(self) -> None:
-        self.folder = run_folder(self.config)
-        summary = describe(self.config, self.budget, self.step, self.ranks)
-        if not self.ranks.first:
-            self.ranks.barrier()
-            return
-        print(summary, flush=True)
-        if self.config.resume == "never" and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(
-                f"{self.folder} holds an earlier run and is never overwritten: use resume=auto, another name or seed"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "config.yaml").exists():
-            (self.folder / "config.yaml").write_text(self.config.to_yaml())
-            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        self.folder = folder = Path(self.config.run.dir) / self.config.name / f"seed{self.config.seed}"
+        if self.ranks.first:
+            print(describe(self.config, self.budget, self.step, self.ranks), flush=True)
+            if self.config.resume == "never" and folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"{folder} holds an earlier run and is never overwritten: resume=auto, another name or seed")
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "config.yaml").exists():
+                (folder / "config.yaml").write_text(self.config.to_yaml())
+                (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         self.ranks.barrier()
 
 
@@ -375,10 +370,6 @@ def rates(metrics: dict[str, float]) -> dict[str, float]:
     if metrics["signs"]:
         out["zero_signs"] = metrics["zero_signs"] / metrics["signs"]
     return out
-
-
-def run_folder(config: Config) -> Path:
-    return Path(config.run.dir) / config.name / f"seed{config.seed}"
 
 
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
