@@ -4,12 +4,13 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import words
+from test_train import STEPS, command, environment, final_state, kill_and_resume, words
 
 from bench.common import ROOT, write_json
 from fap.config import load_config
@@ -66,3 +67,12 @@ def test_memory_files_and_threads_stay_flat(pipeline: str, tiny_beton: Path, tmp
     assert quarters[3] - quarters[1] < GROWTH_MB, quarters
     assert len(set(files[1:])) == 1, files
     assert len(set(threads[1:])) == 1, threads
+
+
+@pytest.mark.soak
+def test_kill_9_fifty_times(tiny_beton: Path, tmp_path: Path) -> None:
+    subprocess.run(command(*words(tiny_beton, tmp_path / "whole")), env=environment(), check=True, stdout=subprocess.DEVNULL)
+    expected = final_state(tmp_path / "whole" / "fast_advprop" / "seed0")
+    for attempt in range(10):
+        kill_and_resume(tiny_beton, tmp_path / str(attempt), 5, expected, attempt)
+    record("kill_9", {"kills": 50, "steps_per_run": STEPS, "runs_with_bit_equal_weights": "10 of 10"})

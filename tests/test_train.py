@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_soak import record
 
 from fap import checkpoint
 from fap.config import load_config
@@ -120,13 +119,6 @@ def kill_and_resume(data: Path, runs: Path, kills: int, expected: dict[str, torc
 @pytest.mark.slow
 def test_kill_9_and_resume(tiny_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
     kill_and_resume(tiny_beton, tmp_path, 3, uninterrupted, random.randrange(1 << 30))
-
-
-@pytest.mark.soak
-def test_kill_9_fifty_times(tiny_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
-    for attempt in range(10):
-        kill_and_resume(tiny_beton, tmp_path / str(attempt), 5, uninterrupted, attempt)
-    record("kill_9", {"kills": 50, "runs_with_bit_equal_weights": "10 of 10"})
 
 
 @pytest.mark.slow
