@@ -68,7 +68,6 @@ def convert(size: Size, split: str, count: int) -> Path:
     """The first `count` images of CIFAR-10 as `.beton`, made once."""
     file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
     if not file.exists():
-        print(f"converting {count:,} {split} images of CIFAR-10 to {file.relative_to(ROOT)}", flush=True)
         subprocess.run(command("convert", "cifar10", str(file), "--split", split, "--limit", str(count)), check=True, cwd=ROOT)
     return file
 

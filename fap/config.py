@@ -253,8 +253,8 @@ class Config(Section):
             raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
         for field in ("scale", "ratio"):
             low, high = getattr(self.data, field)
-            if low > high:
-                raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high")
+            if low > high or (field == "scale" and high > 1):
+                raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high, scale at most 1")
         if self.data.size > self.data.resize:
             raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
         return self

@@ -32,11 +32,6 @@ class Ranks:
             for work in works:
                 work.wait()
 
-    def mean_(self, flat: Tensor) -> None:
-        self.sum_(flat)
-        if self.world > 1:
-            flat.div_(self.world)
-
     def gather_rows(
         self,
         rows: Tensor,  # (n, ...)

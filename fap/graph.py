@@ -41,11 +41,9 @@ def runner(step: Step, mode: Literal["auto", "on", "off"]) -> tuple[Callable[[],
 
     `on` raises ValueError without a GPU and whatever the capture raises; only `auto` may fall back, with a warning.
     """
-    if step.device.type != "cuda":
-        if mode == "on":
-            raise ValueError("run.graph = 'on': CUDA graphs need a GPU; use 'auto' or 'off'")
-        return step, "eager"
-    if mode == "off":
+    if mode == "on" and step.device.type != "cuda":
+        raise ValueError("run.graph = 'on': CUDA graphs need a GPU; use 'auto' or 'off'")
+    if mode == "off" or step.device.type != "cuda":
         return step, "eager"
     try:
         return Graphed(step), "CUDA graph"

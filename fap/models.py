@@ -147,12 +147,11 @@ def _install_stem(model: nn.Module, size: int) -> None:
             p.requires_grad_()
         for hook in hooks:
             hook.remove()
-    if len(seen) == 1 and not bypassed and type(seen[0]) is nn.Conv2d and seen[0].padding_mode == "zeros":
-        stem = seen[0]
-        if not isinstance(stem.padding, str):
-            stem.__class__ = StemConv2d
-            assert isinstance(stem, StemConv2d)
-            stem.probe, stem.first, stem.full_precision = None, 0, False
+    stem = seen[0] if len(seen) == 1 and not bypassed else None
+    if type(stem) is nn.Conv2d and stem.padding_mode == "zeros" and not isinstance(stem.padding, str):
+        stem.__class__ = StemConv2d
+        assert isinstance(stem, StemConv2d)
+        stem.probe, stem.first, stem.full_precision = None, 0, False
 
 
 def stem_of(model: nn.Module) -> StemConv2d | None:

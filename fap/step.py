@@ -78,19 +78,6 @@ class Inputs:
     mix_partner: Tensor  # int64 (n_clean,)
 
 
-class LossScale:
-    """Dynamic loss scaling as torch.amp.GradScaler does it, with the verdict left on the device for us to read."""
-
-    def __init__(self, device: torch.device, dynamic: bool) -> None:
-        self.dynamic = dynamic
-        self.scale = torch.full((), 2.0**16 if dynamic else 1.0, device=device)
-        self.growth = torch.zeros((), dtype=torch.int32, device=device)
-
-    def update(self, found_inf: Tensor) -> None:
-        if self.dynamic:
-            torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, 2000)
-
-
 class Step:
     """A training step over static buffers. `model` must be converted (`fap.models.build`) and on its device."""
 
@@ -158,9 +145,10 @@ class Step:
         )  # fmt: skip
         # A first step that is skipped would leave an uninitialised buffer behind.
         self.optimizer.state[self.flat.param]["momentum_buffer"] = torch.zeros_like(self.flat.param)
-        self.loss_scale = LossScale(device, dynamic=amp == "fp16")
-        stem = stem_of(model)
-        if stem is not None:
+        # Dynamic loss scaling as torch.amp.GradScaler does it, but with the verdict left on the device for us to read.
+        self.scale = torch.full((), 2.0**16 if amp == "fp16" else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        if (stem := stem_of(model)) is not None:
             stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
 
         self.metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
@@ -224,7 +212,7 @@ class Step:
                 n = block.stop - block.start
                 loss = loss + self._loss(block, logits[row : row + n], labels[block.kind])
                 row += n
-            (loss * self.loss_scale.scale).backward()
+            (loss * self.scale).backward()
         if probe_rows is None:
             return None
         assert probe is not None and probe.grad is not None
@@ -295,12 +283,13 @@ class Step:
         if self.aux_factor != 1:
             flat.grad[flat.aux].mul_(self.aux_factor)
         self.ranks.sum_(flat.grad)
-        self.ranks.mean_(flat.stats)
+        self.ranks.sum_(flat.stats.div_(self.ranks.world))  # the mean of the ranks' averages is the average over all groups
         found_inf = (~flat.grad.isfinite().all()).float()
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = self.loss_scale.scale if self.loss_scale.dynamic else None  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self.scale if self.amp == "fp16" else None  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.loss_scale.update(found_inf)
+        if self.amp == "fp16":
+            torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, 2000)
         torch.where(found_inf.bool(), stats_before, flat.stats, out=flat.stats)
         self.metrics[-3] += 1
         self.metrics[-2] += found_inf
@@ -362,7 +351,7 @@ class Step:
             self._normalise(current, out=x)
             leaf = x.detach().requires_grad_()
             loss = F.cross_entropy(self._forward(leaf), labels, label_smoothing=self.config.optim.label_smoothing)
-            (gradient,) = torch.autograd.grad(loss * self.loss_scale.scale, leaf)
+            (gradient,) = torch.autograd.grad(loss * self.scale, leaf)
             current = self._ascend(current, source, gradient)
         return current
 
@@ -405,7 +394,7 @@ class Step:
         momentum = self.optimizer.state[self.flat.param]["momentum_buffer"]
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         state |= {f"momentum.{k}": v for k, v in self.flat.named(momentum, self.model).items()}
-        state |= {"scale": self.loss_scale.scale, "growth": self.loss_scale.growth, "metrics": self.metrics}
+        state |= {"scale": self.scale, "growth": self.growth, "metrics": self.metrics}
         if self.config.method.schedule == "pipelined":
             state |= {"carry.images_255": self.adv_255, "carry.labels": self.adv_labels, "carry.filled": self.carries}
         return state

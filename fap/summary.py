@@ -25,20 +25,13 @@ def describe(config: Config, budget: Budget, step: Step, ranks: Ranks) -> str:
         start = "random start" if m.random_start else "no random start (FGSM)"
         lines.append(f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {m.attack_steps} step(s) of "
                      f"{m.step_size_255:g}/255, {start}")  # fmt: skip
-        lines.append(f"shuffle    {_shuffle(config, ranks)}")
+        reach = {"ranks": groups, "groups": groups // ranks.world}.get(m.shuffle or "off", 0)
+        effect = f"adversarial rows change places among {reach} groups"
+        if reach < 2:
+            effect = "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
+        lines.append("shuffle    off" if m.shuffle == "off" else f"shuffle    {m.shuffle}: {effect}")
     lines.append(
         f"budget     {budget.epochs} epochs of {budget.steps_per_epoch} steps at {float(cost):g} image passes per image = "
         f"{budget.image_passes:,} image passes; lr {budget.base_lr:g}, x{budget.gamma:g} after epochs {budget.milestones}"
     )
     return "\n".join(lines)
-
-
-def _shuffle(config: Config, ranks: Ranks) -> str:
-    m = config.method
-    total = config.optim.clean_batch // m.group
-    reach = {"ranks": total, "groups": total // ranks.world}.get(m.shuffle or "off", 0)
-    if m.shuffle == "off":
-        return "off"
-    if reach < 2:
-        return f"{m.shuffle}, WITHOUT EFFECT: only {reach} auxiliary group in reach; statistics may leak labels (section 4.3)"
-    return f"{m.shuffle}: adversarial rows change places among {reach} groups"

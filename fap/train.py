@@ -112,7 +112,7 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the end of the budget; the result is also written to `result.json`. Raises Interrupted, NonFinite."""
         stop = StopSignal()
-        loader, run_step = None, None
+        loader = None
         try:
             loader = self._open_loader(self.store)
             run_step, how = runner(self.step, self.config.run.graph)

@@ -54,9 +54,8 @@ class PlanSpec:
                 raise ValueError(f"{part}_rows = {rows}: must be a multiple of {part}_group = {group}")
         if self.crop not in ("random_resized", "pad", "center") or self.mix not in (None, "mixup", "cutmix"):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
-        for name, (low, high), top in (("scale", self.scale, 1), ("ratio", self.ratio, np.inf)):
-            if not 0 < low <= high <= top:
-                raise ValueError(f"{name} = {low, high}: must be 0 < low <= high <= {top}")
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ValueError(f"scale = {self.scale}, ratio = {self.ratio}: must be 0 < low <= high, scale at most 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,7 +112,7 @@ def test_loss_scaling_keeps_the_signs_that_fp16_would_lose():
     zeros = {}
     for scale in (2.0**-20, 2.0**16):
         step = make("fused", amp="fp16")
-        step.loss_scale.scale.fill_(scale)
+        step.scale.fill_(scale)
         step()
         metrics = step.take_metrics()
         zeros[scale] = metrics["zero_signs"] / metrics["signs"]

@@ -207,12 +207,12 @@ def test_fp16_overflow_halves_the_scale_and_changes_nothing_else(when):
     step = make("fused", amp="fp16")
     for _ in range(when):
         step()
-    step.loss_scale.scale.fill_(2.0**60)
+    step.scale.fill_(2.0**60)
     before = clone(step)
     step()
     assert changed(before, clone(step), "carry", "growth") == {"scale"}
-    assert (step.loss_scale.scale, step.loss_scale.growth) == (2.0**59, 0)
-    step.loss_scale.scale.fill_(2.0**10)
+    assert (step.scale, step.growth) == (2.0**59, 0)
+    step.scale.fill_(2.0**10)
     step()
     assert "model.fc.weight" in changed(before, clone(step))
 
@@ -272,11 +272,11 @@ def test_capture_leaves_state_and_generator_alone(strict_sync):
 def test_overflow_at_step_0_under_capture(strict_sync):
     step = make("fused", device="cuda", amp="fp16", size=32)
     replay, _ = runner(step, "on")
-    step.loss_scale.scale.fill_(2.0**60)
+    step.scale.fill_(2.0**60)
     before = clone(step)
     strict_sync(replay)
     assert changed(before, clone(step), "carry") == {"scale"}
-    assert step.loss_scale.scale == 2.0**59
+    assert step.scale == 2.0**59
 
 
 @gpu
