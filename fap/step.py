@@ -113,10 +113,8 @@ class Step:
         self.main_factor = sum(total.values()) / total["clean"] if method.sync else 1.0
         self.aux_factor = sum(total.values()) / (total["noise"] + total["adv"]) if method.sync else 1.0
 
-        image = (3, data.size, data.size)
-
         def empty(n: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros((n, *image), dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+            return torch.zeros((n, data.size, data.size, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)

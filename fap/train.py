@@ -67,8 +67,7 @@ class Run:
             if getattr(config.data, field) is None:
                 raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
         self.device = _device(config.run.device, ranks)
-        wanted = config.run.amp
-        self.amp: Amp = ("fp16" if self.device.type == "cuda" else "off") if wanted == "auto" else wanted
+        self.amp: Amp = config.run.amp if config.run.amp != "auto" else "fp16" if self.device.type == "cuda" else "off"
         if config.run.torch_threads:
             torch.set_num_threads(config.run.torch_threads)
         torch.backends.cudnn.benchmark = True
