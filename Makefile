@@ -5,7 +5,7 @@ SIZE ?= small
 # Each test process holds about 1 GB and runs one torch thread.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist loadfile
+PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist worksteal
 
 .PHONY: help setup demo test check lint soak study bench clean
 help:
