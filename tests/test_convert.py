@@ -259,7 +259,8 @@ def test_check_finds_one_flipped_bit_and_a_broken_table(folder: Path, tmp_path: 
 
 
 SLOW_WRITER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 from pipelines import convert
 from fap.cli.convert import main
 real = convert.BetonWriter.add
