@@ -32,7 +32,7 @@ from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
 from fap.flat import Flat
 from fap.models import stem_of
-from fap.norm import Group, set_groups
+from fap.norm import Group, shared_groups
 
 Kind = Literal["clean", "noise", "adv", "mixed"]
 Amp = Literal["off", "fp16", "bf16"]
@@ -89,7 +89,10 @@ class Step:
                 f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
-        self.flat = Flat(model)
+        self.flat, self.row_groups = (
+            Flat(model),
+            shared_groups(model),
+        )  # found once: walking the modules costs time in every pass
         device, self.dtype = self.flat.param.device, self.flat.param.dtype
         self.device = device
         self.forward: Callable[[Tensor], Tensor] = model
@@ -200,7 +203,7 @@ class Step:
             if block.kind in ("noise", "mixed"):
                 probe_rows = slice(row, row + n)
             row += n
-        set_groups(self.model, groups)
+        self.row_groups.groups = tuple(groups)
 
         with self._probing(x, probe_rows) as (x_in, probe):
             logits = self._forward(x_in)
@@ -343,7 +346,8 @@ class Step:
         assert method.attack_steps is not None
         if method.targeted:
             labels = attack.other_label(self.inputs.noise_key, labels, self.config.model.num_classes)
-        set_groups(self.model, [Group("aux", method.adv_group, running=method.attack_bn == "running")] * self.aux_groups)
+        group = Group("aux", method.adv_group, running=method.attack_bn == "running")
+        self.row_groups.groups = (group,) * self.aux_groups
         x = torch.empty_like(current, memory_format=torch.channels_last)
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)
