@@ -25,7 +25,7 @@ from fap.train import Stopwatch, plan_spec
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
-INGREDIENTS = ("channels_last", "norm slices", "stem function", *(["graph"] if GPU else []))
+INGREDIENTS = ("channels_last", "norm slices", "stem function", *(["norm kernel", "graph"] if GPU else []))
 sync = torch.cuda.synchronize if GPU else lambda: None
 
 
@@ -67,7 +67,9 @@ class Contestant:
         with FlopCounterMode(display=False) as counter:
             self.train(self.sample)
         self.flops, watch = counter.get_total_flops(), Stopwatch()
-        shared_groups(self.model).functional = compiled or without == "norm slices"
+        shared_groups(self.model).kernel = (
+            "split" if compiled or without == "norm slices" else "native" if without == "norm kernel" else "auto"
+        )
         if compiled:
             self.step.forward = torch.compile(self.model)
         self.run, self.how = runner(self.step, "off" if without == "graph" else "auto")

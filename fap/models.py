@@ -6,9 +6,9 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fap.norm import convert
+from fap.norm import DualBatchNorm2d, convert
 
 
 class CifarResNet(nn.Module):
@@ -61,6 +61,7 @@ def plain(name: str, num_classes: int) -> nn.Module:
 def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
     """A converted, channels_last model whose logits are (B, num_classes) for (B, 3, size, size) images."""
     model = convert(plain(name, num_classes), aux)
+    _fuse_blocks(model)
     _install_stem(model, size)
     return model.to(memory_format=torch.channels_last)
 
@@ -72,6 +73,37 @@ def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
         model.load_state_dict(state | {k: state[source] for k, source in copies.items() if source in state})
     except RuntimeError as e:
         raise ValueError(f"model.init does not fit the model: {e}") from None
+
+
+class _BasicBlock(BasicBlock):
+    """Torchvision's block; its norms do the residual add and the ReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
+
+
+class _Bottleneck(Bottleneck):
+    """Torchvision's block; its norms do the residual add and the ReLUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.bn3(self.conv3(out), identity)
+
+
+def _fuse_blocks(model: nn.Module) -> None:
+    """In torchvision's ResNets and ours: what follows a norm becomes part of its call, and on a GPU of its kernel."""
+    for m in model.modules():
+        if type(m) in (BasicBlock, Bottleneck):
+            m.__class__ = _BasicBlock if type(m) is BasicBlock else _Bottleneck
+        elif type(m) in (ResNet, CifarResNet):
+            m.relu = nn.Identity()
+        else:
+            continue
+        for norm in m.children():
+            if isinstance(norm, DualBatchNorm2d):
+                norm.relu = True
 
 
 class StemConv2d(nn.Conv2d):

@@ -6,6 +6,8 @@ the `RowGroups` object that all norms of a model share.
 """
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -35,27 +37,30 @@ class RowGroups:
     def __init__(self) -> None:
         self.groups: tuple[Group, ...] = ()
         self.eval_bn: Bn = "main"
-        self.functional = False
-        """Use plain differentiable operations (torch.compile) instead of `_GroupedBatchNorm`."""
+        self.kernel: Literal["auto", "triton", "native", "split"] = "auto"
+        """How groups are normalised: `triton` (`fap.norm_kernel`; auto: channels_last on a GPU), `native` (the framework's
+        kernel into slices of one output; auto: elsewhere), `split` (plain operations, for torch.compile; the twin)."""
 
 
-def momentum_of(norm: nn.BatchNorm2d, group: Group) -> float:
+def momentum_of(momentum: float, group: Group) -> float:
     """Momentum of call i of G, such that the G calls together are one exponential average of the mean.
 
     m_i = (m / G) / (1 - m (G - 1 - i) / G) gives r <- (1 - m) r + m * (mean of the G statistics).
     """
     if group.calls == 0:
         return 0.0
-    assert norm.momentum is not None
-    share = norm.momentum / group.calls
+    share = momentum / group.calls
     return share / (1 - share * (group.calls - 1 - group.call))
 
 
 class DualBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` under its own parameter names, with an optional second set under `aux`.
 
-    `act` and `drop` follow the affine map, for timm's BatchNormAct2d, which contains them.
+    What follows the affine map in the model may be part of the call, and then is part of the kernel: `relu`, after the
+    `residual` if the forward is given one, and timm's `drop` and `act` of BatchNormAct2d.
     """
+
+    momentum: float
 
     def __init__(self, norm: nn.BatchNorm2d, shared: RowGroups, aux: bool) -> None:
         if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
@@ -69,6 +74,9 @@ class DualBatchNorm2d(nn.BatchNorm2d):
             self.aux.load_state_dict(norm.state_dict())
         self.drop = getattr(norm, "drop", None) or nn.Identity()
         self.act = getattr(norm, "act", None) or nn.Identity()
+        self.relu = type(self.drop) is nn.Identity and type(self.act) is nn.ReLU
+        if self.relu:
+            self.act = nn.Identity()
         self.train(norm.training)
 
     def side(self, bn: Bn) -> nn.BatchNorm2d:
@@ -81,32 +89,71 @@ class DualBatchNorm2d(nn.BatchNorm2d):
     def forward(
         self,
         x: Tensor,  # (sum of the groups' rows, C, H, W); any number of rows in evaluation
+        residual: Tensor | None = None,  # as x; a norm with a residual has `relu`
     ) -> Tensor:
-        return self.act(self.drop(self._normalise(x)))
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return _normalise_group(x, self.side(self.shared.eval_bn), Group(self.shared.eval_bn, len(x), running=True))
-        groups = self.shared.groups
+        groups = self.shared.groups if self.training else (Group(self.shared.eval_bn, len(x), running=True),)
         assert sum(g.rows for g in groups) == x.shape[0], f"{x.shape[0]} rows, but groups {groups}"
+        kernel = self.shared.kernel
+        if kernel == "auto":
+            suits = x.is_cuda and x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
+            kernel = "triton" if suits else "native"
+        if any(g.running for g in groups):
+            kernel = "split"
+        if kernel == "triton":
+            return self.act(self.drop(self._on_grid(x, residual, groups)))
+        y = self._normalise(x, groups, kernel)
+        if residual is not None:
+            y += residual
+        return self.act(self.drop(F.relu_(y) if self.relu else y))
+
+    def _normalise(self, x: Tensor, groups: tuple[Group, ...], kernel: str) -> Tensor:
         if len(groups) == 1:
             return _normalise_group(x, self.side(groups[0].bn), groups[0])
-        if self.shared.functional or any(g.running for g in groups):
-            parts = x.split([g.rows for g in groups])
-            return torch.cat([_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)])
+        if kernel == "native":
+            aux = self.aux if self.aux is not None else self
+            return _GroupedBatchNorm.apply(x, self.weight, self.bias, aux.weight, aux.bias, self, groups)
+        parts = x.split([g.rows for g in groups])
+        return torch.cat([_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)])
+
+    def _on_grid(self, x: Tensor, residual: Tensor | None, groups: tuple[Group, ...]) -> Tensor:
+        from fap.norm_kernel import GroupedBatchNorm  # not at the top: a CPU build of torch has no Triton
+
+        if residual is not None:
+            residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
         aux = self.aux if self.aux is not None else self
-        return _GroupedBatchNorm.apply(x, self.weight, self.bias, aux.weight, aux.bias, self, groups)
+        running = self.running_mean, self.running_var, aux.running_mean, aux.running_var
+        tables = _tables(groups, self.momentum, x.device)
+        return GroupedBatchNorm.apply(
+            x, residual, self.weight, self.bias, aux.weight, aux.bias, running, *tables, self.eps, self.relu
+        )
 
 
 def _normalise_group(x: Tensor, norm: nn.BatchNorm2d, group: Group) -> Tensor:
     mean, var = (norm.running_mean, norm.running_var) if group.running or group.calls else (None, None)
-    return F.batch_norm(x, mean, var, norm.weight, norm.bias, not group.running, momentum_of(norm, group), norm.eps)
+    assert norm.momentum is not None
+    momentum = momentum_of(norm.momentum, group)
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, not group.running, momentum, norm.eps)
+
+
+@functools.cache  # for ever: captured graphs read them
+def _tables(groups: tuple[Group, ...], momentum: float, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """The groups as `GroupedBatchNorm` takes them: first rows, momenta, number of main groups, rows of the largest."""
+    rows = [g.rows for g in groups]
+    starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device=device)
+    momenta = torch.tensor([momentum_of(momentum, g) for g in groups], device=device)
+    return starts, momenta, _count_main(groups), max(rows)
+
+
+def _count_main(groups: tuple[Group, ...]) -> int:
+    count = [g.bn for g in groups].count("main")
+    assert all(g.bn == "main" for g in groups[:count]), f"main groups come first, but groups {groups}"
+    return count
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
     """Every group normalised by the native kernel straight into its slice of one output: no split, no cat.
 
-    Twin: `split` + `F.batch_norm` + `cat`, the `functional` branch above.
+    Twin: the kernel `split` of `RowGroups`.
     """
 
     @staticmethod
@@ -120,7 +167,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
         for g, mean, invstd in zip(groups, stats[0], stats[1], strict=True):
             side, rows = norm.side(g.bn), slice(row, row + g.rows)
             tracked = (side.running_mean, side.running_var) if g.calls else (None, None)
-            torch.native_batch_norm(x[rows], side.weight, side.bias, *tracked, True, momentum_of(side, g), side.eps,
+            torch.native_batch_norm(x[rows], side.weight, side.bias, *tracked, True, momentum_of(norm.momentum, g), side.eps,
                                     out=(y[rows], mean, invstd))  # fmt: skip
             row += g.rows
         ctx.save_for_backward(x, weight, aux_weight, stats)
@@ -141,13 +188,10 @@ class _GroupedBatchNorm(torch.autograd.Function):
                 True, ctx.eps, [True, True, True], out0=gx[rows], out1=affine[0, k], out2=affine[1, k],
             )  # fmt: skip
             row += g.rows
-        grads: dict[Bn, tuple[Tensor | None, Tensor | None]] = {"main": (None, None), "aux": (None, None)}
-        for bn in {g.bn for g in ctx.groups}:
-            of_bn = [k for k, g in enumerate(ctx.groups) if g.bn == bn]
-            # The groups of one norm are consecutive in every pass, so this is a view.
-            assert of_bn == list(range(of_bn[0], of_bn[-1] + 1))
-            grads[bn] = tuple(affine[:, of_bn[0] : of_bn[-1] + 1].sum(1))
-        return gx, *grads["main"], *grads["aux"], None, None
+        main = _count_main(ctx.groups)
+        by_norm = affine.split([main, len(ctx.groups) - main], 1)
+        grads = [of_norm.sum(1) if of_norm.shape[1] else (None, None) for of_norm in by_norm]
+        return gx, *grads[0], *grads[1], None, None
 
 
 def convert(model: nn.Module, aux: bool = True) -> nn.Module:

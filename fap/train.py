@@ -92,7 +92,7 @@ class Run:
         self.step = Step(self.model, config, ranks, amp=self.amp)
         self._prepare_folder()
         if config.run.compile:
-            shared_groups(self.model).functional = True
+            shared_groups(self.model).kernel = "split"
             self.step.forward = torch.compile(self.model)
 
         self.done = 0  # optimiser steps

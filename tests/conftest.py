@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipelines.store import ALLOCATION, FIELD, HEADER, IMAGE, JPG, RAW, BetonStore, jpeg_sides
 
 PAGE = 1 << 21
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: Triton's interpreter runs them on the CPU
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

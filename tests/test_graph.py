@@ -324,7 +324,7 @@ def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one():
     from torch._dynamo.utils import counters
 
     eager, compiled = make("fused"), make("fused")
-    shared_groups(compiled.model).functional = True
+    shared_groups(compiled.model).kernel = "split"
     compiled.forward = torch.compile(compiled.model, backend="aot_eager")
     counters.clear()
     for seed in range(3):

@@ -1,0 +1,199 @@
+"""The Triton batch norm against its twin: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fap.config import make_config
+from fap.models import build
+from fap.norm import DualBatchNorm2d, Group, RowGroups, shared_groups
+from fap.step import Step
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
+    print(f"SEED={value}")  # shown when the test fails
+    torch.manual_seed(value)
+    return value
+
+
+def pair(channels: int, aux: bool = True, relu: bool = False) -> tuple[DualBatchNorm2d, DualBatchNorm2d]:
+    """The same random norm twice: with the kernel, and the twin in float64."""
+    norm = DualBatchNorm2d(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), RowGroups(), aux)
+    norm.relu = relu
+    for name, value in norm.state_dict().items():
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.5 if "var" in name or "weight" in name else -1, 2)
+    twin = DualBatchNorm2d(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), RowGroups(), aux).double()
+    twin.load_state_dict({k: v.double() for k, v in norm.state_dict().items()})
+    twin.relu, twin.shared.kernel, norm.shared.kernel = relu, "split", "triton"
+    return norm.to(DEVICE), twin.to(DEVICE)
+
+
+def images(rows: int, channels: int, height: int, width: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+    x = torch.randn(rows, channels, height, width, device=DEVICE) * 3 + mean
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def compare(norm: DualBatchNorm2d, twin: DualBatchNorm2d, x: Tensor, residual: Tensor | None, tolerance: float) -> None:
+    """Output, gradients and running statistics of one forward and backward, relative to the largest value."""
+    inputs = [[t.clone().requires_grad_(), t.double().requires_grad_()] for t in (x, residual) if t is not None]
+    got, want = (m(*args) for m, args in zip((norm, twin), zip(*inputs, strict=True), strict=True))
+    assert got.dtype == x.dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    # No gradient where the ReLU's verdict hangs on rounding.
+    gradient = (
+        torch.where(want.abs() > 20 * tolerance, torch.randn_like(got).double(), 0) if norm.relu else torch.randn_like(want)
+    )
+    gradient = gradient.to(x.dtype)
+    got.backward(gradient)
+    want.backward(gradient.double())
+    pairs = [("output", got, want)] + [(f"input {i}", a.grad, b.grad) for i, (a, b) in enumerate(inputs)]
+    parameters = zip(norm.named_parameters(), twin.parameters(), strict=True)
+    pairs += [(name, a.grad, b.grad) for (name, a), b in parameters]
+    pairs += [(name, a, b) for (name, a), b in zip(norm.named_buffers(), twin.buffers(), strict=True)]
+    for name, a, b in pairs:
+        assert (a is None) == (b is None), name
+        if a is not None:
+            bound = tolerance * (1 + b.abs().max().item())
+            assert (a.double() - b).abs().max().item() <= bound, (name, (a.double() - b).abs().max().item(), bound)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), max_size=3), st.lists(st.integers(1, 6), max_size=3), st.sampled_from([1, 3, 16, 70, 130]),
+    st.tuples(st.integers(2, 9), st.integers(1, 9)), st.sampled_from(["plain", "relu", "residual"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_kernel_equals_twin(main: list[int], aux: list[int], channels: int, sides: tuple[int, int], how: str, s: int) -> None:
+    torch.manual_seed(s)
+    norm, twin = pair(channels, relu=how != "plain")
+    rows = main + aux or [2]
+    groups = [Group("main", n, i, len(main)) for i, n in enumerate(main)]
+    groups += [Group("aux", n, i, len(rows) - len(main)) for i, n in enumerate(rows[len(main) :])]
+    norm.shared.groups = twin.shared.groups = tuple(groups)
+    x = images(sum(rows), channels, *sides, torch.float32, mean=20)
+    residual = images(sum(rows), channels, *sides, torch.float32) if how == "residual" else None
+    compare(norm, twin, x, residual, 2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("how", ["plain", "relu", "residual"])
+def test_half_precision_keeps_float32_statistics(dtype: torch.dtype, tolerance: float, how: str) -> None:
+    norm, twin = pair(32, relu=how != "plain")
+    norm.shared.groups = twin.shared.groups = (Group("main", 8, 0, 1), Group("aux", 4, 0, 2), Group("aux", 4, 1, 2))
+    x, residual = images(16, 32, 7, 5, dtype, mean=4), images(16, 32, 7, 5, dtype)
+    compare(norm, twin, x, residual if how == "residual" else None, tolerance)
+
+
+def test_many_parts_and_no_auxiliary_norms() -> None:
+    """More pixels than one program holds, so that partial sums are put together."""
+    norm, twin = pair(16, aux=False, relu=True)
+    norm.shared.groups = twin.shared.groups = (Group("main", 3, 0, 2), Group("main", 2, 1, 2))
+    compare(norm, twin, images(5, 16, 40, 37, torch.float32, mean=-7), None, 2e-4)
+
+
+def test_groups_of_an_attack_leave_the_statistics_alone() -> None:
+    norm, _ = pair(8)
+    norm.shared.groups = (Group("aux", 4),) * 2
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+    x = images(8, 8, 3, 3, torch.float32)
+    x[0] = float("nan")
+    norm(x)
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+
+
+def test_a_nan_stays_in_its_group() -> None:
+    norm, _ = pair(8, relu=True)
+    norm.shared.groups = (Group("main", 4, 0, 1), Group("aux", 4, 0, 1))
+    x = images(8, 8, 3, 3, torch.float32)
+    x[5, 2, 1, 1] = float("nan")
+    y = norm(x)
+    assert y[:4].isfinite().all()
+    assert y[4:, 2].isnan().all()
+    assert y[4:, 3:].isfinite().all()
+    assert norm.running_mean is not None
+    assert norm.running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined"])
+def test_a_whole_step_with_the_kernel_equals_the_native_one(schedule: str) -> None:
+    """The noise control, whose adversarial rows do not hang on the sign of tiny gradients."""
+    config = make_config({
+        "model": {"name": "cifar_resnet8", "num_classes": 10}, "optim": {"clean_batch": 16},
+        "method": {"name": "noise", "schedule": schedule, "group": 8, "p_adv": "1/3"},
+        "data": {"size": 8, "resize": 8, "crop": "pad"},
+    })  # fmt: skip
+    batch, states = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), []
+    labels, init = torch.randint(0, 10, (24,)), build("cifar_resnet8", 10, size=8).state_dict()
+    for kernel in ("native", "triton"):
+        model = build("cifar_resnet8", 10, size=8)
+        model.load_state_dict(init)
+        shared_groups(model).kernel = kernel  # type: ignore[assignment]
+        step = Step(model.to(DEVICE), config)
+        for _ in range(2):
+            step.feed(batch, labels, 0.01)
+            step()
+        states.append({k: v.clone() for k, v in step.state().items() if not k.startswith("metrics")})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+COMPILE = """
+import fap.norm_kernel as kernels, pathlib, subprocess, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+constants = {"RESIDUAL": True, "RELU": True, "BLOCK_P": 64, "BLOCK_C": 64}
+numbers = dict.fromkeys(("pixels", "channels", "main_groups", "groups", "parts"), "i32") | {"eps": "fp32", "starts": "*i32"}
+ptxas = pathlib.Path(triton.__file__).with_name("backends") / "nvidia/bin/ptxas"
+images = dict.fromkeys(("x", "y", "gy", "gx", "residual", "gresidual"), "*fp16")
+for name in ("forward_sums", "statistics", "normalise", "backward_sums", "coefficients", "gradient"):
+    kernel = getattr(kernels, f"_{name}")
+    types = {a: "constexpr" if a in constants else (numbers | images).get(a, "*fp32") for a in kernel.arg_names}
+    aligned = [i for i, (a, t) in enumerate(types.items()) if t[0] == "*" or a == "channels"]
+    source = ASTSource(kernel, types, {k: v for k, v in constants.items() if k in types},
+                       {(i,): [["tt.divisibility", 16]] for i in aligned})
+    for capability in (80, 90):
+        code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        gpu = f"sm_{capability}{'a' * (capability == 90)}"
+        told = subprocess.run([ptxas, "-v", "--gpu-name", gpu, "-o", "/dev/null", "-"], input=code, text=True,
+                              stderr=subprocess.PIPE, check=True).stderr
+        print(name, gpu, "ld.global.v4" in code.replace(".L1::evict_last", ""), " 0 bytes spill stores" in told)
+"""
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here() -> None:
+    """For the A100's and the H100's instruction set, with 16-byte loads of images and nothing spilled to local memory."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 12
+    for name, gpu, vectors, unspilled in lines:
+        if name not in ("statistics", "coefficients"):  # a few numbers per channel
+            assert (vectors, unspilled) == ("True", "True"), (name, gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["plain", "relu", "residual"])
+@pytest.mark.parametrize(("channels", "side"), [(64, 112), (256, 56), (2048, 7)])
+def test_kernel_equals_twin_at_the_shapes_of_resnet50(channels: int, side: int, how: str) -> None:
+    if DEVICE.type != "cuda":
+        pytest.skip("needs an NVIDIA GPU")
+    norm, twin = pair(channels, relu=how != "plain")
+    groups = [Group("main", 64, 0, 1)] + [Group("aux", 16, i, 2) for i in range(2)]
+    norm.shared.groups = twin.shared.groups = tuple(groups)
+    x, residual = (images(96, channels, side, side, torch.float16, mean=1) for _ in range(2))
+    compare(norm, twin, x, residual if how == "residual" else None, 4e-3)
