@@ -20,7 +20,7 @@ import torch
 
 import pipelines
 from bench.common import alternate, options, ratio, report, spread
-from bench.step import AMPS, DEVICE, GPU, Contestant, config_of
+from bench.step import AMPS, DEVICE, GPU, SCHEDULES, Contestant, config_of
 from fap.budget import budget
 from fap.evaluate import evaluate
 from fap.step import passes
@@ -77,7 +77,7 @@ def row(r: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Any = None) -> int:
     p = options(
         __doc__, models=["resnet50" if GPU else "cifar_resnet8"], size=224 if GPU else 32, rows=[64, 256] if GPU else [256],
-        p_adv=["1/5"], schedules=["sequential", "fused", "pipelined"], equal_rows=not GPU, val_images=50_000,
+        p_adv=["1/5"], schedules=["fused", *SCHEDULES], equal_rows=not GPU, val_images=50_000,
         rounds=12 if GPU else 20,
     )  # fmt: skip
     p.add_argument("--amp", nargs="+", choices=AMPS, default=[AMPS[0]])

@@ -25,7 +25,7 @@ for package in ffcv nvidia.dali; do
 done
 if $py -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     part gpu_tests 90 $py -m pytest -m "gpu and not soak" -rs -p no:cacheprovider
-    part cost_parity 230 $py -m bench.cost_parity --amp fp16 bf16 --rows 64 256 --rounds 8 --out "$out"
+    part cost_parity 260 $py -m bench.cost_parity --amp fp16 bf16 --rows 64 256 --rounds 8 --out "$out"
     part step 90 $py -m bench.step --rounds 5 --out "$out"
     images=${IMAGES:-data/bench_jpegs} # the first time these are made from two packages' photos, which needs a network
     [ -d "$images" ] || part photos 30 $py -m bench.jpegs "$images"

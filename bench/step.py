@@ -25,7 +25,9 @@ from fap.train import Stopwatch, plan_spec
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
+SCHEDULES = ("sequential", "pipelined", *(["parallel"] if GPU else []))  # and fused, the default
 INGREDIENTS = ("channels_last", "norm slices", "stem function", *(["norm kernel", "graph"] if GPU else []))
+NORMS = {"norm kernel": "native", "norm slices": "split"}  # what is left without it
 sync = torch.cuda.synchronize if GPU else lambda: None
 
 
@@ -67,9 +69,7 @@ class Contestant:
         with FlopCounterMode(display=False) as counter:
             self.train(self.sample)
         self.flops, watch = counter.get_total_flops(), Stopwatch()
-        shared_groups(self.model).kernel = (
-            "split" if compiled or without == "norm slices" else "native" if without == "norm kernel" else "auto"
-        )
+        shared_groups(self.model).kernel = "split" if compiled else NORMS.get(without, "auto")
         if compiled:
             self.step.forward = torch.compile(self.model)
         self.run, self.how = runner(self.step, "off" if without == "graph" else "auto")
@@ -152,7 +152,7 @@ def main(argv: Any = None) -> int:
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
-    fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", "sequential", "pipelined"))
+    fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", *SCHEDULES))
     amp = a.amp
     contenders = [
         (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),

@@ -86,7 +86,8 @@ class MethodConfig(Section):
     """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p / (1 - p)."""
     p_adv: Ratio | None = None
     """n_adv / (n_clean + n_adv); `1/9`, `1/5`, `1/3`, `1/2` are the rows of Table 4."""
-    schedule: Literal["sequential", "fused", "pipelined"] | None = None
+    schedule: Literal["sequential", "fused", "pipelined", "parallel"] | None = None
+    """`parallel` is `sequential` with the clean pass on a second stream of the GPU: for few clean rows."""
     eps_255: PositiveFloat | None = None
     """Radius of the ball in grey levels of 0..255, whatever the normalisation."""
     step_255: PositiveFloat | None = None

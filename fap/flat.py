@@ -19,7 +19,7 @@ class Flat:
     def __init__(self, model: nn.Module) -> None:
         main = {p for n in norms(model) for p in (n.weight, n.bias)}
         aux = {p for n in norms(model) if n.aux is not None for p in (n.aux.weight, n.aux.bias)}
-        parameters = dict(model.named_parameters())
+        self.parameters = parameters = dict(model.named_parameters())
         parts = (
             {k: p for k, p in parameters.items() if p not in main and p not in aux},
             {k: p for k, p in parameters.items() if p in main},
@@ -44,14 +44,20 @@ class Flat:
                 p = parameters[name]
                 view = self.param.data[where].as_strided(p.shape, p.stride())
                 view.copy_(p)
-                p.data, p.grad = view, self.grad[where].as_strided(p.shape, p.stride())
+                p.data = view
             owners = [b for n in norms(model) for b in (n, n.aux) if b is not None]
             names = [(b, k) for b in owners for k in ("running_mean", "running_var")]
             self.stats = torch.cat([getattr(b, k).flatten() for b, k in names])
             views = self.stats.split([getattr(b, k).numel() for b, k in names])
             for (b, k), view in zip(names, views, strict=True):
                 setattr(b, k, view)
+        self.accumulate_in(self.grad)
 
-    def named(self, flat: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    def accumulate_in(self, grad: Tensor) -> None:
+        """Backward passes from now on add to this flat buffer."""
+        for name, view in self.named(grad).items():
+            self.parameters[name].grad = view
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat buffer under the parameters' names and shapes."""
-        return {k: flat[self.slices[k]].as_strided(p.shape, p.stride()) for k, p in model.named_parameters()}
+        return {k: flat[self.slices[k]].as_strided(p.shape, p.stride()) for k, p in self.parameters.items()}

@@ -96,13 +96,14 @@ def _statistics(
 
     Grid (channel blocks, sides): side 0 is the main norm, whose groups come first, side 1 the auxiliary one.
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask, side = c < channels, tl.program_id(1)
+    c, side = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(1)
     if side == 1:
         weight, bias, mean, var = aux_weight, aux_bias, aux_mean, aux_var
+    low, high = side * main_groups, main_groups + side * (groups - main_groups)
+    mask = (c < channels) & (low < high)  # a norm without groups is left alone: another stream may be updating it
     w, b = tl.load(weight + c, mask=mask), tl.load(bias + c, mask=mask)
     running_mean, running_var = tl.load(mean + c, mask=mask), tl.load(var + c, mask=mask)
-    for g in range(side * main_groups, main_groups + side * (groups - main_groups)):
+    for g in range(low, high):
         first = tl.load(starts + g) * pixels
         n = (tl.load(starts + g + 1) * pixels - first).to(tl.float32)
         total, squares = _totals(sums, g, parts, c, channels, BLOCK_C)

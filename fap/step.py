@@ -7,6 +7,7 @@ weights, so they share this code and are timed on equal terms:
     vanilla                   [clean]
     advprop, decoupled        attack (input gradients only), then [clean, adv]
     fast_advprop, sequential  [clean]  [noise] -> adv  [adv]           the authors' order
+    fast_advprop, parallel    the same three, [clean] on a second stream beside [noise] -> adv  [adv]
     fast_advprop, fused       [clean A, noise] -> adv  [clean B, adv]  two equally large passes
     fast_advprop, pipelined   [clean, noise + adv of the step before]  -> adv of the next
 
@@ -56,7 +57,7 @@ def passes(schedule: str, n_clean: int, n_noise: int, n_adv: int, group: int) ->
     clean, noise, adv = Block("clean", 0, n_clean), Block("noise", 0, n_noise), Block("adv", 0, n_adv)
     if schedule == "joint":
         return [[b for b in (clean, adv) if b.stop]]
-    if schedule == "sequential":
+    if schedule in ("sequential", "parallel"):
         return [[clean], [noise], [adv]]
     if schedule == "pipelined":
         return [[clean, Block("mixed", 0, n_noise + n_adv)]]
@@ -89,10 +90,7 @@ class Step:
                 f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
-        self.flat, self.row_groups = (
-            Flat(model),
-            shared_groups(model),
-        )  # found once: walking the modules costs time in every pass
+        self.flat, self.row_groups = Flat(model), shared_groups(model)
         device, self.dtype = self.flat.param.device, self.flat.param.dtype
         self.device = device
         self.forward: Callable[[Tensor], Tensor] = model
@@ -139,6 +137,9 @@ class Step:
         self.adv_255 = empty(self.n_adv, self.dtype)  # grey levels; with `pipelined` the carry to the next step
         self.adv_labels = ints(self.n_adv)
         self.carries = torch.zeros((), dtype=torch.bool, device=device)  # pipelined: is there a carry yet?
+        # parallel: the clean pass has gradients of its own, since two streams must not add to the same ones.
+        self.clean_grad = torch.zeros_like(self.flat.grad) if schedule == "parallel" else None
+        self.clean_stream = torch.cuda.Stream(device) if schedule == "parallel" and device.type == "cuda" else None
 
         self.optimizer = torch.optim.SGD(
             [self.flat.param], lr=self.inputs.lr if device.type == "cuda" else 0.0, momentum=config.optim.momentum,
@@ -180,10 +181,28 @@ class Step:
         for blocks, x in zip(self.passes, self.pass_input, strict=True):
             if blocks[-1].kind == "mixed":
                 images["mixed"], labels["mixed"] = self._mixed(images["noise"], labels["noise"])
-            gradient = self._run(blocks, x, images, labels, calls)
+            with self._stream_of(blocks[0].kind):
+                gradient = self._run(blocks, x, images, labels, calls)
             if gradient is not None:
                 self._publish(self._ascend(images["noise"], source, gradient), labels["noise"])
+        if self.clean_grad is not None:
+            if self.clean_stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self.clean_stream)
+            self.flat.grad.add_(self.clean_grad)
         self._update(stats_before)
+
+    @contextlib.contextmanager
+    def _stream_of(self, kind: Kind) -> Iterator[None]:
+        """With `parallel` the clean pass runs beside the others; what it reads stays referenced until the step joins it."""
+        if self.clean_grad is None or kind != "clean":
+            yield
+            return
+        if self.clean_stream is not None:
+            self.clean_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.clean_stream):
+            self.flat.accumulate_in(self.clean_grad.zero_())
+            yield
+        self.flat.accumulate_in(self.flat.grad)
 
     def _run(
         self,
@@ -395,7 +414,7 @@ class Step:
         """Everything that the next step depends on, by name: live static tensors, to be cloned or copied into."""
         momentum = self.optimizer.state[self.flat.param]["momentum_buffer"]
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        state |= {f"momentum.{k}": v for k, v in self.flat.named(momentum, self.model).items()}
+        state |= {f"momentum.{k}": v for k, v in self.flat.named(momentum).items()}
         state |= {"scale": self.scale, "growth": self.growth, "metrics": self.metrics}
         if self.config.method.schedule == "pipelined":
             state |= {"carry.images_255": self.adv_255, "carry.labels": self.adv_labels, "carry.filled": self.carries}

@@ -11,7 +11,7 @@ from fap.models import build
 from fap.norm import norms, shared_groups
 from fap.step import Step
 
-KINDS = ("vanilla", "sequential", "fused", "pipelined")
+KINDS = ("vanilla", "sequential", "fused", "pipelined", "parallel")
 ALL = [*KINDS, "advprop", "decoupled"]
 
 

@@ -155,7 +155,7 @@ def close(fast: Tensor, slow: Tensor, what: str) -> None:
 
 
 def gradients(step: Step) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in step.flat.named(step.flat.grad, step.model).items()}
+    return {k: v.clone() for k, v in step.flat.named(step.flat.grad).items()}
 
 
 def in_step_names(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -211,7 +211,7 @@ def check(config: Config, kind: type[nn.Module] = TinyResNet, steps: int = 5) ->
 
 
 FAST = {"name": "fast_advprop"}
-SCHEDULES = ("sequential", "fused", "pipelined")
+SCHEDULES = ("sequential", "fused", "pipelined", "parallel")
 
 
 @pytest.mark.parametrize("kind", [TinyNet, TinyResNet])
