@@ -109,6 +109,8 @@ class Peer(Contestant):
         layout, batch = torch.channels_last if nhwc else torch.contiguous_format, synthetic(config)
         self.loader, self.sample = None, replace(batch, images=batch.images.contiguous(memory_format=layout))
         model = plain(name, classes) if self.vanilla else build(name, classes, size=config.data.size)
+        if not self.vanilla:
+            shared_groups(model).kernel = "split"  # theirs is the framework's
         self.model = model.to(DEVICE, memory_format=layout).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)

@@ -150,8 +150,9 @@ class Step:
         # Dynamic loss scaling as torch.amp.GradScaler does it, but with the verdict left on the device for us to read.
         self.scale = torch.full((), 2.0**16 if amp == "fp16" else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
-        if (stem := stem_of(model)) is not None:
-            stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
+        self.stem = stem_of(model)
+        if self.stem is not None:
+            self.stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
 
         self.metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
 
@@ -259,7 +260,7 @@ class Step:
     @contextlib.contextmanager
     def _probing(self, x: Tensor, rows: slice | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The input and the leaf whose gradient is that of `rows`: at the stem if there is one, else of the whole input."""
-        stem = stem_of(self.model)
+        stem = self.stem
         if rows is None:
             yield x, None
         elif stem is None:
