@@ -228,10 +228,7 @@ class Run:
 
     def _leave_if_asked(self) -> None:
         """Several ranks agree every tenth step, so that all of them leave after the same one."""
-        asked = self.stop.number is not None
-        if self.ranks.world > 1:
-            asked = self.done % 10 == 0 and self.ranks.any(asked)
-        if asked:
+        if (self.ranks.world == 1 or self.done % 10 == 0) and self.ranks.any(self.stop.number is not None):
             self._save()
             self._say(f"saved at step {self.done}; continue with resume=auto")
             raise Interrupted(self.stop.number or signal.SIGTERM)
