@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,12 @@ from scipy import stats
 from bench.common import ROOT, write_json
 from pipelines.corrupt import NAMES
 
-ARMS = {  # name -> config of configs/cifar10
-    "vanilla": "vanilla",
-    "noise": "noise",
-    "advprop": "advprop_pgd1",
-    "fast_advprop": "fast_advprop",
-    "no_shuffle": "fast_advprop_no_shuffle",
-    "mean": "fast_advprop_mean",
-    "pipelined": "fast_advprop_pipelined",
-}
 RUNS = ROOT / "runs"
 
 
 @dataclass(frozen=True)
 class Size:
-    arms: tuple[str, ...]
+    arms: tuple[str, ...]  # configs of configs/cifar10
     seeds: int
     model: str
     images: int
@@ -51,11 +43,11 @@ class Size:
 SIZES = {
     "demo": Size(("vanilla", "fast_advprop"), 1, "cifar_resnet8", 10_000, 2_000, 12, (7, 10), 128, 1, ()),
     "small": Size(
-        ("vanilla", "noise", "advprop", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 15, (9, 13), 128, 2, NAMES
+        ("vanilla", "noise", "advprop_pgd1", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 15, (9, 13), 128, 2, NAMES
     ),
     "full": Size(
-        ("vanilla", "noise", "fast_advprop", "no_shuffle", "mean", "pipelined"), 5, "cifar_resnet18", 50_000, 10_000, 30,
-        (15, 24, 28), 256, 1, ("all",),
+        ("vanilla", "noise", "fast_advprop", *(f"fast_advprop_{k}" for k in ("no_shuffle", "mean", "pipelined"))), 5,
+        "cifar_resnet18", 50_000, 10_000, 30, (15, 24, 28), 256, 1, ("all",),
     ),
 }  # fmt: skip
 
@@ -64,7 +56,7 @@ def command(module: str, *words: str) -> list[str]:
     return [sys.executable, "-m", f"fap.cli.{module}", *words]
 
 
-def convert(size: Size, split: str, count: int) -> Path:
+def convert(split: str, count: int) -> Path:
     """The first `count` images of CIFAR-10 as `.beton`, made once."""
     file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
     if not file.exists():
@@ -74,21 +66,21 @@ def convert(size: Size, split: str, count: int) -> Path:
 
 def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
     """One run, or what is left of it. Returns its folder."""
-    folder = runs / ARMS[arm] / f"seed{seed}"
-    words = [
-        f"configs/cifar10/{ARMS[arm]}.yaml", f"model.name={size.model}", f"optim.clean_batch={size.clean_batch}",
-        f"budget.epochs={size.epochs}", f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
-        f"data.train={convert(size, 'train', size.images)}", f"data.val={convert(size, 'test', size.test)}",
-        f"run.dir={runs}", "--pipeline", pipeline,
-    ]  # fmt: skip
+    folder = runs / arm / f"seed{seed}"
     if (folder / "result.json").exists():
         print(f"{arm}, seed {seed}: already trained, in {folder}", flush=True)
         return folder
+    words = [
+        f"configs/cifar10/{arm}.yaml", f"model.name={size.model}", f"optim.clean_batch={size.clean_batch}",
+        f"budget.epochs={size.epochs}", f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
+        f"data.train={convert('train', size.images)}", f"data.val={convert('test', size.test)}",
+        f"run.dir={runs}", "--pipeline", pipeline,
+    ]  # fmt: skip
     alone, log = None, None
     if size.workers > 1:
-        folder.mkdir(parents=True, exist_ok=True)
         alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
+        folder.mkdir(parents=True, exist_ok=True)
         log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115
     print(f"\n{arm}, seed {seed}: training" + (f", see {log.name}" if log else ""), flush=True)
     subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)
@@ -98,28 +90,26 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
 def evaluated(folders: list[Path], size: Size, runs: Path, pipeline: str) -> list[dict[str, Any]]:
     """Clean and corrupted accuracy of every run's last checkpoint: fap-eval's report."""
     last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
-    words = ["--data", str(convert(size, "test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
+    words = ["--data", str(convert("test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
     subprocess.run(command("eval", *last, *words, "--corrupt", *size.corrupt), check=True, cwd=ROOT)
     return json.loads((runs / "eval" / "report.json").read_text())
 
 
 def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """One run in numbers; accuracies in percent."""
+    """One run in numbers, accuracies in percent; `curve` is that of the clean training rows over image passes."""
     result = json.loads((folder / "result.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs, per_step = [r for r in records if "epoch_acc_clean" in r], result["image_passes"] / result["steps"]
     corrupted = [v["top1"] for k, v in report["results"].items() if k.startswith("computed/")]
-    last = [r for r in records(folder) if "epoch_acc_clean" in r][-1]
     return {
         "clean": 100 * report["results"]["clean"]["top1"],
         "corrupted": 100 * float(np.mean(corrupted)),
-        "train_clean": 100 * last["epoch_acc_clean"],
-        "train_adv": 100 * last["epoch_acc_adv"] if "epoch_acc_adv" in last else None,
+        "train_clean": 100 * epochs[-1]["epoch_acc_clean"],
+        "train_adv": 100 * epochs[-1]["epoch_acc_adv"] if "epoch_acc_adv" in epochs[-1] else None,
         "image_passes": result["image_passes"],
         "seconds": result["seconds"],
+        "curve": [(r["step"] * per_step, 100 * r["epoch_acc_clean"]) for r in epochs],
     }
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -127,14 +117,16 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %",
             "image passes", "seconds", "seconds / vanilla"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+
+    def column(arm: str, key: str) -> np.ndarray:
+        return np.array([run[key] for run in rows[arm]], dtype=float)
+
     for arm, runs in rows.items():
-        columns = {key: np.array([r[key] for r in runs], dtype=float) for key in runs[0]}
-        base = {key: np.array([r[key] for r in rows["vanilla"]], dtype=float) for key in runs[0]}
-        cells = [arm, str(len(runs)), *(mean_std(columns[k]) for k in ("clean", "corrupted"))]
-        cells += ["" if arm == "vanilla" else interval(columns[k] - base[k]) for k in ("clean", "corrupted")]
-        adv, clean = columns["train_adv"].mean(), columns["train_clean"].mean()
-        cells += ["" if np.isnan(adv) else f"{adv:.1f} / {clean:.1f}", f"{runs[0]['image_passes']:,}"]
-        cells += [f"{np.median(columns['seconds']):.0f}", f"{np.median(columns['seconds'] / base['seconds']):.3f}"]
+        cells = [arm, str(len(runs)), *(mean_std(column(arm, k)) for k in ("clean", "corrupted"))]
+        cells += ["" if arm == "vanilla" else interval(column(arm, k) - column("vanilla", k)) for k in ("clean", "corrupted")]
+        adv, clean, seconds = (column(arm, k) for k in ("train_adv", "train_clean", "seconds"))
+        cells += ["" if np.isnan(adv).any() else f"{adv.mean():.1f} / {clean.mean():.1f}", f"{runs[0]['image_passes']:,}"]
+        cells += [f"{np.median(seconds):.0f}", f"{np.median(seconds / column('vanilla', 'seconds')):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -152,14 +144,12 @@ def interval(differences: np.ndarray) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def plot(folders: dict[str, list[Path]], rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
+def plot(rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Training accuracy of clean rows (seed 0) against image passes; final accuracies are in the table and fap-eval's plot."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="image passes", ylabel="training accuracy of clean rows, %")
-    for arm, runs in folders.items():
-        per_step = rows[arm][0]["image_passes"] / json.loads((runs[0] / "result.json").read_text())["steps"]
-        points = [(r["step"] * per_step, 100 * r["epoch_acc_clean"]) for r in records(runs[0]) if "epoch_acc_clean" in r]
-        axes.plot(*zip(*points, strict=True), label=arm)
+    for arm, runs in rows.items():
+        axes.plot(*zip(*runs[0]["curve"], strict=True), label=arm)
     axes.legend()
     figure.savefig(file, dpi=120)
 
@@ -171,27 +161,26 @@ def main() -> None:
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
     args = parser.parse_args()
     name = "demo" if args.what == "demo" else args.size
-    size = SIZES[name]
-    runs = RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
-    seeds = range(size.seeds)
+    size, runs = SIZES[name], RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
     try:
-        for split, count in (("train", size.images), ("test", size.test)):
-            convert(size, split, count)
+        convert("train", size.images)
+        convert("test", size.test)
         with ThreadPoolExecutor(size.workers) as pool:
-            jobs = {(a, s): pool.submit(train, a, s, size, runs, args.pipeline) for s in seeds for a in size.arms}
-            folders = {arm: [jobs[arm, seed].result() for seed in seeds] for arm in size.arms}
-        reports = iter(evaluated([f for fs in folders.values() for f in fs], size, runs, args.pipeline))
+            order = product(range(size.seeds), size.arms)  # of the first seed all arms, then of the next
+            jobs = [pool.submit(train, arm, seed, size, runs, args.pipeline) for seed, arm in order]
+        folders = [job.result() for job in jobs]
+        reports = evaluated(folders, size, runs, args.pipeline)
     except subprocess.CalledProcessError as error:
         sys.exit(
             f"study: '{' '.join(error.cmd[2:4])}' ended with exit code {error.returncode}; its message is above or in {runs}"
         )
-    rows = {arm: [summary(f, next(reports)) for f in folders[arm]] for arm in size.arms}
-    text = table(rows)
-    out = runs if name == "demo" else ROOT / "bench" / "results"
-    plot(folders, rows, out / f"study_{name}.png")
-    write_json(out / f"study_{name}.json", {"size": size.__dict__, "runs": rows})
-    (out / f"study_{name}.md").write_text(text + "\n")
-    print(f"\n{text}\n\nplot: {out / f'study_{name}.png'}")
+    found = [summary(folder, report) for folder, report in zip(folders, reports, strict=True)]
+    rows = {arm: found[i :: len(size.arms)] for i, arm in enumerate(size.arms)}
+    text, out = table(rows), (runs if name == "demo" else ROOT / "bench" / "results") / f"study_{name}"
+    plot(rows, out.with_suffix(".png"))
+    write_json(out.with_suffix(".json"), {"size": asdict(size), "runs": rows})
+    out.with_suffix(".md").write_text(text + "\n")
+    print(f"\n{text}\n\nplot: {out}.png")
 
 
 if __name__ == "__main__":

@@ -128,16 +128,16 @@ def _step(path: Path) -> int:
     return int(path.stem[5:])
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config]:
-    """The converted model of a run's checkpoint, in evaluation mode, and the run's config.
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The converted model of a run's checkpoint, in evaluation mode, the run's config and the checkpoint's metadata.
 
     Raises DamagedCheckpoint, FileNotFoundError, or ValueError for a checkpoint that is not of a training run.
     """
-    state, _, config = _model_state(path)
+    state, meta, config = _model_state(path)
     aux = any(k.endswith("aux.running_mean") for k in state)
     model = models.build(config.model.name, config.model.num_classes, aux=aux, size=config.data.size)
     model.load_state_dict(state)
-    return model.to(device).eval(), config
+    return model.to(device).eval(), config, meta
 
 
 def export(path: str | Path, out: str | Path) -> dict[str, str]:

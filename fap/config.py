@@ -58,16 +58,8 @@ class ModelConfig(Section):
 # What an unset field of `method` means, per method. A field that is absent here is meaningless for that
 # method, and setting it is an error.
 _ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
-_REUSE = _ATTACK | {
-    "p_adv": Fraction(1, 5),
-    "schedule": "fused",
-    "weight_clean": 1.0,
-    "weight_noise": 0.5,
-    "weight_adv": 0.5,
-    "sync": True,
-    "combine": "sum",
-    "shuffle": "ranks",
-}
+_REUSE = _ATTACK | {"p_adv": Fraction(1, 5), "schedule": "fused", "sync": True, "combine": "sum", "shuffle": "ranks"}
+_REUSE |= {"weight_clean": 1.0, "weight_noise": 0.5, "weight_adv": 0.5}
 _SEPARATE = _ATTACK | {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "targeted": False, "shuffle": "off"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
@@ -114,14 +106,12 @@ class MethodConfig(Section):
         name = given.get("name", "fast_advprop") if isinstance(given, dict) else None
         if not isinstance(name, str) or name not in METHOD_DEFAULTS:
             return given
-        defaults = dict(METHOD_DEFAULTS[name])
-        if given.get("combine") == "mean":
-            defaults["sync"] = False
-        allowed = {"name", "group", *defaults}
-        for key, value in given.items():
-            if key in cls.model_fields and key not in allowed and value is not None:
-                raise ValueError(f"method.{key} = {value!r} has no meaning for method.name = {name!r}; leave it out")
-        return defaults | {k: v for k, v in given.items() if v is not None}
+        given = {k: v for k, v in given.items() if v is not None}
+        defaults = METHOD_DEFAULTS[name]
+        if wrong := [k for k in given if k in cls.model_fields and k not in {"name", "group", *defaults}]:
+            value = given[wrong[0]]
+            raise ValueError(f"method.{wrong[0]} = {value!r} has no meaning for method.name = {name!r}; leave it out")
+        return defaults | ({"sync": False} if given.get("combine") == "mean" else {}) | given
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
@@ -246,10 +236,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.optim.clean_batch % self.method.group:
-            raise ValueError(
-                f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of method.group = {self.method.group}"
-            )
+        rows, group = self.optim.clean_batch, self.method.group
+        if rows % group:
+            raise ValueError(f"optim.clean_batch = {rows} must be a multiple of method.group = {group}")
         if self.data.mix and self.method.name == "advprop":
             raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
         for field in ("scale", "ratio"):
@@ -267,7 +256,7 @@ class Config(Section):
         return 0 if m.name == "advprop" else self.optim.clean_batch // m.group * m.adv_group
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=False), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -313,13 +302,11 @@ def make_config(tree: dict[str, Any]) -> Config:
 def _describe(error: Any) -> str:
     field = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        near = difflib.get_close_matches(str(error["loc"][-1]), section.model_fields, n=1)
-        return f"{field}: unknown key" + (
-            f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(section.model_fields)}"
-        )
+        *parents, key = error["loc"]
+        section: Any = Config.model_fields[parents[0]].annotation if parents else Config
+        near = difflib.get_close_matches(str(key), section.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(section.model_fields)}"
+        return f"{field}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and message.split(" ")[0].count("."):
         return message

@@ -73,7 +73,7 @@ def evaluate(
     finally:
         for module, training in former:
             module.training = training
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
     if not count:

@@ -2,36 +2,32 @@
 
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
-from fap.distributed import Ranks
 from fap.step import Step
 
 
-def describe(config: Config, budget: Budget, step: Step, ranks: Ranks) -> str:
+def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) -> str:
     """A few lines: method, passes, effective eps, batch-norm groups, budget, parameters, shuffle."""
-    m, data = config.method, config.data
-    cost = cost_per_image(m)
-    lines = [f"run        {config.name}, seed {config.seed}: {m.name} {m.schedule or ''}".rstrip()]
-    lines.append(f"model      {config.model.name}, {config.model.num_classes} classes, {data.size} px")
-    parts = dict(zip(("shared", "main BN", "aux BN"), step.flat.counts, strict=True))
-    lines.append("parameters " + ", ".join(f"{k} {v:,}" for k, v in parts.items()))
-    shown = " | ".join(" + ".join(f"{b.kind} {b.stop - b.start}" for b in blocks) for blocks in step.passes)
-    lines.append(f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}")
+    m, data, cost = config.method, config.data, float(cost_per_image(config.method))
     groups = config.optim.clean_batch // m.group
-    lines.append(
-        f"BN groups  {groups} main of {m.group} rows" + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else "")
-    )
+    shown = " | ".join(" + ".join(f"{b.kind} {b.stop - b.start}" for b in blocks) for blocks in step.passes)
+    lines = [
+        f"run        {config.name}, seed {config.seed}: {m.name} {m.schedule or ''}".rstrip(),
+        f"model      {config.model.name}, {config.model.num_classes} classes, {data.size} px",
+        "parameters shared {:,}, main BN {:,}, aux BN {:,}".format(*step.flat.counts),
+        f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}",
+        f"BN groups  {groups} main of {m.group} rows" + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else ""),
+    ]
     if m.eps_255 is not None:
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
         start = "random start" if m.random_start else "no random start (FGSM)"
         lines.append(f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {m.attack_steps} step(s) of "
                      f"{m.step_size_255:g}/255, {start}")  # fmt: skip
-        reach = {"ranks": groups, "groups": groups // ranks.world}.get(m.shuffle or "off", 0)
-        effect = f"adversarial rows change places among {reach} groups"
-        if reach < 2:
+        effect = f"adversarial rows change places among {shuffle_groups} groups"
+        if shuffle_groups < 2:
             effect = "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
         lines.append("shuffle    off" if m.shuffle == "off" else f"shuffle    {m.shuffle}: {effect}")
     lines.append(
-        f"budget     {budget.epochs} epochs of {budget.steps_per_epoch} steps at {float(cost):g} image passes per image = "
+        f"budget     {budget.epochs} epochs of {budget.steps_per_epoch} steps at {cost:g} image passes per image = "
         f"{budget.image_passes:,} image passes; lr {budget.base_lr:g}, x{budget.gamma:g} after epochs {budget.milestones}"
     )
     return "\n".join(lines)

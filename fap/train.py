@@ -6,10 +6,11 @@ import json
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,9 @@ from fap.models import build, load_plain
 from fap.norm import shared_groups
 from fap.step import KINDS, METRICS, Amp, Step
 from fap.summary import describe
+from pipelines.batch import run_ahead
+
+PER_RANK = {"carry.images_255", "carry.labels"}  # of the step's state: every rank holds its own rows
 
 
 class Interrupted(Exception):  # noqa: N818
@@ -41,20 +45,19 @@ class NonFinite(RuntimeError):  # noqa: N818
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a flag that is looked at between steps; a second signal acts at once."""
+class StopSignal(ExitStack):
+    """While entered, notes SIGINT and SIGTERM, to be looked at between steps; a second signal acts at once."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._former = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+    number: int | None = None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def __enter__(self) -> StopSignal:
+        for s in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, s, signal.signal(s, self._note))
+        return self
+
+    def _note(self, number: int, *_: Any) -> None:
         self.number = number
-        self.restore()
-
-    def restore(self) -> None:
-        for s, handler in self._former.items():
-            signal.signal(s, handler)
+        self.close()
 
 
 class Run:
@@ -62,10 +65,7 @@ class Run:
 
     def __init__(self, config: Config, ranks: Ranks = ONE_RANK) -> None:
         self.started = time.perf_counter()
-        self.config, self.ranks = config, ranks
-        for field in ("train", "val"):
-            if getattr(config.data, field) is None:
-                raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
+        self.config, self.ranks, self.stop = config, ranks, StopSignal()
         self.device = _device(config.run.device, ranks)
         self.amp: Amp = config.run.amp if config.run.amp != "auto" else "fp16" if self.device.type == "cuda" else "off"
         if config.run.torch_threads:
@@ -73,7 +73,7 @@ class Run:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
-        self.store, self.val_store = (_open_store(path, config) for path in (config.data.train, config.data.val))
+        self.store, self.val_store = _open_store("train", config), _open_store("val", config)
         if self.store.classes and self.val_store.classes and self.store.classes != self.val_store.classes:
             raise ValueError(f"data.val = {config.data.val} has other classes than data.train = {config.data.train}")
         self.budget = budget(config, len(self.store))
@@ -81,13 +81,12 @@ class Run:
         self.spec = plan_spec(config, ranks)
 
         torch.manual_seed(config.seed)
-        self.model = build(
-            config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=config.data.size
-        )
-        if config.model.init:
-            if not Path(config.model.init).is_file():
-                raise ValueError(f"model.init = {config.model.init!r}: no such file")
-            load_plain(self.model, load_file(config.model.init))
+        wanted, aux = config.model, config.method.name != "vanilla"
+        self.model = build(wanted.name, wanted.num_classes, aux=aux, size=config.data.size)
+        if wanted.init:
+            if not Path(wanted.init).is_file():
+                raise ValueError(f"model.init = {wanted.init!r}: no such file")
+            load_plain(self.model, load_file(wanted.init))
         self.model.to(self.device)
         self.step = Step(self.model, config, ranks, amp=self.amp)
         self._prepare_folder()
@@ -100,57 +99,42 @@ class Run:
         self.totals = dict.fromkeys(METRICS, 0.0)  # of the epoch so far
         self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
         self.last: dict[str, float] = {}
-        self.seconds = 0.0  # of this run's earlier processes
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep, say=self._say)
-        if config.resume == "auto":
-            self._resume()
+        if config.resume == "auto" and (found := self.checkpoints.newest()):
+            self._resume(*found)
         self.log = Log(self.folder, self.done, self.steps, quiet=not ranks.first)
 
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
         """Train to the end of the budget; the result is also written to `result.json`. Raises Interrupted, NonFinite."""
-        stop = StopSignal()
-        loader = None
-        try:
-            loader = self._open_loader(self.store)
-            run_step, how = runner(self.step, self.config.run.graph)
+        run, per_epoch = self.config.run, self.budget.steps_per_epoch
+        with self.stop, closing(self.log), closing(self._open_loader(self.store)) as loader:
+            run_step, how = runner(self.step, run.graph)
             self._say(f"training from step {self.done} to {self.steps}, {how}, AMP {self.amp}, on {self.device}")
-            plans = self._plans()
-            while True:
-                epoch, offset = divmod(self.done, self.budget.steps_per_epoch)
-                ended = self.done == self.steps
-                if (epoch > self.closed and offset == 0) or (ended and offset):
-                    self._close_epoch(epoch, stop)
-                if ended:
-                    return self._finish()
-                plan = next(plans)
-                draws = self._draws(plan)
-                waiting = Stopwatch()
-                for batch in waiting.on(loader.load(plan, offset)):
+            for plan in self._plans():
+                first = plan.epoch * per_epoch
+                todo = range(self.done, min(first + per_epoch, self.steps))
+                draws, waiting = self._draws(plan), Stopwatch()
+                for batch in islice(waiting.on(loader.load(plan, self.done - first)), len(todo)):
                     lr = self.budget.lr_at(self.done)
                     torch.manual_seed(hash((self.config.seed, self.done, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
                     self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
                     run_step()
                     self.done += 1
                     self.log.advance(self.done)
-                    last = self.done == self.steps or self.done % self.budget.steps_per_epoch == 0
-                    if last or self.done % self.config.run.log_every == 0:
+                    last = self.done == todo.stop
+                    if last or self.done % run.log_every == 0:
                         self._log_step(lr, waiting)
-                    if self._stopped(stop):
-                        self._leave(stop)
-                    if last:
-                        break
-                    if self.done % self.config.run.checkpoint_every == 0:
+                    self._leave_if_asked()
+                    if not last and self.done % run.checkpoint_every == 0:
                         self._save()
-        finally:
-            stop.restore()
-            if loader is not None:
-                loader.close()
-            self.log.close()
+                self._close_epoch()
+            return self._finish()
 
-    def _close_epoch(self, epoch: int, stop: StopSignal) -> None:
+    def _close_epoch(self) -> None:
         """Evaluate, compare adversarial with clean training accuracy (the leak of section 4.3), save."""
+        epoch, begun = divmod(self.done, self.budget.steps_per_epoch)
         record = {f"epoch_{k}": v for k, v in rates(self.totals).items()}
         if record.get("epoch_acc_adv", 0) > record.get("epoch_acc_clean", 1):
             record["leak"] = 1.0
@@ -159,70 +143,50 @@ class Run:
                 f"of clean rows ({record['epoch_acc_clean']:.1%}): statistics leak labels (section 4.3); see method.shuffle"
             )
         if self.done == self.steps or epoch % self.config.run.eval_every == 0:
-            try:
-                self.last = self._evaluate(stop)
-            except Interrupted:
-                self._leave(stop)
-            record |= {f"val_{k}": v for k, v in self.last.items()}
-            if self.last["top1"] > self.best["top1"]:
-                self.best = {"top1": self.last["top1"], "epoch": epoch}
-            self._say(
-                f"epoch {epoch}: top-1 {self.last['top1']:.2%}, top-5 {self.last['top5']:.2%}, loss {self.last['loss']:.4f}"
-            )
+            self.last = last = self._evaluate()
+            record |= {f"val_{k}": v for k, v in last.items()}
+            if last["top1"] > self.best["top1"]:
+                self.best = {"top1": last["top1"], "epoch": epoch}
+            self._say(f"epoch {epoch}: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss {last['loss']:.4f}")
         self.log.record(self.done, record | {"epoch": epoch})
-        if self.done % self.budget.steps_per_epoch == 0:
+        if not begun:
             self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self._save()
 
-    def _evaluate(self, stop: StopSignal) -> dict[str, float]:
-        data, store = self.config.data, self.val_store
-        batch = max(1, self.config.run.eval_batch // self.ranks.world) * self.ranks.world
+    def _evaluate(self) -> dict[str, float]:
+        data, store, world = self.config.data, self.val_store, self.ranks.world
+        batch = max(1, self.config.run.eval_batch // world) * world
         plan = pipelines.eval_plan(store.heights, store.widths, size=data.size, resize=data.resize, batch=batch)
-        loader = self._open_loader(store)
 
         def batches() -> Iterator[pipelines.Batch]:
-            for batch in loader.load(plan.for_rank(self.ranks.rank, self.ranks.world)):
-                if stop.number is not None and self.ranks.world == 1:
-                    raise Interrupted(stop.number)
+            for batch in loader.load(plan.for_rank(self.ranks.rank, world)):
+                if world == 1:
+                    self._leave_if_asked()
                 yield batch
 
-        try:
+        with closing(self._open_loader(store)) as loader:
             result = evaluate(self.model, batches(), mean=data.mean, std=data.std, device=self.device, amp=self.amp)
-        finally:
-            loader.close()
         return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
 
     # ------------------------------------------------------------------ the data
 
     def _open_loader(self, store: pipelines.Store) -> pipelines.Loader:
-        d = self.config.data
-        return pipelines.open_loader(
-            d.pipeline, store, size=d.size, device=self.device, threads=d.threads, prefetch=d.prefetch,
-            hw_decoder_load=d.hw_decoder_load,
-        )  # fmt: skip
+        data = self.config.data
+        options = data.model_dump(include={"size", "threads", "prefetch", "hw_decoder_load"})
+        return pipelines.open_loader(data.pipeline, store, device=self.device, **options)
 
     def _plans(self) -> Iterator[pipelines.EpochPlan]:
-        """This rank's plans from the current epoch on; the next one is drawn while one runs."""
-        first = self.done // self.budget.steps_per_epoch
-
-        def draw(epoch: int) -> pipelines.EpochPlan:
-            return pipelines.draw_epoch(self.spec, self.store.heights, self.store.widths, epoch)
-
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(draw, first)
-            for epoch in range(first, self.budget.epochs):
-                plan = coming.result()
-                coming = pool.submit(draw, epoch + 1)
-                yield plan.for_rank(self.ranks.rank, self.ranks.world)
+        """This rank's plans of the epochs that are not closed; the next one is drawn while one runs."""
+        draw = partial(pipelines.draw_epoch, self.spec, self.store.heights, self.store.widths)
+        epochs = range(self.closed, -(-self.steps // self.budget.steps_per_epoch))
+        for plan in run_ahead((partial(draw, epoch) for epoch in epochs), threads=1, ahead=2):
+            yield plan.for_rank(self.ranks.rank, self.ranks.world)
 
     def _draws(self, plan: pipelines.EpochPlan) -> dict[str, Tensor]:
         """The plan's draws for the step, on the device, one row per step."""
-        fields = {}
-        if self.step.n_adv:
-            first = self.ranks.rank * self.step.n_adv
-            shuffle = plan.shuffle[:, first : first + self.step.n_adv]
-            fields["shuffle"] = shuffle - first if self.config.method.shuffle == "groups" else shuffle
-            fields["noise_key"] = plan.noise_key
+        first = self.ranks.rank * self.step.n_adv
+        shuffle = plan.shuffle[:, first : first + self.step.n_adv] - (first if self.config.method.shuffle == "groups" else 0)
+        fields = {"shuffle": shuffle, "noise_key": plan.noise_key}
         if self.config.data.mix:
             fields |= {"mix_lam": plan.mix_lam, "mix_box": plan.mix_box, "mix_partner": plan.mix_partner}
         return {k: torch.from_numpy(v.copy()).to(self.device) for k, v in fields.items()}
@@ -230,39 +194,27 @@ class Run:
     # ------------------------------------------------------------------ the record
 
     def _log_step(self, lr: float, waiting: Stopwatch) -> None:
-        metrics = self.step.take_metrics()
-        for name, value in metrics.items():
-            self.totals[name] += value
-        seconds, waited = waiting.lap()
-        steps = max(1.0, metrics["steps"])
-        self.log.step(
-            self.done,
-            {
-                "epoch": self.done / self.budget.steps_per_epoch,
-                "lr": lr,
-                **rates(metrics),
-                "skipped": metrics["skipped"],
-                "image_passes_per_second": steps * self.budget.image_passes_per_step / seconds,
-                "waiting_for_data": waited / seconds,
-            },
-        )
-        if metrics["skipped"]:
-            self._say(
-                f"step {self.done}: {metrics['skipped']:.0f} of the last {steps:.0f} steps were not finite and were skipped"
-            )
-        if metrics["skipped_in_a_row"] >= self.config.run.max_skipped:
-            bad = [k for k in KINDS if metrics[f"nonfinite_{k}"]]
+        metrics, (seconds, waited) = self.step.take_metrics(), waiting.lap()
+        self.totals = {name: self.totals[name] + value for name, value in metrics.items()}
+        steps, skipped, in_a_row = metrics["steps"], metrics["skipped"], metrics["skipped_in_a_row"]
+        speed = {"image_passes_per_second": steps * self.budget.image_passes_per_step / seconds,
+                 "waiting_for_data": waited / seconds}  # fmt: skip
+        at = {"epoch": self.done / self.budget.steps_per_epoch, "lr": lr}
+        self.log.step(self.done, at | rates(metrics) | {"skipped": skipped} | speed)
+        if skipped:
+            self._say(f"step {self.done}: {skipped:.0f} of the last {steps:.0f} steps were not finite and were skipped")
+        if in_a_row >= self.config.run.max_skipped:
+            bad = ", ".join(k for k in KINDS if metrics[f"nonfinite_{k}"]) or "no"
             raise NonFinite(
-                f"{metrics['skipped_in_a_row']:.0f} non-finite steps in a row up to step {self.done} (loss of the "
-                f"{', '.join(bad) or 'no'} rows; else gradients only); the last good checkpoint is in {self.checkpoints.folder}"
+                f"{in_a_row:.0f} non-finite steps in a row up to step {self.done} (loss of the {bad} rows; else gradients "
+                f"only); the last good checkpoint is in {self.checkpoints.folder}"
             )
 
     def _finish(self) -> dict[str, Any]:
         result = {
             "name": self.config.name, "seed": self.config.seed, "method": self.config.method.name, "steps": self.done,
             "epochs": self.closed, "image_passes": self.done * self.budget.image_passes_per_step,
-            "seconds": self.seconds + time.perf_counter() - self.started, "last": self.last, "best": self.best,
-            "versions": versions(),
+            "seconds": time.perf_counter() - self.started, "last": self.last, "best": self.best, "versions": versions(),
         }  # fmt: skip
         if self.ranks.first:
             (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -274,27 +226,22 @@ class Run:
 
     # ------------------------------------------------------------------ survival
 
-    def _stopped(self, stop: StopSignal) -> bool:
+    def _leave_if_asked(self) -> None:
         """Several ranks agree every tenth step, so that all of them leave after the same one."""
-        if self.ranks.world == 1:
-            return stop.number is not None
-        return self.done % 10 == 0 and self.ranks.any(stop.number is not None)
-
-    def _leave(self, stop: StopSignal) -> None:
-        self._save()
-        self._say(f"saved at step {self.done}; continue with resume=auto")
-        raise Interrupted(stop.number or signal.SIGTERM)
+        if (self.ranks.world == 1 or self.done % 10 == 0) and self.ranks.any(self.stop.number is not None):
+            self._save()
+            self._say(f"saved at step {self.done}; continue with resume=auto")
+            raise Interrupted(self.stop.number or signal.SIGTERM)
 
     def _save(self) -> None:
         meta = {
             "config": self.config.model_dump(mode="json"), "step": self.done, "closed": self.closed, "totals": self.totals,
-            "best": self.best, "last": self.last, "seconds": self.seconds + time.perf_counter() - self.started,
-            "world": self.ranks.world, "versions": versions(), "classes": list(self.store.classes or ()),
+            "best": self.best, "last": self.last, "seconds": time.perf_counter() - self.started, "world": self.ranks.world,
+            "versions": versions(), "classes": list(self.store.classes or ()),
         }  # fmt: skip
         state = self.step.state() | {"metrics": self.step.metrics_of_all_ranks()}
-        for name in ("carry.images_255", "carry.labels"):
-            if name in state:
-                state[name] = self.ranks.gather_rows(state[name])
+        for name in sorted(PER_RANK & state.keys()):  # in the same order on every rank
+            state[name] = self.ranks.gather_rows(state[name])
         if self.ranks.first:
             try:
                 self.checkpoints.save(self.done, state, meta)
@@ -302,31 +249,27 @@ class Run:
                 self._say(f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on")
         self.ranks.barrier()
 
-    def _resume(self) -> None:
-        found = self.checkpoints.newest()
-        if found is None:
-            return
-        path, tensors, meta = found
+    def _resume(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         _same_run(self.config, make_config(meta["config"]), path)
         if meta["world"] != self.ranks.world:
             raise ValueError(
                 f"{path} was written by {meta['world']} ranks, this run has {self.ranks.world}: rank slices, and with them the "
                 "batch-norm groups, would differ; resume on as many ranks"
             )
-        for name in ("carry.images_255", "carry.labels"):
-            if name in tensors:
-                tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
+        for name in PER_RANK & tensors.keys():
+            tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
         if not self.ranks.first:  # saved as sums over all ranks
             tensors["metrics"][: METRICS.index("steps")] = 0
         self.step.load_state(tensors)
         self.done, self.closed, self.totals = meta["step"], meta["closed"], meta["totals"]
-        self.best, self.last, self.seconds = meta["best"], meta["last"], meta["seconds"]
+        self.best, self.last = meta["best"], meta["last"]
+        self.started -= meta["seconds"]  # of the run's earlier processes
         self._say(f"resuming {path} at step {self.done}")
 
     def _prepare_folder(self) -> None:
         self.folder = folder = Path(self.config.run.dir) / self.config.name / f"seed{self.config.seed}"
         if self.ranks.first:
-            print(describe(self.config, self.budget, self.step, self.ranks), flush=True)
+            print(describe(self.config, self.budget, self.step, self.spec.shuffle_groups), flush=True)
             if self.config.resume == "never" and folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"{folder} holds an earlier run and is never overwritten: resume=auto, another name or seed")
             folder.mkdir(parents=True, exist_ok=True)
@@ -343,29 +286,24 @@ class Stopwatch:
         self.start, self.waited = time.perf_counter(), 0.0
 
     def on(self, batches: Iterable[pipelines.Batch]) -> Iterator[pipelines.Batch]:
-        iterator = iter(batches)
-        while True:
-            before = time.perf_counter()
-            batch = next(iterator, None)
+        before = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - before
-            if batch is None:
-                return
             yield batch
+            before = time.perf_counter()
 
     def lap(self) -> tuple[float, float]:
-        now = time.perf_counter()
-        seconds, waited = now - self.start, self.waited
-        self.start, self.waited = now, 0.0
-        return max(seconds, 1e-9), waited
+        former, self.start = self.start, time.perf_counter()
+        waited, self.waited = self.waited, 0.0
+        return self.start - former, waited
 
 
 def rates(metrics: dict[str, float]) -> dict[str, float]:
     """Mean loss and accuracy per kind of row, and the share of exactly zero gradient signs."""
-    out = {}
+    out: dict[str, float] = {}
     for kind in KINDS:
         if rows := metrics[f"rows_{kind}"]:
-            out[f"loss_{kind}"] = metrics[f"loss_{kind}"] / rows
-            out[f"acc_{kind}"] = metrics[f"correct_{kind}"] / rows
+            out |= {f"loss_{kind}": metrics[f"loss_{kind}"] / rows, f"acc_{kind}": metrics[f"correct_{kind}"] / rows}
     if metrics["signs"]:
         out["zero_signs"] = metrics["zero_signs"] / metrics["signs"]
     return out
@@ -383,8 +321,10 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     )  # fmt: skip
 
 
-def _open_store(path: str | None, config: Config) -> pipelines.Store:
-    assert path is not None
+def _open_store(field: Literal["train", "val"], config: Config) -> pipelines.Store:
+    path = getattr(config.data, field)
+    if path is None:
+        raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
     store = pipelines.open_store(path)
     least, most = int(store.labels.min(initial=0)), int(store.labels.max(initial=0))
     if least < 0 or most >= config.model.num_classes:
@@ -405,6 +345,4 @@ def _same_run(config: Config, saved: Config, path: Path) -> None:
 def _device(wanted: str, ranks: Ranks) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")

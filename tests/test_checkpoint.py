@@ -232,8 +232,8 @@ def test_export_loads_into_the_plain_model(name: str, tmp_path: Path, capsys: py
     save(tmp_path / "c.safetensors", state, meta)
 
     x = torch.rand(2, 3, 64, 64)
-    again, read = load_model(tmp_path / "c.safetensors")
-    assert read == config
+    again, read, found = load_model(tmp_path / "c.safetensors")
+    assert (read, found) == (config, meta)
     assert not again.training
     assert torch.equal(again(x), model(x))
 

@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
     """Results of every set that `args` ask for; each is saved when it is finished, and not computed again."""
-    model, config = checkpoint.load_model(path, args.device)
-    meta = checkpoint.load(path)[1]
+    model, config, meta = checkpoint.load_model(path, args.device)
     fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "seed")
     settings = {field: getattr(args, field) for field in fields}
     identity = _digest([settings, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
