@@ -5,15 +5,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .batch import Batch, Loader
-from .plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
+from .plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
 from .store import BetonStore, DamagedData, Store
 
-# fmt: off
 __all__ = [
-    "PADDING", "Batch", "BetonStore", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store",
-    "draw_epoch", "eval_plan", "open_loader", "open_store",
+    "Batch",
+    "DamagedData",
+    "EpochPlan",
+    "Loader",
+    "PlanSpec",
+    "Store",
+    "draw_epoch",
+    "eval_plan",
+    "open_loader",
+    "open_store",
 ]
-# fmt: on
 
 BACK_ENDS = {  # module: class, how to install what it needs
     "ffcv": ("FfcvLoader", "pip install --no-deps ffcv==1.0.2 (README lists the system packages)"),

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from . import cifar10, store
 from .batch import run_ahead
+from .folder import list_images
 from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
 
-ROW = np.dtype([("image", store.IMAGE), ("label", store.FIELD_TYPES[store.INT_FIELD])], align=True)
+ROW = np.dtype([store.COLUMNS[store.IMAGE_FIELD], store.COLUMNS[store.INT_FIELD]], align=True)
 PAGE = 8 << 20  # FFCV's default
 CHUNK = 8  # images of one task
 
@@ -217,12 +218,9 @@ def convert_folder(
         BadImages: damaged images, unless `skip_bad`.
         ValueError, OSError: wrong arguments, no images, nothing can be written.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
     _turbojpeg()
     Image.init()
-    classes, class_to_idx = find_classes(str(src))
-    files = make_dataset(str(src), class_to_idx, IMG_EXTENSIONS)
+    classes, files = list_images(Path(src))
 
     def one(item: tuple[str, int]) -> Sample | str:
         try:
