@@ -152,18 +152,15 @@ class BetonWriter:
         self.count, self._page = 0, PAGE
         self._rows, self._alloc = np.zeros(capacity, ROW), np.zeros(capacity, store.ALLOCATION)
         self._crc32 = np.zeros(capacity, np.uint32)
-        self._at = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
-        self._align(PAGE)
-
-    def _align(self, page: int) -> None:
-        self._at = self._file.seek(-(-self._at // page) * page)
+        tables = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
+        self._at = self._file.seek(-(-tables // PAGE) * PAGE)
 
     def add(self, sample: Sample, label: int) -> None:
         size = len(sample.data)
         while size > self._page:  # samples placed for smaller pages straddle none of the larger ones
             self._page *= 2
-        if self._at // self._page != (self._at + size - 1) // self._page:
-            self._align(self._page)
+        if size > (room := -self._at % self._page):
+            self._at = self._file.seek(self._at + room)
         self._rows[self.count] = ((sample.mode, sample.width, sample.height, self._at), label)
         self._alloc[self.count] = (self.count, self._at, size)
         self._crc32[self.count] = zlib.crc32(sample.data)

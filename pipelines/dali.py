@@ -107,14 +107,13 @@ class DaliLoader(Loader):
     def _fields(self, plan: EpochPlan, step: int) -> Fields:
         """Rows, output sides (a negative width flips), start and shape of the slice (and of the second slice)."""
         index, window = plan.index[step], plan.window[step].astype(np.int32)
-        empty = index == PADDING
-        window[empty] = 0, 0, 1, 1  # all of the black image
-        corner, shape = np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])
+        real = index != PADDING
+        window[~real] = 0, 0, 1, 1  # all of the black image
+        corner, shape = window[:, :2].copy(), window[:, 2:].copy()
         out = np.full((len(index), 2), self.size, np.float32)
         out[plan.flip[step], 1] *= -1
-        some = np.where(empty, 0, index)
-        sides = np.stack([self.store.heights[some], self.store.widths[some]], 1)
-        sides[empty] = 1
+        sides = np.ones_like(corner)
+        sides[real] = np.stack([self.store.heights[index[real]], self.store.widths[index[real]]], 1)
         data = [self.black if i == PADDING else self.store.read(i) for i in index.tolist()]
         if self.raw:
             data = [pixels.reshape(*side, 3) for pixels, side in zip(data, sides.tolist(), strict=True)]
