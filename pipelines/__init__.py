@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .batch import Batch, Loader
-from .plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
+from .folder import FolderStore
+from .plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
 from .store import BetonStore, DamagedData, Store
 
 # fmt: off
 __all__ = [
-    "PADDING", "Batch", "BetonStore", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store",
-    "draw_epoch", "eval_plan", "open_loader", "open_store",
+    "Batch", "DamagedData", "EpochPlan", "Loader", "PlanSpec", "Store", "draw_epoch", "eval_plan", "open_loader", "open_store"
 ]
 # fmt: on
 
@@ -26,8 +26,7 @@ def open_store(path: str | Path) -> Store:
     """A `.beton` file or an image folder in ImageNet's layout."""
     path = Path(path)
     if path.is_dir():
-        store: Store = import_module(".folder", __name__).FolderStore(path)
-        return store
+        return FolderStore(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder; expected a .beton file or an image folder")
     return BetonStore(path)
@@ -39,8 +38,7 @@ def open_loader(name: Literal["ffcv", "dali", "reference"], store: Store, **opti
         raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")
     cls, install = BACK_ENDS[name]
     try:
-        back_end = getattr(import_module(f".{name}", __name__), cls)
+        back_end: type[Loader] = getattr(import_module(f".{name}", __name__), cls)
     except ImportError as error:
         raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
-    loader: Loader = back_end(store, **options)
-    return loader
+    return back_end(store, **options)

@@ -62,7 +62,18 @@ class Loader(ABC):
             ValueError: the plan was not drawn for this store or size.
             DamagedData: a sample cannot be read or decoded; the message names file and index.
         """
-        check_plan(plan, self.store, self.size)
+        if plan.spec.size != self.size:
+            raise ValueError(f"plan of size {plan.spec.size}: the loader was opened for size = {self.size}")
+        real = plan.index != PADDING
+        index = plan.index[real]
+        top, left, height, width = plan.window[real].T.astype(np.int32)
+        known = index.max(initial=0) < len(self.store)
+        fits = (height == self.size) & (width == self.size)  # such a window is copied; outside the image it is zero
+        if plan.spec.crop != "pad" and known:
+            fits = (np.minimum(top, left) >= 0) & (np.minimum(height, width) > 0)
+            fits &= (top + height <= self.store.heights[index]) & (left + width <= self.store.widths[index])
+        if not (known and fits.all()):  # it must not reach outside another store's images
+            raise ValueError(f"plan: it was not drawn for the images of {self.store.path}")
         return self._batches(plan, start_step)
 
     def close(self) -> None:  # noqa: B027
@@ -93,22 +104,3 @@ def run_ahead(calls: Iterable[Callable[[], T]], threads: int, ahead: int) -> Gen
             yield tasks.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_plan(plan: EpochPlan, store: Store, size: int) -> None:
-    """Every loader's first act: a plan drawn for another store must not reach outside its images.
-
-    Raises:
-        ValueError: the plan's size is not `size`, or its rows do not fit the store's images.
-    """
-    if plan.spec.size != size:
-        raise ValueError(f"plan of size {plan.spec.size}: the loader was opened for size = {size}")
-    real = plan.index != PADDING
-    index = plan.index[real]
-    top, left, height, width = plan.window[real].T.astype(np.int32)
-    fits = (height == size) & (width == size)  # such a window is copied; outside the image it is zero
-    if plan.spec.crop != "pad" and index.max(initial=0) < len(store):
-        fits = (np.minimum(top, left) >= 0) & (np.minimum(height, width) > 0)
-        fits &= (top + height <= store.heights[index]) & (left + width <= store.widths[index])
-    if not fits.all() or index.max(initial=0) >= len(store):
-        raise ValueError(f"plan: it was not drawn for the images of {store.path}")

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from . import cifar10, store
 from .batch import run_ahead
+from .folder import list_images
 from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
 
-ROW = np.dtype([("image", store.IMAGE), ("label", store.FIELD_TYPES[store.INT_FIELD])], align=True)
+ROW = np.dtype([store.COLUMNS[store.IMAGE_FIELD], store.COLUMNS[store.INT_FIELD]], align=True)
 PAGE = 8 << 20  # FFCV's default
 CHUNK = 8  # images of one task
 
@@ -151,18 +152,15 @@ class BetonWriter:
         self.count, self._page = 0, PAGE
         self._rows, self._alloc = np.zeros(capacity, ROW), np.zeros(capacity, store.ALLOCATION)
         self._crc32 = np.zeros(capacity, np.uint32)
-        self._at = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
-        self._align(PAGE)
-
-    def _align(self, page: int) -> None:
-        self._at = self._file.seek(-(-self._at // page) * page)
+        tables = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
+        self._at = self._file.seek(-(-tables // PAGE) * PAGE)
 
     def add(self, sample: Sample, label: int) -> None:
         size = len(sample.data)
         while size > self._page:  # samples placed for smaller pages straddle none of the larger ones
             self._page *= 2
-        if self._at // self._page != (self._at + size - 1) // self._page:
-            self._align(self._page)
+        if size > (room := -self._at % self._page):
+            self._at = self._file.seek(self._at + room)
         self._rows[self.count] = ((sample.mode, sample.width, sample.height, self._at), label)
         self._alloc[self.count] = (self.count, self._at, size)
         self._crc32[self.count] = zlib.crc32(sample.data)
@@ -217,12 +215,9 @@ def convert_folder(
         BadImages: damaged images, unless `skip_bad`.
         ValueError, OSError: wrong arguments, no images, nothing can be written.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
     _turbojpeg()
     Image.init()
-    classes, class_to_idx = find_classes(str(src))
-    files = make_dataset(str(src), class_to_idx, IMG_EXTENSIONS)
+    classes, files = list_images(Path(src))
 
     def one(item: tuple[str, int]) -> Sample | str:
         try:

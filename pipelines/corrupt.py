@@ -10,12 +10,12 @@ import importlib.util
 import io
 import multiprocessing
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from functools import lru_cache
-from itertools import islice, repeat
+from functools import lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from .batch import Batch
+from .batch import Batch, run_ahead
 from .convert import BetonWriter, Sample
 from .store import RAW
 
@@ -252,18 +252,15 @@ def corrupted(
     `index` (steps, B) is the plan's: the number of each row's image.
     """
 
-    def start(batch: Batch) -> tuple[Batch, Iterator[np.ndarray]]:
-        images = batch.images.permute(0, 2, 3, 1).cpu().numpy().copy()
+    def work(batch: Batch, images: np.ndarray) -> Batch:
         fixed = map(repeat, (name, severity, seed))
-        return replace(batch, labels=batch.labels.clone()), pool.map(corrupt, images, *fixed, index[batch.step], chunksize=16)
+        rows = np.stack([*pool.map(corrupt, images, *fixed, index[batch.step], chunksize=16)])
+        return replace(batch, images=torch.from_numpy(rows).permute(0, 3, 1, 2).to(batch.images.device))
 
-    started = map(start, batches)
-    waiting = deque(islice(started, 2))  # batches of work that are under way ahead of the model
-    while waiting:
-        waiting.extend(islice(started, 1))
-        batch, work = waiting.popleft()
-        rows = torch.from_numpy(np.stack([*work])).permute(0, 3, 1, 2)
-        yield replace(batch, images=rows.to(batch.images.device))
+    nhwc = ((b, b.images.permute(0, 2, 3, 1).cpu().numpy().copy()) for b in batches)
+    calls = (partial(work, replace(b, labels=b.labels.clone()), images) for b, images in nhwc)
+    with closing(run_ahead(calls, 3, 3)) as done:  # one is with the model, the work of two is under way
+        yield from done
 
 
 def build(
@@ -272,7 +269,8 @@ def build(
     """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
     with BetonWriter(dst, capacity) as writer:
         for batch in batches:
-            real, images = (batch.labels >= 0).cpu().numpy(), batch.images.permute(0, 2, 3, 1).cpu().numpy()
-            for image, label in zip(images[real], batch.labels[batch.labels >= 0].tolist(), strict=True):
-                writer.add(Sample(image.tobytes(), RAW, image.shape[0], image.shape[1]), label)
+            images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+            for image, label in zip(images, batch.labels.tolist(), strict=True):
+                if label >= 0:
+                    writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
         writer.commit(classes, encoding)

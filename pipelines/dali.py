@@ -58,52 +58,47 @@ class DaliLoader(Loader):
                 alive.append(next(read))
                 return alive[-1]
 
-            pipeline = self._build(plan, source, self.prefetch)
+            pipeline = self._build(plan, source)
             for step in range(start_step, len(plan)):
                 # bound to the stream that reads them: DALI orders its own work against it, and the reuse of the
                 # memory once the tensor is gone
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
                 try:
                     (images,) = pipeline.run(stream)
+                except DamagedData:  # the store's errors name their sample
+                    raise
                 except RuntimeError as error:
-                    if not isinstance(error, DamagedData):  # those of the store name their sample
-                        self._name_damaged(plan, step)
+                    index, window, flip = (a[step][:, None] for a in (plan.index, plan.window, plan.flip))
+                    if len(index) == 1:
+                        i = index.item()
+                        raise DamagedData(f"{self.store.file(i)}: sample {i}: DALI cannot decode it") from error
+                    # row by row; if all of them decode no sample is to blame
+                    deque(self._images(replace(plan, index=index, window=window, flip=flip), 0), maxlen=0)
                     raise
                 yield torch.from_dlpack(images.as_tensor())  # in DALI's memory
 
-    def _build(self, plan: EpochPlan, source: Callable[[], Fields] | list[Fields], prefetch: int) -> Pipeline:
+    def _build(self, plan: EpochPlan, source: Callable[[], Fields]) -> Pipeline:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip; uint8 NHWC."""
         gpu, rows, gpu_id = self.device.type == "cuda", plan.index.shape[1], self.device.index
         # exec_dynamic: outputs stay ours for as long as a tensor holds them
-        pipeline = Pipeline(rows, self.threads, gpu_id, prefetch_queue_depth=prefetch, exec_dynamic=True)
+        pipeline = Pipeline(rows, self.threads, gpu_id, prefetch_queue_depth=self.prefetch, exec_dynamic=True)
         layout = ["HWC" if self.raw else ""] + [""] * (5 if self._reaches_outside(plan) else 3)
+        crop = partial(fn.slice, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
+        decode = partial(fn.decoders.image_slice, device="mixed" if gpu else "cpu", axis_names="HW", **LIKE_LIBJPEG)
         with pipeline:
             fields = fn.external_source(source=source, num_outputs=len(layout), layout=layout, no_copy=True)
             images, out, start, shape, *beyond = fields
             if self.raw:
-                images = _slice(images, start, shape)
+                images = crop(images, start=start, shape=shape)
             else:
-                decode = partial(fn.decoders.image_slice, device="mixed" if gpu else "cpu", **LIKE_LIBJPEG)
-                images = decode(images, start=start, shape=shape, axis_names="HW", hw_decoder_load=self.hw_decoder_load)
+                images = decode(images, start=start, shape=shape, hw_decoder_load=self.hw_decoder_load)
             if beyond:
-                images = _slice(images, *beyond)
+                images = crop(images, start=beyond[0], shape=beyond[1])
             if self.raw and gpu:
                 images = images.gpu()
-            resized = fn.resize(images, size=out, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
-            pipeline.set_outputs(resized)
+            pipeline.set_outputs(fn.resize(images, size=out, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True))
         pipeline.build()
         return pipeline
-
-    def _name_damaged(self, plan: EpochPlan, step: int) -> None:
-        """Decode the rows of a failed step one by one; return if all of them decode: then no sample is to blame."""
-        index, window, flip = (a[step][:, None] for a in (plan.index, plan.window, plan.flip))
-        plan = replace(plan, index=index, window=window, flip=flip)  # steps of one row
-        pipeline = self._build(plan, [self._fields(plan, row) for row in range(len(plan))], prefetch=1)
-        for i in index.ravel().tolist():
-            try:
-                pipeline.run()
-            except RuntimeError as cause:
-                raise DamagedData(f"{self.store.file(i)}: sample {i}: DALI cannot decode it") from cause
 
     def _reaches_outside(self, plan: EpochPlan) -> bool:
         """Of a JPEG only what lies inside the image can be decoded; zeros around it take a second slice."""
@@ -112,14 +107,13 @@ class DaliLoader(Loader):
     def _fields(self, plan: EpochPlan, step: int) -> Fields:
         """Rows, output sides (a negative width flips), start and shape of the slice (and of the second slice)."""
         index, window = plan.index[step], plan.window[step].astype(np.int32)
-        empty = index == PADDING
-        window[empty] = 0, 0, 1, 1  # all of the black image
-        corner, shape = np.ascontiguousarray(window[:, :2]), np.ascontiguousarray(window[:, 2:])
+        real = index != PADDING
+        window[~real] = 0, 0, 1, 1  # all of the black image
+        corner, shape = window[:, :2].copy(), window[:, 2:].copy()
         out = np.full((len(index), 2), self.size, np.float32)
         out[plan.flip[step], 1] *= -1
-        some = np.where(empty, 0, index)
-        sides = np.stack([self.store.heights[some], self.store.widths[some]], 1)
-        sides[empty] = 1
+        sides = np.ones_like(corner)
+        sides[real] = np.stack([self.store.heights[index[real]], self.store.widths[index[real]]], 1)
         data = [self.black if i == PADDING else self.store.read(i) for i in index.tolist()]
         if self.raw:
             data = [pixels.reshape(*side, 3) for pixels, side in zip(data, sides.tolist(), strict=True)]
@@ -128,7 +122,3 @@ class DaliLoader(Loader):
         start = corner.clip(0, sides - 1)
         end = np.minimum(corner + shape, sides).clip(start + 1)
         return [data, out, start, end - start, corner - start, shape]
-
-
-def _slice(images, start, shape):  # type: ignore[no-untyped-def]  # three DataNodes, which DALI does not type
-    return fn.slice(images, start=start, shape=shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)

@@ -30,11 +30,10 @@ def _load_decoder() -> Any:
     Loaded without `import ffcv`, which takes seconds and sets torch's threads to 1.
     """
     spec = importlib.util.find_spec("ffcv")
-    folders = (spec and spec.submodule_search_locations) or []
-    found = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    if not found:
+    library = next(Path(spec.origin).parent.glob("_libffcv*.so"), None) if spec and spec.origin else None
+    if library is None:
         raise ImportError("no module named 'ffcv' with its native library")
-    function = ctypes.CDLL(str(found[0])).imdecode
+    function = ctypes.CDLL(str(library)).imdecode
     # source, bytes, height, width; target, crop height, width, x, y, scale numerator, denominator, crop?, flip?
     function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
     function.argtypes += [ctypes.c_void_p, *[ctypes.c_uint32] * 6, ctypes.c_bool, ctypes.c_bool]

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,26 @@ from tqdm import tqdm
 
 from .store import JPG, MAX_SIDE, PIXELS_PER_BYTE, DamagedData, Store, jpeg_sides
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 THREADS, CHUNK = 16, 256  # threads that wait for the disk, files of one task
 HEAD = 65536  # bytes that nearly always hold a JPEG's frame header
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
-File = tuple[str, int, int]  # path below the folder, bytes, mtime in ns
-Sides = tuple[int, int]  # height, width in pixels
+
+def list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Classes, and path and label of every image, in torchvision's order.
+
+    Raises:
+        ValueError: no class folders, a class without images.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    classes = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."))
+    with ThreadPool(THREADS) as pool:
+        found = pool.map(lambda name: make_dataset(root, {name: 0}, IMG_EXTENSIONS, allow_empty=True), classes)
+    empty = [name for name, files in zip(classes, found, strict=True) if not files]
+    if empty or not classes:
+        raise ValueError(f"{root}: no images under {', '.join(empty[:5]) or 'CLASS/IMAGE.JPEG'}")
+    return classes, [(path, label) for label, files in enumerate(found) for path, _ in files]
 
 
 class FolderStore(Store):
@@ -36,18 +49,11 @@ class FolderStore(Store):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.classes = tuple(sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != "."))
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(self._list, self.classes))
-            empty = [name for name, files in zip(self.classes, found, strict=True) if not files]
-            if empty or not found:
-                raise ValueError(f"{path}: no images under {', '.join(empty[:5]) or 'CLASS/IMAGE.JPEG'}")
-            files = [file for of_class in found for file in of_class]
-            sides = self._scan(pool, files)
-        self._names = [name for name, _, _ in files]
-        self.labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(of_class) for of_class in found])
-        self.sizes = np.array([size for _, size, _ in files], np.int64)
-        self.heights, self.widths = np.array(sides, np.int32).T.copy()
+        self.classes, files = list_images(self.path)
+        self._names = [os.path.relpath(file, path) for file, _ in files]
+        self.labels = np.array([label for _, label in files], np.int64)
+        self.sizes, _, heights, widths = self._scan().T.copy()
+        self.heights, self.widths = heights.astype(np.int32), widths.astype(np.int32)
         self.modes = np.full(len(files), JPG, np.uint8)
 
     def file(self, index: int) -> Path:
@@ -74,48 +80,41 @@ class FolderStore(Store):
             raise DamagedData(f"{self.file(index)}: sample {index}: {found} pixels, {sides} when it was scanned")
         return np.frombuffer(data, np.uint8)
 
-    def close(self) -> None:
-        """No file stays open."""
-
-    def _list(self, name: str) -> list[File]:
-        """Every image of a class."""
-        files = []
-        for root, _, names in sorted(os.walk(self.path / name, followlinks=True)):
-            for path in (os.path.join(root, n) for n in sorted(names) if n.lower().endswith(EXTENSIONS)):
-                stat = os.stat(path)
-                files.append((os.path.relpath(path, self.path), stat.st_size, stat.st_mtime_ns))
-        return files
-
-    def _scan(self, pool: ThreadPoolExecutor, files: list[File]) -> list[Sides]:
-        """Sides from the cached index; only the headers of new and changed files are read."""
+    def _scan(self) -> np.ndarray:
+        """Bytes, mtime in ns, height and width of every file: the cached index saves reading headers again."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fap"  # if the folder is read-only
         places = self.path / ".fap-index.npz", cache / f"{hashlib.sha256(bytes(self.path.resolve())).hexdigest()}.npz"
-        known: dict[File, Sides] = {}
+        known: dict[tuple[str, int, int], tuple[int, int]] = {}  # name, bytes, mtime: sides
         for place in places:
             with contextlib.suppress(Exception), np.load(place) as index:  # bad or missing: it is made again
-                rows = zip(index["names"].tolist(), index["table"].tolist(), strict=True)
-                known |= {(name, size, mtime): (h, w) for name, (size, mtime, h, w) in rows}
-        new = [file for file in files if file not in known]
-        parts = [new[i : i + CHUNK] for i in range(0, len(new), CHUNK)]
-        for found in tqdm(pool.map(self._sides, parts), "image headers", len(parts), unit_scale=CHUNK, disable=not new):
-            known |= found
-        if bad := [file[0] for file in files if not 0 < min(known[file]) <= max(known[file]) <= MAX_SIDE]:
-            what = f"no images, such as {', '.join(bad[:5])}, or have a side above {MAX_SIDE} pixels"
+                found = zip(index["names"].tolist(), index["table"].tolist(), strict=True)
+                known |= {(name, size, mtime): (h, w) for name, (size, mtime, h, w) in found}
+        n_known = len(known)
+
+        def row(name: str) -> tuple[int, int, int, int]:
+            stat = os.stat(path := os.path.join(self.path, name))
+            key = name, stat.st_size, stat.st_mtime_ns
+            if key not in known:
+                known[key] = self._sides(path)
+            return *key[1:], *known[key]
+
+        with ThreadPool(THREADS) as pool:
+            rows = pool.imap(row, self._names, CHUNK)
+            table = np.array([*tqdm(rows, "image headers", len(self._names), delay=1)])
+        if len(bad := np.flatnonzero((table[:, 2:] < 1).any(1) | (table[:, 2:] > MAX_SIDE).any(1))):
+            what = f"no images, such as {', '.join(self._names[i] for i in bad[:5])}, or have a side above {MAX_SIDE} pixels"
             raise ValueError(f"{self.path}: {len(bad)} files are {what}: remove them")
-        table = np.array([(*file[1:], *known[file]) for file in files], np.int64)
-        for place in places if new else ():
+        for place in places if len(known) > n_known else ():
             temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp.npz")
             with contextlib.suppress(OSError):  # read-only: the next place, else it is scanned again
                 place.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(temporary, names=np.array([file[0] for file in files]), table=table)
+                np.savez(temporary, names=np.array(self._names), table=table)
                 os.replace(temporary, place)
                 break
-        return [known[file] for file in files]
+        return table
 
-    def _sides(self, files: list[File]) -> dict[File, Sides]:
-        """Sides from the files' headers; (0, 0) where there is no image."""
-        sides = dict.fromkeys(files, (0, 0))
-        for file in files:
-            with contextlib.suppress(*UNREADABLE), open(self.path / file[0], "rb") as f:
-                sides[file] = jpeg_sides(f.read(HEAD)) or Image.open(f.name).size[::-1]
-        return sides
+    def _sides(self, path: str) -> tuple[int, int]:
+        """From the file's header; (0, 0) where there is no image."""
+        with contextlib.suppress(*UNREADABLE), open(path, "rb") as f:
+            return jpeg_sides(f.read(HEAD)) or Image.open(path).size[::-1]
+        return 0, 0

@@ -38,21 +38,18 @@ class ReferenceLoader(Loader):
     """See `Loader`. One thread, no prefetch."""
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
-        for step in range(start_step, len(plan)):
-            rows = [self._row(plan, step, row) for row in range(plan.index.shape[1])]
-            yield torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
+        for index, window, flip in zip(*(a[start_step:] for a in (plan.index, plan.window, plan.flip)), strict=True):
+            images = np.zeros((len(index), self.size, self.size, 3), np.uint8)
+            for row in np.flatnonzero(index != PADDING):
+                images[row] = crop_resize(self._decode(int(index[row])), window[row], self.size)
+            images[flip] = images[flip, :, ::-1]
+            yield torch.from_numpy(images).to(self.device)
 
-    def _row(self, plan: EpochPlan, step: int, row: int) -> np.ndarray:
-        index = int(plan.index[step, row])
-        if index == PADDING:
-            return np.zeros((self.size, self.size, 3), np.uint8)
+    def _decode(self, index: int) -> np.ndarray:
         encoded = self.store.read(index)
-        if self.store.modes[index] == JPG:
-            try:
-                image = np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
-            except UNREADABLE as error:
-                raise DamagedData(f"{self.store.file(index)}: sample {index}: {error}") from error
-        else:
-            image = encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
-        out = crop_resize(image, plan.window[step, row], self.size)
-        return out[:, ::-1] if plan.flip[step, row] else out
+        if self.store.modes[index] != JPG:
+            return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
+        try:
+            return np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+        except UNREADABLE as error:
+            raise DamagedData(f"{self.store.file(index)}: sample {index}: {error}") from error

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import struct
 import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -17,8 +18,8 @@ HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), 
 FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}
-INT_FIELD, IMAGE_FIELD = 1, 2
+INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
+COLUMNS = {INT_FIELD: ("label", "<i8"), IMAGE_FIELD: ("image", IMAGE)}  # of the metadata table
 
 
 class DamagedData(RuntimeError):  # noqa: N818
@@ -51,8 +52,7 @@ class Store(ABC):
         """The file that holds sample `index`, for messages."""
         return self.path
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release file handles."""
 
 
@@ -65,86 +65,72 @@ class BetonStore(Store):
 
     def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
         self.path = Path(path)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._load_tables(os.fstat(self._fd).st_size)
-            sidecar = read_sidecar(self.path) if use_sidecar else None
-            same = sidecar is None or (sidecar.tables_crc32, len(sidecar.crc32)) == (self.tables_crc32, len(self))
-            self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
-            self.classes = sidecar.classes if sidecar else None
-            self.crc32 = sidecar.crc32 if sidecar else None
-        except BaseException:
-            self.close()
-            raise
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        self._load_tables(os.fstat(self._file.fileno()).st_size)
+        sidecar = read_sidecar(self.path) if use_sidecar else None
+        same = sidecar is None or (sidecar.tables_crc32, len(sidecar.crc32)) == (self.tables_crc32, len(self))
+        self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
+        self.classes = sidecar.classes if sidecar else None
+        self.crc32 = sidecar.crc32 if sidecar else None
 
     def _load_tables(self, file_size: int) -> None:
         head = self._pread(HEADER.itemsize, 0, "header")
-        version, fields, page, n, alloc_ptr = (int(value) for value in np.frombuffer(head, HEADER)[0])
-        self._require(version == 2 and 0 < fields < 64, f"not a version 2 FFCV file (version {version})")
+        version, fields, page, n, alloc_ptr = np.frombuffer(head, HEADER)[0].item()
+        self._require(version == 2, f"not a version 2 FFCV file (version {version})")
         self._require(page.bit_count() == 1, f"page size {page} is no power of two")
         # exact: no single wrong count or pointer survives
         fits = n > 0 and alloc_ptr + n * ALLOCATION.itemsize == file_size
         self._require(fits, f"{n} samples, allocation table at {alloc_ptr}: not a file of {file_size} bytes")
-        descriptors = self._pread(fields * FIELD.itemsize, len(head), "field descriptors")
-        types = np.frombuffer(descriptors, FIELD)["type_id"].tolist()
+        self._require(fields == 2, f"{fields} fields: need one RGB image and one integer label")
+        head += self._pread(2 * FIELD.itemsize, len(head), "field descriptors")
+        types = np.frombuffer(head, FIELD, offset=HEADER.itemsize)["type_id"].tolist()
         known = sorted(types) == [INT_FIELD, IMAGE_FIELD]
         self._require(known, f"field types {types}: need one RGB image and one integer label")
-        row = np.dtype([("", FIELD_TYPES[t]) for t in types], align=True)
-        start = len(head) + len(descriptors)
-        data_start = start + n * row.itemsize
+        row = np.dtype([COLUMNS[t] for t in types], align=True)
+        data_start = len(head) + n * row.itemsize
         self._require(data_start <= alloc_ptr, f"{n} metadata rows overlap the allocation table")
-        metadata = self._pread(n * row.itemsize, start, "metadata")
-        table = np.frombuffer(metadata, row)
-        image, label = (table[f"f{types.index(t)}"] for t in (IMAGE_FIELD, INT_FIELD))
+        metadata = self._pread(n * row.itemsize, len(head), "metadata")
         allocations = self._pread(n * ALLOCATION.itemsize, alloc_ptr, "allocation table")
-        alloc = np.frombuffer(allocations, ALLOCATION)
-        self.tables_crc32 = zlib.crc32(b"".join((head, descriptors, metadata, allocations)))
+        self.tables_crc32 = zlib.crc32(head + metadata + allocations)
 
-        complete = np.array_equal(np.sort(alloc["sample"]), np.arange(n))
-        self._require(complete, "allocation table: not every sample once")
-        sizes, ptrs = np.empty((2, n), np.uint64)
-        sizes[alloc["sample"]], ptrs[alloc["sample"]] = alloc["size"], alloc["ptr"]
-        self.modes = np.ascontiguousarray(image["mode"])
+        table, alloc = np.frombuffer(metadata, row), np.frombuffer(allocations, ALLOCATION)
+        alloc = alloc[np.argsort(alloc["sample"])]
+        self._require(np.array_equal(alloc["sample"], np.arange(n)), "allocation table: not every sample once")
+        image, sizes, ptrs = table["image"], alloc["size"], alloc["ptr"]
+        self.modes, self.labels = image["mode"].copy(), table["label"].copy()
         self.heights, self.widths = image["height"].astype(np.int32), image["width"].astype(np.int32)
-        self.labels = label.astype(np.int64)
-        pixels = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
+        self.sizes, self._ptrs = sizes.astype(np.int64), ptrs.astype(np.int64)
         self._check(ptrs == image["data_ptr"], "metadata and allocation table disagree")
-        self._check((ptrs >= data_start) & (ptrs < file_size), "its pointer is outside the data")
-        self._check((sizes > 0) & (sizes < file_size), "bad size")  # so that ptr + size cannot wrap
-        self._check(ptrs + sizes <= alloc_ptr, "its data reach outside the file")
+        inside = (ptrs >= data_start) & (ptrs < alloc_ptr) & (sizes > 0) & (sizes <= alloc_ptr - ptrs)
+        self._check(inside, "its pointer or size reaches outside the data")
+        pixels = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
         sides = np.maximum(self.heights, self.widths) <= MAX_SIDE
         self._check((self.modes <= RAW) & (pixels > 0) & sides, "bad mode or dimensions")
         self._check((self.modes == JPG) | (sizes == pixels), "raw size is not height x width x 3")
         enough = (self.modes == RAW) | (pixels <= 3 * PIXELS_PER_BYTE * sizes)
         self._check(enough, "too few bytes for a JPEG of its dimensions")
-        order = np.argsort(ptrs, kind="stable")
-        free = np.ones(n, bool)
+        order, free = np.argsort(ptrs), np.ones(n, bool)
         free[order[1:]] = (ptrs + sizes)[order[:-1]] <= ptrs[order[1:]]
         self._check(free, "its data overlap another sample's")
-        self.sizes, self._ptrs = sizes.astype(np.int64), ptrs.astype(np.int64)
 
     def read(self, index: int) -> np.ndarray:
-        size = int(self.sizes[index])
-        raw = self._pread(size, int(self._ptrs[index]), f"sample {index}")
-        if self.crc32 is not None and zlib.crc32(raw) != self.crc32[index]:
-            raise DamagedData(f"{self.path}: sample {index}: wrong checksum")
+        raw = self._pread(int(self.sizes[index]), int(self._ptrs[index]), f"sample {index}")
+        if self.crc32 is not None:
+            self._require(zlib.crc32(raw) == self.crc32[index], f"sample {index}: wrong checksum")
         if self.modes[index] == JPG:
-            expected = (int(self.heights[index]), int(self.widths[index]))
-            if (found := jpeg_sides(raw)) != expected:
-                raise DamagedData(f"{self.path}: sample {index}: JPEG of {found} pixels, the table says {expected}")
+            found, expected = jpeg_sides(raw), (int(self.heights[index]), int(self.widths[index]))
+            self._require(found == expected, f"sample {index}: JPEG of {found} pixels, the table says {expected}")
         return np.frombuffer(raw, np.uint8)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def _pread(self, size: int, offset: int, what: str) -> bytes:
         """pread, not mmap: a file that shrinks under us is a short count instead of a SIGBUS."""
-        try:
-            raw = os.pread(self._fd, size, offset)
-            while 0 < len(raw) < size and (more := os.pread(self._fd, size - len(raw), offset + len(raw))):
-                raw += more  # Linux reads at most 2 GiB at once
+        raw = b""
+        try:  # Linux reads at most 2 GiB at once
+            while len(raw) < size and (more := os.pread(self._file.fileno(), size - len(raw), offset + len(raw))):
+                raw += more
         except OSError as error:
             raise DamagedData(f"{self.path}: {what}: {error}") from error
         self._require(len(raw) == size, f"{what}: {size} bytes expected at {offset}, {len(raw)} found")
@@ -155,27 +141,22 @@ class BetonStore(Store):
             raise DamagedData(f"{self.path}: {what}")
 
     def _check(self, ok: np.ndarray, what: str) -> None:
-        if not ok.all():
-            raise DamagedData(f"{self.path}: sample {int(np.argmin(ok))}: {what}")
+        self._require(bool(ok.all()), f"sample {np.argmin(ok)}: {what}")
 
 
 def jpeg_sides(data: bytes) -> tuple[int, int] | None:
     """(height, width) from a JPEG's frame header; None where there is none. Markers: ITU T.81, table B.1."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
     while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+        marker, length, _, height, width = struct.unpack_from(">BHBHH", data, at + 1)
         if marker == 0xFF:  # fill byte
             at += 1
-        elif marker != 0x01 and marker < 0xC0:  # none of JPEG's: a decoder may go on elsewhere than we would
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD7:  # not before a frame: a decoder may go on elsewhere than we would
             return None
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a length
-            at += 2
+        elif marker > 0xCF or marker in (0xC4, 0xC8, 0xCC):
+            at += 2 + length
         else:
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
+            return height, width
     return None
 
 

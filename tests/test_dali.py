@@ -13,8 +13,9 @@ from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
 
-from pipelines import PADDING, DamagedData, PlanSpec, draw_epoch, eval_plan, open_loader
+from pipelines import DamagedData, PlanSpec, draw_epoch, eval_plan, open_loader
 from pipelines.folder import FolderStore
+from pipelines.plan import PADDING
 from pipelines.store import JPG, RAW, Store
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -54,7 +54,7 @@ def test_index_is_used_and_notices_changes(folder, monkeypatch):
     FolderStore(folder)
     scanned: list[str] = []
     sides = FolderStore._sides
-    monkeypatch.setattr(FolderStore, "_sides", lambda s, f: scanned.extend(n for n, *_ in f) or sides(s, f))
+    monkeypatch.setattr(FolderStore, "_sides", lambda s, f: scanned.append(os.path.relpath(f, folder)) or sides(s, f))
     again = FolderStore(folder)
     assert not scanned and again.heights[again.labels == 2].tolist() == [38]
     write(folder / "c/x.JPEG", 9, (50, 60))  # changed
