@@ -20,7 +20,7 @@ from fap.graph import runner
 from fap.models import build, plain, stem_of
 from fap.norm import Group, set_groups, shared_groups
 from fap.step import Step
-from fap.train import Stopwatch, plan_spec
+from fap.train import Stopwatch, plan_spec, set_up_torch
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -51,8 +51,7 @@ class Contestant:
         self, config: Config, amp: Any, store: Any = None, pipeline: Any = "", without: str = "", compiled: bool = False
     ) -> None:
         torch.manual_seed(0)
-        torch.backends.cudnn.benchmark = True  # this and the next as in fap-train, for the peers too
-        torch.set_float32_matmul_precision("high")
+        set_up_torch(DEVICE)  # as in fap-train, for the peers too
         self.config, size, spec = config, config.data.size, plan_spec(config)
         self.model = build(config.model.name, config.model.num_classes, aux=config.method.name != "vanilla", size=size)
         stem = stem_of(self.model)
