@@ -37,9 +37,9 @@ class RowGroups:
     def __init__(self) -> None:
         self.groups: tuple[Group, ...] = ()
         self.eval_bn: Bn = "main"
-        self.kernel: Literal["auto", "triton", "native", "split"] = "auto"
-        """How groups are normalised: `triton` (`fap.norm_kernel`; auto: channels_last on a GPU), `native` (the framework's
-        kernel into slices of one output; auto: elsewhere), `split` (plain operations, for torch.compile; the twin)."""
+        self.kernel: Literal["auto", "triton", "split"] = "auto"
+        """`triton`: `fap.norm_kernel`; `split`: the framework's batch norm per group, which is also the twin and what
+        torch.compile fuses. auto: triton for channels_last batches on a GPU, else split."""
 
 
 def momentum_of(momentum: float, group: Group) -> float:
@@ -96,24 +96,15 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         kernel = self.shared.kernel
         if kernel == "auto":
             suits = x.is_cuda and x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
-            kernel = "triton" if suits else "native"
-        if any(g.running for g in groups):
-            kernel = "split"
-        if kernel == "triton":
+            kernel = "triton" if suits else "split"
+        if kernel == "triton" and not any(g.running for g in groups):
             return self.act(self.drop(self._on_grid(x, residual, groups)))
-        y = self._normalise(x, groups, kernel)
+        parts = x.split([g.rows for g in groups]) if len(groups) > 1 else (x,)
+        normalised = [_normalise_group(part, self.side(g.bn), g) for part, g in zip(parts, groups, strict=True)]
+        y = torch.cat(normalised) if len(groups) > 1 else normalised[0]
         if residual is not None:
             y += residual
         return self.act(self.drop(F.relu_(y) if self.relu else y))
-
-    def _normalise(self, x: Tensor, groups: tuple[Group, ...], kernel: str) -> Tensor:
-        if len(groups) == 1:
-            return _normalise_group(x, self.side(groups[0].bn), groups[0])
-        if kernel == "native":
-            aux = self.aux if self.aux is not None else self
-            return _GroupedBatchNorm.apply(x, self.weight, self.bias, aux.weight, aux.bias, self, groups)
-        parts = x.split([g.rows for g in groups])
-        return torch.cat([_normalise_group(p, self.side(g.bn), g) for p, g in zip(parts, groups, strict=True)])
 
     def _on_grid(self, x: Tensor, residual: Tensor | None, groups: tuple[Group, ...]) -> Tensor:
         from fap.norm_kernel import GroupedBatchNorm  # not at the top: a CPU build of torch has no Triton
@@ -141,57 +132,9 @@ def _tables(groups: tuple[Group, ...], momentum: float, device: torch.device) ->
     rows = [g.rows for g in groups]
     starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device=device)
     momenta = torch.tensor([momentum_of(momentum, g) for g in groups], device=device)
-    return starts, momenta, _count_main(groups), max(rows)
-
-
-def _count_main(groups: tuple[Group, ...]) -> int:
-    count = [g.bn for g in groups].count("main")
-    assert all(g.bn == "main" for g in groups[:count]), f"main groups come first, but groups {groups}"
-    return count
-
-
-class _GroupedBatchNorm(torch.autograd.Function):
-    """Every group normalised by the native kernel straight into its slice of one output: no split, no cat.
-
-    Twin: the kernel `split` of `RowGroups`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, aux_weight: Tensor, aux_bias: Tensor,
-                norm: DualBatchNorm2d, groups: tuple[Group, ...]) -> Tensor:  # fmt: skip
-        memory_format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        x = x.contiguous(memory_format=memory_format)
-        y = torch.empty_like(x, memory_format=memory_format)
-        stats = weight.new_empty(2, len(groups), x.shape[1])
-        row = 0
-        for g, mean, invstd in zip(groups, stats[0], stats[1], strict=True):
-            side, rows = norm.side(g.bn), slice(row, row + g.rows)
-            tracked = (side.running_mean, side.running_var) if g.calls else (None, None)
-            torch.native_batch_norm(x[rows], side.weight, side.bias, *tracked, True, momentum_of(norm.momentum, g), side.eps,
-                                    out=(y[rows], mean, invstd))  # fmt: skip
-            row += g.rows
-        ctx.save_for_backward(x, weight, aux_weight, stats)
-        ctx.groups, ctx.eps, ctx.memory_format = groups, norm.eps, memory_format
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, aux_weight, stats = ctx.saved_tensors
-        gy = gy.contiguous(memory_format=ctx.memory_format)
-        gx = torch.empty_like(x, memory_format=ctx.memory_format)
-        affine = torch.empty_like(stats)  # gradients of weight and bias, per group
-        row = 0
-        for k, g in enumerate(ctx.groups):
-            rows = slice(row, row + g.rows)
-            torch.ops.aten.native_batch_norm_backward.out(
-                gy[rows], x[rows], weight if g.bn == "main" else aux_weight, None, None, stats[0, k], stats[1, k],
-                True, ctx.eps, [True, True, True], out0=gx[rows], out1=affine[0, k], out2=affine[1, k],
-            )  # fmt: skip
-            row += g.rows
-        main = _count_main(ctx.groups)
-        by_norm = affine.split([main, len(ctx.groups) - main], 1)
-        grads = [of_norm.sum(1) if of_norm.shape[1] else (None, None) for of_norm in by_norm]
-        return gx, *grads[0], *grads[1], None, None
+    main = [g.bn for g in groups].count("main")
+    assert all(g.bn == "main" for g in groups[:main]), f"main groups come first, but groups {groups}"
+    return starts, momenta, main, max(rows)
 
 
 def convert(model: nn.Module, aux: bool = True) -> nn.Module:

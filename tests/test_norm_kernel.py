@@ -129,7 +129,7 @@ def test_a_nan_stays_in_its_group() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined", "parallel"])
-def test_a_whole_step_with_the_kernel_equals_the_native_one(schedule: str) -> None:
+def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
     """The noise control, whose adversarial rows do not hang on the sign of tiny gradients."""
     config = make_config({
         "model": {"name": "cifar_resnet8", "num_classes": 10}, "optim": {"clean_batch": 16},
@@ -138,7 +138,7 @@ def test_a_whole_step_with_the_kernel_equals_the_native_one(schedule: str) -> No
     })  # fmt: skip
     batch, states = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), []
     labels, init = torch.randint(0, 10, (24,)), build("cifar_resnet8", 10, size=8).state_dict()
-    for kernel in ("native", "triton"):
+    for kernel in ("split", "triton"):
         model = build("cifar_resnet8", 10, size=8)
         model.load_state_dict(init)
         shared_groups(model).kernel = kernel  # type: ignore[assignment]
