@@ -24,12 +24,12 @@ for package in ffcv nvidia.dali; do
     $py -c "import $package" 2>/dev/null || summary+=("$package is missing: its loader is not measured")
 done
 if $py -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
-    part gpu_tests 90 $py -m pytest -m "gpu and not soak" -rs -p no:cacheprovider
-    part cost_parity 260 $py -m bench.cost_parity --amp fp16 bf16 --rows 64 256 --rounds 8 --out "$out"
-    part step 90 $py -m bench.step --rounds 5 --out "$out"
+    part gpu_tests 80 $py -m pytest -m "gpu and not soak" -rs -p no:cacheprovider
+    part cost_parity 210 $py -m bench.cost_parity --amp fp16 bf16 --rows 256 64 --rounds 6 --out "$out"
+    part step 170 $py -m bench.step --rounds 5 --out "$out"
     images=${IMAGES:-data/bench_jpegs} # the first time these are made from two packages' photos, which needs a network
     [ -d "$images" ] || part photos 30 $py -m bench.jpegs "$images"
-    part loaders 60 $py -m bench.loaders --images "$images" --beton "$images.beton" --rounds 1 --seconds 3 --out "$out"
+    part loaders 50 $py -m bench.loaders --images "$images" --beton "$images.beton" --rounds 1 --seconds 3 --out "$out"
 else
     summary+=("no GPU: GPU tests, cost parity, steps and loaders on a GPU are not measured")
 fi

@@ -26,7 +26,8 @@ class Graphed:
                 step()
         torch.cuda.current_stream(step.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: loaders, TensorBoard and NCCL's watchdog have threads of their own that may call CUDA meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             step()
         for name, tensor in step.state().items():
             tensor.copy_(before[name])
