@@ -148,7 +148,8 @@ def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
         states.append({k: v.clone() for k, v in step.state().items() if not k.startswith("metrics")})
     for name, value in states[0].items():
         error = (states[1][name].double() - value.double()).norm() / max(1e-3, value.double().norm())
-        assert error < 2e-3, (name, error)  # rounding, and the ReLUs whose verdict it changes
+        # 1e-5 by rounding, 3e-3 where that changes a ReLU's verdict; a momentum off by a tenth gives 0.1
+        assert error < 2e-2, (name, error)
 
 
 COMPILE = """
