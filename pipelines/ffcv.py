@@ -50,19 +50,19 @@ IMAGE_OUT = types.Array(types.uint8, 3, "C")
 
 @_jit()
 def _taps(start, extent, limit, n_out):  # type: ignore[no-untyped-def]
-    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out)."""
+    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out), 0 outside the image."""
     step = extent / n_out
     low = start + step * np.arange(n_out)
-    first = np.minimum(low.astype(np.int64), limit - 1)
+    first = np.floor(low).astype(np.int64)
     pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
     share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
-    share = np.maximum(share, 0.0) * (pixel < limit)
-    return first, (share / share.sum(0)).astype(np.float32)
+    share = np.maximum(share, 0.0) * (pixel >= 0) * (pixel < limit)
+    return first, (share / step).astype(np.float32)
 
 
 @_jit(types.void(IMAGE_IN, *[types.float64] * 4, types.boolean, IMAGE_OUT))
 def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
-    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded."""
+    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded; zeros lie around it."""
     stride, n = 3 * source.shape[1], 3 * out.shape[1]
     ys, wy = _taps(top, height, source.shape[0], out.shape[0])
     xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1])
@@ -77,21 +77,18 @@ def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyp
             for k in range(len(wx)):
                 wx[k, target + c] = wx_pixel[k, x]
     end = 3 * (xs[-1] + len(wx))
-    line = np.zeros(end - begin, np.float32)  # zeros behind the image's edge: weight 0 reads them
-    span = min(end, stride) - begin
-    values = np.empty(n, np.float32)
+    low, high = max(begin, 0), min(end, stride)
+    line, values = np.zeros(end - begin, np.float32), np.empty(n, np.float32)
+    inside = line[low - begin : high - begin]  # the rest stays zero
     pixels, result = source.reshape(-1), out.reshape(-1)
     for y in range(out.shape[0]):
+        inside[:] = 0
         for k in range(len(wy)):
-            w, base = wy[k, y], (ys[y] + k) * stride + begin
-            if k == 0:
-                row = pixels[base : base + span]
-                for i in range(span):
-                    line[i] = w * np.float32(row[i])
-            elif w > 0:
-                row = pixels[base : base + span]
-                for i in range(span):
-                    line[i] += w * np.float32(row[i])
+            w, base = wy[k, y], (ys[y] + k) * stride
+            if w > 0:
+                row = pixels[base + low : base + high]
+                for i in range(high - low):
+                    inside[i] += w * np.float32(row[i])
         for j in range(n):
             values[j] = np.float32(0.5) + wx[0, j] * line[at[j]]
         for k in range(1, len(wx)):
@@ -101,18 +98,6 @@ def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyp
         row_out = result[y * n : (y + 1) * n]
         for j in range(n):
             row_out[j] = np.uint8(np.int32(values[j]))
-
-
-@_jit(types.void(IMAGE_IN, types.int64, types.int64, types.boolean, IMAGE_OUT))
-def _copy(source, top, left, flip, out):  # type: ignore[no-untyped-def]
-    """The window of out's size at (top, left) of source; zeros outside it."""
-    side = out.shape[1]
-    for y in range(out.shape[0]):
-        for x in range(side):
-            i, j, target = top + y, left + x, side - 1 - x if flip else x
-            inside = 0 <= i < source.shape[0] and 0 <= j < source.shape[1]
-            for c in range(3):
-                out[y, target, c] = source[i, j, c] if inside else 0
 
 
 class FfcvLoader(Loader):
@@ -140,8 +125,6 @@ class FfcvLoader(Loader):
         for i, (top, left, height, width), flip, target in zip(*rows, out, strict=True):
             if i == PADDING:
                 target.fill(0)
-            elif height == width == self.size:
-                _copy(self._image(i, 1), top, left, flip, target)
             else:  # the decoder halves the image for less work, the box filter does the rest
                 by = 2 if min(height, width) >= 2 * self.size and self.store.modes[i] == JPG else 1
                 _area(self._image(i, by), top / by, left / by, height / by, width / by, flip, target)
