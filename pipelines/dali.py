@@ -10,14 +10,13 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.types import DALIInterpType
-from PIL import Image
 
 from .batch import Loader, run_ahead
 from .plan import PADDING, EpochPlan
@@ -45,9 +44,8 @@ class DaliLoader(Loader):
                 f" ({len(store) - raw}): convert it again with `fap-convert SRC DST.beton` (all JPEG) or"
                 " `fap-convert --raw SRC DST.beton`, or take pipeline = 'ffcv'"
             )
-        self.raw, black = raw > 0, BytesIO()
-        Image.new("RGB", (1, 1)).save(black, "JPEG")
-        self.black = np.zeros((1, 1, 3), np.uint8) if self.raw else np.frombuffer(black.getvalue(), np.uint8)
+        self.raw, black = raw > 0, np.zeros((1, 1, 3), np.uint8)
+        self.black = black if self.raw else cv2.imencode(".jpg", black)[1].ravel()
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
         alive: deque[Fields] = deque(maxlen=self.prefetch + 2)  # no_copy: DALI reads the bytes where they lie
@@ -84,14 +82,12 @@ class DaliLoader(Loader):
         pipeline = Pipeline(rows, self.threads, gpu_id, prefetch_queue_depth=self.prefetch, exec_dynamic=True)
         layout = ["HWC" if self.raw else ""] + [""] * (5 if self._reaches_outside(plan) else 3)
         crop = partial(fn.slice, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
-        decode = partial(fn.decoders.image_slice, device="mixed" if gpu else "cpu", axis_names="HW", **LIKE_LIBJPEG)
+        options = LIKE_LIBJPEG | {"device": "mixed" if gpu else "cpu", "hw_decoder_load": self.hw_decoder_load}
+        decode = partial(fn.decoders.image_slice, axis_names="HW", **options)
         with pipeline:
             fields = fn.external_source(source=source, num_outputs=len(layout), layout=layout, no_copy=True)
             images, out, start, shape, *beyond = fields
-            if self.raw:
-                images = crop(images, start=start, shape=shape)
-            else:
-                images = decode(images, start=start, shape=shape, hw_decoder_load=self.hw_decoder_load)
+            images = (crop if self.raw else decode)(images, start=start, shape=shape)
             if beyond:
                 images = crop(images, start=beyond[0], shape=beyond[1])
             if self.raw and gpu:
