@@ -134,13 +134,11 @@ class BetonWriter:
     """Writes `DST.part` in a `with` block; `commit` makes it DST. Leaving without it removes the partial file."""
 
     def __init__(self, dst: str | Path, capacity: int) -> None:
-        self.dst = Path(dst)
-        self.part = self.dst.with_name(self.dst.name + ".part")
+        self.dst, self.part = Path(dst), Path(f"{dst}.part")
         for path in (self.dst, sidecar_path(self.dst)):
             if path.exists():
                 raise ValueError(f"{path} exists and is not overwritten; remove it or choose another name")
-        fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._file = open(fd, "r+b", 1 << 20)  # noqa: SIM115
+        self._file = open(os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", 1 << 20)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, even a killed one
         except BlockingIOError:
@@ -155,8 +153,8 @@ class BetonWriter:
 
     def add(self, sample: Sample, label: int) -> None:
         at, size = self._file.tell(), len(sample.data)
-        while size > self._page:  # samples placed for smaller pages straddle none of the larger ones
-            self._page *= 2
+        # samples placed for smaller pages straddle none of the larger ones
+        self._page = max(self._page, 1 << (size - 1).bit_length())
         if size > (room := -at % self._page):
             at = self._file.seek(at + room)
         self._rows[self.count] = ((sample.mode, sample.width, sample.height, at), label)
@@ -244,10 +242,10 @@ def convert_cifar10(dst: str | Path, split: Literal["train", "test"] = "train", 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
     images, labels = (array[:limit] for array in cifar10.load(split))
+    done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
     with BetonWriter(dst, len(images)) as writer:
         for image, label in zip(tqdm(images, "convert"), labels, strict=True):
             writer.add(Sample(image.tobytes(), RAW, 32, 32), label)
-        done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
         writer.commit(cifar10.CLASSES, done)
     return done
 
