@@ -186,8 +186,7 @@ def _glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) 
         # The generator's swap, being one of numpy views, only copies the neighbour.
         for here, there in zip(visit.tolist(), (visit + dy * w + dx).tolist(), strict=True):
             pixel[here] = pixel[there]
-    mixed = np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255
-    return _gauss(mixed, sigma)
+    return _gauss(np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255, sigma)
 
 
 def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
@@ -274,8 +273,7 @@ def build(batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequen
     """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
     with BetonWriter(dst, capacity) as writer:
         for batch in batches:
-            images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-            for image, label in zip(images, batch.labels.tolist(), strict=True):
+            for image, label in zip(batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels.tolist(), strict=True):
                 if label >= 0:
                     writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
         writer.commit(classes, encoding)

@@ -39,11 +39,9 @@ class DaliLoader(Loader):
         super().__init__(store, **options)
         raw = int((store.modes == RAW).sum())
         if 0 < raw < len(store):
-            raise ValueError(
-                f"{store.path}: pipeline = 'dali' takes no file that mixes raw samples ({raw}) with JPEG ones"
-                f" ({len(store) - raw}): convert it again with `fap-convert SRC DST.beton` (all JPEG) or"
-                " `fap-convert --raw SRC DST.beton`, or take pipeline = 'ffcv'"
-            )
+            mixed = f"pipeline = 'dali' takes no file that mixes raw samples ({raw}) with JPEG ones ({len(store) - raw})"
+            ways = "`fap-convert SRC DST.beton` (all JPEG) or `fap-convert --raw SRC DST.beton`, or take pipeline = 'ffcv'"
+            raise ValueError(f"{store.path}: {mixed}: convert it again with {ways}")
         self.raw, black = raw > 0, np.zeros((1, 1, 3), np.uint8)
         self.black = black if self.raw else cv2.imencode(".jpg", black)[1].ravel()
 
@@ -60,9 +58,8 @@ class DaliLoader(Loader):
             for step in range(start_step, len(plan)):
                 # bound to the stream that reads them: DALI orders its own work against it, and the reuse of the
                 # memory once the tensor is gone
-                stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
                 try:
-                    (images,) = pipeline.run(stream)
+                    (images,) = pipeline.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
                 except DamagedData:  # the store's errors name their sample
                     raise
                 except RuntimeError as error:
@@ -116,5 +113,4 @@ class DaliLoader(Loader):
         if not self._reaches_outside(plan):
             return [data, out, corner, shape]
         start = corner.clip(0, sides - 1)
-        end = np.minimum(corner + shape, sides).clip(start + 1)
-        return [data, out, start, end - start, corner - start, shape]
+        return [data, out, start, np.minimum(corner + shape, sides).clip(start + 1) - start, corner - start, shape]

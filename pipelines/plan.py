@@ -95,8 +95,7 @@ class EpochPlan:
         rows = rows[:n] if self.spec.paired else rows
         own = {name: getattr(self, name)[:, rows] for name in ("index", "window", "flip")}
         partner = self.mix_partner[:, rank * n : (rank + 1) * n] - rank * n
-        noise_key = self.noise_key[:, rank * g : (rank + 1) * g]
-        return replace(self, **own, noise_key=noise_key, mix_partner=partner)
+        return replace(self, **own, noise_key=self.noise_key[:, rank * g : (rank + 1) * g], mix_partner=partner)
 
 
 def draw_epoch(spec: PlanSpec, heights: np.ndarray, widths: np.ndarray, epoch: int) -> EpochPlan:
@@ -157,10 +156,9 @@ def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec
         side, root = np.sqrt(rng.uniform(*spec.scale, n) * H * W), np.exp(rng.uniform(low, high, n))
         width, height = np.rint(side * root), np.rint(side / root)
         top, left = rng.random(n) * (H - height + 1), rng.random(n) * (W - width + 1)
-        ok = (width > 0) & (width <= W) & (height > 0) & (height <= H)
         # rows that failed hold nonsense until a later try or the fallback overwrites them
         window[todo] = np.stack([np.floor(top), np.floor(left), height, width], 1)
-        todo = todo[~ok]
+        todo = todo[(width < 1) | (width > W) | (height < 1) | (height > H)]
     H, W = h[todo], w[todo]
     height, width = np.minimum(H, np.rint(W / spec.ratio[0])), np.minimum(W, np.rint(H * spec.ratio[1]))
     window[todo] = np.stack([(H - height) // 2, (W - width) // 2, height, width], 1)
@@ -210,5 +208,4 @@ def _mix(rng: np.random.Generator, steps: int, spec: PlanSpec) -> tuple[np.ndarr
         centre = rng.integers(0, spec.size, (steps, 2))
         box = np.concatenate([centre - half, centre + half], 1).clip(0, spec.size).astype(np.int32)
         lam = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / spec.size**2
-    partner = _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group)
-    return lam.astype(np.float32), box, partner
+    return lam.astype(np.float32), box, _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group)
