@@ -58,9 +58,8 @@ def evaluate(
             model.eval()
             for batch in batches:
                 images, labels = batch.images.to(device), batch.labels.to(device)
-                x = (images.to(memory_format=torch.channels_last) - shift) / scale
                 with torch.autocast(device.type, cast, enabled=cast is not None):
-                    logits = model(x)
+                    logits = model((images.to(memory_format=torch.channels_last) - shift) / scale)
                 if label_map is not None and restrict:
                     logits = logits[:, label_map]
                 elif label_map is not None:

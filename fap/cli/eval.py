@@ -28,7 +28,6 @@ KINDS = {"computed": "computed here, not the published files", "imagenet_c": "Im
 SUMMARY = {"mean": "all sets", "raw_15": "15 corruptions", "raw_19": "19 corruptions", "mce": "mCE, AlexNet = 100"}
 # What a set opens as: its class names (None: labels are the model's), the number of batches, the batches.
 Opened = tuple[tuple[str, ...] | None, int, Iterator[Any]]
-Sets = dict[str, AbstractContextManager[Opened]]  # clean | KIND/CORRUPTION/SEVERITY | imagenet_r | stylized
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,15 +80,15 @@ def evaluate_checkpoint(path: Path, args: Namespace) -> dict[str, Any]:
             restrict = key == "imagenet_r"
             with opened as (names, steps, batches):
                 label_map = match_classes(names, meta["classes"]) if names and (meta["classes"] or restrict) else None
-                result = measure(tqdm(batches, key, steps, leave=False), label_map=label_map, restrict=restrict)
-            done[key] = asdict(result)
+                done[key] = asdict(measure(tqdm(batches, key, steps, leave=False), label_map=label_map, restrict=restrict))
             saved.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
             saved.with_suffix(".tmp").replace(saved)  # complete or not at all
     return report | {"results": {key: done[key] for key in sets}}
 
 
-def _sets(args: Namespace, size: int, resize: int, pool: Executor) -> Sets:
-    sets: Sets = {"clean": _stored(args, size, resize, args.data)}
+def _sets(args: Namespace, size: int, resize: int, pool: Executor) -> dict[str, AbstractContextManager[Opened]]:
+    """By name: clean | KIND/CORRUPTION/SEVERITY | imagenet_r | stylized."""
+    sets: dict[str, AbstractContextManager[Opened]] = {"clean": _stored(args, size, resize, args.data)}
     everything = "all" in (args.corrupt or ())
     names = () if args.corrupt is None else NAMES if everything else args.corrupt or QUICK
     severities = args.severity or (range(1, 6) if everything else [3])
