@@ -15,13 +15,10 @@ from fap.config import Config, MethodConfig
 
 def cost_per_image(method: MethodConfig) -> Fraction:
     """Image passes per image of the epoch."""
-    if method.name == "vanilla":
-        return Fraction(1)
-    assert method.attack_steps is not None
+    attack_steps = method.attack_steps or 0
     if method.name == "advprop":
-        return Fraction(method.attack_steps + 2)
-    assert method.p_adv is not None
-    return 1 + method.p_adv * method.attack_steps
+        return Fraction(attack_steps + 2)
+    return 1 + (method.p_adv or Fraction(0)) * attack_steps
 
 
 def divided(epochs: int, cost: Fraction) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fap import models, norm
@@ -76,7 +75,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             wrong = f"truncated, {len(blob)} of {size} bytes" if len(blob) < size else "wrong checksum"
             raise DamagedCheckpoint(f"{path}: {wrong}")
         return safetensors.torch.load(blob), json.loads(json.loads(blob[8:end])["__metadata__"]["meta"])
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: garbled header ({error})") from error
 
 

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, ValidationInfo
-from pydantic.functional_serializers import PlainSerializer
 from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
 
 
 def _fraction(value: Any) -> Fraction:
     text = str(value)
-    try:
-        if len(text) > 32 or ("/" not in text and not 0 <= float(text) <= 1):
-            raise ValueError
-        return Fraction(text).limit_denominator(1000)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2") from None
-
-
-Ratio = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str)]
+    with suppress(ValueError, ZeroDivisionError):
+        if len(text) <= 32 and ("/" in text or 0 < float(text) < 1):
+            ratio = Fraction(text).limit_denominator(1000)
+            if 0 < ratio < 1:
+                return ratio
+    raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0")
 
 
 class Section(BaseModel):
@@ -76,7 +73,7 @@ class MethodConfig(Section):
     """`noise` is the control: Fast AdvProp's passes with a random sign in place of the gradient's."""
     group: PositiveInt = 64
     """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p / (1 - p)."""
-    p_adv: Ratio | None = None
+    p_adv: Annotated[Fraction, BeforeValidator(_fraction)] | None = None
     """n_adv / (n_clean + n_adv); `1/9`, `1/5`, `1/3`, `1/2` are the rows of Table 4."""
     schedule: Literal["sequential", "fused", "pipelined", "parallel"] | None = None
     """`parallel` is `sequential` with the clean pass on a second stream of the GPU: for few clean rows."""
@@ -103,29 +100,23 @@ class MethodConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        name = given.get("name", "fast_advprop") if isinstance(given, dict) else None
-        if not isinstance(name, str) or name not in METHOD_DEFAULTS:
+        name = str(given.get("name", "fast_advprop")) if isinstance(given, dict) else ""
+        if (defaults := METHOD_DEFAULTS.get(name)) is None:
             return given
         given = {k: v for k, v in given.items() if v is not None}
-        defaults = METHOD_DEFAULTS[name]
-        if wrong := [k for k in given if k in cls.model_fields and k not in {"name", "group", *defaults}]:
-            value = given[wrong[0]]
-            raise ValueError(f"method.{wrong[0]} = {value!r} has no meaning for method.name = {name!r}; leave it out")
+        for field in sorted(given.keys() & cls.model_fields.keys() - {"name", "group", *defaults}):
+            raise ValueError(f"method.{field} = {given[field]!r} has no meaning for method.name = {name!r}; leave it out")
         return defaults | ({"sync": False} if given.get("combine") == "mean" else {}) | given
 
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
         if self.p_adv is not None:
-            if not 0 < self.p_adv < 1:
-                raise ValueError(f"method.p_adv = {self.p_adv} must lie in (0, 1); method.name = vanilla is p_adv = 0")
             rows = self.group * self.p_adv / (1 - self.p_adv)
             if rows.denominator != 1 or rows < 2:
-                n = max(2, round(rows))
-                near = sorted({Fraction(k, self.group + k) for k in (max(2, n - 1), n, n + 1)})
-                raise ValueError(
-                    f"method.p_adv = {self.p_adv} gives {float(rows):.3f} adversarial rows per {self.group} clean ones; "
-                    f"it must give a whole number >= 2, for example {', '.join(map(str, near))}"
-                )
+                n = max(3, round(rows))
+                near = ", ".join(str(Fraction(k, self.group + k)) for k in (n - 1, n, n + 1))
+                gives = f"gives {float(rows):.3f} adversarial rows per {self.group} clean ones"
+                raise ValueError(f"method.p_adv = {self.p_adv} {gives}; it must give a whole number >= 2, for example {near}")
         if self.reuses_gradient and self.attack_steps != 1:
             raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
         if self.combine == "mean" and self.sync:
@@ -139,9 +130,8 @@ class MethodConfig(Section):
     @property
     def adv_group(self) -> int:
         """Rows of one auxiliary batch-norm group, before `pipelined` joins noise and carry in one."""
-        if self.name == "advprop":
-            return self.group
-        return 0 if self.p_adv is None else int(self.group * self.p_adv / (1 - self.p_adv))
+        share = Fraction(1, 2) if self.name == "advprop" else self.p_adv or Fraction(0)
+        return int(self.group * share / (1 - share))
 
     @property
     def step_size_255(self) -> float:
@@ -252,8 +242,7 @@ class Config(Section):
     @property
     def loader_adv_rows(self) -> int:
         """Adversarial rows of one global batch that the loader delivers (plain AdvProp copies clean rows instead)."""
-        m = self.method
-        return 0 if m.name == "advprop" else self.optim.clean_batch // m.group * m.adv_group
+        return 0 if self.method.name == "advprop" else self.optim.clean_batch // self.method.group * self.method.adv_group
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

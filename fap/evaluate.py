@@ -7,9 +7,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, distributed, nn
 
 from fap.norm import evaluate_with, norms
 
@@ -60,21 +58,20 @@ def evaluate(
             model.eval()
             for batch in batches:
                 images, labels = batch.images.to(device), batch.labels.to(device)
-                x = (images.to(memory_format=torch.channels_last) - shift) / scale
                 with torch.autocast(device.type, cast, enabled=cast is not None):
-                    logits = model(x)
+                    logits = model((images.to(memory_format=torch.channels_last) - shift) / scale)
                 if label_map is not None and restrict:
                     logits = logits[:, label_map]
                 elif label_map is not None:
                     labels = torch.where(labels < 0, -1, label_map[labels.clamp(min=0)])
-                losses = cross_entropy(logits.double(), labels, ignore_index=-1, reduction="sum")
+                losses = nn.functional.cross_entropy(logits.double(), labels, ignore_index=-1, reduction="sum")
                 hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
                 sums += torch.stack([losses, hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])  # no host synchronisation
     finally:
         for module, training in former:
             module.training = training
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    if distributed.is_initialized():
+        distributed.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
     if not count:
         raise ValueError("evaluation: the data hold no images")

@@ -31,10 +31,9 @@ class Log:
         self.out = open(os.devnull, "w") if quiet else out or sys.stdout  # noqa: SIM115
         file = os.devnull if quiet else Path(folder) / "metrics.jsonl"
         self.file = open(file, "ab", buffering=0)  # noqa: SIM115
-        self.board: SummaryWriter | None = None
+        self.board = None if quiet else SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
         if not quiet:
             trim(file, done)
-            self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
         self.bar: tqdm[Any] = tqdm(total=steps, initial=done, file=self.out, disable=None, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -20,14 +20,12 @@ def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) ->
     if m.eps_255 is not None:
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
         start = "random start" if m.random_start else "no random start (FGSM)"
-        lines.append(f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {m.attack_steps} step(s) of "
-                     f"{m.step_size_255:g}/255, {start}")  # fmt: skip
+        steps = f"{m.attack_steps} step(s) of {m.step_size_255:g}/255, {start}"
+        lines.append(f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {steps}")
         effect = f"adversarial rows change places among {shuffle_groups} groups"
         if shuffle_groups < 2:
             effect = "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
         lines.append("shuffle    off" if m.shuffle == "off" else f"shuffle    {m.shuffle}: {effect}")
-    lines.append(
-        f"budget     {budget.epochs} epochs of {budget.steps_per_epoch} steps at {cost:g} image passes per image = "
-        f"{budget.image_passes:,} image passes; lr {budget.base_lr:g}, x{budget.gamma:g} after epochs {budget.milestones}"
-    )
-    return "\n".join(lines)
+    spent = f"{budget.epochs} epochs of {budget.steps_per_epoch} steps at {cost:g} image passes per image"
+    rate = f"lr {budget.base_lr:g}, x{budget.gamma:g} after epochs {budget.milestones}"
+    return "\n".join([*lines, f"budget     {spent} = {budget.image_passes:,} image passes; {rate}"])

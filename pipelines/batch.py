@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .plan import PADDING, EpochPlan
 from .store import Store
@@ -24,8 +23,8 @@ T = TypeVar("T")
 class Batch:
     """One step's images: rows [0, n_clean) clean, the rest adversarial. Valid until the next is asked for."""
 
-    images: Tensor  # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run
-    labels: Tensor  # int64 (B,), same device; -1 = padding row of an evaluation plan
+    images: torch.Tensor  # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run
+    labels: torch.Tensor  # int64 (B,), same device; -1 = padding row of an evaluation plan
     step: int  # row of the plan
 
 
@@ -88,7 +87,7 @@ class Loader(ABC):
                 yield Batch(images.permute(0, 3, 1, 2), on_device[step], step)
 
     @abstractmethod
-    def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
         """Steps `start_step`, `start_step` + 1, ...: uint8 (B, size, size, 3) on the device; zeros for PADDING rows."""
 
 

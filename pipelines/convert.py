@@ -121,11 +121,9 @@ def encode(data: bytes, encoding: Encoding) -> Sample:
     image: Image.Image = Image.open(BytesIO(data))
     image.load()
     image = (ImageOps.exif_transpose(image) if _is_rotated(image) else image).convert("RGB")
-    if (scale := limit / max(image.size)) < 1:
-        if encoding.max_side is None:
-            raise ValueError(f"{image.width} x {image.height} pixels: sides above {MAX_SIDE} need --max-side")
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BOX)
+    if max(image.size) > MAX_SIDE and encoding.max_side is None:
+        raise ValueError(f"{image.width} x {image.height} pixels: sides above {MAX_SIDE} need --max-side")
+    image.thumbnail((limit, limit), Image.Resampling.BOX, reducing_gap=None)
     if encoding.raw:
         return Sample(image.tobytes(), RAW, image.height, image.width)
     image.save(out := BytesIO(), "JPEG", quality=encoding.quality or 95)
@@ -136,13 +134,11 @@ class BetonWriter:
     """Writes `DST.part` in a `with` block; `commit` makes it DST. Leaving without it removes the partial file."""
 
     def __init__(self, dst: str | Path, capacity: int) -> None:
-        self.dst = Path(dst)
-        self.part = self.dst.with_name(self.dst.name + ".part")
+        self.dst, self.part = Path(dst), Path(f"{dst}.part")
         for path in (self.dst, sidecar_path(self.dst)):
             if path.exists():
                 raise ValueError(f"{path} exists and is not overwritten; remove it or choose another name")
-        fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._file = open(fd, "r+b", 1 << 20)  # noqa: SIM115
+        self._file = open(os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", 1 << 20)  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, even a killed one
         except BlockingIOError:
@@ -153,29 +149,28 @@ class BetonWriter:
         self._rows, self._alloc = np.zeros(capacity, ROW), np.zeros(capacity, store.ALLOCATION)
         self._crc32 = np.zeros(capacity, np.uint32)
         tables = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
-        self._at = self._file.seek(-(-tables // PAGE) * PAGE)
+        self._file.seek(-(-tables // PAGE) * PAGE)
 
     def add(self, sample: Sample, label: int) -> None:
-        size = len(sample.data)
-        while size > self._page:  # samples placed for smaller pages straddle none of the larger ones
-            self._page *= 2
-        if size > (room := -self._at % self._page):
-            self._at = self._file.seek(self._at + room)
-        self._rows[self.count] = ((sample.mode, sample.width, sample.height, self._at), label)
-        self._alloc[self.count] = (self.count, self._at, size)
+        at, size = self._file.tell(), len(sample.data)
+        # samples placed for smaller pages straddle none of the larger ones
+        self._page = max(self._page, 1 << (size - 1).bit_length())
+        if size > (room := -at % self._page):
+            at = self._file.seek(at + room)
+        self._rows[self.count] = ((sample.mode, sample.width, sample.height, at), label)
+        self._alloc[self.count] = (self.count, at, size)
         self._crc32[self.count] = zlib.crc32(sample.data)
         self._file.write(sample.data)
-        self._at += size
         self.count += 1
 
     def commit(self, classes: Sequence[str], encoding: dict[str, Any]) -> None:
         """Write tables and sidecar, sync, rename."""
-        n = self.count
+        n, end = self.count, self._file.tell()
         self._file.write(self._alloc[:n].tobytes())
         fields = np.zeros(2, store.FIELD)
         fields["type_id"] = store.IMAGE_FIELD, store.INT_FIELD
         fields["name"][:, :5] = np.frombuffer(b"imagelabel", "u1").reshape(2, 5)
-        header = np.array((2, 2, self._page, n, self._at), store.HEADER)
+        header = np.array((2, 2, self._page, n, end), store.HEADER)
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + self._rows[:n].tobytes())
         self._file.flush()
@@ -247,10 +242,10 @@ def convert_cifar10(dst: str | Path, split: Literal["train", "test"] = "train", 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
     images, labels = (array[:limit] for array in cifar10.load(split))
+    done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
     with BetonWriter(dst, len(images)) as writer:
-        for data, label in zip(tqdm(map(np.ndarray.tobytes, images), "convert", len(images)), labels, strict=True):
-            writer.add(Sample(data, RAW, 32, 32), label)
-        done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
+        for image, label in zip(tqdm(images, "convert"), labels, strict=True):
+            writer.add(Sample(image.tobytes(), RAW, 32, 32), label)
         writer.commit(cifar10.CLASSES, done)
     return done
 

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -76,47 +76,55 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0, index: i
     """
     if name not in CONSTANTS or severity not in range(1, 6):
         raise ValueError(f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5")
-    c = CONSTANTS[name][max(image.shape[:2]) <= SMALL][severity - 1]
+    constants = CONSTANTS[name][max(image.shape[:2]) <= SMALL][severity - 1]
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
-    return (_define(name, image, c, rng).clip(0, 1) * 255).astype(np.uint8)  # truncates, as published
+    define = FORMULAS.get(name) or globals()[f"_{name}"]
+    x = define(image / 255, *(constants if isinstance(constants, tuple) else (constants,)), rng)
+    return (x.clip(0, 1) * 255).astype(np.uint8)  # truncates, as published
 
 
-def _define(name: str, image: np.ndarray, c: Any, rng: Rng) -> np.ndarray:
-    """uint8 (H, W, 3) -> float, 0 is black and 1 white, not yet clipped."""
-    x, pil = image / 255, Image.fromarray(image)
-    match name:
-        case "gaussian_noise":
-            return x + c * rng.standard_normal(x.shape)
-        case "shot_noise":
-            return rng.poisson(x * c) / c
-        case "impulse_noise":
-            return np.where(rng.random(x.shape) <= c, rng.random(x.shape) <= 0.5, x)
-        case "speckle_noise":
-            return x + x * c * rng.standard_normal(x.shape)
-        case "gaussian_blur":
-            return _gauss(x, c)
-        case "contrast":
-            return x * c + x.mean((0, 1)) * (1 - c)
-        case "brightness" | "saturate":  # V + c; S * a + b
-            channel, factor, offset = (2, 1, c) if name == "brightness" else (1, *c)
-            hsv = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2HSV)
-            hsv[..., channel] = (hsv[..., channel] * factor + offset).clip(0, 1)
-            return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-        case "motion_blur":  # radius, sigma; rounded to ImageMagick's 8 bits
-            return np.rint(_streak(x, c[0], c[1], rng.uniform(-45, 45)) * 255) / 255
-        case "zoom_blur":  # end and step of the factors
-            factors = np.arange(1, *c)
-            return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
-        case "fog":  # thickness, decay
-            haze = c[0] * _plasma(1 << (max(x.shape) - 1).bit_length(), c[1], rng)
-            return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + c[0])
-        case "jpeg_compression":
-            pil.save(file := io.BytesIO(), "JPEG", quality=c)
-            return np.asarray(Image.open(file)) / 255
-        case "pixelate":
-            (h, w), box = x.shape[:2], Image.Resampling.BOX
-            return np.asarray(pil.resize((int(w * c), int(h * c)), box).resize((w, h), box)) / 255
-    return globals()[f"_{name}"](x, *c, rng)
+# A definition: float (H, W, 3), 0 is black and 1 white, and constants -> the same, not yet clipped.
+FORMULAS: dict[str, Callable[..., np.ndarray]] = {
+    "gaussian_noise": lambda x, sigma, rng: x + sigma * rng.standard_normal(x.shape),
+    "shot_noise": lambda x, photons, rng: rng.poisson(x * photons) / photons,
+    "impulse_noise": lambda x, share, rng: np.where(rng.random(x.shape) <= share, rng.random(x.shape) <= 0.5, x),
+    "speckle_noise": lambda x, sigma, rng: x + x * sigma * rng.standard_normal(x.shape),
+    "gaussian_blur": lambda x, sigma, rng: _gauss(x, sigma),
+    "contrast": lambda x, factor, rng: x * factor + x.mean((0, 1)) * (1 - factor),
+    "brightness": lambda x, offset, rng: _hsv(x, 2, 1, offset),
+    "saturate": lambda x, factor, offset, rng: _hsv(x, 1, factor, offset),
+    "motion_blur": lambda x, radius, sigma, rng: np.rint(_streak(x, radius, sigma, rng.uniform(-45, 45)) * 255) / 255,
+}
+
+
+def _hsv(x: np.ndarray, channel: int, factor: float, offset: float) -> np.ndarray:
+    hsv = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv[..., channel] = (hsv[..., channel] * factor + offset).clip(0, 1)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def _pil(x: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(x * 255).astype(np.uint8))
+
+
+def _jpeg_compression(x: np.ndarray, quality: int, rng: Rng) -> np.ndarray:
+    _pil(x).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return np.asarray(Image.open(file)) / 255
+
+
+def _pixelate(x: np.ndarray, share: float, rng: Rng) -> np.ndarray:
+    (h, w), box = x.shape[:2], Image.Resampling.BOX
+    return np.asarray(_pil(x).resize((int(w * share), int(h * share)), box).resize((w, h), box)) / 255
+
+
+def _zoom_blur(x: np.ndarray, end: float, step: float, rng: Rng) -> np.ndarray:
+    factors = np.arange(1, end, step)
+    return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
+
+
+def _fog(x: np.ndarray, thickness: float, decay: float, rng: Rng) -> np.ndarray:
+    haze = thickness * _plasma(1 << (max(x.shape) - 1).bit_length(), decay, rng)
+    return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + thickness)
 
 
 def _gauss(x: np.ndarray, sigma: float, cut: float = 4, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
@@ -178,8 +186,7 @@ def _glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) 
         # The generator's swap, being one of numpy views, only copies the neighbour.
         for here, there in zip(visit.tolist(), (visit + dy * w + dx).tolist(), strict=True):
             pixel[here] = pixel[there]
-    mixed = np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255
-    return _gauss(mixed, sigma)
+    return _gauss(np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255, sigma)
 
 
 def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
@@ -253,9 +260,8 @@ def corrupted(
     """
 
     def work(batch: Batch, images: np.ndarray) -> Batch:
-        fixed = map(repeat, (name, severity, seed))
-        rows = np.stack([*pool.map(corrupt, images, *fixed, index[batch.step], chunksize=16)])
-        return replace(batch, images=torch.from_numpy(rows).permute(0, 3, 1, 2).to(batch.images.device))
+        rows = [*pool.map(corrupt, images, repeat(name), repeat(severity), repeat(seed), index[batch.step], chunksize=16)]
+        return replace(batch, images=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(batch.images.device))
 
     nhwc = ((b, b.images.permute(0, 2, 3, 1).cpu().numpy().copy()) for b in batches)
     calls = (partial(work, replace(b, labels=b.labels.clone()), images) for b, images in nhwc)
@@ -263,14 +269,11 @@ def corrupted(
         yield from done
 
 
-def build(
-    batches: Iterable[Batch], dst: str | Path, *, capacity: int, classes: Sequence[str], encoding: dict[str, Any]
-) -> None:
+def build(batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequence[str], encoding: dict[str, Any]) -> None:
     """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
     with BetonWriter(dst, capacity) as writer:
         for batch in batches:
-            images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
-            for image, label in zip(images, batch.labels.tolist(), strict=True):
+            for image, label in zip(batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels.tolist(), strict=True):
                 if label >= 0:
                     writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
         writer.commit(classes, encoding)

@@ -10,14 +10,13 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.types import DALIInterpType
-from PIL import Image
 
 from .batch import Loader, run_ahead
 from .plan import PADDING, EpochPlan
@@ -40,14 +39,11 @@ class DaliLoader(Loader):
         super().__init__(store, **options)
         raw = int((store.modes == RAW).sum())
         if 0 < raw < len(store):
-            raise ValueError(
-                f"{store.path}: pipeline = 'dali' takes no file that mixes raw samples ({raw}) with JPEG ones"
-                f" ({len(store) - raw}): convert it again with `fap-convert SRC DST.beton` (all JPEG) or"
-                " `fap-convert --raw SRC DST.beton`, or take pipeline = 'ffcv'"
-            )
-        self.raw, black = raw > 0, BytesIO()
-        Image.new("RGB", (1, 1)).save(black, "JPEG")
-        self.black = np.zeros((1, 1, 3), np.uint8) if self.raw else np.frombuffer(black.getvalue(), np.uint8)
+            mixed = f"pipeline = 'dali' takes no file that mixes raw samples ({raw}) with JPEG ones ({len(store) - raw})"
+            ways = "`fap-convert SRC DST.beton` (all JPEG) or `fap-convert --raw SRC DST.beton`, or take pipeline = 'ffcv'"
+            raise ValueError(f"{store.path}: {mixed}: convert it again with {ways}")
+        self.raw, black = raw > 0, np.zeros((1, 1, 3), np.uint8)
+        self.black = black if self.raw else cv2.imencode(".jpg", black)[1].ravel()
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
         alive: deque[Fields] = deque(maxlen=self.prefetch + 2)  # no_copy: DALI reads the bytes where they lie
@@ -62,9 +58,8 @@ class DaliLoader(Loader):
             for step in range(start_step, len(plan)):
                 # bound to the stream that reads them: DALI orders its own work against it, and the reuse of the
                 # memory once the tensor is gone
-                stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
                 try:
-                    (images,) = pipeline.run(stream)
+                    (images,) = pipeline.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
                 except DamagedData:  # the store's errors name their sample
                     raise
                 except RuntimeError as error:
@@ -84,14 +79,12 @@ class DaliLoader(Loader):
         pipeline = Pipeline(rows, self.threads, gpu_id, prefetch_queue_depth=self.prefetch, exec_dynamic=True)
         layout = ["HWC" if self.raw else ""] + [""] * (5 if self._reaches_outside(plan) else 3)
         crop = partial(fn.slice, axis_names="HW", out_of_bounds_policy="pad", fill_values=0)
-        decode = partial(fn.decoders.image_slice, device="mixed" if gpu else "cpu", axis_names="HW", **LIKE_LIBJPEG)
+        options = LIKE_LIBJPEG | {"device": "mixed" if gpu else "cpu", "hw_decoder_load": self.hw_decoder_load}
+        decode = partial(fn.decoders.image_slice, axis_names="HW", **options)
         with pipeline:
             fields = fn.external_source(source=source, num_outputs=len(layout), layout=layout, no_copy=True)
             images, out, start, shape, *beyond = fields
-            if self.raw:
-                images = crop(images, start=start, shape=shape)
-            else:
-                images = decode(images, start=start, shape=shape, hw_decoder_load=self.hw_decoder_load)
+            images = (crop if self.raw else decode)(images, start=start, shape=shape)
             if beyond:
                 images = crop(images, start=beyond[0], shape=beyond[1])
             if self.raw and gpu:
@@ -120,5 +113,4 @@ class DaliLoader(Loader):
         if not self._reaches_outside(plan):
             return [data, out, corner, shape]
         start = corner.clip(0, sides - 1)
-        end = np.minimum(corner + shape, sides).clip(start + 1)
-        return [data, out, start, end - start, corner - start, shape]
+        return [data, out, start, np.minimum(corner + shape, sides).clip(start + 1) - start, corner - start, shape]

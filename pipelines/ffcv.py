@@ -4,11 +4,11 @@ A thread reads, decodes and resizes row by row: the decoded image stays in its c
 resized.
 """
 
-import ctypes
 import importlib.util
 import threading
 from collections.abc import Generator
 from contextlib import closing
+from ctypes import CDLL, c_bool, c_uint32, c_uint64, c_void_p
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,9 @@ def _load_decoder() -> Any:
     library = next(Path(spec.origin).parent.glob("_libffcv*.so"), None) if spec and spec.origin else None
     if library is None:
         raise ImportError("no module named 'ffcv' with its native library")
-    function = ctypes.CDLL(str(library)).imdecode
+    function = CDLL(str(library)).imdecode
     # source, bytes, height, width; target, crop height, width, x, y, scale numerator, denominator, crop?, flip?
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
-    function.argtypes += [ctypes.c_void_p, *[ctypes.c_uint32] * 6, ctypes.c_bool, ctypes.c_bool]
+    function.argtypes = [c_void_p, c_uint64, c_uint32, c_uint32, c_void_p, *[c_uint32] * 6, c_bool, c_bool]
     return function
 
 
@@ -44,75 +43,49 @@ _imdecode, _this_thread = _load_decoder(), threading.local()
 # the cache lies beside this file: compiled once per machine, not once per run
 _jit: Any = partial(njit, nogil=True, cache=True, fastmath=True)
 
-IMAGE_IN = types.Array(types.uint8, 3, "C", readonly=True)
-IMAGE_OUT = types.Array(types.uint8, 3, "C")
-
 
 @_jit()
-def _taps(start, extent, limit, n_out):  # type: ignore[no-untyped-def]
-    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out)."""
-    step = extent / n_out
-    low = start + step * np.arange(n_out)
-    first = np.minimum(low.astype(np.int64), limit - 1)
+def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
+    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out), 0 outside the image."""
+    step, place = extent / n_out, np.arange(n_out)
+    low = start + step * (n_out - 1 - place if flip else place)
+    first = np.floor(low).astype(np.int64)
     pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
     share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
-    share = np.maximum(share, 0.0) * (pixel < limit)
-    return first, (share / share.sum(0)).astype(np.float32)
+    share = np.maximum(share, 0.0) * (pixel >= 0) * (pixel < limit)
+    return first, (share / step).astype(np.float32)
 
 
-@_jit(types.void(IMAGE_IN, *[types.float64] * 4, types.boolean, IMAGE_OUT))
+@_jit(types.void(types.Array(types.uint8, 3, "C", readonly=True), *[types.float64] * 4, types.boolean, types.uint8[:, :, ::1]))
 def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
-    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded."""
+    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded; zeros lie around it."""
     stride, n = 3 * source.shape[1], 3 * out.shape[1]
-    ys, wy = _taps(top, height, source.shape[0], out.shape[0])
-    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1])
+    ys, wy = _taps(top, height, source.shape[0], out.shape[0], False)
+    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1], flip)
+    begin, end = 3 * min(xs[0], xs[-1]), 3 * (max(xs[0], xs[-1]) + len(wx_pixel))
     # one entry per channel value: the inner loops then run over contiguous memory and vectorise
-    at = np.empty(n, np.uint32)
-    wx = np.empty((len(wx_pixel), n), np.float32)
-    begin = 3 * xs[0]
-    for x in range(out.shape[1]):
-        target = 3 * (out.shape[1] - 1 - x if flip else x)
-        for c in range(3):
-            at[target + c] = 3 * xs[x] + c - begin
-            for k in range(len(wx)):
-                wx[k, target + c] = wx_pixel[k, x]
-    end = 3 * (xs[-1] + len(wx))
-    line = np.zeros(end - begin, np.float32)  # zeros behind the image's edge: weight 0 reads them
-    span = min(end, stride) - begin
-    values = np.empty(n, np.float32)
-    pixels, result = source.reshape(-1), out.reshape(-1)
+    at = (3 * xs.reshape(-1, 1) + np.arange(3) - begin).ravel().astype(np.uint32)
+    wx = (wx_pixel.reshape(-1, len(xs), 1) * np.ones(3, np.float32)).reshape(-1, n)
+    low, high = max(begin, 0), min(end, stride)
+    line, values = np.zeros(end - begin, np.float32), np.empty(n, np.float32)
+    inside = line[low - begin : high - begin]  # the rest stays zero
+    rows, result = source.reshape(-1, stride), out.reshape(-1, n)
     for y in range(out.shape[0]):
+        inside[:] = 0
         for k in range(len(wy)):
-            w, base = wy[k, y], (ys[y] + k) * stride + begin
-            if k == 0:
-                row = pixels[base : base + span]
-                for i in range(span):
-                    line[i] = w * np.float32(row[i])
-            elif w > 0:
-                row = pixels[base : base + span]
-                for i in range(span):
-                    line[i] += w * np.float32(row[i])
+            w = wy[k, y]
+            if w > 0:
+                row = rows[ys[y] + k, low:high]
+                for i in range(high - low):
+                    inside[i] += w * np.float32(row[i])
         for j in range(n):
             values[j] = np.float32(0.5) + wx[0, j] * line[at[j]]
         for k in range(1, len(wx)):
             shift = np.uint32(3 * k)
             for j in range(n):
                 values[j] += wx[k, j] * line[at[j] + shift]
-        row_out = result[y * n : (y + 1) * n]
         for j in range(n):
-            row_out[j] = np.uint8(np.int32(values[j]))
-
-
-@_jit(types.void(IMAGE_IN, types.int64, types.int64, types.boolean, IMAGE_OUT))
-def _copy(source, top, left, flip, out):  # type: ignore[no-untyped-def]
-    """The window of out's size at (top, left) of source; zeros outside it."""
-    side = out.shape[1]
-    for y in range(out.shape[0]):
-        for x in range(side):
-            i, j, target = top + y, left + x, side - 1 - x if flip else x
-            inside = 0 <= i < source.shape[0] and 0 <= j < source.shape[1]
-            for c in range(3):
-                out[y, target, c] = source[i, j, c] if inside else 0
+            result[y, j] = np.uint8(np.int32(values[j]))
 
 
 class FfcvLoader(Loader):
@@ -140,8 +113,6 @@ class FfcvLoader(Loader):
         for i, (top, left, height, width), flip, target in zip(*rows, out, strict=True):
             if i == PADDING:
                 target.fill(0)
-            elif height == width == self.size:
-                _copy(self._image(i, 1), top, left, flip, target)
             else:  # the decoder halves the image for less work, the box filter does the rest
                 by = 2 if min(height, width) >= 2 * self.size and self.store.modes[i] == JPG else 1
                 _area(self._image(i, by), top / by, left / by, height / by, width / by, flip, target)

@@ -99,8 +99,7 @@ class FolderStore(Store):
             return *key[1:], *known[key]
 
         with ThreadPool(THREADS) as pool:
-            rows = pool.imap(row, self._names, CHUNK)
-            table = np.array([*tqdm(rows, "image headers", len(self._names), delay=1)])
+            table = np.array([*tqdm(pool.imap(row, self._names, CHUNK), "image headers", len(self._names), delay=1)])
         if len(bad := np.flatnonzero((table[:, 2:] < 1).any(1) | (table[:, 2:] > MAX_SIDE).any(1))):
             what = f"no images, such as {', '.join(self._names[i] for i in bad[:5])}, or have a side above {MAX_SIDE} pixels"
             raise ValueError(f"{self.path}: {len(bad)} files are {what}: remove them")

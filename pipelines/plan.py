@@ -95,8 +95,7 @@ class EpochPlan:
         rows = rows[:n] if self.spec.paired else rows
         own = {name: getattr(self, name)[:, rows] for name in ("index", "window", "flip")}
         partner = self.mix_partner[:, rank * n : (rank + 1) * n] - rank * n
-        noise_key = self.noise_key[:, rank * g : (rank + 1) * g]
-        return replace(self, **own, noise_key=noise_key, mix_partner=partner)
+        return replace(self, **own, noise_key=self.noise_key[:, rank * g : (rank + 1) * g], mix_partner=partner)
 
 
 def draw_epoch(spec: PlanSpec, heights: np.ndarray, widths: np.ndarray, epoch: int) -> EpochPlan:
@@ -106,8 +105,7 @@ def draw_epoch(spec: PlanSpec, heights: np.ndarray, widths: np.ndarray, epoch: i
         ValueError: fewer images than one batch, an image too large (side > 32767) or too small to crop.
     """
     batch = spec.loaded_rows
-    steps = len(heights) // batch
-    if not steps:
+    if not (steps := len(heights) // batch):
         raise ValueError(f"clean_rows + adv_rows = {batch}: the data hold only {len(heights)} images")
     if spec.crop == "center":
         raise ValueError("crop = 'center': training plans take 'random_resized' or 'pad'")
@@ -124,14 +122,12 @@ def eval_plan(heights: np.ndarray, widths: np.ndarray, *, size: int, resize: int
     """
     if not 0 < size <= resize:
         raise ValueError(f"resize = {resize}: must be at least size = {size}")
-    n, steps = len(heights), -(-len(heights) // batch)
-    index = np.full(steps * batch, PADDING, np.uint32)
-    index[:n] = np.arange(n)
-    window = np.zeros((steps * batch, 4), np.int64)
+    missing = -len(heights) % batch
+    index = np.pad(np.arange(len(heights), dtype=np.uint32), (0, missing), constant_values=PADDING)
     side = np.maximum(np.minimum(heights, widths).astype(np.int64) * size // resize, 1)
-    window[:n] = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
+    window = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
     spec = PlanSpec(0, size, batch, clean_group=1, crop="center", flip=0.0)
-    return _complete(spec, 0, index.reshape(steps, batch), window)
+    return _complete(spec, 0, index.reshape(-1, batch), np.pad(window, ((0, missing), (0, 0))))
 
 
 def _stream(spec: PlanSpec, epoch: int, field: int) -> np.random.Generator:
@@ -141,15 +137,13 @@ def _stream(spec: PlanSpec, epoch: int, field: int) -> np.random.Generator:
 def _complete(spec: PlanSpec, epoch: int, index: np.ndarray, window: np.ndarray) -> EpochPlan:
     """Add the fields that do not depend on the images' sizes."""
     steps = len(index)
-    if window.size and window.max() > np.iinfo(np.int16).max:
+    if window.max(initial=0) > np.iinfo(np.int16).max:
         raise ValueError("images with a side above 32767 pixels: shrink them (fap-convert --max-side)")
     flip = _stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip
     shuffle = _shuffle(_stream(spec, epoch, SHUFFLE), steps, spec)
-    groups = spec.adv_rows // spec.adv_group
-    noise = _stream(spec, epoch, NOISE).integers(0, 2**31, (steps, groups), dtype=np.int32)
-    mix = _mix(_stream(spec, epoch, MIX), steps, spec)
+    noise = _stream(spec, epoch, NOISE).integers(0, 2**31, (steps, spec.adv_rows // spec.adv_group), dtype=np.int32)
     window = window.astype(np.int16).reshape(*index.shape, 4)
-    return EpochPlan(spec, epoch, index, window, flip, shuffle, noise, *mix)
+    return EpochPlan(spec, epoch, index, window, flip, shuffle, noise, *_mix(_stream(spec, epoch, MIX), steps, spec))
 
 
 def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec: PlanSpec) -> np.ndarray:
@@ -162,10 +156,9 @@ def _random_resized(rng: np.random.Generator, h: np.ndarray, w: np.ndarray, spec
         side, root = np.sqrt(rng.uniform(*spec.scale, n) * H * W), np.exp(rng.uniform(low, high, n))
         width, height = np.rint(side * root), np.rint(side / root)
         top, left = rng.random(n) * (H - height + 1), rng.random(n) * (W - width + 1)
-        ok = (width > 0) & (width <= W) & (height > 0) & (height <= H)
         # rows that failed hold nonsense until a later try or the fallback overwrites them
         window[todo] = np.stack([np.floor(top), np.floor(left), height, width], 1)
-        todo = todo[~ok]
+        todo = todo[(width < 1) | (width > W) | (height < 1) | (height > H)]
     H, W = h[todo], w[todo]
     height, width = np.minimum(H, np.rint(W / spec.ratio[0])), np.minimum(W, np.rint(H * spec.ratio[1]))
     window[todo] = np.stack([(H - height) // 2, (W - width) // 2, height, width], 1)
@@ -215,5 +208,4 @@ def _mix(rng: np.random.Generator, steps: int, spec: PlanSpec) -> tuple[np.ndarr
         centre = rng.integers(0, spec.size, (steps, 2))
         box = np.concatenate([centre - half, centre + half], 1).clip(0, spec.size).astype(np.int32)
         lam = 1 - (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / spec.size**2
-    partner = _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group)
-    return lam.astype(np.float32), box, partner
+    return lam.astype(np.float32), box, _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group)

@@ -81,11 +81,10 @@ class BetonStore(Store):
         # exact: no single wrong count or pointer survives
         fits = n > 0 and alloc_ptr + n * ALLOCATION.itemsize == file_size
         self._require(fits, f"{n} samples, allocation table at {alloc_ptr}: not a file of {file_size} bytes")
-        self._require(fields == 2, f"{fields} fields: need one RGB image and one integer label")
         head += self._pread(2 * FIELD.itemsize, len(head), "field descriptors")
         types = np.frombuffer(head, FIELD, offset=HEADER.itemsize)["type_id"].tolist()
-        known = sorted(types) == [INT_FIELD, IMAGE_FIELD]
-        self._require(known, f"field types {types}: need one RGB image and one integer label")
+        known = fields == 2 and sorted(types) == [INT_FIELD, IMAGE_FIELD]
+        self._require(known, f"{fields} fields, types {types}: need one RGB image and one integer label")
         row = np.dtype([COLUMNS[t] for t in types], align=True)
         data_start = len(head) + n * row.itemsize
         self._require(data_start <= alloc_ptr, f"{n} metadata rows overlap the allocation table")
@@ -107,8 +106,7 @@ class BetonStore(Store):
         sides = np.maximum(self.heights, self.widths) <= MAX_SIDE
         self._check((self.modes <= RAW) & (pixels > 0) & sides, "bad mode or dimensions")
         self._check((self.modes == JPG) | (sizes == pixels), "raw size is not height x width x 3")
-        enough = (self.modes == RAW) | (pixels <= 3 * PIXELS_PER_BYTE * sizes)
-        self._check(enough, "too few bytes for a JPEG of its dimensions")
+        self._check((self.modes == RAW) | (pixels <= 3 * PIXELS_PER_BYTE * sizes), "too few bytes for a JPEG of its dimensions")
         order, free = np.argsort(ptrs), np.ones(n, bool)
         free[order[1:]] = (ptrs + sizes)[order[:-1]] <= ptrs[order[1:]]
         self._check(free, "its data overlap another sample's")

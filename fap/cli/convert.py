@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if a.src == "cifar10":
             done = convert_cifar10(a.dst, a.split or "train", a.limit)
         else:
-            encoding = Encoding(a.max_side, a.quality, a.raw)
-            done = convert_folder(a.src, a.dst, encoding, skip_bad=a.skip_bad, threads=a.threads)
+            done = convert_folder(a.src, a.dst, Encoding(a.max_side, a.quality, a.raw), skip_bad=a.skip_bad, threads=a.threads)
     except KeyboardInterrupt:
         print("\nfap-convert: interrupted; nothing was written", file=sys.stderr)
         return 130

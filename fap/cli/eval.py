@@ -1,9 +1,9 @@
 """fap-eval: exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."""
 
-import argparse
 import hashlib
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -26,14 +26,12 @@ from pipelines.corrupt import NAMES, QUICK, SMALL, build, corrupted, worker_pool
 TOP1 = {"clean": "top-1 accuracy", "imagenet_r": "ImageNet-R top-1", "stylized": "Stylized-ImageNet top-1"}
 KINDS = {"computed": "computed here, not the published files", "imagenet_c": "ImageNet-C", "cifar10_c": "CIFAR-10-C"}
 SUMMARY = {"mean": "all sets", "raw_15": "15 corruptions", "raw_19": "19 corruptions", "mce": "mCE, AlexNet = 100"}
-Args = argparse.Namespace
 # What a set opens as: its class names (None: labels are the model's), the number of batches, the batches.
 Opened = tuple[tuple[str, ...] | None, int, Iterator[Any]]
-Sets = dict[str, AbstractContextManager[Opened]]  # clean | KIND/CORRUPTION/SEVERITY | imagenet_r | stylized
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="fap-eval", description=__doc__)
+    parser = ArgumentParser(prog="fap-eval", description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
     add("--data", required=True, help="clean images: a .beton file or an image folder")
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"fap-eval: {e}")
 
 
-def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
+def evaluate_checkpoint(path: Path, args: Namespace) -> dict[str, Any]:
     """Results of every set that `args` ask for; each is saved when it is finished, and not computed again."""
     model, config, meta = checkpoint.load_model(path, args.device)
     fields = ("data", "imagenet_c", "imagenet_r", "stylized", "cifar10_c", "bn", "pipeline", "seed")
@@ -72,6 +70,7 @@ def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
     report = {"checkpoint": str(path), "name": config.name, "seed": config.seed, "step": meta["step"],
               "paper": config.paper, "settings": settings, "results": done}  # fmt: skip
     many = config.data.size > SMALL or "all" in (args.corrupt or ())  # minutes of work; processes take seconds to start
+    measure = partial(evaluate, model, mean=config.data.mean, std=config.data.std, bn=args.bn, device=args.device)
     with worker_pool() if many else ThreadPoolExecutor(1) as pool:
         sets = _sets(args, config.data.size, config.data.resize, pool)
         for key, opened in (bar := tqdm(sets.items(), desc=config.name, unit="set")):
@@ -81,18 +80,15 @@ def evaluate_checkpoint(path: Path, args: Args) -> dict[str, Any]:
             restrict = key == "imagenet_r"
             with opened as (names, steps, batches):
                 label_map = match_classes(names, meta["classes"]) if names and (meta["classes"] or restrict) else None
-                result = evaluate(
-                    model, tqdm(batches, key, steps, leave=False), mean=config.data.mean, std=config.data.std, bn=args.bn,
-                    device=args.device, label_map=label_map, restrict=restrict,
-                )  # fmt: skip
-            done[key] = asdict(result)
+                done[key] = asdict(measure(tqdm(batches, key, steps, leave=False), label_map=label_map, restrict=restrict))
             saved.with_suffix(".tmp").write_text(json.dumps(report, indent=1))
             saved.with_suffix(".tmp").replace(saved)  # complete or not at all
     return report | {"results": {key: done[key] for key in sets}}
 
 
-def _sets(args: Args, size: int, resize: int, pool: Executor) -> Sets:
-    sets: Sets = {"clean": _stored(args, size, resize, args.data)}
+def _sets(args: Namespace, size: int, resize: int, pool: Executor) -> dict[str, AbstractContextManager[Opened]]:
+    """By name: clean | KIND/CORRUPTION/SEVERITY | imagenet_r | stylized."""
+    sets: dict[str, AbstractContextManager[Opened]] = {"clean": _stored(args, size, resize, args.data)}
     everything = "all" in (args.corrupt or ())
     names = () if args.corrupt is None else NAMES if everything else args.corrupt or QUICK
     severities = args.severity or (range(1, 6) if everything else [3])
@@ -112,17 +108,16 @@ def _sets(args: Args, size: int, resize: int, pool: Executor) -> Sets:
 
 
 @contextmanager
-def _stored(args: Args, size: int, resize: int, path: str | Path, change: Callable | None = None) -> Iterator[Opened]:
+def _stored(args: Namespace, size: int, resize: int, path: str | Path, change: Callable | None = None) -> Iterator[Opened]:
     with closing(pipelines.open_store(path)) as store:
         plan = pipelines.eval_plan(store.heights, store.widths, size=size, resize=resize, batch=args.batch)
         back_end: Any = args.pipeline or ("reference" if Path(path).is_dir() else "ffcv")
-        with closing(pipelines.open_loader(back_end, store, size=size, device=args.device)) as loader:
-            batches = loader.load(plan)
-            yield store.classes, len(plan), change(batches, plan.index) if change else batches
+        batches = pipelines.open_loader(back_end, store, size=size, device=args.device).load(plan)
+        yield store.classes, len(plan), change(batches, plan.index) if change else batches
 
 
 @contextmanager
-def _kept(args: Args, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
+def _kept(args: Namespace, size: int, key: str, computed: AbstractContextManager[Opened]) -> Iterator[Opened]:
     """A corrupted set as a `.beton` in args.keep, built the first time."""
     said = {"source": str(Path(args.data).resolve()), "changed": Path(args.data).stat().st_mtime_ns, "set": key,
             "seed": args.seed, "pipeline": args.pipeline}  # fmt: skip
@@ -137,7 +132,7 @@ def _kept(args: Args, size: int, key: str, computed: AbstractContextManager[Open
 
 
 @contextmanager
-def _array(args: Args, file: Path, severity: int) -> Iterator[Opened]:
+def _array(args: Namespace, file: Path, severity: int) -> Iterator[Opened]:
     images, labels = np.load(file, mmap_mode="r"), torch.from_numpy(np.load(file.with_name("labels.npy")).astype(np.int64))
     if images.ndim != 4 or len(images) != len(labels) or len(images) % 5:
         raise ValueError(f"{file}: {images.shape}, labels {tuple(labels.shape)}: expected five severities, as many of each")

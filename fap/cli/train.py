@@ -1,4 +1,8 @@
-"""fap-train [CONFIG.yaml] [key=value ...] [--pipeline ffcv|dali|reference]"""
+"""Train an image classifier with Fast AdvProp (the default), AdvProp or plain training.
+
+Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml
+data.train=train.beton data.val=val.beton --pipeline dali resume=auto
+"""
 
 import argparse
 import sys
@@ -14,12 +18,7 @@ from fap.train import Interrupted, NonFinite, Run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fap-train",
-        description="Train an image classifier with Fast AdvProp (the default), AdvProp or plain training.",
-        epilog="Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml "
-        "data.train=train.beton data.val=val.beton --pipeline dali resume=auto",
-    )
+    parser = argparse.ArgumentParser(prog="fap-train", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="e.g. optim.lr=0.2; any config field")
     parser.add_argument("--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=...")
     args = parser.parse_intermixed_args(argv)
@@ -41,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         disconnect()
     if ranks.first:
-        last = result["last"]
-        print(f"done: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {result['image_passes']:,} image passes "
-              f"in {result['seconds']:.0f} s")  # fmt: skip
+        done = "done: top-1 {top1:.2%}, top-5 {top5:.2%} after {image_passes:,} image passes in {seconds:.0f} s"
+        print(done.format(**result | result["last"]))
 
 
 if __name__ == "__main__":
