@@ -25,6 +25,12 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def device(self, wanted: str) -> torch.device:
+        """This rank's device for `run.device` = `wanted`. Raises ValueError for a GPU that is not there."""
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
+        return torch.device("cuda", self.local_rank) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
     def sum_(self, flat: Tensor) -> None:
         """Sum a flat tensor over all ranks, in place."""
         if self.world > 1:
@@ -45,11 +51,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one: for decisions that all must take alike."""
-        if self.world == 1:
-            return flag
-        value = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+        votes = torch.tensor([float(flag)], device="cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu")
+        self.sum_(votes)
+        return bool(votes)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -63,12 +67,11 @@ def connect(device_type: str) -> Ranks:
     """The ranks of this run: those of torchrun's environment, or a single one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Ranks()
+        return ONE_RANK
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if device_type == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return ranks
 
 

@@ -88,8 +88,7 @@ class _Bottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return self.bn3(self.conv3(out), identity)
+        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), identity)
 
 
 def _fuse_blocks(model: nn.Module) -> None:
