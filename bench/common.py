@@ -35,8 +35,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratio(top: np.ndarray, bottom: np.ndarray, fixed: Sequence[float] = (0, 0)) -> dict[str, float]:
     """(median(top) + fixed) / (median(bottom) + fixed) with its 95% bootstrap interval over the rounds."""
-    drawn = np.random.default_rng(0).integers(len(top), size=(4000, len(top)))
-    rounds = np.concatenate([[np.arange(len(top))], drawn])  # first all of them as they are
+    # The first row takes every round once, the others are drawn.
+    rounds = np.vstack([np.arange(len(top)), np.random.default_rng(0).integers(len(top), size=(4000, len(top)))])
     ratios = (np.median(top[rounds], 1) + fixed[0]) / (np.median(bottom[rounds], 1) + fixed[1])
     low, high = np.percentile(ratios[1:], (2.5, 97.5))
     return {"ratio": float(ratios[0]), "low": float(low), "high": float(high)}

@@ -62,5 +62,4 @@ def ascend(
     eps_255: float,
 ) -> Tensor:
     """One projected step: into the ball of radius eps around the clean image and into the valid pixel range."""
-    moved = torch.add(current, direction, alpha=step_255)
-    return torch.clamp(moved, clean - eps_255, clean + eps_255).clamp_(0, 255)
+    return torch.add(current, direction, alpha=step_255).clamp_(clean - eps_255, clean + eps_255).clamp_(0, 255)

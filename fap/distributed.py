@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 25  # elements of one all-reduce; several nodes overlap buckets, one node sees a single call for ResNet-50
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -34,20 +32,15 @@ class Ranks:
     def sum_(self, flat: Tensor) -> None:
         """Sum a flat tensor over all ranks, in place."""
         if self.world > 1:
-            works = [dist.all_reduce(part, async_op=True) for part in flat.split(BUCKET)]
-            for work in works:
-                work.wait()
+            dist.all_reduce(flat)
 
-    def gather_rows(
-        self,
-        rows: Tensor,  # (n, ...)
-    ) -> Tensor:  # (world * n, ...), rank after rank
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(n, ...) of every rank -> (world * n, ...), rank after rank."""
         if self.world == 1:
             return rows
-        last = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows  # channels_last rows are contiguous this way
-        out = last.new_empty(self.world * last.shape[0], *last.shape[1:])
-        dist.all_gather_into_tensor(out, last.contiguous())
-        return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out
+        out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one: for decisions that all must take alike."""

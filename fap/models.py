@@ -32,9 +32,8 @@ class CifarResNet(nn.Module):
             blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(self.relu(self.bn1(self.conv1(x)))).mean((2, 3)))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,6 @@ from fap.evaluate import evaluate
 from fap.graph import runner
 from fap.log import Log, versions
 from fap.models import build, load_plain
-from fap.norm import shared_groups
 from fap.step import KINDS, METRICS, Amp, Step
 from fap.summary import describe
 from pipelines.batch import run_ahead
@@ -92,7 +90,7 @@ class Run:
         self.step = Step(self.model, config, ranks, amp=self.amp)
         self._prepare_folder()
         if config.run.compile:
-            shared_groups(self.model).kernel = "split"
+            self.step.row_groups.kernel = "split"
             self.step.forward = torch.compile(self.model)
 
         self.done = 0  # optimiser steps
@@ -117,12 +115,12 @@ class Run:
                 first = plan.epoch * per_epoch
                 todo = range(self.done, min(first + per_epoch, self.steps))
                 draws, waiting = self._draws(plan), Stopwatch()
-                for batch in islice(waiting.on(loader.load(plan, self.done - first)), len(todo)):
-                    lr = self.budget.lr_at(self.done)
-                    torch.manual_seed(hash((self.config.seed, self.done, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
+                for step, batch in zip(todo, waiting.on(loader.load(plan, self.done - first)), strict=False):
+                    lr = self.budget.lr_at(step)
+                    torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
                     self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
                     run_step()
-                    self.done += 1
+                    self.done = step + 1
                     self.log.advance(self.done)
                     last = self.done == todo.stop
                     if last or self.done % run.log_every == 0:
