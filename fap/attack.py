@@ -29,16 +29,14 @@ def random_bits(
 
 def uniform(
     keys: Tensor,  # int32 (G,)
-    shape: torch.Size | tuple[int, ...],  # (G * a, ...)
+    shape: torch.Size | tuple[int, ...],  # (G * a, C, H, W)
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """U(-1, 1) of the given shape; rows [g a, (g + 1) a) depend on keys[g] only. Laid out channels_last for images."""
-    rows, *rest = shape
-    if len(rest) == 3:
-        rest = [rest[1], rest[2], rest[0]]
-    bits = random_bits(keys, rows // len(keys) * torch.Size(rest).numel())
-    values = bits.to(torch.float32).mul_(2.0**-31).clamp_(max=1 - 2**-24).to(dtype).view(rows, *rest)
-    return values.permute(0, 3, 1, 2) if len(rest) == 3 else values
+    """U(-1, 1) of the given shape, laid out channels_last; rows [g a, (g + 1) a) depend on keys[g] only."""
+    rows, channels, height, width = shape
+    bits = random_bits(keys, rows // len(keys) * channels * height * width)
+    values = bits.to(torch.float32).mul_(2.0**-31).clamp_(max=1 - 2**-24).to(dtype)
+    return values.view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
 def other_label(
@@ -64,5 +62,4 @@ def ascend(
     eps_255: float,
 ) -> Tensor:
     """One projected step: into the ball of radius eps around the clean image and into the valid pixel range."""
-    moved = torch.addcmul(current, direction, torch.full((), step_255, dtype=current.dtype, device=current.device))
-    return torch.clamp(moved, clean - eps_255, clean + eps_255).clamp_(0, 255)
+    return torch.add(current, direction, alpha=step_255).clamp_(clean - eps_255, clean + eps_255).clamp_(0, 255)

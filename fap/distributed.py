@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 25  # elements of one all-reduce; several nodes overlap buckets, one node sees a single call for ResNet-50
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -25,31 +23,30 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def device(self, wanted: str) -> torch.device:
+        """This rank's device for `run.device` = `wanted`. Raises ValueError for a GPU that is not there."""
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
+        return torch.device("cuda", self.local_rank) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
     def sum_(self, flat: Tensor) -> None:
         """Sum a flat tensor over all ranks, in place."""
         if self.world > 1:
-            works = [dist.all_reduce(part, async_op=True) for part in flat.split(BUCKET)]
-            for work in works:
-                work.wait()
+            dist.all_reduce(flat)
 
-    def gather_rows(
-        self,
-        rows: Tensor,  # (n, ...)
-    ) -> Tensor:  # (world * n, ...), rank after rank
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(n, ...) of every rank -> (world * n, ...), rank after rank."""
         if self.world == 1:
             return rows
-        last = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows  # channels_last rows are contiguous this way
-        out = last.new_empty(self.world * last.shape[0], *last.shape[1:])
-        dist.all_gather_into_tensor(out, last.contiguous())
-        return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out
+        out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one: for decisions that all must take alike."""
-        if self.world == 1:
-            return flag
-        value = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+        votes = torch.tensor([float(flag)], device="cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu")
+        self.sum_(votes)
+        return bool(votes)
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -63,12 +60,11 @@ def connect(device_type: str) -> Ranks:
     """The ranks of this run: those of torchrun's environment, or a single one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Ranks()
+        return ONE_RANK
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        if device_type == "cuda":
-            torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    if device_type == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return ranks
 
 

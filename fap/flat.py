@@ -18,39 +18,27 @@ class Flat:
 
     def __init__(self, model: nn.Module) -> None:
         main = {p for n in norms(model) for p in (n.weight, n.bias)}
-        aux = {p for n in norms(model) if n.aux is not None for p in (n.aux.weight, n.aux.bias)}
-        self.parameters = parameters = dict(model.named_parameters())
-        parts = (
-            {k: p for k, p in parameters.items() if p not in main and p not in aux},
-            {k: p for k, p in parameters.items() if p in main},
-            {k: p for k, p in parameters.items() if p in aux},
-        )
-        self.counts = tuple(sum(p.numel() for p in part.values()) for part in parts)
+        aux = {p for n in norms(model) if n.aux is not None for p in n.aux.parameters()}
+        parts = ({*model.parameters()} - main - aux, main, aux)
+        self.parameters = dict(model.named_parameters())
+        self.counts = tuple(sum(p.numel() for p in part) for part in parts)
         self.slices: dict[str, slice] = {}
-        bounds, end = [], 0
+        bounds, end = [0], 0
         for part in parts:
-            start = end
-            for name, p in part.items():
-                self.slices[name] = slice(end, end + p.numel())
-                end += -(-p.numel() // ALIGN) * ALIGN
-            bounds.append(slice(start, end))
-        self.shared, self.main, self.aux = bounds
-        first = next(iter(parameters.values()))
-        self.param = nn.Parameter(first.new_zeros(end))
-        self.grad = first.new_zeros(end)
-        self.param.grad = self.grad
-        with torch.no_grad():
-            for name, where in self.slices.items():
-                p = parameters[name]
-                view = self.param.data[where].as_strided(p.shape, p.stride())
-                view.copy_(p)
-                p.data = view
-            owners = [b for n in norms(model) for b in (n, n.aux) if b is not None]
-            names = [(b, k) for b in owners for k in ("running_mean", "running_var")]
-            self.stats = torch.cat([getattr(b, k).flatten() for b, k in names])
-            views = self.stats.split([getattr(b, k).numel() for b, k in names])
-            for (b, k), view in zip(names, views, strict=True):
-                setattr(b, k, view)
+            for name, p in self.parameters.items():
+                if p in part:
+                    self.slices[name] = slice(end, end + p.numel())
+                    end += -(-p.numel() // ALIGN) * ALIGN
+            bounds.append(end)
+        self.shared, self.main, self.aux = map(slice, bounds, bounds[1:])
+        self.param = nn.Parameter(next(model.parameters()).new_zeros(end))
+        self.grad = self.param.grad = torch.zeros_like(self.param)
+        for name, view in self.named(self.param.data).items():
+            self.parameters[name].data = view.copy_(self.parameters[name].data)
+        statistics = [b for n in norms(model) for b in n.buffers() if b.is_floating_point()]
+        self.stats = torch.cat(statistics)
+        for buffer, view in zip(statistics, self.stats.split([len(b) for b in statistics]), strict=True):
+            buffer.data = view
         self.accumulate_in(self.grad)
 
     def accumulate_in(self, grad: Tensor) -> None:

@@ -1,11 +1,13 @@
 """Models by name from torchvision and timm, with dual batch norms and a stem that can differentiate few rows."""
 
+from itertools import pairwise
 from typing import Any
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fap.norm import DualBatchNorm2d, convert
@@ -22,19 +24,16 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         blocks: list[nn.Module] = []
-        inputs = 16
-        for width in (16, 32, 64):
-            for _ in range((depth - 2) // 6):
-                shortcut = None
-                if inputs != width:
-                    shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-                blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
-                inputs = width
+        each = (depth - 2) // 6
+        for inputs, width in pairwise([16] + [16] * each + [32] * each + [64] * each):
+            shortcut = None
+            if inputs != width:
+                shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            blocks.append(BasicBlock(inputs, width, width // inputs, shortcut))
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.blocks(self.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
@@ -88,22 +87,19 @@ class _Bottleneck(Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        return self.bn3(self.conv3(out), identity)
+        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), identity)
 
 
 def _fuse_blocks(model: nn.Module) -> None:
     """In torchvision's ResNets and ours: what follows a norm becomes part of its call, and on a GPU of its kernel."""
+    fused = {BasicBlock: _BasicBlock, Bottleneck: _Bottleneck, ResNet: ResNet, CifarResNet: CifarResNet}
     for m in model.modules():
-        if type(m) in (BasicBlock, Bottleneck):
-            m.__class__ = _BasicBlock if type(m) is BasicBlock else _Bottleneck
-        elif type(m) in (ResNet, CifarResNet):
+        if type(m) in fused:
+            m.__class__ = fused[type(m)]
             m.relu = nn.Identity()
-        else:
-            continue
-        for norm in m.children():
-            if isinstance(norm, DualBatchNorm2d):
-                norm.relu = True
+            for norm in m.children():
+                if isinstance(norm, DualBatchNorm2d):
+                    norm.relu = True
 
 
 class StemConv2d(nn.Conv2d):
@@ -112,46 +108,38 @@ class StemConv2d(nn.Conv2d):
     The probe is a leaf that aliases the rows [first, first + len(probe)) of the input.
     """
 
-    probe: Tensor | None
-    first: int
-    full_precision: bool
+    probe: Tensor | None = None
+    first = 0
+    full_precision = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            if self.full_precision:  # one grey level would not survive the cast: compute in float32, then cast
-                with torch.autocast(x.device.type, enabled=False):
-                    return self._convolve(x, self.weight, self.bias).to(dtype)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return self._convolve(x.to(dtype), self.weight.to(dtype), bias)
-        return self._convolve(x, self.weight, self.bias)
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.probe is None or not self.training:
-            return self._conv_forward(x, weight, bias)
-        return _StemConv.apply(x, self.probe, weight, bias, self.first, self)
+        device = x.device.type
+        out = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        inside = x.dtype if self.full_precision else out  # one grey level would not survive the cast
+        weight, bias = self.weight.to(inside), None if self.bias is None else self.bias.to(inside)
+        with torch.autocast(device, enabled=False):
+            if self.probe is None or not self.training:
+                return self._conv_forward(x.to(inside), weight, bias).to(out)
+            return _StemConv.apply(x.to(inside), self.probe, weight, bias, self).to(out)
 
 
 class _StemConv(torch.autograd.Function):
     """Weight gradient over all rows, data gradient over the probe's rows. Twin: autograd on the whole batch."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, probe: Tensor, weight: Tensor, bias: Tensor | None, first: int, conv: StemConv2d
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, probe: Tensor, weight: Tensor, bias: Tensor | None, conv: StemConv2d) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.rows, ctx.conv, ctx.has_bias = slice(first, first + len(probe)), conv, bias is not None
+        ctx.rows, ctx.conv = slice(conv.first, conv.first + len(probe)), conv
         return conv._conv_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        c, rows = ctx.conv, ctx.rows
+        c, rows, has_bias = ctx.conv, ctx.rows, ctx.needs_input_grad[3]
         geometry = (c.stride, c.padding, c.dilation, False, [0, 0], c.groups)
-        bias_sizes = [len(weight)] if ctx.has_bias else None
-        _, gw, gb = torch.ops.aten.convolution_backward(gy, x, weight, bias_sizes, *geometry, [False, True, ctx.has_bias])
+        _, gw, gb = torch.ops.aten.convolution_backward(gy, x, weight, [len(weight)], *geometry, [False, True, has_bias])
         gx, _, _ = torch.ops.aten.convolution_backward(gy[rows], x[rows], weight, None, *geometry, [True, False, False])
-        return None, gx, gw, gb, None, None
+        return None, gx, gw, gb, None
 
 
 def _install_stem(model: nn.Module, size: int) -> None:
@@ -166,24 +154,17 @@ def _install_stem(model: nn.Module, size: int) -> None:
         seen.append(module)
         return tuple(a.detach() if a is image else a for a in args)
 
-    hooks = [m.register_forward_pre_hook(cut) for m in model.modules()]
-    frozen = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
-    mode = model.training
     try:
-        bypassed = model.eval()(image).requires_grad
+        with register_module_forward_pre_hook(cut):  # type: ignore[arg-type]  # torch's stub: no new arguments
+            logits = model.eval()(image)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"data.size = {size}: the model does not accept images of {size} px: {e}") from None
     finally:
-        model.train(mode)
-        for p in frozen:
-            p.requires_grad_()
-        for hook in hooks:
-            hook.remove()
+        model.train()
+    bypassed = torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is not None
     stem = seen[0] if len(seen) == 1 and not bypassed else None
     if type(stem) is nn.Conv2d and stem.padding_mode == "zeros" and not isinstance(stem.padding, str):
         stem.__class__ = StemConv2d
-        assert isinstance(stem, StemConv2d)
-        stem.probe, stem.first, stem.full_precision = None, 0, False
 
 
 def stem_of(model: nn.Module) -> StemConv2d | None:

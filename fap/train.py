@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,6 @@ from fap.evaluate import evaluate
 from fap.graph import runner
 from fap.log import Log, versions
 from fap.models import build, load_plain
-from fap.norm import shared_groups
 from fap.step import KINDS, METRICS, Amp, Step
 from fap.summary import describe
 from pipelines.batch import run_ahead
@@ -68,7 +66,7 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks = ONE_RANK) -> None:
         self.started = time.perf_counter()
         self.config, self.ranks, self.stop = config, ranks, StopSignal()
-        self.device = _device(config.run.device, ranks)
+        self.device = ranks.device(config.run.device)
         self.amp: Amp = config.run.amp if config.run.amp != "auto" else "fp16" if self.device.type == "cuda" else "off"
         if config.run.torch_threads:
             torch.set_num_threads(config.run.torch_threads)
@@ -92,7 +90,7 @@ class Run:
         self.step = Step(self.model, config, ranks, amp=self.amp)
         self._prepare_folder()
         if config.run.compile:
-            shared_groups(self.model).kernel = "split"
+            self.step.row_groups.kernel = "split"
             self.step.forward = torch.compile(self.model)
 
         self.done = 0  # optimiser steps
@@ -117,12 +115,12 @@ class Run:
                 first = plan.epoch * per_epoch
                 todo = range(self.done, min(first + per_epoch, self.steps))
                 draws, waiting = self._draws(plan), Stopwatch()
-                for batch in islice(waiting.on(loader.load(plan, self.done - first)), len(todo)):
-                    lr = self.budget.lr_at(self.done)
-                    torch.manual_seed(hash((self.config.seed, self.done, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
+                for step, batch in zip(todo, waiting.on(loader.load(plan, self.done - first)), strict=False):
+                    lr = self.budget.lr_at(step)
+                    torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)  # dropout
                     self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
                     run_step()
-                    self.done += 1
+                    self.done = step + 1
                     self.log.advance(self.done)
                     last = self.done == todo.stop
                     if last or self.done % run.log_every == 0:
@@ -146,8 +144,7 @@ class Run:
         if self.done == self.steps or epoch % self.config.run.eval_every == 0:
             self.last = last = self._evaluate()
             record |= {f"val_{k}": v for k, v in last.items()}
-            if last["top1"] > self.best["top1"]:
-                self.best = {"top1": last["top1"], "epoch": epoch}
+            self.best = max(self.best, {"top1": last["top1"], "epoch": epoch}, key=lambda best: best["top1"])
             self._say(f"epoch {epoch}: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss {last['loss']:.4f}")
         self.log.record(self.done, record | {"epoch": epoch})
         if not begun:
@@ -172,9 +169,8 @@ class Run:
     # ------------------------------------------------------------------ the data
 
     def _open_loader(self, store: pipelines.Store) -> pipelines.Loader:
-        data = self.config.data
-        options = data.model_dump(include={"size", "threads", "prefetch", "hw_decoder_load"})
-        return pipelines.open_loader(data.pipeline, store, device=self.device, **options)
+        options = self.config.data.model_dump(include={"size", "threads", "prefetch", "hw_decoder_load"})
+        return pipelines.open_loader(self.config.data.pipeline, store, device=self.device, **options)
 
     def _plans(self) -> Iterator[pipelines.EpochPlan]:
         """This rank's plans of the epochs that are not closed; the next one is drawn while one runs."""
@@ -187,10 +183,9 @@ class Run:
         """The plan's draws for the step, on the device, one row per step."""
         first = self.ranks.rank * self.step.n_adv
         shuffle = plan.shuffle[:, first : first + self.step.n_adv] - (first if self.config.method.shuffle == "groups" else 0)
-        fields = {"shuffle": shuffle, "noise_key": plan.noise_key}
-        if self.config.data.mix:
-            fields |= {"mix_lam": plan.mix_lam, "mix_box": plan.mix_box, "mix_partner": plan.mix_partner}
-        return {k: torch.from_numpy(v.copy()).to(self.device) for k, v in fields.items()}
+        names = ("noise_key", "mix_lam", "mix_box", "mix_partner") if self.config.data.mix else ("noise_key",)
+        draws = {"shuffle": shuffle} | {name: getattr(plan, name) for name in names}
+        return {k: torch.from_numpy(v.copy()).to(self.device) for k, v in draws.items()}
 
     # ------------------------------------------------------------------ the record
 
@@ -198,10 +193,9 @@ class Run:
         metrics, (seconds, waited) = self.step.take_metrics(), waiting.lap()
         self.totals = {name: self.totals[name] + value for name, value in metrics.items()}
         steps, skipped, in_a_row = metrics["steps"], metrics["skipped"], metrics["skipped_in_a_row"]
-        speed = {"image_passes_per_second": steps * self.budget.image_passes_per_step / seconds,
-                 "waiting_for_data": waited / seconds}  # fmt: skip
-        at = {"epoch": self.done / self.budget.steps_per_epoch, "lr": lr}
-        self.log.step(self.done, at | rates(metrics) | {"skipped": skipped} | speed)
+        passes = steps * self.budget.image_passes_per_step
+        shown = {"epoch": self.done / self.budget.steps_per_epoch, "lr": lr} | rates(metrics) | {"skipped": skipped}
+        self.log.step(self.done, shown | {"image_passes_per_second": passes / seconds, "waiting_for_data": waited / seconds})
         if skipped:
             self._say(f"step {self.done}: {skipped:.0f} of the last {steps:.0f} steps were not finite and were skipped")
         if in_a_row >= self.config.run.max_skipped:
@@ -301,12 +295,10 @@ class Stopwatch:
 
 def rates(metrics: dict[str, float]) -> dict[str, float]:
     """Mean loss and accuracy per kind of row, and the share of exactly zero gradient signs."""
-    out: dict[str, float] = {}
+    out = {"zero_signs": metrics["zero_signs"] / metrics["signs"]} if metrics["signs"] else {}
     for kind in KINDS:
         if rows := metrics[f"rows_{kind}"]:
             out |= {f"loss_{kind}": metrics[f"loss_{kind}"] / rows, f"acc_{kind}": metrics[f"correct_{kind}"] / rows}
-    if metrics["signs"]:
-        out["zero_signs"] = metrics["zero_signs"] / metrics["signs"]
     return out
 
 
@@ -315,9 +307,9 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     method, data, rows = config.method, config.data, config.optim.clean_batch
     groups = rows // method.group if method.adv_group else 0
     return pipelines.PlanSpec(
-        seed=config.seed, size=data.size, clean_rows=rows, adv_rows=groups * method.adv_group, clean_group=method.group,
-        adv_group=method.adv_group or 1, crop=data.crop, scale=data.scale, ratio=data.ratio, pad=data.pad, flip=data.flip,
-        mix=data.mix, mix_alpha=data.mix_alpha, paired=method.name == "advprop",
+        **data.model_dump(include={"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}), seed=config.seed,
+        clean_rows=rows, adv_rows=groups * method.adv_group, clean_group=method.group, adv_group=method.adv_group or 1,
+        paired=method.name == "advprop",
         shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
     )  # fmt: skip
 
@@ -351,9 +343,3 @@ def set_up_torch(device: torch.device) -> None:
         # glibc keeps what a step frees: else the next step's page faults take a fifth of its time (bench/NOTES.md).
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def _device(wanted: str, ranks: Ranks) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
-    return torch.device("cuda", ranks.local_rank) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
