@@ -33,7 +33,7 @@ def evaluation(c: Contestant) -> float:
     return min(timeit.repeat(run, number=1, repeat=3)) / (3 * len(c.sample.images))
 
 
-def compare(a: Any, store: Any, model: str, rows: int, p_adv: str, amp: Any, schedule: str, bn: str) -> dict[str, Any]:
+def compare(a: Any, store: Any, amp: Any, model: str, rows: int, p_adv: str, schedule: str, bn: str) -> dict[str, Any]:
     """One schedule against vanilla training with batch norm over groups of 64 (`groups`) or over the `whole` batch."""
     ours = config_of(model, rows, a.size, p_adv=p_adv, schedule=schedule)
     blocks = passes(schedule, rows, ours.loader_adv_rows, ours.loader_adv_rows, ours.method.group)
@@ -93,12 +93,12 @@ def main(argv: Any = None) -> int:
     store = pipelines.open_store(a.data) if a.data else None
     a.train_images = len(store) if store else "synthetic"
     results: list[dict[str, Any]] = []
-    for cell in product(a.models, a.rows, a.p_adv, a.amp, a.schedules, a.vanilla_bn):
-        r = dict(zip(("model", "rows", "p_adv", "amp", "schedule", "bn"), cell, strict=True))
+    for cell in product(a.amp, a.models, a.rows, a.p_adv, a.schedules, a.vanilla_bn):
+        r = dict(zip(("amp", "model", "rows", "p_adv", "schedule", "bn"), cell, strict=True))
         try:
             r |= compare(a, store, *cell)
-        except torch.cuda.OutOfMemoryError:
-            r["error"] = "out of GPU memory"
+        except RuntimeError as e:  # out of GPU memory, a capture that failed
+            r["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
         gc.collect()
         torch.cuda.empty_cache()
         results.append(r)

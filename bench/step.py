@@ -4,6 +4,7 @@ Every contender alternates in short blocks with our own step on images of the sa
 per step over ours, with a 95% bootstrap interval. Without a GPU: CIFAR size, no CUDA graph, no AMP unless asked for.
 """
 
+import gc
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,12 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
 SCHEDULES = ("sequential", "pipelined", *(["parallel"] if GPU else []))  # and fused, the default
-INGREDIENTS = ("channels_last", "stem function", "norm kernel", "graph")  # the last two on a GPU only
+INGREDIENTS = (
+    "channels_last",
+    "stem function",
+    "norm kernel",
+    "graph",
+)  # the last two on a GPU only; the kernel needs the first
 sync = torch.cuda.synchronize if GPU else lambda: None
 
 
@@ -70,7 +76,7 @@ class Contestant:
         shared_groups(self.model).kernel = "split" if compiled or without == "norm kernel" else "auto"
         if compiled:
             self.step.forward = torch.compile(self.model)
-        self.run, self.how = runner(self.step, "off" if without == "graph" else "auto")
+        self.run, self.how = runner(self.step, "on" if GPU and without != "graph" else "off")
         self.run()
         sync()
         self.startup = watch.lap()[0]
@@ -150,36 +156,46 @@ def main(argv: Any = None) -> int:
     model, size, rows, rounds, block = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="contenders whose names hold one of these")
     a = parser.parse_args(argv)
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
     fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", *SCHEDULES))
     amp = a.amp
-    contenders = [
+    contenders = [  # first the targets; then what compiles for a minute each; a time limit may cut off the rest
         (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),
         (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True)),
-        (vanilla, "ours without norm kernel", partial(Contestant, vanilla, amp, without="norm kernel")),
         (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off")),
         (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True)),
+        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True)),
+        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True)),
+        (vanilla, "ours without norm kernel", partial(Contestant, vanilla, amp, without="norm kernel")),
         *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp)) for c in others),
         *((fused, f"ours without {w}", partial(Contestant, fused, amp, without=w)) for w in INGREDIENTS),
         (fused, "ours without AMP", partial(Contestant, fused, "off")),
-        # Last: each compiles for a minute or two, and a time limit may cut them off.
-        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True)),
-        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True)),
         (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True)),
     ]
     missing = ("without AMP",) * (amp == "off") + ("compiled",) * (not a.compile) + INGREDIENTS[2:] * (not GPU)
     results: list[dict[str, Any]] = []
-    baseline = None
+    own: dict[str, Contestant] = {}
     for config, name, make in contenders:
-        if name.endswith(missing):
+        if name.endswith(missing) or not any(word in name for word in a.only):
             continue
-        if config is not baseline:
-            own, baseline = Contestant(config, amp), config
-        theirs, mine = alternate([partial(c.block, a.block) for c in (make(), own)], a.rounds)[:, 0]
+        method = config.method.name
+        result: dict[str, Any] = {"ours": method, "other": name}
+        try:
+            own[method] = mine = own.get(method) or Contestant(config, amp)
+            theirs, times = alternate([partial(c.block, a.block) for c in (make(), mine)], a.rounds)[:, 0]
+            result |= {
+                "how": mine.how,
+                "other's s": spread(theirs),
+                "our s": spread(times),
+                "other / ours": ratio(theirs, times),
+            }
+        except RuntimeError as e:  # out of GPU memory, a capture that failed
+            result["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
+        gc.collect()
         torch.cuda.empty_cache()
-        names = {"ours": config.method.name, "how": own.how, "other": name}
-        results.append(names | {"other's s": spread(theirs), "our s": spread(mine), "other / ours": ratio(theirs, mine)})
+        results.append(result)
         print(report(f"step_{DEVICE.type}", a, results, ["other / ours"])[-1], flush=True)
     return 0
 

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# An integer that is 1 or a multiple of 16 would be compiled for anew; only `channels` gains by it, as wider loads.
+kernel = triton.jit(do_not_specialize=["pixels", "main_groups", "groups", "parts"])
 TILE = 4096  # elements that a program of 128 threads holds at a time
 PROGRAMS_PER_CORE = 4
 SLIVER = 16  # channels of a program that puts sums together
@@ -52,11 +54,11 @@ def _affine(stats, c, channels):
 
 @triton.jit
 def _totals(sums, group, parts, c, channels, BLOCK_C: tl.constexpr):
-    """The two sums of a group over all its parts, 32 parts at a time."""
-    a = tl.zeros((32, BLOCK_C), tl.float32)
-    b = tl.zeros((32, BLOCK_C), tl.float32)
-    for at in range(0, parts, 32):
-        part = at + tl.arange(0, 32)
+    """The two sums of a group over all its parts, 128 parts at a time."""
+    a = tl.zeros((128, BLOCK_C), tl.float32)
+    b = tl.zeros((128, BLOCK_C), tl.float32)
+    for at in range(0, parts, 128):
+        part = at + tl.arange(0, 128)
         where = ((group * parts + part) * 2)[:, None] * channels + c[None, :]
         mask = (part < parts)[:, None] & (c < channels)[None, :]
         a += tl.load(sums + where, mask=mask, other=0)
@@ -71,7 +73,7 @@ def _store_sums(sums, a, b, c, channels):
     tl.store(sums + (row + 1) * channels + c, tl.sum(b, 0), mask=c < channels)
 
 
-@triton.jit
+@kernel
 def _forward_sums(x, starts, sums, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums of x - k and (x - k)^2, k being the group's first pixel. Grid (channel blocks, parts, groups)."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -87,7 +89,7 @@ def _forward_sums(x, starts, sums, pixels, channels, BLOCK_P: tl.constexpr, BLOC
     _store_sums(sums, total, squares, c, channels)
 
 
-@triton.jit
+@kernel
 def _statistics(
     x, sums, starts, momenta, weight, bias, mean, var, aux_weight, aux_bias, aux_mean, aux_var, stats,
     pixels, channels, main_groups, groups, parts, eps, BLOCK_C: tl.constexpr,
@@ -123,7 +125,7 @@ def _statistics(
     tl.store(var + c, running_var, mask=mask)
 
 
-@triton.jit
+@kernel
 def _normalise(
     x, residual, y, starts, stats, pixels, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -155,7 +157,7 @@ def _incoming(gy, x, y, where, mask, mean, scale, bias, RESIDUAL: tl.constexpr, 
     return g, d
 
 
-@triton.jit
+@kernel
 def _backward_sums(
     gy, x, y, starts, stats, sums, pixels, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -174,7 +176,7 @@ def _backward_sums(
     _store_sums(sums, total, moment, c, channels)
 
 
-@triton.jit
+@kernel
 def _coefficients(
     sums, starts, stats, coefficients, affine, pixels, channels, main_groups, groups, parts, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -196,7 +198,7 @@ def _coefficients(
     tl.store(affine + (2 * side + 1) * channels + c, bias, mask=mask)
 
 
-@triton.jit
+@kernel
 def _gradient(
     gy, x, y, gx, gresidual, starts, stats, coefficients, pixels, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -305,7 +305,7 @@ class Step:
             flat.grad[flat.aux].mul_(self.aux_factor)
         self.ranks.sum_(flat.grad)
         self.ranks.sum_(flat.stats.div_(self.ranks.world))  # the mean of the ranks' averages is the average over all groups
-        found_inf = (~flat.grad.isfinite().all()).float()
+        found_inf = (~torch.linalg.vector_norm(flat.grad, torch.inf).isfinite()).float()  # one reduction; a NaN gets through
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.grad_scale = self.scale if self.amp == "fp16" else None  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -1,6 +1,7 @@
 """The benches run, count as the budget does, and fail when their gate says so. No test here asserts a time."""
 
 import json
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_an_unmeasured_cell_does_not_pass_the_gate(tmp_path, monkeypatch):
     monkeypatch.setattr(cost_parity, "compare", full)
     code, found = run_parity(tmp_path, "--schedules", "fused", "--max-ratio", "1000")
     assert code == 1
-    assert found["results"][0]["error"] == "out of GPU memory"
+    assert found["results"][0]["error"] == "OutOfMemoryError: full"
     assert "not measured" in next(tmp_path.glob("*.md")).read_text()
 
 
@@ -170,10 +171,6 @@ def test_gpu_suite_says_what_it_did_not_measure(tmp_path):
 
 
 def test_gpu_suite_stays_under_nine_minutes():
-    limits = [
-        int(line.split(" part ")[1].split()[1])
-        for line in (ROOT / "bench/gpu_suite.sh").read_text().splitlines()
-        if line.startswith("    part ")
-    ]
-    assert len(limits) >= 4
+    limits = [int(seconds) for seconds in re.findall(r"^ .*\bpart \w+ (\d+) ", (ROOT / "bench/gpu_suite.sh").read_text(), re.M)]
+    assert len(limits) == 5
     assert sum(limits) < 540
