@@ -92,7 +92,7 @@ def test_a_failed_capture_leaves_the_step_as_it_was(monkeypatch, mode, error):
         assert changed(before, clone(step))
         raise error
 
-    stand_ins = {"Event": mock.Mock, "Stream": mock.Mock, "CUDAGraph": mock.Mock, "current_stream": lambda _: "current",
+    stand_ins = {**dict.fromkeys(("Event", "Stream", "CUDAGraph"), lambda *_: mock.Mock()), "current_stream": lambda _: "current",
                  "get_rng_state": lambda _: "random", "set_rng_state": lambda *_: None, "set_stream": streams.append,
                  "stream": lambda _: contextlib.nullcontext(), "graph": failing}  # fmt: skip
     for name, stand_in in stand_ins.items():
