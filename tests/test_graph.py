@@ -92,9 +92,11 @@ def test_a_failed_capture_leaves_the_step_as_it_was(monkeypatch, mode, error):
         assert changed(before, clone(step))
         raise error
 
-    stand_ins = {**dict.fromkeys(("Event", "Stream", "CUDAGraph"), lambda *_: mock.Mock()), "current_stream": lambda _: "current",
-                 "get_rng_state": lambda _: "random", "set_rng_state": lambda *_: None, "set_stream": streams.append,
-                 "stream": lambda _: contextlib.nullcontext(), "graph": failing}  # fmt: skip
+    stand_ins = dict.fromkeys(("Event", "Stream", "CUDAGraph"), lambda *_: mock.Mock())
+    current = mock.Mock()
+    stand_ins |= {"current_stream": lambda _: current, "set_stream": streams.append}
+    stand_ins |= {"get_rng_state": lambda _: "random", "set_rng_state": lambda *_: None}
+    stand_ins |= {"stream": lambda _: contextlib.nullcontext(), "graph": failing}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     if mode == "on" or isinstance(error, torch.cuda.OutOfMemoryError):
@@ -103,7 +105,7 @@ def test_a_failed_capture_leaves_the_step_as_it_was(monkeypatch, mode, error):
     else:
         with pytest.warns(UserWarning, match="could not be captured"):
             assert runner(step, mode) == (step, "eager")
-    assert streams == ["current"]
+    assert streams == [current]
     assert not changed(before, clone(step))
     assert torch.equal(step.metrics, before["metrics"])
 
