@@ -157,7 +157,11 @@ def deliver(name: str, store: Store, size: int) -> Iterator[tuple[int, int, np.n
     """(index, label, image uint8 (size, size, 3)) or (index, None, error) of every sample, through a loader."""
     plan = pipelines.eval_plan(store.heights, store.widths, size=size, resize=size, batch=1)
     options = {} if name == "reference" else {"threads": 1, "prefetch": 1}
-    loader = pipelines.open_loader(name, store, size=size, **options)
+    try:
+        loader = pipelines.open_loader(name, store, size=size, **options)
+    except ValueError as error:  # DALI takes no file of raw and JPEG samples, which one damaged mode byte makes of a raw one
+        yield 0, None, error
+        return
     step = 0
     try:
         while step < len(plan):
@@ -563,7 +567,8 @@ def main() -> int:
     faulthandler.enable()
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)  # memory beyond reason is an error, not a full machine
+    # Memory beyond reason is an error, not a full machine; a pool of threads alone may reserve 2 GiB for stacks and arenas.
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30),) * 2)
     wrong = 0
     for seed in range(a.seed, a.seed + a.count):
         print("start", seed, flush=True)
