@@ -38,13 +38,16 @@ class Ranks:
         """(n, ...) of every rank -> (world * n, ...), rank after rank."""
         if self.world == 1:
             return rows
-        out = rows.new_empty(self.world * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
-        return out
+        last = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows  # channels_last rows are contiguous this way
+        out = last.new_empty(self.world * len(last), *last.shape[1:])
+        dist.all_gather_into_tensor(out, last.contiguous())
+        return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one: for decisions that all must take alike."""
-        votes = torch.tensor([float(flag)], device="cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu")
+        if self.world == 1:  # asked after every step
+            return flag
+        votes = torch.tensor([float(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
         self.sum_(votes)
         return bool(votes)
 
