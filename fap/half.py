@@ -35,9 +35,7 @@ def castable(model: nn.Module) -> set[nn.Parameter]:
 class HalfWeights:
     """Copies of `parameters`, all of them in `flat.first`, that stand in for them while a pass runs."""
 
-    def __init__(
-        self, model: nn.Module, flat: Flat, parameters: Collection[nn.Parameter], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: nn.Module, flat: Flat, parameters: Collection[nn.Parameter], dtype: torch.dtype) -> None:
         self.source = flat.param.data[flat.first]
         self.values = torch.zeros_like(self.source, dtype=dtype)
         copies: dict[nn.Parameter, nn.Parameter] = {}

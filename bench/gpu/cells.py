@@ -35,8 +35,8 @@ class Sizes:
 
     model: str
     px: int
-    many: int  # clean rows: a large step
-    few: int  # one batch-norm group, the paper's share of a GPU
+    rows: dict[int, int]  # clean rows, by those of the real thing: a large step, and one batch-norm group
+    amp: dict[str, str]  # precision, by that of the real thing
     rounds: int
     block: int  # steps per block
     images: int  # JPEGs for the loaders
@@ -50,8 +50,8 @@ class Sizes:
 REAL = Sizes(
     model="resnet50",
     px=224,
-    many=256,
-    few=64,
+    rows={256: 256, 64: 64},
+    amp={"fp16": "fp16", "bf16": "bf16"},
     rounds=6,
     block=5,
     images=8000,
@@ -64,16 +64,16 @@ REAL = Sizes(
 TOY = Sizes(
     model="cifar_resnet8",
     px=8,
-    many=256,
-    few=64,
+    rows={256: 128, 64: 64},
+    amp={"fp16": "off", "bf16": "bf16"},  # a CPU takes seconds for what float16 needs
     rounds=1,
     block=1,
-    images=320,
+    images=160,
     loader=("--rounds", "1", "--seconds", "0.1", "--batch", "16"),
     kernels=("--main-rows", "2", "--aux-rows", "2"),
     study=("--toy",),
     compile_backend="eager",
-    test_processes=2,
+    test_processes=0,
 )
 
 
@@ -81,41 +81,33 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
     """Every cell in the order in which it runs. `images`: folder of the loaders' JPEGs, made by the first wave."""
     first = [*_smoke(sizes), _photos(sizes, images), _tests(sizes)]
     targets = [
-        _parity(sizes, "fp16", sizes.many, "fused", "groups"),
-        _parity(sizes, "fp16", sizes.few, "fused", "groups"),
-        _parity(sizes, "fp16", sizes.many, "pipelined", "groups"),
-        _parity(sizes, "fp16", sizes.few, "pipelined", "groups"),
+        _parity(sizes, "fp16", 256, "fused", "groups"),
+        _parity(sizes, "fp16", 64, "fused", "groups"),
+        _parity(sizes, "fp16", 256, "pipelined", "groups"),
+        _parity(sizes, "fp16", 64, "pipelined", "groups"),
         Cell("kernels", ("bench.gpu.kernels", *sizes.kernels), 90, 25),
-        _step(sizes, sizes.many, "timm-like: AMP"),
+        _step(sizes, 256, "timm-like: AMP"),
         _profile("vanilla", sizes),
         _profile("fused", sizes),
-        _step(sizes, sizes.many, "torchvision reference"),
-        _step(sizes, sizes.many, "timm-like, compiled", limit_s=240, usual_s=90),
+        _step(sizes, 256, "torchvision reference"),
+        _step(sizes, 256, "timm-like, compiled", limit_s=240, usual_s=90),
     ]
     whole_batch_norm = [
-        _parity(sizes, "fp16", rows, schedule, "whole")
-        for rows in (sizes.many, sizes.few)
-        for schedule in ("fused", "pipelined")
+        _parity(sizes, "fp16", rows, schedule, "whole") for rows in (256, 64) for schedule in ("fused", "pipelined")
     ]
-    bfloat16 = [
-        _parity(sizes, "bf16", rows, schedule, "groups")
-        for rows in (sizes.many, sizes.few)
-        for schedule in ("fused", "pipelined")
-    ]
+    bfloat16 = [_parity(sizes, "bf16", rows, schedule, "groups") for rows in (256, 64) for schedule in ("fused", "pipelined")]
     schedules = [
-        _parity(sizes, "fp16", rows, schedule, "groups")
-        for rows in (sizes.many, sizes.few)
-        for schedule in ("sequential", "parallel")
+        _parity(sizes, "fp16", rows, schedule, "groups") for rows in (256, 64) for schedule in ("sequential", "parallel")
     ]
     peers = [
-        _step(sizes, sizes.few, "timm-like: AMP"),
-        _step(sizes, sizes.few, "torchvision reference"),
-        _step(sizes, sizes.few, "three passes: fp32"),
-        _step(sizes, sizes.few, "three passes: AMP"),
-        _step(sizes, sizes.few, "timm-like, compiled", limit_s=240, usual_s=90),
+        _step(sizes, 64, "timm-like: AMP"),
+        _step(sizes, 64, "torchvision reference"),
+        _step(sizes, 64, "three passes: fp32"),
+        _step(sizes, 64, "three passes: AMP"),
+        _step(sizes, 64, "timm-like, compiled", limit_s=240, usual_s=90),
     ]
     ingredients = [
-        _step(sizes, sizes.few, f"without {ingredient}")
+        _step(sizes, 64, f"without {ingredient}")
         for ingredient in ("norm kernel", "half-precision copy", "graph", "stem function", "channels_last", "AMP")
     ]
     return [*first, *targets, *whole_batch_norm, *bfloat16, *schedules, *peers, *ingredients, *_loaders(sizes, images),
@@ -124,10 +116,8 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
 
 def _smoke(sizes: Sizes) -> list[Cell]:
     schedules = ("vanilla", "fused", "pipelined", "sequential", "parallel")
-    size = ("--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.few), "--amp", "fp16")
-    return [
-        Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size), 120, 20, at_once=True) for name in schedules
-    ]
+    size = ("--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[64]), "--amp", "fp16")
+    return [Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size), 120, 20, at_once=True) for name in schedules]
 
 
 def _photos(sizes: Sizes, images: Path) -> Cell:
@@ -143,7 +133,8 @@ def _tests(sizes: Sizes) -> Cell:
 
 
 def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: str) -> Cell:
-    words = ("bench.cost_parity", "--amp", amp, "--models", sizes.model, "--size", str(sizes.px), "--rows", str(rows),
+    words = ("bench.cost_parity", "--amp", sizes.amp[amp], "--models", sizes.model, "--size", str(sizes.px),
+             "--rows", str(sizes.rows[rows]),
              "--schedules", schedule, "--vanilla-bn", bn, "--no-equal-rows", "--rounds", str(sizes.rounds), *more)  # fmt: skip
     block = () if more else ("--block", str(sizes.block))
     name = "loader" if more else "parity"
@@ -151,7 +142,8 @@ def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: st
 
 
 def _step(sizes: Sizes, rows: int, contender: str, limit_s: int = 120, usual_s: int = 30) -> Cell:
-    words = ("bench.step", "--amp", "fp16", "--model", sizes.model, "--size", str(sizes.px), "--rows", str(rows),
+    amp = "bf16" if contender in ("without half-precision copy", "without AMP") and sizes is TOY else sizes.amp["fp16"]
+    words = ("bench.step", "--amp", amp, "--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[rows]),
              "--rounds", str(sizes.rounds), "--block", str(sizes.block), "--only", contender)  # fmt: skip
     compiled = ("--compile", "--compile-backend", sizes.compile_backend) if "compiled" in contender else ("--no-compile",)
     return Cell(f"step/{rows}/{contender}", words + compiled, limit_s, usual_s)
@@ -159,7 +151,7 @@ def _step(sizes: Sizes, rows: int, contender: str, limit_s: int = 120, usual_s: 
 
 def _profile(method: str, sizes: Sizes) -> Cell:
     words = ("bench.gpu.profile", "--method", method, "--model", sizes.model, "--size", str(sizes.px),
-             "--rows", str(sizes.many), "--amp", "fp16")  # fmt: skip
+             "--rows", str(sizes.rows[256]), "--amp", sizes.amp["fp16"])  # fmt: skip
     return Cell(f"profile/{method}", words, 90, 25)
 
 
@@ -174,7 +166,7 @@ def _loaders(sizes: Sizes, images: Path) -> list[Cell]:
     ]
     for pipeline, package in (("ffcv", "ffcv"), ("dali", "nvidia.dali")):
         data = ("--data", str(beton), "--pipeline", pipeline)
-        cell = _parity(sizes, "fp16", sizes.many if sizes is REAL else sizes.few, "fused", "groups", *data)
+        cell = _parity(sizes, "fp16", 256 if sizes is REAL else 64, "fused", "groups", *data)
         found.append(Cell(f"{cell.name}/{pipeline}", cell.words, 150, 60, needs=(package,)))
     return found
 

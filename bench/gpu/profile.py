@@ -1,6 +1,6 @@
 """Where the time of one step goes: its kernels by total time, from a trace of one replay.
 
-    python -m bench.gpu.profile --method fused --rows 256
+python -m bench.gpu.profile --method fused --rows 256
 """
 
 import math
@@ -70,9 +70,7 @@ def main(argv: Any = None) -> int:
         f"kernels under {SMALL_US:.0f} us on average: {result['small_kernels_ms']:.2f} ms, "
         f"{result['small_kernels_launches']} launches",
     ]
-    lines += [
-        f"{k['ms']:9.3f} ms {k['share']:6.1%} {k['calls']:5d} x  {k['name'][:150]}" for k in result["kernels"][:SHOWN]
-    ]
+    lines += [f"{k['ms']:9.3f} ms {k['share']:6.1%} {k['calls']:5d} x  {k['name'][:150]}" for k in result["kernels"][:SHOWN]]
     write_json(a.out / "profile.json", {"results": [result]})
     (a.out / "profile.txt").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n", flush=True)

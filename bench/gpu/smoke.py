@@ -54,9 +54,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Any = None) -> int:
-    parser = options(
-        __doc__, model="resnet50" if GPU else "cifar_resnet8", size=224 if GPU else 32, rows=64, steps=5
-    )
+    parser = options(__doc__, model="resnet50" if GPU else "cifar_resnet8", size=224 if GPU else 32, rows=64, steps=5)
     parser.add_argument("--schedule", choices=SCHEDULES, default="fused")
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)

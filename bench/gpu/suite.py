@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5  # between SIGTERM and SIGKILL
 SHOWN_LINES = 4  # of a cell's log
 TOY_PROCESSES = 2  # cells of a dry run at the same time
+PRELOADED = ("fap.train", "pipelines.convert", "scipy.stats", "matplotlib.figure", "hypothesis")  # for a dry run's forks
 
 
 class Interrupted(BaseException):
@@ -283,9 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(chosen: Sequence[Cell], a: argparse.Namespace, logs: Path) -> int:
     """Run the cells and say how it went."""
-    for name in ("torch", "bench.cost_parity", "bench.loaders", "bench.study"):  # for the forks
-        if a.dry_run:
-            importlib.import_module(name)
+    for name in PRELOADED if a.dry_run else ():
+        importlib.import_module(name)
     import torch
 
     if not a.dry_run and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """The suite's last table: each target and its figure, throughput beside MLPerf's, and all else that was measured.
 
-    python -m bench.gpu.table bench/results/gpu/suite.json
+python -m bench.gpu.table bench/results/gpu/suite.json
 """
 
 import json
