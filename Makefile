@@ -7,13 +7,14 @@ WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint soak study bench clean
+.PHONY: help setup demo test check lint soak study bench kit clean
 help:
 	@echo "make demo [PIPELINE=ffcv|dali|reference]   data, conversion, training of both methods, a result table"
 	@echo "make test     the tests (with a GPU: the GPU tests too)"
 	@echo "make check    lint, types, quick tests"
 	@echo "make study SIZE=small|full   the comparison of methods over several seeds"
 	@echo "make bench    speed of conversion, loaders and steps       make soak   hours of stress"
+	@echo "make kit      what a GPU machine without a network lacks, see bench/gpu/README.md"
 	@echo "make setup    only the environment in .venv                make clean  remove caches and build products"
 
 setup:
@@ -45,6 +46,9 @@ bench: setup
 	$(PY) -m bench.convert
 	$(PY) -m bench.loaders
 	$(PY) -m bench.cost_parity
+
+kit: setup
+	$(PY) -m bench.gpu.build_kit
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

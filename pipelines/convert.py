@@ -242,11 +242,23 @@ def convert_cifar10(dst: str | Path, split: Literal["train", "test"] = "train", 
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
     images, labels = (array[:limit] for array in cifar10.load(split))
-    done = {"source": f"cifar10 {split}", "raw": True, "count": len(images), "skipped": []}
+    return convert_arrays(dst, images, labels, cifar10.CLASSES, f"cifar10 {split}")
+
+
+def convert_arrays(
+    dst: str | Path,
+    images: np.ndarray,  # uint8 (N, H, W, 3)
+    labels: np.ndarray,  # integers (N,), places in `classes`
+    classes: Sequence[str],
+    source: str,  # where the images are from, for the sidecar
+) -> dict[str, Any]:
+    """Images in memory as raw samples, in their order. Returns the sidecar's `encoding` entry."""
+    done = {"source": source, "raw": True, "count": len(images), "skipped": []}
     with BetonWriter(dst, len(images)) as writer:
         for image, label in zip(tqdm(images, "convert"), labels, strict=True):
-            writer.add(Sample(image.tobytes(), RAW, 32, 32), label)
-        writer.commit(cifar10.CLASSES, done)
+            height, width, _ = image.shape
+            writer.add(Sample(image.tobytes(), RAW, height, width), label)
+        writer.commit(classes, done)
     return done
 
 

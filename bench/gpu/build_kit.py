@@ -1,0 +1,236 @@
+"""`make kit`: all that a GPU machine without a network lacks, as two folders of less than an upload's size each.
+
+`.gpu/` travels first, `.gpu2/` second (README.md beside this file has the commands). Needs a network, g++, readelf,
+npm, and the Debian packages of setup.sh. Both folders appear when both are complete; a failure leaves what was there.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import jpegs
+from bench.common import ROOT
+from bench.gpu import sheets
+from pipelines import cifar10
+
+FIRST, SECOND = ".gpu", ".gpu2"
+LIMIT_MIB = 60.0  # an upload holds 64 MiB, the working tree included
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ("run1.sh", "run2.sh", "setup_offline.sh")
+
+# The GPU machine's Python. FFCV's library and the JPEG tools do not depend on it, these wheels do.
+PYTHON = "3.12"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# What it lacks; typing_extensions because pydantic asks for one newer than torch's.
+PACKAGES = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")
+
+NEWEST_GLIBC = (2, 35)  # the GPU machine's may be older than ours
+SYSTEM_LIBRARIES = re.compile(r"lib(c|m|stdc\+\+|gcc_s|z)\.so\.\d+|ld-linux.*")
+OPENCV_ARCHIVES = ("libopencv_imgproc.a", "libopencv_core.a")  # in the order in which they need each other
+BUNDLED = ("libturbojpeg.so.0", "libtbb.so.12")
+# OpenCV's core refers to one function of OpenGL, which nothing here calls.
+OPENGL_STUB = "void (*glXGetProcAddressARB(const unsigned char *name))(void) { (void)name; return 0; }\n"
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """What a command prints; one that fails ends the build with its message."""
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit(f"kit: there is no {command[0]} here; setup.sh names the packages")
+    if done.returncode:
+        shown = " ".join(map(str, command))
+        sys.exit(f"kit: '{shown}' failed:\n{done.stderr or done.stdout}")
+    return done.stdout
+
+
+def pinned(package: str, text: str) -> str:
+    """`package==version` as constraints.txt has it; case and - or _ make no difference."""
+
+    def plain(name: str) -> str:
+        return re.sub("[-_.]+", "-", name).lower()
+
+    for line in text.splitlines():
+        name, found, version = line.partition("==")
+        if found and plain(name) == plain(package):
+            return f"{package}=={version.strip()}"
+    raise ValueError(f"constraints.txt has no version of {package}")
+
+
+def constraint(package: str) -> str:
+    return pinned(package, (ROOT / "constraints.txt").read_text())
+
+
+def add_wheels(folder: Path) -> None:
+    """Wheels for the GPU machine's Python, unpacked there without pip."""
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    wanted = [constraint(package) for package in PACKAGES]
+    run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder,
+        "--python-version", PYTHON, "--implementation", "cp", *platforms, *wanted,
+    )  # fmt: skip
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            if any(".data/" in name for name in archive.namelist()):
+                sys.exit(f"kit: {wheel.name} needs an installer: it has files for other places than site-packages")
+
+
+def system_library(name: str, package: str) -> Path:
+    found = Path(run("g++", f"-print-file-name={name}").strip())
+    if not found.is_absolute():
+        sys.exit(f"kit: {name} is missing: apt-get install {package}")
+    return found.resolve()
+
+
+def add_ffcv(site: Path, work: Path) -> None:
+    """FFCV's Python files and its native library, which needs no package of the system.
+
+    OpenCV is linked in; TurboJPEG and TBB lie beside the library, which looks for them there first.
+    """
+    archives = [system_library(name, "libopencv-dev") for name in OPENCV_ARCHIVES]
+    bundled = [system_library(name, "libopencv-dev libturbojpeg0-dev") for name in BUNDLED]
+    version = constraint("ffcv")
+    run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=ffcv", "--dest", work,
+        "--build-constraint", ROOT / "build-constraints.txt", version,
+    )  # fmt: skip
+    with tarfile.open(work / f"{version.replace('==', '-')}.tar.gz") as archive:
+        archive.extractall(work, filter="data")
+    source = work / version.replace("==", "-")
+    shutil.copytree(source / "ffcv", site / "ffcv")
+    for library, name in zip(bundled, BUNDLED, strict=True):
+        shutil.copy(library, site / "ffcv" / name)
+    stub = work / "opengl_stub.c"
+    stub.write_text(OPENGL_STUB)
+    target = site / "ffcv" / "_libffcv.abi3.so"
+    include = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip()
+    opencv = run("pkg-config", "--cflags", "opencv4").split()
+    run(
+        "g++", "-O3", "-fPIC", "-shared", "-ffunction-sections", f"-I{include}", *opencv,
+        source / "libffcv" / "libffcv.cpp", "-x", "c", stub, "-x", "none", "-o", target,
+        "-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-Wl,-rpath,$ORIGIN",
+        *archives, "-l:libturbojpeg.so.0", "-l:libtbb.so.12", "-l:libz.so.1", "-lpthread", "-ldl",
+    )  # fmt: skip
+    run("strip", "--strip-unneeded", target)
+    for library in (target, *(site / "ffcv" / name for name in BUNDLED)):
+        check_portable(library)
+
+
+def check_portable(library: Path) -> None:
+    """Ends the build if a library needs another one that neither lies beside it nor is everywhere, or a newer glibc."""
+    needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", library))
+    foreign = [name for name in needed if name not in BUNDLED and not SYSTEM_LIBRARIES.fullmatch(name)]
+    if foreign:
+        sys.exit(f"kit: {library.name} needs {', '.join(foreign)}, which a bare machine lacks")
+    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", run("readelf", "--version-info", library))
+    newest = max((int(major), int(minor)) for major, minor in versions)
+    if newest > NEWEST_GLIBC:
+        sys.exit(f"kit: {library.name} needs glibc {newest}: build on an older system, at most {NEWEST_GLIBC}")
+
+
+def add_photos(folder: Path) -> None:
+    """The wheels of bench.jpegs with nothing but their photos: the benchmark's JPEGs are made from them there."""
+    for source in jpegs.wheels():
+        with zipfile.ZipFile(source) as whole, zipfile.ZipFile(folder / source.name, "w") as small:
+            for name in jpegs.members(whole):
+                small.writestr(name, whole.read(name))
+
+
+def add_cifar10(first: Path, second: Path) -> None:
+    """The test set and part of the training set into the first upload, so much that both become equal.
+
+    So the first upload alone is enough for a study of fewer images.
+    """
+    sheets.write(first, "test", *cifar10.load("test", ROOT / "data" / "cifar10"))
+    train = sheets.write(second, "train", *cifar10.load("train", ROOT / "data" / "cifar10"))
+    half = (size_of(first.parent) + size_of(second.parent)) / 2
+    for sheet in train:
+        if size_of(first.parent) + sheet.stat().st_size / 2 > half:  # the larger upload would not get smaller
+            break
+        for file in (sheet, sheets.labels_of(sheet)):
+            file.rename(first / file.name)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files_in(folder))
+
+
+def write_sums(folder: Path, name: str) -> None:
+    """SHA-256 of every file, in sha256sum's format: the GPU machine can tell a whole upload from a damaged one."""
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}" for path in files_in(folder)]
+    (folder / name).write_text("\n".join([*sums, ""]))
+
+
+def tree_size() -> int:
+    """Bytes of the working tree that travel along: tracked files and new ones that git does not ignore."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")
+    return sum((ROOT / name).lstat().st_size for name in listed if (ROOT / name).is_file())
+
+
+def check_sizes(uploads: Iterable[Path], tree: int) -> None:
+    """Print what every upload holds, its size with the working tree, and end the build if one is too large."""
+    mib = float(1 << 20)
+    too_large = []
+    for upload in uploads:
+        for part in sorted(upload.iterdir()):
+            size = size_of(part) if part.is_dir() else part.stat().st_size
+            print(f"  {upload.name}/{part.name:18} {size / mib:6.2f} MiB")
+        total = (size_of(upload) + tree) / mib
+        print(f"{upload.name}: {total:.1f} MiB with the working tree's {tree / mib:.1f} (limit {LIMIT_MIB:.0f})", flush=True)
+        if total >= LIMIT_MIB:
+            too_large.append(upload.name)
+    if too_large:
+        sys.exit(f"kit: {', '.join(too_large)} would not fit into an upload")
+
+
+def build(first: Path, second: Path, work: Path) -> None:
+    for folder in ("wheels", "site", "lib", "photos", "cifar10"):
+        (first / folder).mkdir(parents=True)
+    (second / "cifar10").mkdir(parents=True)
+    print("kit: wheels", flush=True)
+    add_wheels(first / "wheels")
+    print("kit: FFCV, compiled", flush=True)
+    add_ffcv(first / "site", work)
+    # fap-convert loads this one by its name, through LD_LIBRARY_PATH
+    shutil.copy(first / "site" / "ffcv" / BUNDLED[0], first / "lib")
+    print("kit: photos", flush=True)
+    add_photos(first / "photos")
+    for script in SCRIPTS:
+        shutil.copy(HERE / script, first)
+    print("kit: CIFAR-10, about a minute (139 MB the first time)", flush=True)
+    add_cifar10(first / "cifar10", second / "cifar10")
+    write_sums(first, "first.sha256")
+    write_sums(second, "second.sha256")
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    stage = ROOT / "build" / "kit"
+    shutil.rmtree(stage, ignore_errors=True)
+    built = [stage / FIRST, stage / SECOND]
+    (stage / "work").mkdir(parents=True)
+    try:
+        build(*built, stage / "work")
+        check_sizes(built, tree_size())
+        for upload in built:
+            shutil.rmtree(ROOT / upload.name, ignore_errors=True)
+        for upload in built:
+            upload.rename(ROOT / upload.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    print(f"kit: {FIRST}/ and {SECOND}/ are ready; bench/gpu/README.md has the commands")
+
+
+if __name__ == "__main__":
+    main()
