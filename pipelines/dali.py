@@ -71,14 +71,14 @@ class DaliLoader(Loader):
                 yield torch.from_dlpack(images.as_tensor())  # in DALI's memory
 
     def _run(self, pipeline: Pipeline) -> Any:
-        """The next outputs. On a GPU they belong to the stream that reads them, torch's current one.
+        """The next outputs. On a GPU they belong to the stream that reads them, torch's current.
 
         DALI then orders its own work before that stream's, and the reuse of the memory, once the
         tensor is gone, behind it.
         """
         # Training runs on the default stream, whose handle is 0. DALI 2.4 takes that for the legacy
         # default stream and not for "no stream": `types._raw_cuda_stream_ptr` makes a `c_void_p(0)`
-        # of it, the binding asks only whether that is None, its CUDA calls are not built for streams
+        # of it, the binding asks only if that is None, its CUDA calls are not built for streams
         # per thread, and torch asks `__dlpack__` for stream 1, another name of the same. But a 0
         # does not say of which device: DALI takes the current one.
         if self.device.type != "cuda":

@@ -1,8 +1,8 @@
 """Which kernels of a profile turn tensors from one memory layout into the other.
 
-All images are channels_last. cuDNN itself does so around a convolution with three input channels, the stem, for which it has no
-channels_last kernel of its own on every GPU; that is its business. Anywhere else it means that a
-tensor of ours came in the wrong layout.
+All images are channels_last. cuDNN itself does so around a convolution with three input channels,
+the stem, for which it has no channels_last kernel of its own on every GPU; that is its business.
+Anywhere else it means that a tensor of ours came in the wrong layout.
 """
 
 from collections import Counter
