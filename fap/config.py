@@ -195,6 +195,9 @@ class RunConfig(Section):
     """auto: fp16 on a GPU, off on a CPU."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph; auto: on a GPU."""
+    norm_kernel: Literal["auto", "triton", "framework"] = "auto"
+    """Batch norm in training: our Triton kernel, or the framework's group after group.
+    auto: on a GPU triton, and framework, with a warning, if that fails."""
     compile: bool = False
     torch_threads: PositiveInt | None = None
     """CPU threads of the training process; unset: torch's default."""
@@ -235,6 +238,11 @@ class Config(Section):
             low, high = getattr(self.data, field)
             if low > high or (field == "scale" and high > 1):
                 raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high, scale at most 1")
+        if self.run.compile and self.run.norm_kernel == "triton":
+            raise ValueError(
+                "run.norm_kernel = 'triton' with run.compile = true: what is compiled is the "
+                "framework's norm; use 'framework' or 'auto'"
+            )
         if self.data.size > self.data.resize:
             raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
         return self

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ class Run:
             torch.set_num_threads(config.run.torch_threads)
         set_up_torch(self.device)
 
+        self.norm_kernel = norm_kernel(config, self.device)
         self.store, self.val_store = _open_store("train", config), _open_store("val", config)
         if self.store.classes and self.val_store.classes and self.store.classes != self.val_store.classes:
             raise ValueError(f"data.val = {config.data.val} has other classes than data.train = {config.data.train}")
@@ -88,9 +90,9 @@ class Run:
             load_plain(self.model, load_file(wanted.init))
         self.model.to(self.device)
         self.step = Step(self.model, config, ranks, amp=self.amp)
+        self.step.row_groups.kernel = self.norm_kernel
         self._prepare_folder()
         if config.run.compile:
-            self.step.row_groups.kernel = "split"
             self.step.forward = torch.compile(self.model)
 
         self.done = 0  # optimiser steps
@@ -106,7 +108,10 @@ class Run:
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
-        """Train to the end of the budget; the result is also written to `result.json`. Raises Interrupted, NonFinite."""
+        """Train to the end of the budget; the result is also written to `result.json`.
+
+        Raises Interrupted, NonFinite, and before the first step `fap.graph.FreshProcessNeeded`.
+        """
         run, per_epoch = self.config.run, self.budget.steps_per_epoch
         with self.stop, closing(self.log), closing(self._open_loader(self.store)) as loader:
             run_step, how = runner(self.step, run.graph)
@@ -300,6 +305,22 @@ def rates(metrics: dict[str, float]) -> dict[str, float]:
         if rows := metrics[f"rows_{kind}"]:
             out |= {f"loss_{kind}": metrics[f"loss_{kind}"] / rows, f"acc_{kind}": metrics[f"correct_{kind}"] / rows}
     return out
+
+
+def norm_kernel(config: Config, device: torch.device) -> Literal["auto", "triton", "split"]:
+    """`run.norm_kernel` as `fap.norm.RowGroups` says it. ValueError where Triton cannot run."""
+    wanted = config.run.norm_kernel
+    if wanted == "framework" or config.run.compile:  # the framework's is what a compiler fuses
+        return "split"
+    if wanted == "triton":
+        lacks = ""
+        if device.type != "cuda":
+            lacks = "it needs a GPU"
+        elif find_spec("triton") is None:
+            lacks = "it needs the package triton"
+        if lacks:
+            raise ValueError(f"run.norm_kernel = 'triton': {lacks}; use 'auto' or 'framework'")
+    return wanted
 
 
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:

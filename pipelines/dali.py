@@ -56,10 +56,8 @@ class DaliLoader(Loader):
 
             pipeline = self._build(plan, source)
             for step in range(start_step, len(plan)):
-                # bound to the stream that reads them: DALI orders its own work against it, and the reuse of the
-                # memory once the tensor is gone
                 try:
-                    (images,) = pipeline.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
+                    (images,) = self._run(pipeline)
                 except DamagedData:  # the store's errors name their sample
                     raise
                 except RuntimeError as error:
@@ -71,6 +69,22 @@ class DaliLoader(Loader):
                     deque(self._images(replace(plan, index=index, window=window, flip=flip), 0), maxlen=0)
                     raise
                 yield torch.from_dlpack(images.as_tensor())  # in DALI's memory
+
+    def _run(self, pipeline: Pipeline) -> Any:
+        """The next outputs. On a GPU they belong to the stream that reads them, torch's current.
+
+        DALI then orders its own work before that stream's, and the reuse of the memory, once the
+        tensor is gone, behind it.
+        """
+        # Training runs on the default stream, whose handle is 0. DALI 2.4 takes that for the legacy
+        # default stream and not for "no stream": `types._raw_cuda_stream_ptr` makes a `c_void_p(0)`
+        # of it, the binding asks only if that is None, its CUDA calls are not built for streams
+        # per thread, and torch asks `__dlpack__` for stream 1, another name of the same. But a 0
+        # does not say of which device: DALI takes the current one.
+        if self.device.type != "cuda":
+            return pipeline.run(None)
+        with torch.cuda.device(self.device):
+            return pipeline.run(torch.cuda.current_stream())
 
     def _build(self, plan: EpochPlan, source: Callable[[], Fields]) -> Pipeline:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip; uint8 NHWC."""

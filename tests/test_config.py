@@ -25,6 +25,7 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
         ("method.targeted=true", "no meaning"),
         ("method.attack_bn=running", "no meaning"),
         ("method.name=fgsm", "method.name = 'fgsm'"),
+        ("run.norm_kernel=split", "run.norm_kernel = 'split': Input should be 'auto', 'triton' or 'framework'"),
         ("optim.clean_batch=100", "multiple of method.group"),
         ("data.resize=100", "data.resize"),
         ("data.scale=[1,0.1]", "data.scale"),
@@ -47,6 +48,7 @@ def test_combinations_without_meaning_are_refused() -> None:
         (["method.name=advprop", "method.p_adv=1/5"], "no meaning"),
         (["method.name=decoupled", "method.schedule=fused"], "no meaning"),
         (["method.name=advprop", "data.mix=mixup"], "unmixed"),
+        (["run.compile=true", "run.norm_kernel=triton"], "run.norm_kernel = 'triton' with run.compile = true"),
     ):
         with pytest.raises(ValueError, match=says):
             load_config(None, overrides)

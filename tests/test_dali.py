@@ -1,3 +1,5 @@
+import contextlib
+import ctypes
 import gc
 import io
 import os
@@ -12,6 +14,9 @@ import torch
 from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
+
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.types import _raw_cuda_stream_ptr
 
 from pipelines import DamagedData, PlanSpec, draw_epoch, eval_plan, open_loader
 from pipelines.folder import FolderStore
@@ -263,15 +268,73 @@ def test_missing_dali_names_the_install_command():
     assert "pip install -e '.[dali]'" in told and ".[dali12]" in told
 
 
+class DefaultStream:
+    """torch's default stream as DALI sees it; a real one needs a GPU."""
+
+    cuda_stream = 0
+    __cuda_stream__ = torch.cuda.Stream.__cuda_stream__
+
+
+def test_torchs_default_stream_is_no_missing_stream_to_dali():
+    """Its handle is 0, which is false; a None would end the order of decoding and training."""
+    assert DefaultStream().__cuda_stream__()[1] == 0
+    pointer = _raw_cuda_stream_ptr(DefaultStream())
+    assert isinstance(pointer, ctypes.c_void_p)
+    assert not pointer.value
+    assert _raw_cuda_stream_ptr(None) is None
+    side = DefaultStream()
+    side.cuda_stream = 0x55D0
+    assert _raw_cuda_stream_ptr(side).value == 0x55D0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that of a missing driver")
+def test_dalis_binding_looks_the_default_stream_up():
+    """Without a driver that fails; without a stream it does not: so 0 is one to the binding."""
+    pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        pipeline.set_outputs(fn.external_source(source=lambda: [np.zeros(1, np.uint8)], batch=True))
+    pipeline.build()
+    pipeline.run(None)
+    with pytest.raises(RuntimeError, match="CUDA runtime API error"):
+        pipeline.run(DefaultStream())
+
+
+def test_the_stream_is_the_current_one_of_the_loaders_device(photos, monkeypatch):
+    """The handle 0 means the default stream of whatever device is current."""
+    devices, streams = [0], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        devices.append(chosen.index)
+        yield
+        devices.pop()
+
+    class Recorder:
+        def run(self, stream):
+            streams.append(stream)
+
+    loader = open_loader("dali", photos, size=64)
+    loader._run(Recorder())
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"current of {devices[-1]}")
+    loader.device = torch.device("cuda", 1)
+    loader._run(Recorder())
+    assert streams == [None, "current of 1"]
+    assert devices == [0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_images_are_ordered_on_the_current_stream(photos):
-    """Batches read on a side stream that is kept busy equal those read after a full synchronisation."""
+@pytest.mark.parametrize("stream", ["default", "side"])  # training runs on the default one
+def test_images_are_ordered_on_the_current_stream(photos, stream):
+    """Batches read on a stream that is kept busy equal those read after a full synchronisation."""
     plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
     loader = open_loader("dali", photos, size=224, device="cuda")
     expected, _ = run(loader, plan)
     got = []
-    with torch.cuda.stream(torch.cuda.Stream()):
+    chosen = torch.cuda.default_stream() if stream == "default" else torch.cuda.Stream()
+    assert (chosen.cuda_stream == 0) == (stream == "default")
+    with torch.cuda.stream(chosen):
         for batch in loader.load(plan):
             torch.cuda._sleep(20_000_000)
             got.append(batch.images.clone())  # runs long after the host has asked for the next batch

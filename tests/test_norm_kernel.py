@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import interpreter_mismatch, needs_the_norm_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def seed() -> int:
 
 def pair(channels: int, aux: bool = True, relu: bool = False) -> tuple[DualBatchNorm2d, DualBatchNorm2d]:
     """The same random norm twice: with the kernel, and the twin in float64."""
+    needs_the_norm_kernel()
     norm = DualBatchNorm2d(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), RowGroups(), aux)
     norm.relu = relu
     for name, value in norm.state_dict().items():
@@ -131,6 +133,7 @@ def test_a_nan_stays_in_its_group() -> None:
 @pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined", "parallel"])
 def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
     """The noise control, whose adversarial rows do not hang on the sign of tiny gradients."""
+    needs_the_norm_kernel()
     config = make_config({
         "model": {"name": "cifar_resnet8", "num_classes": 10}, "optim": {"clean_batch": 16},
         "method": {"name": "noise", "schedule": schedule, "group": 8, "p_adv": "1/3"},
@@ -150,6 +153,18 @@ def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
         error = (states[1][name].double() - value.double()).norm() / max(1e-3, value.double().norm())
         # 1e-5 by rounding, 3e-3 where that changes a ReLU's verdict; a momentum off by a tenth gives 0.1
         assert error < 2e-2, (name, error)
+
+
+def test_what_the_interpreter_cannot_do_is_told_apart() -> None:
+    """The line of Triton 3.6 and that of 3.8; numpy < 2.4 only warned."""
+    old = 'scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data))'
+    new = 'scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))'
+    assert interpreter_mismatch(new, "3.8.0", "2.5.2") == ""
+    assert interpreter_mismatch(old, "3.6.0", "2.3.5") == ""
+    for numpy in ("2.4.0", "2.4.6", "2.5.2", "3.0.0"):
+        reason = interpreter_mismatch(old, "3.6.0", numpy)
+        assert "Triton 3.6.0" in reason
+        assert f"numpy {numpy} refuses" in reason
 
 
 COMPILE = """

@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fap import checkpoint
+from fap import checkpoint, train
+from fap.cli import train as cli
 from fap.config import load_config
+from fap.distributed import Ranks
+from fap.graph import FreshProcessNeeded
+from fap.norm import DualBatchNorm2d
 from fap.train import NonFinite, Run
 
 STEPS = 20  # five epochs of four steps
@@ -189,19 +193,126 @@ def test_a_run_that_diverges_stops_and_says_where(tiny_beton: Path, tmp_path: Pa
         ("model.name=vit_b_16", "no batch norm"),
         ("model.name=inception_v3", "does not accept images of 32 px"),
         ("run.graph=on", "need a GPU"),
+        ("run.norm_kernel=triton", "run.norm_kernel = 'triton': it needs a GPU; use 'auto' or 'framework'"),
         ("model.init=/nowhere.safetensors", "no such file"),
     ],
 )
 def test_mistakes_are_one_clear_error(tiny_beton: Path, tmp_path: Path, override: str, says: str) -> None:
-    if "graph" in override and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=says):
         run(tiny_beton, tmp_path, override)
 
 
-def test_the_leak_is_reported(tiny_beton: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    from fap import train
+@pytest.mark.parametrize(("wanted", "kernel"), [("auto", "auto"), ("framework", "split")])
+def test_the_norm_that_was_asked_for_is_the_steps(tiny_beton: Path, tmp_path: Path, wanted: str, kernel: str) -> None:
+    training = Run(load_config(None, words(tiny_beton, tmp_path, f"run.norm_kernel={wanted}", "run.max_steps=1")))
+    assert training.step.row_groups.kernel == kernel
+    training.train()
+    assert training.step.row_groups.kernel == kernel
 
+
+def test_a_kernel_that_cannot_be_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gpu = load_config(None, ["run.norm_kernel=triton"]), torch.device("cuda", 0)
+    monkeypatch.setattr(train, "find_spec", lambda name: object())
+    assert train.norm_kernel(config, gpu) == "triton"
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"run\.norm_kernel = 'triton': it needs the package triton"):
+        train.norm_kernel(config, gpu)
+    for kernel in ("auto", "framework"):  # which need none
+        assert train.norm_kernel(load_config(None, [f"run.norm_kernel={kernel}", "run.compile=true"]), gpu) == "split"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", ["auto", "triton", "framework"])
+def test_the_norm_that_was_asked_for_runs(tiny_beton: Path, tmp_path: Path, wanted: str, monkeypatch, capsys) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    calls, on_grid = [], DualBatchNorm2d._on_grid
+
+    def counted(norm, x, residual, groups):
+        calls.append(norm)
+        return on_grid(norm, x, residual, groups)
+
+    monkeypatch.setattr(DualBatchNorm2d, "_on_grid", counted)
+    run(tiny_beton, tmp_path, f"run.norm_kernel={wanted}", "run.device=cuda", "run.max_steps=2")
+    assert bool(calls) == (wanted != "framework")
+    assert (", CUDA graph, framework norm," in capsys.readouterr().out) == (wanted == "framework")
+
+
+FAILS_ONCE = """
+import os, sys
+from pathlib import Path
+
+import fap.train
+from fap.cli.train import main
+from fap.graph import FreshProcessNeeded
+
+starts, runner = Path(sys.argv.pop(1)), fap.train.runner
+
+def failing(step, mode):
+    with starts.open("a") as file:
+        print(os.getpid(), mode, step.row_groups.kernel, file=file)
+    if mode == "auto":
+        raise FreshProcessNeeded("the capture failed (made up)", "run.graph=off", "run.norm_kernel=framework")
+    return runner(step, mode)
+
+fap.train.runner = failing
+main()
+"""
+
+
+def test_a_run_goes_on_in_a_fresh_process(tiny_beton: Path, tmp_path: Path) -> None:
+    """The first start cannot go on; it is replaced, with the same arguments and more, and the run is finished."""
+    script, starts = tmp_path / "fails_once.py", tmp_path / "starts"
+    script.write_text(FAILS_ONCE)
+    arguments = words(tiny_beton, tmp_path / "runs", "run.max_steps=3", "seed=7")
+    environment_ = environment() | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [sys.executable, str(script), str(starts), *arguments], env=environment_, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (line.split() for line in starts.read_text().splitlines())
+    assert first[1:] == ["auto", "auto"]
+    assert second[1:] == ["off", "split"]
+    assert first[0] == second[0]  # replaced, not a child
+    settings = "run.graph=off run.norm_kernel=framework resume=auto"
+    said = [line for line in done.stderr.splitlines() if "fap-train" in line]
+    assert said == [f"fap-train: the capture failed (made up); a fresh process goes on with {settings}"]
+    folder = tmp_path / "runs" / "fast_advprop" / "seed7"
+    assert json.loads((folder / "result.json").read_text())["steps"] == 3
+    assert [r["step"] for r in records(folder) if "lr" in r] == [1, 2, 3]
+    assert "done: top-1" in done.stdout
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_only_a_run_of_one_rank_starts_itself_again(monkeypatch, capsys, world: int) -> None:
+    class Failing:
+        def __init__(self, *_: object) -> None:
+            raise FreshProcessNeeded("the capture failed", "run.graph=off")
+
+    class Replaced(Exception):  # noqa: N818
+        pass
+
+    def execv(*args: object) -> None:
+        raise Replaced(*args)
+
+    monkeypatch.setattr(cli, "Run", Failing)
+    monkeypatch.setattr(cli, "connect", lambda _: Ranks(0, world, 0))
+    monkeypatch.setattr(cli.os, "execv", execv)
+    if world == 1:
+        with pytest.raises(Replaced) as replaced:
+            cli.main(["run.graph=auto", "--pipeline", "dali"])
+        program, command = replaced.value.args
+        assert program == sys.executable
+        expected = ["-m", "fap.cli.train", "run.graph=auto", "--pipeline", "dali", "run.graph=off", "resume=auto"]
+        assert command == [sys.executable, *expected]
+    else:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["run.graph=auto"])
+        advice = "start again with run.graph=off resume=auto"
+        assert ended.value.code == f"fap-train: the capture failed; this process cannot go on: {advice}"
+
+
+def test_the_leak_is_reported(tiny_beton: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     def leaking(metrics: dict[str, float]) -> dict[str, float]:
         return {"acc_clean": 0.5, "acc_adv": 0.9}
 

@@ -5,8 +5,10 @@ data.train=train.beton data.val=val.beton --pipeline dali resume=auto
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -14,6 +16,7 @@ import pipelines
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import load_config
 from fap.distributed import connect, disconnect
+from fap.graph import FreshProcessNeeded
 from fap.train import Interrupted, NonFinite, Run
 
 
@@ -35,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Interrupted as e:
         print(f"fap-train: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except FreshProcessNeeded as e:
+        if ranks.world > 1:  # torchrun started us, and the other ranks are where they are
+            sys.exit(f"fap-train: {e}")
+        _start_again(argv, e)
     except (ValueError, OSError, ImportError, NonFinite, DamagedCheckpoint, pipelines.DamagedData) as e:
         sys.exit(f"fap-train: {e}")
     finally:
@@ -42,6 +49,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.first:
         done = "done: top-1 {top1:.2%}, top-5 {top5:.2%} after {image_passes:,} image passes in {seconds:.0f} s"
         print(done.format(**result | result["last"]))
+
+
+def _start_again(argv: Sequence[str] | None, e: FreshProcessNeeded) -> NoReturn:
+    """Replace this process by one with the same arguments and, as later words win, `e.settings`.
+
+    That one cannot fail for the same reason again: what is asked for by name does not fall back.
+    """
+    more = [*e.settings, "resume=auto"]
+    said = f"fap-train: {e.reason}; a fresh process goes on with {' '.join(more)}"
+    print(said, file=sys.stderr)
+    if argv is None:
+        _, *command = sys.orig_argv
+    else:
+        command = ["-m", "fap.cli.train", *argv]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *command, *more])
 
 
 if __name__ == "__main__":
