@@ -126,15 +126,35 @@ def _normalise_group(x: Tensor, norm: nn.BatchNorm2d, group: Group) -> Tensor:
     return F.batch_norm(x, mean, var, norm.weight, norm.bias, not group.running, momentum, norm.eps)
 
 
+def running_weights(momenta: Sequence[float]) -> list[float]:
+    """Weights w_i with which the statistics s_i of consecutive calls move the running ones at once.
+
+    The chain r <- r + m_i (s_i - r) over all calls equals r <- r + sum of w_i (s_i - r) with
+    w_i = m_i * product over later calls j of (1 - m_j). What stays of the old r is
+    1 - sum of w_i = product of all (1 - m_i).
+    """
+    weights = []
+    kept_later = 1.0  # of what one call adds, the part that the calls after it keep
+    for momentum in reversed(momenta):
+        weights.append(momentum * kept_later)
+        kept_later *= 1 - momentum
+    return weights[::-1]
+
+
 @functools.cache  # for ever: captured graphs read them
 def _tables(groups: tuple[Group, ...], momentum: float, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """The groups as `GroupedBatchNorm` takes them: first rows, momenta, number of main groups, rows of the largest."""
+    """The groups as `GroupedBatchNorm` takes them.
+
+    First row of each group and their end, running weights, number of main groups, most rows.
+    """
     rows = [g.rows for g in groups]
+    momenta = [momentum_of(momentum, g) for g in groups]
+    n_main = [g.bn for g in groups].count("main")
+    assert all(g.bn == "main" for g in groups[:n_main]), f"main groups come first, but groups {groups}"
     starts = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device=device)
-    momenta = torch.tensor([momentum_of(momentum, g) for g in groups], device=device)
-    main = [g.bn for g in groups].count("main")
-    assert all(g.bn == "main" for g in groups[:main]), f"main groups come first, but groups {groups}"
-    return starts, momenta, main, max(rows)
+    # Each side has running statistics of its own.
+    weights = running_weights(momenta[:n_main]) + running_weights(momenta[n_main:])
+    return starts, torch.tensor(weights, dtype=torch.float32, device=device), n_main, max(rows)
 
 
 def convert(model: nn.Module, aux: bool = True) -> nn.Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,19 @@ from hypothesis import strategies as st
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from fap.norm import DualBatchNorm2d, Group, RowGroups, convert, evaluate_with, export, norms, set_groups, shared_groups
+from fap.norm import (
+    DualBatchNorm2d,
+    Group,
+    RowGroups,
+    convert,
+    evaluate_with,
+    export,
+    momentum_of,
+    norms,
+    running_weights,
+    set_groups,
+    shared_groups,
+)
 
 CHANNELS = 5
 
@@ -121,6 +135,30 @@ def test_any_number_of_groups_over_any_passes_is_one_average_per_sequence(passes
     torch.testing.assert_close(norm.aux.running_mean, mean, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(norm.aux.running_var, var, rtol=1e-12, atol=1e-13)
     assert torch.equal(norm.running_mean, plain["main"].running_mean)  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), max_size=12), st.integers(0, 2**31)
+)  # fmt: skip
+def test_running_weights_equal_the_chain_of_momenta(momenta: list[float], s: int) -> None:
+    """Against the chain in exact fractions; the weights are float64."""
+    before, *statistics = np.random.default_rng(s).integers(-1000, 1000, len(momenta) + 1).tolist()
+    want = Fraction(before)
+    for momentum, statistic in zip(momenta, statistics, strict=True):
+        want += Fraction(momentum) * (statistic - want)
+    weights = running_weights(momenta)
+    got = Fraction(before)
+    for weight, statistic in zip(weights, statistics, strict=True):
+        got += Fraction(weight) * (statistic - before)
+    # A weight has at most 2 len(momenta) rounded factors, a statistic is at most 2,000 away, and
+    # the weights sum to at most 1. The smallest weights may be subnormal.
+    assert abs(got - want) <= 2000 * (2 * len(momenta) * 2**-53 + 1e-300)
+    assert all(w == 0 for w, momentum in zip(weights, momenta, strict=True) if momentum == 0)
+
+
+def test_the_groups_of_one_average_weigh_the_same() -> None:
+    momenta = [momentum_of(0.3, Group("aux", 1, i, 7)) for i in range(7)]
+    assert running_weights(momenta) == pytest.approx([0.3 / 7] * 7, rel=1e-14)
 
 
 @pytest.mark.parametrize("running", [False, True])
