@@ -1,15 +1,21 @@
-"""The offline kit's own parts: sheets of images keep every bit, wheels' versions are the pinned ones, uploads fit."""
+"""The offline kit: sheets keep every bit, versions are pinned, uploads fit and arrive whole."""
 
+import os
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("bench.gpu.sheets")
-from bench.gpu import build_kit, imports, sheets
+from bench.gpu import build_kit, imports, sheets, thin
 from pipelines import open_store
 from pipelines.cifar10 import CLASSES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "bench" / "gpu"
 
 
 def data(count: int, side: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -30,8 +36,13 @@ def test_sheets_keep_every_bit(count: int, tmp_path: Path, monkeypatch: pytest.M
     assert (again.dtype, labels_again.dtype) == (np.uint8, np.int64)
 
 
-def test_some_of_the_sheets_are_a_smaller_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sheets_of_50(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sheets, "IMAGES_PER_SHEET", 50)
+
+
+@pytest.mark.usefixtures("sheets_of_50")
+def test_some_of_the_sheets_are_a_smaller_set(tmp_path: Path) -> None:
     images, labels = data(150, side=4)
     written = sheets.write(tmp_path, "train", images, labels)
     written[1].unlink()
@@ -74,7 +85,7 @@ def test_versions_are_the_pinned_ones() -> None:
         assert build_kit.constraint(package).startswith(f"{package}==")
 
 
-def test_an_upload_that_does_not_fit_ends_the_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_upload_that_does_not_fit_ends_the_build(tmp_path: Path, capsys) -> None:
     uploads = [tmp_path / ".gpu", tmp_path / ".gpu2"]
     for upload, mib in zip(uploads, (57, 59), strict=True):
         (upload / "cifar10").mkdir(parents=True)
@@ -123,7 +134,120 @@ def test_the_sums_are_sha256sums(tmp_path: Path) -> None:
 
 
 def test_a_module_that_does_not_import_is_named() -> None:
-    assert {"fap.step", "fap.cli.train", "pipelines", "pipelines.ffcv", "bench.gpu.sheets"} <= set(imports.modules())
+    known = {"fap.step", "fap.cli.train", "pipelines", "pipelines.ffcv", "bench.gpu.sheets"}
+    assert known <= set(imports.modules())
     assert imports.failures(["json", "no_such_module_here"]) == {
         "no_such_module_here": "ModuleNotFoundError: No module named 'no_such_module_here'"
     }
+
+
+def container(*entries: tuple[int, int, bytes]) -> bytes:
+    """A container of GPU code as in .nv_fatbin: entries of (kind, architecture, payload)."""
+    body = b""
+    for kind, architecture, payload in entries:
+        header = bytearray(64)
+        thin.ENTRY.pack_into(header, 0, kind, 0, len(header), len(payload))
+        thin.ARCHITECTURE.pack_into(header, thin.ARCHITECTURE_AT, architecture)
+        body += header + payload
+    return thin.CONTAINER.pack(thin.MAGIC, 1, 16, len(body)) + body
+
+
+def test_thinning_zeroes_the_code_of_other_gpus_only() -> None:
+    first = container((2, 80, b"A" * 24), (2, 90, b"B" * 16), (1, 90, b"P" * 8))
+    second = container((2, 90, b"C" * 8))
+    before = b"ELF....." + first + bytes(8) + second + b"after..."
+    section = range(8, len(before) - 8)
+    data = bytearray(before)
+    assert thin.thin(data, section, architecture=90) == 24 + 8
+    assert bytes(data) == before.replace(b"A" * 24, bytes(24)).replace(b"P" * 8, bytes(8))
+    with pytest.raises(ValueError, match="no code for sm_70"):
+        thin.thin(data, section, architecture=70)
+
+
+# --- the scripts, in a tree whose imports and suite are stubs
+
+IMPORTS = "import sys; print('IMPORT FAILED fap.step: no torch'); sys.exit(1)"
+SUITE = """
+import os, sys
+import kit_module
+print("suite", *sys.argv[1:], os.environ["LD_LIBRARY_PATH"].split(":")[0])
+"""
+STUDY = """
+import os, sys
+import kit_module
+print("study", *sys.argv[1:], len(os.listdir(os.environ["FAP_KIT"] + "/cifar10")))
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A repository root with both uploads, made of little."""
+    tree = tmp_path / "tree"
+    (tree / "bench" / "gpu").mkdir(parents=True)
+    for name, code in (("imports", IMPORTS), ("suite", SUITE), ("study", STUDY)):
+        (tree / "bench" / "gpu" / f"{name}.py").write_text(code)
+    first = tree / ".gpu"
+    second = tree / ".gpu2"
+    for folder in ("cifar10", "wheels", "photos", "site", "lib"):
+        (first / folder).mkdir(parents=True)
+    (second / "cifar10").mkdir(parents=True)
+    for name in build_kit.SCRIPTS:
+        shutil.copy(SCRIPTS / name, first)
+    with zipfile.ZipFile(first / "wheels" / "kit_module-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("kit_module.py", "")
+    (first / "photos" / "photos-1-py3-none-any.whl").touch()
+    (first / "cifar10" / "test_00.webp").write_bytes(b"pixels")
+    (second / "cifar10" / "train_00.webp").write_bytes(b"pixels")
+    build_kit.write_sums(first, "first.sha256")
+    build_kit.write_sums(second, "second.sha256")
+    return tree
+
+
+def script(machine: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = ("PYTHONPATH", "LD_LIBRARY_PATH", "FAP_DRY_RUN")
+    kept = {k: v for k, v in os.environ.items() if k not in own}
+    folders = {"OUT": str(machine.parent / "out"), "FAP_KIT": str(machine.parent / "kit")}
+    together = kept | folders | environment
+    words = ["bash", *command]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(words, cwd=machine, env=together, text=True, timeout=60, **pipes)
+
+
+def test_the_first_command_measures_even_when_an_import_fails(machine: Path) -> None:
+    shutil.rmtree(machine / ".gpu2")
+    done = script(machine, ".gpu/run1.sh", "300")
+    assert done.returncode == 0, done.stderr
+    assert "IMPORT FAILED fap.step" in done.stdout
+    suite = next(line for line in done.stdout.splitlines() if line.startswith("suite")).split()
+    assert suite[1:4] == ["--out", str(machine.parent / "out"), "--seconds"]
+    assert 240 < int(suite[4]) <= 300
+    assert suite[5:] == [str(machine.parent / "kit" / "lib")]
+    assert (machine / "data" / "photos" / "photos-1-py3-none-any.whl").exists()
+    assert "--dry-run" in script(machine, ".gpu/run1.sh", FAP_DRY_RUN="1").stdout
+    assert "SETUP FAILED" not in done.stdout
+
+
+def test_the_second_command_has_both_uploads(machine: Path) -> None:
+    second = machine / ".gpu2"
+    second.rename(machine / "later")
+    assert script(machine, ".gpu/run1.sh").returncode == 0
+    shutil.rmtree(machine / ".gpu")
+    (machine / "later").rename(second)
+    done = script(machine, str(machine.parent / "kit" / "run2.sh"), "200")
+    assert done.returncode == 0, done.stderr
+    study = next(line for line in done.stdout.splitlines() if line.startswith("study")).split()
+    assert study[-1] == "2", "a sheet of each upload"
+    assert "SETUP FAILED" not in done.stdout
+
+
+def test_a_damaged_upload_is_named_and_a_new_one_replaces_it(machine: Path) -> None:
+    sheet = machine / ".gpu" / "cifar10" / "test_00.webp"
+    sheet.write_bytes(b"half")
+    done = script(machine, ".gpu/run1.sh")
+    assert done.returncode == 0, done.stderr
+    assert "cifar10/test_00.webp: FAILED" in done.stdout
+    assert "SETUP FAILED: the upload .gpu is damaged" in done.stdout
+    assert "suite" in done.stdout
+    sheet.write_bytes(b"pixels")
+    assert "SETUP FAILED" not in script(machine, ".gpu/run1.sh").stdout
+    assert (machine.parent / "kit" / "cifar10" / "test_00.webp").read_bytes() == b"pixels"
