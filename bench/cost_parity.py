@@ -97,7 +97,7 @@ def main(argv: Any = None) -> int:
         r = dict(zip(("amp", "model", "rows", "p_adv", "schedule", "bn"), cell, strict=True))
         try:
             r |= compare(a, store, *cell)
-        except RuntimeError as e:  # out of GPU memory, a capture that failed
+        except Exception as e:  # out of GPU memory, a failed capture, Triton's errors, which are no RuntimeError
             r["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
         gc.collect()
         torch.cuda.empty_cache()

@@ -28,22 +28,22 @@ from bench.jpegs import make
 from pipelines import PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert import convert_folder
 
-SIZE, BATCH, EPOCHS, HW_LOADS = 224, 256, 60, (0.65, 0.9, 0.99)
+SIZE, EPOCHS, HW_LOADS = 224, 60, (0.65, 0.9, 0.99)
 MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
 THREADS = len(os.sched_getaffinity(0))
 Batches = Iterator[int]  # rows of each batch
 
 
-def ours(name: Any, source: Path, device: str = "cpu", hw_decoder_load: float = 0.65) -> Batches:
+def ours(name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65) -> Batches:
     """One of this project's pipelines on a `.beton` or a folder."""
     store = open_store(source)
     heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
-    plan = draw_epoch(PlanSpec(0, SIZE, BATCH), heights, widths, 0)
+    plan = draw_epoch(PlanSpec(0, SIZE, batch), heights, widths, 0)
     loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
     yield from (len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store))))
 
 
-def stock_ffcv(beton: Path) -> Batches:
+def stock_ffcv(beton: Path, batch: int) -> Batches:
     """FFCV's Loader with its own decoder and augmentations."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -52,11 +52,11 @@ def stock_ffcv(beton: Path) -> Batches:
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     indices = np.tile(np.arange(len(open_store(beton))), EPOCHS)
-    loader = Loader(str(beton), BATCH, THREADS, order=OrderOption.RANDOM, os_cache=True, indices=indices, pipelines=pipelines)
+    loader = Loader(str(beton), batch, THREADS, order=OrderOption.RANDOM, os_cache=True, indices=indices, pipelines=pipelines)
     yield from (len(images) for images, _ in loader)
 
 
-def torchvision_folder(images: Path) -> Batches:
+def torchvision_folder(images: Path, batch: int) -> Batches:
     """ImageFolder + DataLoader, one worker per core."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
@@ -65,14 +65,14 @@ def torchvision_folder(images: Path) -> Batches:
     steps = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     data = ImageFolder(str(images), steps)
     sampler = RandomSampler(data, num_samples=EPOCHS * len(data))
-    yield from (len(batch) for batch, _ in DataLoader(data, BATCH, sampler=sampler, num_workers=THREADS))
+    yield from (len(rows) for rows, _ in DataLoader(data, batch, sampler=sampler, num_workers=THREADS))
 
 
-def stock_dali(images: Path, device: str = "cpu") -> Batches:
+def stock_dali(images: Path, batch: int, device: str = "cpu") -> Batches:
     """NVIDIA's ImageNet example: readers.file, image_random_crop, resize, flip."""
     from nvidia.dali import Pipeline, fn
 
-    with Pipeline(BATCH, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3) as pipeline:
+    with Pipeline(batch, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3) as pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
         x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
         pipeline.set_outputs(fn.flip(x, horizontal=fn.random.coin_flip()), labels)
@@ -125,19 +125,21 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
 
 
 def main() -> None:
-    parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0)
+    parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0, batch=256)
     parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
     parser.add_argument("--only", nargs="+", help="contestants")
     parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
     parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
-    every: dict[str, Any] = {name: partial(ours, name, a.beton) for name in ("ffcv", "dali", "reference")}
-    every |= {"dali, folder": partial(ours, "dali", a.images), "torchvision": partial(torchvision_folder, a.images)}
-    every |= {"stock FFCV": partial(stock_ffcv, a.beton), "stock DALI": partial(stock_dali, a.images)}
+    every: dict[str, Any] = {name: partial(ours, name, a.beton, a.batch) for name in ("ffcv", "dali", "reference")}
+    every["dali, folder"] = partial(ours, "dali", a.images, a.batch)
+    every["torchvision"] = partial(torchvision_folder, a.images, a.batch)
+    every["stock FFCV"] = partial(stock_ffcv, a.beton, a.batch)
+    every["stock DALI"] = partial(stock_dali, a.images, a.batch)
     if torch.cuda.is_available():
-        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, "cuda", load) for load in HW_LOADS}
-        every["stock DALI, GPU"] = partial(stock_dali, a.images, "mixed")
+        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, a.batch, "cuda", load) for load in HW_LOADS}
+        every["stock DALI, GPU"] = partial(stock_dali, a.images, a.batch, "mixed")
     if a.child:
         if a.memory_limit:
             threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
@@ -160,6 +162,8 @@ def main() -> None:
         return found
 
     a.only = a.only or (["ffcv", "dali"] if a.memory_limit else list(every))
+    if unknown := [name for name in a.only if name not in every]:
+        parser.error(f"--only {unknown[0]!r}: must be of {', '.join(every)}")
     found = alternate([partial(in_child, name) for name in a.only], a.rounds, warm_up=0)
     results: list[dict[str, Any]] = [
         {"loader": name, **({"error": failed[name]} if name in failed else dict(zip(MEASURES, map(spread, r), strict=True)))}

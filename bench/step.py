@@ -27,12 +27,8 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 AMPS = ("fp16", "bf16", "off")[:: 1 if GPU else -1]  # the first is the default
 SCHEDULES = ("sequential", "pipelined", *(["parallel"] if GPU else []))  # and fused, the default
-INGREDIENTS = (
-    "channels_last",
-    "stem function",
-    "norm kernel",
-    "graph",
-)  # the last two on a GPU only; the kernel needs the first
+INGREDIENTS = ("channels_last", "stem function", "half-precision copy", "norm kernel", "graph")
+ON_A_GPU_ONLY = ("norm kernel", "graph")  # the kernel also needs channels_last
 sync = torch.cuda.synchronize if GPU else lambda: None
 
 
@@ -53,7 +49,13 @@ class Contestant:
     """Our step and its data: those of a loader, or one batch again and again; perhaps `without` an ingredient."""
 
     def __init__(
-        self, config: Config, amp: Any, store: Any = None, pipeline: Any = "", without: str = "", compiled: bool = False
+        self,
+        config: Config,
+        amp: Any,
+        store: Any = None,
+        pipeline: Any = "",
+        without: str = "",
+        compiled: str = "",  # torch.compile's back end
     ) -> None:
         torch.manual_seed(0)
         set_up_torch(DEVICE)  # as in fap-train, for the peers too
@@ -65,6 +67,8 @@ class Contestant:
         layout = torch.contiguous_format if without == "channels_last" else torch.channels_last
         self.step = Step(self.model.to(DEVICE, memory_format=layout), config, amp=amp)
         self.step.pass_input = [x.contiguous(memory_format=layout) for x in self.step.pass_input]
+        if without == "half-precision copy":
+            self.step.half = None  # then autocast casts every weight in every pass
         sides = (store.heights, store.widths) if store else np.full((2, spec.loaded_rows), size)
         self.plan, self.at, self.sample = pipelines.draw_epoch(spec, *sides, 0), 0, synthetic(config)
         self.draws = {k: torch.from_numpy(getattr(self.plan, k).copy()).to(DEVICE) for k in ("shuffle", "noise_key")}
@@ -75,7 +79,7 @@ class Contestant:
         self.flops, watch = counter.get_total_flops(), Stopwatch()
         shared_groups(self.model).kernel = "split" if compiled or without == "norm kernel" else "auto"
         if compiled:
-            self.step.forward = torch.compile(self.model)
+            self.step.forward = torch.compile(self.model, backend=compiled)
         self.run, self.how = runner(self.step, "on" if GPU and without != "graph" else "off")
         self.run()
         sync()
@@ -108,7 +112,7 @@ class Contestant:
 class Peer(Contestant):
     """Another's loop, whole-batch norms: torchvision's reference and timm's for `vanilla`, else the authors' three passes."""
 
-    def __init__(self, config: Config, amp: str, nhwc: bool = False, compiled: bool = False) -> None:
+    def __init__(self, config: Config, amp: str, nhwc: bool = False, compiled: str = "") -> None:
         self.vanilla, name, classes = config.method.name == "vanilla", config.model.name, config.model.num_classes
         layout, batch = torch.channels_last if nhwc else torch.contiguous_format, synthetic(config)
         self.loader, self.sample = None, replace(batch, images=batch.images.contiguous(memory_format=layout))
@@ -116,7 +120,7 @@ class Peer(Contestant):
         if not self.vanilla:
             shared_groups(model).kernel = "split"  # theirs is the framework's
         self.model = model.to(DEVICE, memory_format=layout).train()
-        self.forward = torch.compile(self.model) if compiled else self.model
+        self.forward = torch.compile(self.model, backend=compiled) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
         self.scaler, self.reads = torch.amp.GradScaler(DEVICE.type, enabled=amp == "fp16"), not nhwc
         self.cast = torch.autocast(DEVICE.type, torch.bfloat16 if amp == "bf16" else torch.float16, amp != "off", False)
@@ -157,24 +161,27 @@ def main(argv: Any = None) -> int:
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="contenders whose names hold one of these")
+    parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; default: %(default)s")
     a = parser.parse_args(argv)
     vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
     fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", *SCHEDULES))
-    amp = a.amp
+    amp, backend = a.amp, a.compile_backend
     contenders = [  # first the targets; then what compiles for a minute each; a time limit may cut off the rest
         (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),
         (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True)),
         (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off")),
         (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True)),
-        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=True)),
-        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=True)),
+        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=backend)),
+        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=backend)),
         (vanilla, "ours without norm kernel", partial(Contestant, vanilla, amp, without="norm kernel")),
         *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp)) for c in others),
         *((fused, f"ours without {w}", partial(Contestant, fused, amp, without=w)) for w in INGREDIENTS),
         (fused, "ours without AMP", partial(Contestant, fused, "off")),
-        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=True)),
+        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=backend)),
     ]
-    missing = ("without AMP",) * (amp == "off") + ("compiled",) * (not a.compile) + INGREDIENTS[2:] * (not GPU)
+    missing = () if a.compile else ("compiled",)
+    missing += () if GPU else ON_A_GPU_ONLY
+    missing += ("without AMP", "half-precision copy") if amp == "off" else ()
     results: list[dict[str, Any]] = []
     own: dict[str, Contestant] = {}
     for config, name, make in contenders:
@@ -187,11 +194,12 @@ def main(argv: Any = None) -> int:
             theirs, times = alternate([partial(c.block, a.block) for c in (make(), mine)], a.rounds)[:, 0]
             result |= {
                 "how": mine.how,
+                "our rows/s": config.optim.clean_batch / float(np.median(times)),
                 "other's s": spread(theirs),
                 "our s": spread(times),
                 "other / ours": ratio(theirs, times),
             }
-        except RuntimeError as e:  # out of GPU memory, a capture that failed
+        except Exception as e:  # out of GPU memory, a failed capture, Triton's errors, which are no RuntimeError
             result["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
         gc.collect()
         torch.cuda.empty_cache()

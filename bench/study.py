@@ -67,7 +67,10 @@ def convert(split: str, count: int) -> Path:
     return file
 
 
-def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
+Files = dict[str, Path]  # the `.beton` of train and test
+
+
+def train(arm: str, seed: int, size: Size, files: Files, runs: Path, pipeline: str) -> Path:
     """One run, or what is left of it. Returns its folder."""
     folder = runs / arm / f"seed{seed}"
     if (folder / "result.json").exists():
@@ -76,13 +79,14 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
     words = [
         f"configs/cifar10/{arm}.yaml", f"model.name={size.model}", f"optim.clean_batch={size.clean_batch}",
         f"budget.epochs={size.epochs}", f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
-        f"data.train={convert('train', size.images)}", f"data.val={convert('test', size.test)}",
+        f"data.train={files['train']}", f"data.val={files['test']}",
         f"run.dir={runs}", "--pipeline", pipeline,
     ]  # fmt: skip
     alone, log = None, None
     if size.workers > 1:
         alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        words += ["run.torch_threads=1", "data.threads=1", f"run.eval_every={size.epochs}"]
+        threads = max(1, len(os.sched_getaffinity(0)) // size.workers)
+        words += ["run.torch_threads=1", f"data.threads={threads}", f"run.eval_every={size.epochs}"]
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115
     print(f"\n{arm}, seed {seed}: training" + (f", see {log.name}" if log else ""), flush=True)
@@ -90,10 +94,10 @@ def train(arm: str, seed: int, size: Size, runs: Path, pipeline: str) -> Path:
     return folder
 
 
-def evaluated(folders: list[Path], size: Size, runs: Path, pipeline: str) -> list[dict[str, Any]]:
+def evaluated(folders: list[Path], size: Size, files: Files, runs: Path, pipeline: str) -> list[dict[str, Any]]:
     """Summaries of the runs, with fap-eval's report on each one's last checkpoint."""
     last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
-    words = ["--data", str(convert("test", size.test)), "--pipeline", pipeline, "--out", str(runs / "eval")]
+    words = ["--data", str(files["test"]), "--pipeline", pipeline, "--out", str(runs / "eval")]
     fap("eval", *last, *words, "--corrupt", *size.corrupt)
     reports = json.loads((runs / "eval" / "report.json").read_text())
     return [summary(folder, report) for folder, report in zip(folders, reports, strict=True)]
@@ -156,6 +160,15 @@ def plot(rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def report(rows: dict[str, list[dict[str, Any]]], size: Size, out: Path) -> str:
+    """Write OUT.json, .md and .png; returns the table."""
+    text = table(rows)
+    plot(rows, out.with_suffix(".png"))
+    write_json(out.with_suffix(".json"), {"size": asdict(size), "runs": rows})
+    out.with_suffix(".md").write_text(text + "\n")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("demo", "study"))
@@ -164,16 +177,14 @@ def main() -> None:
     args = parser.parse_args()
     name = "demo" if args.what == "demo" else args.size
     size, runs = SIZES[name], RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
-    convert("train", size.images)
-    convert("test", size.test)
+    files = {"train": convert("train", size.images), "test": convert("test", size.test)}
     with ThreadPoolExecutor(size.workers) as pool:  # of the first seed all arms, then of the next
-        jobs = [pool.submit(train, arm, seed, size, runs, args.pipeline) for seed in range(size.seeds) for arm in size.arms]
-    found = evaluated([job.result() for job in jobs], size, runs, args.pipeline)
+        order = [(arm, seed) for seed in range(size.seeds) for arm in size.arms]
+        jobs = [pool.submit(train, arm, seed, size, files, runs, args.pipeline) for arm, seed in order]
+    found = evaluated([job.result() for job in jobs], size, files, runs, args.pipeline)
     rows = {arm: found[i :: len(size.arms)] for i, arm in enumerate(size.arms)}
-    text, out = table(rows), (runs if name == "demo" else ROOT / "bench" / "results") / f"study_{name}"
-    plot(rows, out.with_suffix(".png"))
-    write_json(out.with_suffix(".json"), {"size": asdict(size), "runs": rows})
-    out.with_suffix(".md").write_text(text + "\n")
+    out = (runs if name == "demo" else ROOT / "bench" / "results") / f"study_{name}"
+    text = report(rows, size, out)
     print(f"\n{text}\n\nplot: {out}.png")
 
 

@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from fap import attack
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
-from fap.flat import Flat
+from fap.flat import Flat, GradientSum
+from fap.half import HalfWeights, castable
 from fap.models import stem_of
 from fap.norm import Group, shared_groups
 
 Kind = Literal["clean", "noise", "adv", "mixed"]
 Amp = Literal["off", "fp16", "bf16"]
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 KINDS = ("clean", "noise", "adv")
 METRICS = (
     *(f"{what}_{kind}" for kind in KINDS for what in ("loss", "correct", "rows", "nonfinite")),
@@ -90,7 +92,13 @@ class Step:
                 f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
-        self.flat, self.row_groups = Flat(model), shared_groups(model)
+        self.row_groups = shared_groups(model)
+        self.stem = stem_of(model)
+        if self.stem is not None:
+            self.stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
+        cast = castable(model)
+        self.flat = Flat(model, first=cast)
+        self.half = None if amp == "off" else HalfWeights(model, self.flat, cast, HALF[amp])
         device, self.dtype = self.flat.param.device, self.flat.param.dtype
         self.device = device
         self.forward: Callable[[Tensor], Tensor] = model
@@ -137,8 +145,12 @@ class Step:
         self.adv_255 = empty(self.n_adv, self.dtype)  # grey levels; with `pipelined` the carry to the next step
         self.adv_labels = ints(self.n_adv)
         self.carries = torch.zeros((), dtype=torch.bool, device=device)  # pipelined: is there a carry yet?
+        half_dtype = None if amp == "off" else HALF[amp]
+        self.gradients = GradientSum(self.flat, self.flat.grad, half_dtype)
         # parallel: the clean pass has gradients of its own, since two streams must not add to the same ones.
-        self.clean_grad = torch.zeros_like(self.flat.grad) if schedule == "parallel" else None
+        self.clean_gradients = None
+        if schedule == "parallel":
+            self.clean_gradients = GradientSum(self.flat, torch.zeros_like(self.flat.grad), half_dtype)
         self.clean_stream = torch.cuda.Stream(device) if schedule == "parallel" and device.type == "cuda" else None
 
         self.optimizer = torch.optim.SGD(
@@ -150,9 +162,6 @@ class Step:
         # Dynamic loss scaling as torch.amp.GradScaler does it, but with the verdict left on the device for us to read.
         self.scale = torch.full((), 2.0**16 if amp == "fp16" else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
-        self.stem = stem_of(model)
-        if self.stem is not None:
-            self.stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
 
         self.metrics = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
 
@@ -169,6 +178,8 @@ class Step:
     def __call__(self) -> None:
         """One optimiser step on the fed inputs. A non-finite gradient on any rank leaves weights and statistics alone."""
         self.flat.grad.zero_()
+        if self.half is not None:
+            self.half.refresh()
         stats_before = self.flat.stats.clone()
         images, labels = {"adv": self.adv_255}, {"adv": self.adv_labels}
         images["clean"], labels["clean"] = self._clean()
@@ -182,28 +193,30 @@ class Step:
         for blocks, x in zip(self.passes, self.pass_input, strict=True):
             if blocks[-1].kind == "mixed":
                 images["mixed"], labels["mixed"] = self._mixed(images["noise"], labels["noise"])
-            with self._stream_of(blocks[0].kind):
-                gradient = self._run(blocks, x, images, labels, calls)
+            with self._stream_of(blocks[0].kind) as gradients:
+                gradient = self._run(blocks, x, images, labels, calls, gradients)
             if gradient is not None:
                 self._publish(self._ascend(images["noise"], source, gradient), labels["noise"])
-        if self.clean_grad is not None:
+        if self.clean_gradients is not None:
             if self.clean_stream is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.clean_stream)
-            self.flat.grad.add_(self.clean_grad)
+            self.flat.grad.add_(self.clean_gradients.total)
         self._update(stats_before)
 
     @contextlib.contextmanager
-    def _stream_of(self, kind: Kind) -> Iterator[None]:
-        """With `parallel` the clean pass runs beside the others; what it reads stays referenced until the step joins it."""
-        if self.clean_grad is None or kind != "clean":
-            yield
+    def _stream_of(self, kind: Kind) -> Iterator[GradientSum]:
+        """Where a pass runs, and what its gradients are added to.
+
+        With `parallel` the clean pass runs beside the others; what it reads stays referenced until the step joins it.
+        """
+        if self.clean_gradients is None or kind != "clean":
+            yield self.gradients
             return
         if self.clean_stream is not None:
             self.clean_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.clean_stream):
-            self.flat.accumulate_in(self.clean_grad.zero_())
-            yield
-        self.flat.accumulate_in(self.flat.grad)
+            self.clean_gradients.total.zero_()
+            yield self.clean_gradients
 
     def _run(
         self,
@@ -212,6 +225,7 @@ class Step:
         images: dict[str, Tensor],  # by kind, grey levels
         labels: dict[str, Tensor],
         calls: dict[str, int],
+        gradients: GradientSum,
     ) -> Tensor | None:
         """One pass: forward, loss, backward. Returns the gradient of the noise rows, if the pass has some."""
         groups: list[Group] = []
@@ -233,11 +247,14 @@ class Step:
                 n = block.stop - block.start
                 loss = loss + self._loss(block, logits[row : row + n], labels[block.kind])
                 row += n
-            (loss * self.scale).backward()
+            leaves = list(self.flat.parameters.values()) if self.half is None else self.half.leaves
+            wanted = leaves if probe is None else [*leaves, probe]
+            found = torch.autograd.grad(loss * self.scale, wanted, allow_unused=True)
+        gradients.add(found[: len(leaves)])
         if probe_rows is None:
             return None
-        assert probe is not None and probe.grad is not None
-        gradient = probe.grad if len(probe) < len(x) else probe.grad[probe_rows]
+        assert probe is not None
+        gradient = found[-1] if len(probe) < len(x) else found[-1][probe_rows]
         return self._unmix(gradient)[0] if blocks[-1].kind == "mixed" else gradient
 
     def _groups(self, block: Block, calls: dict[str, int]) -> list[Group]:
@@ -254,8 +271,11 @@ class Step:
         if self.amp == "off":
             return self.forward(x)
         # Entered inside the captured region: the weight cache must not outlive the step.
-        with torch.autocast(self.device.type, torch.float16 if self.amp == "fp16" else torch.bfloat16):
+        with torch.autocast(self.device.type, HALF[self.amp]), self._half_weights():
             return self.forward(x).float()
+
+    def _half_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.half is None else self.half.in_model()
 
     @contextlib.contextmanager
     def _probing(self, x: Tensor, rows: slice | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -400,14 +420,14 @@ class Step:
         )
         halves = zip((noise, labels), carry, strict=True)
         images, targets = (torch.cat([self._by_group(a), self._by_group(b)], 1).flatten(0, 1) for a, b in halves)
-        return images, targets
+        return _channels_first(images), targets
 
     def _unmix(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         noise, carry = self._by_group(rows).chunk(2, 1)
-        return noise.flatten(0, 1), carry.flatten(0, 1)
+        return _channels_first(noise.flatten(0, 1)), _channels_first(carry.flatten(0, 1))
 
     def _by_group(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (self.aux_groups, -1))
+        return _channels_last(rows).unflatten(0, (self.aux_groups, -1))
 
     # ------------------------------------------------------------------ the state
 
@@ -441,6 +461,16 @@ class Step:
         totals = self.metrics.clone()
         self.ranks.sum_(totals[: METRICS.index("steps")])
         return totals
+
+
+def _channels_last(rows: Tensor) -> Tensor:
+    """Images (n, C, H, W) as they lie in memory, (n, H, W, C): contiguous, so that putting rows together transposes nothing."""
+    return rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows
+
+
+def _channels_first(rows: Tensor) -> Tensor:
+    """The inverse of `_channels_last`."""
+    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
 
 
 def _survives_bf16(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:

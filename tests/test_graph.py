@@ -190,6 +190,26 @@ def test_every_convolution_sees_channels_last_forward_and_backward(kind):
         assert p.grad.stride() == p.stride(), name
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_are_put_together_without_changing_their_layout(kind):
+    """Five-dimensional `cat` and `flatten` of channels_last rows would transpose them, and every later kernel would pay."""
+    step, layouts = make(kind, data={"mix": "mixup"} if kind != "advprop" else {}), []
+
+    def watched(images, out, normalise=step._normalise):
+        layouts.append(images.is_contiguous(memory_format=torch.channels_last))
+        normalise(images, out)
+
+    def ascend(current, source, gradient, ascend=step._ascend):
+        layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
+        return ascend(current, source, gradient)
+
+    step._normalise, step._ascend = watched, ascend
+    for _ in range(2):  # `pipelined` mixes a carry from the second step on
+        step()
+    assert layouts
+    assert all(layouts), layouts
+
+
 # ------------------------------------------------------------------ state and skipped steps
 
 
@@ -360,11 +380,17 @@ def test_no_layout_copies_in_the_trace(amp, strict_sync):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one():
-    """Traced by Dynamo and AOTAutograd as `run.compile` does, without the code generator, which takes minutes here."""
+@pytest.mark.parametrize(("amp", "tolerance"), [("off", 1e-4), ("bf16", 0.05)])
+def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one(amp, tolerance):
+    """Traced by Dynamo and AOTAutograd as `run.compile` does, without the code generator, which takes minutes here.
+
+    With AMP the compiled model reads the half-precision copies of the weights too.
+    """
     from torch._dynamo.utils import counters
 
-    eager, compiled = make("fused"), make("fused")
+    # Noise, not an attack: in bfloat16 rounding turns signs of small gradients.
+    noise = {"name": "noise", "schedule": "fused"} if amp != "off" else {}
+    eager, compiled = (make("fused", amp=amp, method=noise) for _ in range(2))
     shared_groups(compiled.model).kernel = "split"
     compiled.forward = torch.compile(compiled.model, backend="aot_eager")
     counters.clear()
@@ -375,4 +401,4 @@ def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one():
     assert counters["stats"]["unique_graphs"] == 2  # one per pass
     assert not counters["graph_break"]
     for name, value in eager.state().items():
-        assert torch.allclose(value.double(), compiled.state()[name].double(), rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(value.double(), compiled.state()[name].double(), rtol=tolerance, atol=tolerance / 100), name

@@ -1,0 +1,119 @@
+"""CIFAR-10 on a GPU in the time there is: vanilla training, Fast AdvProp and the noise control, as many seeds as fit.
+
+    python -m bench.gpu.study --seconds 600
+
+The seconds decide how many seeds run, never which results are shown: a seed counts when all its arms are done. Several
+runs share the GPU, so their seconds compare nothing; accuracies do. `--kit` names a folder of sheets (`bench.gpu.sheets`)
+where nothing can be fetched.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.common import ROOT, options
+from bench.gpu import sheets
+from bench.study import Files, Size, convert, evaluated, report, train
+from pipelines import cifar10
+from pipelines.convert import convert_arrays
+
+SIZE = Size(
+    arms=("vanilla", "fast_advprop", "noise"),
+    seeds=20,
+    model="cifar_resnet18",
+    images=50_000,
+    test=10_000,
+    epochs=15,
+    milestones=(8, 12, 14),
+    clean_batch=256,
+    workers=3,
+    corrupt=(),
+)
+TOY = replace(
+    SIZE, arms=("vanilla", "fast_advprop"), seeds=1, model="cifar_resnet8", images=128, test=64, epochs=1, milestones=(),
+    clean_batch=64, workers=2, corrupt=("contrast",),
+)  # fmt: skip
+EVALUATION_SHARE = 0.25  # of the seconds, kept for evaluating what was trained
+
+
+@dataclass
+class Clock:
+    """How long a run takes, so that none is begun that would not end in time."""
+
+    seconds: float  # for training
+    begun: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+
+    def allows_another(self) -> bool:
+        return time.monotonic() - self.begun + 1.1 * self.longest < self.seconds
+
+
+def data(size: Size, kit: Path | None, runs: Path, toy: bool) -> Files:
+    """CIFAR-10 as `.beton`: from a kit's sheets, else from the copy under `data/`, which is fetched; a toy is noise."""
+    runs.mkdir(parents=True, exist_ok=True)
+    files = {split: runs / f"{split}.beton" for split in ("train", "test")}
+    if not toy and kit is None:
+        return {"train": convert("train", size.images), "test": convert("test", size.test)}
+    for split, count in (("train", size.images), ("test", size.test)):
+        if files[split].exists():
+            continue
+        if toy:
+            rng = np.random.default_rng(count)
+            images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+            convert_arrays(files[split], images, np.arange(count) % 10, cifar10.CLASSES, "noise")
+        else:
+            assert kit is not None
+            print(f"{sheets.beton(kit, split, files[split])} {split} images from {kit}", flush=True)
+    return files
+
+
+def trained(size: Size, files: Files, runs: Path, pipeline: str, clock: Clock) -> dict[tuple[str, int], Path]:
+    """The folders of the runs that were done in time, by arm and seed: of the first seed all arms, then of the next."""
+    done: dict[tuple[str, int], Path] = {}
+
+    def one(job: tuple[int, str]) -> None:
+        seed, arm = job
+        if not clock.allows_another():
+            return
+        begun = time.monotonic()
+        try:
+            done[arm, seed] = train(arm, seed, size, files, runs, pipeline)
+        except SystemExit as error:  # one run's failure is no other's
+            print(f"{arm}, seed {seed}: {error}", file=sys.stderr, flush=True)
+        clock.longest = max(clock.longest, time.monotonic() - begun)
+
+    with ThreadPoolExecutor(size.workers) as pool:
+        list(pool.map(one, [(seed, arm) for seed in range(size.seeds) for arm in size.arms]))
+    return done
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options(__doc__, seconds=600.0, runs=ROOT / "runs" / "gpu_study")
+    parser.add_argument("--kit", type=Path, help="folder of CIFAR-10 in sheets, for a machine without a network")
+    parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
+    parser.add_argument("--toy", action="store_true", help="noise instead of CIFAR-10, one short run per arm")
+    a: Any = parser.parse_args(argv)
+    size = TOY if a.toy else SIZE
+    runs = a.out / "runs" if a.toy else a.runs
+    clock = Clock(a.seconds * (1 - EVALUATION_SHARE))
+    files = data(size, a.kit, runs, a.toy)
+    done = trained(size, files, runs, a.pipeline, clock)
+    seeds = [seed for seed in range(size.seeds) if all((arm, seed) in done for arm in size.arms)]
+    if not seeds:
+        print(f"no seed had all its arms done in {a.seconds:.0f} s: {len(done)} runs were", file=sys.stderr)
+        return 1
+    jobs = [(arm, seed) for arm in size.arms for seed in seeds]
+    found = evaluated([done[job] for job in jobs], size, files, runs, a.pipeline)
+    rows = {arm: found[i * len(seeds) : (i + 1) * len(seeds)] for i, arm in enumerate(size.arms)}
+    print(report(rows, replace(size, seeds=len(seeds)), a.out / "study_gpu"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
