@@ -1,10 +1,12 @@
 """The offline kit: sheets keep every bit, versions are pinned, uploads fit and arrive whole."""
 
 import os
-import re
 import shutil
+import signal
 import subprocess
+import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,7 @@ def test_some_of_the_sheets_are_a_smaller_set(tmp_path: Path) -> None:
 def test_what_cannot_be_sheets(tmp_path: Path) -> None:
     images, labels = data(3)
     with pytest.raises(ValueError, match="labels from"):
-        sheets.write(tmp_path, "train", images, labels + 250)
+        sheets.write(tmp_path, "train", images, labels + 256)
     with pytest.raises(ValueError, match="no sheets test_"):
         sheets.read(tmp_path, "test")
     sheets.write(tmp_path, "test", images, labels)
@@ -168,15 +170,20 @@ def test_thinning_zeroes_the_code_of_other_gpus_only() -> None:
 # --- the scripts, in a tree whose imports and suite are stubs
 
 IMPORTS = "import sys; print('IMPORT FAILED fap.step: no torch'); sys.exit(1)"
-SUITE = """
-import os, sys
+STUB = """
+import argparse, os, sys
+from pathlib import Path
 import kit_module
-print("suite", *sys.argv[1:], os.environ["LD_LIBRARY_PATH"].split(":")[0])
-"""
-STUDY = """
-import os, sys
-import kit_module
-print("study", *sys.argv[1:], len(os.listdir(os.environ["FAP_KIT"] + "/cifar10")))
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+parser.add_argument("--seconds", type=int)
+a, others = parser.parse_known_args()
+(a.out / "cells").mkdir()
+(a.out / "cells" / "log.txt").write_text("log")
+(a.out / "table.md").write_text("| table |")
+print("library path", os.environ["LD_LIBRARY_PATH"].split(":")[0])
+print("seconds", a.seconds, *others)
+sys.exit(1)  # something was not measured
 """
 
 
@@ -185,7 +192,7 @@ def machine(tmp_path: Path) -> Path:
     """A repository root with both uploads, made of little."""
     tree = tmp_path / "tree"
     (tree / "bench" / "gpu").mkdir(parents=True)
-    for name, code in (("imports", IMPORTS), ("suite", SUITE), ("study", STUDY)):
+    for name, code in (("imports", IMPORTS), ("suite", STUB), ("study", STUB)):
         (tree / "bench" / "gpu" / f"{name}.py").write_text(code)
     first = tree / ".gpu"
     second = tree / ".gpu2"
@@ -204,14 +211,28 @@ def machine(tmp_path: Path) -> Path:
     return tree
 
 
-def script(machine: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def script(machine: Path, *command: str, timeout: float = 60, **environment: str) -> Done:
     own = ("PYTHONPATH", "LD_LIBRARY_PATH", "FAP_DRY_RUN")
     kept = {k: v for k, v in os.environ.items() if k not in own}
     folders = {"OUT": str(machine.parent / "out"), "FAP_KIT": str(machine.parent / "kit")}
     together = kept | folders | environment
     words = ["bash", *command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(words, cwd=machine, env=together, text=True, timeout=60, **pipes)
+    how = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, cwd=machine, env=together, start_new_session=True, **how)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # as a machine that is taken away
+    return Done(words, process.returncode, out, err)
+
+
+def said(done: Done, what: str) -> list[str]:
+    """The words of the line that begins with `what`."""
+    return next(line.split() for line in done.stdout.splitlines() if line.startswith(what))
 
 
 def test_the_first_command_measures_even_when_an_import_fails(machine: Path) -> None:
@@ -219,39 +240,63 @@ def test_the_first_command_measures_even_when_an_import_fails(machine: Path) -> 
     slow = machine / "bench" / "gpu" / "imports.py"
     slow.write_text("import time; time.sleep(1.1)\n" + IMPORTS)
     done = script(machine, ".gpu/run1.sh", "300")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, "the suite's own"
     assert "IMPORT FAILED fap.step" in done.stdout
-    suite = next(line for line in done.stdout.splitlines() if line.startswith("suite")).split()
-    assert suite[1:4] == ["--out", str(machine.parent / "out"), "--seconds"]
-    assert 240 < int(suite[4]) < 300, "set-up counts"
-    assert suite[5:] == [str(machine.parent / "kit" / "lib")]
+    assert said(done, "library path")[-1] == str(machine.parent / "kit" / "lib")
+    assert 240 < int(said(done, "seconds")[1]) < 300, "set-up counts"
+    assert said(done, "seconds")[2:] == ["--skip", "study"]
     assert (machine / "data" / "photos" / "photos-1-py3-none-any.whl").exists()
-    dry = script(machine, ".gpu/run1.sh", FAP_DRY_RUN="1").stdout
-    assert re.search(r"--seconds 5[0-3]\d --dry-run", dry), "the default fits a call of 560 s"
     assert "SETUP FAILED" not in done.stdout
+
+
+def test_what_comes_back_is_an_archive_the_tables_and_the_log(machine: Path) -> None:
+    script(machine, ".gpu/run1.sh")
+    out = machine.parent / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["run1.log", "run1.tgz", "table.md"]
+    assert "seconds 5" in (out / "run1.log").read_text()
+    with tarfile.open(out / "run1.tgz") as archive:
+        assert {"./table.md", "./cells/log.txt"} <= set(archive.getnames())
+
+
+def test_results_come_back_while_the_command_runs(machine: Path) -> None:
+    suite = machine / "bench" / "gpu" / "suite.py"
+    suite.write_text(STUB.replace("sys.exit(1)", "import time; time.sleep(60)"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        script(machine, ".gpu/run1.sh", timeout=4, FAP_PACK_SECONDS="0.5")
+    with tarfile.open(machine.parent / "out" / "run1.tgz") as archive:
+        assert "./cells/log.txt" in archive.getnames()
+
+
+def test_the_commands_dry_forms(machine: Path) -> None:
+    first = script(machine, ".gpu/run1.sh", FAP_DRY_RUN="1")
+    assert 480 < int(said(first, "seconds")[1]) <= 540, "the default fits a call of 560 s"
+    assert said(first, "seconds")[2:] == ["--dry-run"]
+    second = script(machine, ".gpu/run2.sh", FAP_DRY_RUN="1")
+    assert said(second, "seconds")[2:] == ["--toy"]
 
 
 def test_the_second_command_has_both_uploads(machine: Path) -> None:
     second = machine / ".gpu2"
+    kit = machine.parent / "kit"
     second.rename(machine / "later")
-    assert script(machine, ".gpu/run1.sh").returncode == 0
+    script(machine, ".gpu/run1.sh")
     shutil.rmtree(machine / ".gpu")
     (machine / "later").rename(second)
-    done = script(machine, str(machine.parent / "kit" / "run2.sh"), "200")
-    assert done.returncode == 0, done.stderr
-    study = next(line for line in done.stdout.splitlines() if line.startswith("study")).split()
-    assert study[-1] == "2", "a sheet of each upload"
-    assert "SETUP FAILED" not in done.stdout
+    done = script(machine, str(kit / "run2.sh"), "200")
+    assert 140 < int(said(done, "seconds")[1]) <= 200
+    assert said(done, "seconds")[2:] == ["--kit", str(kit / "cifar10")]
+    sheets_there = sorted(p.name for p in (kit / "cifar10").iterdir())
+    assert sheets_there == ["test_00.webp", "train_00.webp"]
+    assert "SETUP" not in done.stdout.replace("SETUP: going on without", "")
 
 
 def test_a_damaged_upload_is_named_and_a_new_one_replaces_it(machine: Path) -> None:
     sheet = machine / ".gpu" / "cifar10" / "test_00.webp"
     sheet.write_bytes(b"half")
     done = script(machine, ".gpu/run1.sh")
-    assert done.returncode == 0, done.stderr
     assert "cifar10/test_00.webp: FAILED" in done.stdout
     assert "SETUP FAILED: the upload .gpu is damaged" in done.stdout
-    assert "suite" in done.stdout
+    assert said(done, "seconds")
     sheet.write_bytes(b"pixels")
     assert "SETUP FAILED" not in script(machine, ".gpu/run1.sh").stdout
     assert (machine.parent / "kit" / "cifar10" / "test_00.webp").read_bytes() == b"pixels"
