@@ -1,12 +1,14 @@
 """The checks of prove_kit.sh: the kit gives the same files and images as the normal environment.
 
 `make DIR` writes, in the normal environment, photo-like JPEGs, the `.beton` of them and the images
-of its ffcv loader; `check DIR` compares with what this environment makes of the same JPEGs. Exit
-status 1 if something differs.
+of its ffcv loader; `check DIR` compares with what this environment makes of the same JPEGs;
+`suite run1.tgz` looks at what a dry run of the suite gave. Exit status 1 if something is wrong.
 """
 
 import argparse
+import json
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,21 @@ def check(folder: Path) -> bool:
     return say(not differ, text) and good
 
 
+def check_suite(archive: Path) -> bool:
+    """Every cell was measured, but for those that need what the kit does not bring."""
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("./suite.json")
+        assert member is not None
+        found = json.load(member)
+    good = say(not found["not_reached"], f"cells that were not reached: {found['not_reached']}")
+    for cell in found["cells"]:
+        why = cell.get("why", "")
+        absent = cell["state"] == "not measured" and why.endswith("is not installed")
+        if cell["state"] != "measured":
+            good &= say(absent, f"{cell['cell']}: {cell['state']}: {why}")
+    return good
+
+
 def say(good: bool, text: str) -> bool:
     print("ok    " if good else "FAILED", text)
     return good
@@ -85,10 +102,11 @@ def say(good: bool, text: str) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("make", "check"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=("make", "check", "suite"))
+    parser.add_argument("path", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "make":
-        make(arguments.folder)
-    elif not check(arguments.folder):
-        sys.exit(1)
+        make(arguments.path)
+    else:
+        judge = {"check": check, "suite": check_suite}[arguments.what]
+        sys.exit(not judge(arguments.path))

@@ -34,9 +34,11 @@ cp "$FAP_KIT"/photos/*.whl data/photos/ || echo "SETUP FAILED: no photos: the lo
 python3 -m bench.gpu.imports || echo "SETUP: going on without the modules above"
 
 measure() { # NAME COMMAND...: the command with --out; $OUT gets NAME.tgz of all it wrote, its tables and what it said
-    local name=$1 results status=0
+    local name=$1 status=0
+    local results=$FAP_KIT/results/$name
     shift
-    results=$(mktemp -d)
+    rm -rf "$results"
+    mkdir -p "$results"
     pack() { # each file at once, whenever the machine may be taken away
         tar czf "$results.tgz" -C "$results" . && mv "$results.tgz" "$OUT/$name.tgz"
         cp "$results"/*.md "$OUT/" 2>/dev/null || true
