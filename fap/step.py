@@ -285,7 +285,7 @@ class Step:
             yield x, None
         elif stem is None:
             whole = x.detach().requires_grad_()
-            yield whole, whole
+            yield whole.view_as(whole), whole  # a model's hooks on its input work on no leaf under autograd.grad
         else:
             stem.probe, stem.first = x[rows].detach().requires_grad_(), rows.start
             try:

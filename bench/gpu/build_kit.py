@@ -1,7 +1,8 @@
-"""`make kit`: all that a GPU machine without a network lacks, as two folders of less than an upload's size each.
+"""`make kit`: all that a GPU machine without a network lacks, as two folders that fit an upload.
 
-`.gpu/` travels first, `.gpu2/` second (README.md beside this file has the commands). Needs a network, g++, readelf,
-npm, and the Debian packages of setup.sh. Both folders appear when both are complete; a failure leaves what was there.
+`.gpu/` travels first, `.gpu2/` second; README.md beside this file has the commands. Needs a
+network, g++, readelf, npm, and the Debian packages of setup.sh. Both folders appear when both are
+complete; a failure leaves what was there.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -28,15 +30,26 @@ SCRIPTS = ("run1.sh", "run2.sh", "setup_offline.sh")
 # The GPU machine's Python. FFCV's library and the JPEG tools do not depend on it, these wheels do.
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# What it lacks; typing_extensions because pydantic asks for one newer than torch's.
-PACKAGES = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")
+# What it lacks: pydantic and all that it needs, for it may ask for newer ones than torch does.
+PACKAGES = (
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "typing_extensions",
+)  # fmt: skip
+
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
 
 NEWEST_GLIBC = (2, 35)  # the GPU machine's may be older than ours
 SYSTEM_LIBRARIES = re.compile(r"lib(c|m|stdc\+\+|gcc_s|z)\.so\.\d+|ld-linux.*")
-OPENCV_ARCHIVES = ("libopencv_imgproc.a", "libopencv_core.a")  # in the order in which they need each other
+# in the order in which they need each other
+OPENCV_ARCHIVES = ("libopencv_imgproc.a", "libopencv_core.a")
 BUNDLED = ("libturbojpeg.so.0", "libtbb.so.12")
 # OpenCV's core refers to one function of OpenGL, which nothing here calls.
-OPENGL_STUB = "void (*glXGetProcAddressARB(const unsigned char *name))(void) { (void)name; return 0; }\n"
+OPENGL_STUB = """
+void (*glXGetProcAddressARB(const unsigned char *name))(void) { (void)name; return 0; }
+"""
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -68,18 +81,21 @@ def constraint(package: str) -> str:
     return pinned(package, (ROOT / "constraints.txt").read_text())
 
 
+def download(folder: Path, *words: str) -> None:
+    run(*PIP_DOWNLOAD, "--dest", folder, *words)
+
+
 def add_wheels(folder: Path) -> None:
     """Wheels for the GPU machine's Python, unpacked there without pip."""
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    target = ["--python-version", PYTHON, "--implementation", "cp"]
+    for platform in PLATFORMS:
+        target += ["--platform", platform]
     wanted = [constraint(package) for package in PACKAGES]
-    run(
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder,
-        "--python-version", PYTHON, "--implementation", "cp", *platforms, *wanted,
-    )  # fmt: skip
+    download(folder, "--only-binary=:all:", *target, *wanted)
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             if any(".data/" in name for name in archive.namelist()):
-                sys.exit(f"kit: {wheel.name} needs an installer: it has files for other places than site-packages")
+                sys.exit(f"kit: {wheel.name} has files for places other than site-packages")
 
 
 def system_library(name: str, package: str) -> Path:
@@ -97,10 +113,8 @@ def add_ffcv(site: Path, work: Path) -> None:
     archives = [system_library(name, "libopencv-dev") for name in OPENCV_ARCHIVES]
     bundled = [system_library(name, "libopencv-dev libturbojpeg0-dev") for name in BUNDLED]
     version = constraint("ffcv")
-    run(
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=ffcv", "--dest", work,
-        "--build-constraint", ROOT / "build-constraints.txt", version,
-    )  # fmt: skip
+    build_tools = str(ROOT / "build-constraints.txt")
+    download(work, "--no-binary=ffcv", "--build-constraint", build_tools, version)
     with tarfile.open(work / f"{version.replace('==', '-')}.tar.gz") as archive:
         archive.extractall(work, filter="data")
     source = work / version.replace("==", "-")
@@ -110,13 +124,13 @@ def add_ffcv(site: Path, work: Path) -> None:
     stub = work / "opengl_stub.c"
     stub.write_text(OPENGL_STUB)
     target = site / "ffcv" / "_libffcv.abi3.so"
-    include = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('include'))").strip()
+    include = sysconfig.get_path("include")  # FFCV has one empty PyInit function: any version's do
     opencv = run("pkg-config", "--cflags", "opencv4").split()
     run(
         "g++", "-O3", "-fPIC", "-shared", "-ffunction-sections", f"-I{include}", *opencv,
         source / "libffcv" / "libffcv.cpp", "-x", "c", stub, "-x", "none", "-o", target,
-        "-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", "-Wl,-rpath,$ORIGIN",
-        *archives, "-l:libturbojpeg.so.0", "-l:libtbb.so.12", "-l:libz.so.1", "-lpthread", "-ldl",
+        "-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL",
+        "-Wl,-rpath,$ORIGIN", *archives, *(f"-l:{name}" for name in (*BUNDLED, "libz.so.1")),
     )  # fmt: skip
     run("strip", "--strip-unneeded", target)
     for library in (target, *(site / "ffcv" / name for name in BUNDLED)):
@@ -124,36 +138,37 @@ def add_ffcv(site: Path, work: Path) -> None:
 
 
 def check_portable(library: Path) -> None:
-    """Ends the build if a library needs another one that neither lies beside it nor is everywhere, or a newer glibc."""
-    needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", library))
-    foreign = [name for name in needed if name not in BUNDLED and not SYSTEM_LIBRARIES.fullmatch(name)]
+    """Ends the build if a library needs one that a bare machine lacks, or a newer glibc."""
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", library)))
+    foreign = sorted(n for n in needed - set(BUNDLED) if not SYSTEM_LIBRARIES.fullmatch(n))
     if foreign:
         sys.exit(f"kit: {library.name} needs {', '.join(foreign)}, which a bare machine lacks")
     versions = re.findall(r"GLIBC_(\d+)\.(\d+)", run("readelf", "--version-info", library))
     newest = max((int(major), int(minor)) for major, minor in versions)
     if newest > NEWEST_GLIBC:
-        sys.exit(f"kit: {library.name} needs glibc {newest}: build on an older system, at most {NEWEST_GLIBC}")
+        sys.exit(f"kit: {library.name} needs glibc {newest}, newer than {NEWEST_GLIBC}")
 
 
 def add_photos(folder: Path) -> None:
-    """The wheels of bench.jpegs with nothing but their photos: the benchmark's JPEGs are made from them there."""
+    """The wheels of bench.jpegs with nothing but their photos; the JPEGs are made there."""
     for source in jpegs.wheels():
-        with zipfile.ZipFile(source) as whole, zipfile.ZipFile(folder / source.name, "w") as small:
+        target = folder / source.name
+        with zipfile.ZipFile(source) as whole, zipfile.ZipFile(target, "w") as small:
             for name in jpegs.members(whole):
                 small.writestr(name, whole.read(name))
 
 
 def add_cifar10(first: Path, second: Path) -> None:
-    """The test set and part of the training set into the first upload, so much that both become equal.
+    """The test set and part of the training set go into the first upload, the rest into the second.
 
-    So the first upload alone is enough for a study of fewer images.
+    So the first upload alone is enough for a study of fewer images. Both get about one size.
     """
     sheets.write(first, "test", *cifar10.load("test", ROOT / "data" / "cifar10"))
     train = sheets.write(second, "train", *cifar10.load("train", ROOT / "data" / "cifar10"))
     half = (size_of(first.parent) + size_of(second.parent)) / 2
     for sheet in train:
-        if size_of(first.parent) + sheet.stat().st_size / 2 > half:  # the larger upload would not get smaller
-            break
+        if size_of(first.parent) + sheet.stat().st_size / 2 > half:
+            break  # the larger of the two would not get smaller
         for file in (sheet, sheets.labels_of(sheet)):
             file.rename(first / file.name)
 
@@ -167,19 +182,23 @@ def size_of(folder: Path) -> int:
 
 
 def write_sums(folder: Path, name: str) -> None:
-    """SHA-256 of every file, in sha256sum's format: the GPU machine can tell a whole upload from a damaged one."""
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}" for path in files_in(folder)]
-    (folder / name).write_text("\n".join([*sums, ""]))
+    """SHA-256 of every file, in sha256sum's format: a damaged upload is noticed on arrival."""
+    lines = []
+    for path in files_in(folder):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    (folder / name).write_text("".join(lines))
 
 
 def tree_size() -> int:
-    """Bytes of the working tree that travel along: tracked files and new ones that git does not ignore."""
-    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")
-    return sum((ROOT / name).lstat().st_size for name in listed if (ROOT / name).is_file())
+    """Bytes of the working tree that travel along: all files that git does not ignore."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    files = [ROOT / name for name in listed.split("\0")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def check_sizes(uploads: Iterable[Path], tree: int) -> None:
-    """Print what every upload holds, its size with the working tree, and end the build if one is too large."""
+    """Print what the uploads hold and their sizes; end the build if one is too large."""
     mib = float(1 << 20)
     too_large = []
     for upload in uploads:
@@ -187,11 +206,11 @@ def check_sizes(uploads: Iterable[Path], tree: int) -> None:
             size = size_of(part) if part.is_dir() else part.stat().st_size
             print(f"  {upload.name}/{part.name:18} {size / mib:6.2f} MiB")
         total = (size_of(upload) + tree) / mib
-        print(f"{upload.name}: {total:.1f} MiB with the working tree's {tree / mib:.1f} (limit {LIMIT_MIB:.0f})", flush=True)
+        print(f"{upload.name}: {total:.1f} MiB with the working tree's {tree / mib:.1f}")
         if total >= LIMIT_MIB:
             too_large.append(upload.name)
     if too_large:
-        sys.exit(f"kit: {', '.join(too_large)} would not fit into an upload")
+        sys.exit(f"kit: {', '.join(too_large)} would not fit: the limit is {LIMIT_MIB:.0f} MiB")
 
 
 def build(first: Path, second: Path, work: Path) -> None:
@@ -218,15 +237,19 @@ def main() -> None:
     os.chdir(ROOT)
     stage = ROOT / "build" / "kit"
     shutil.rmtree(stage, ignore_errors=True)
-    built = [stage / FIRST, stage / SECOND]
+    first = stage / FIRST
+    second = stage / SECOND
+    built = (first, second)
     (stage / "work").mkdir(parents=True)
     try:
-        build(*built, stage / "work")
+        build(first, second, stage / "work")
         check_sizes(built, tree_size())
         for upload in built:
             shutil.rmtree(ROOT / upload.name, ignore_errors=True)
         for upload in built:
             upload.rename(ROOT / upload.name)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        sys.exit(f"kit: {error}")
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     print(f"kit: {FIRST}/ and {SECOND}/ are ready; bench/gpu/README.md has the commands")

@@ -32,3 +32,22 @@ mkdir -p data/photos
 cp "$FAP_KIT"/photos/*.whl data/photos/ || echo "SETUP FAILED: no photos: the loaders cannot be measured"
 
 python3 -m bench.gpu.imports || echo "SETUP: going on without the modules above"
+
+measure() { # NAME COMMAND...: the command with --out; $OUT gets NAME.tgz of all it wrote, its tables and what it said
+    local name=$1 status=0
+    local results=$FAP_KIT/results/$name
+    shift
+    rm -rf "$results"
+    mkdir -p "$results"
+    pack() { # each file at once, whenever the machine may be taken away
+        tar czf "$results.tgz" -C "$results" . && mv "$results.tgz" "$OUT/$name.tgz"
+        cp "$results"/*.md "$OUT/" 2>/dev/null || true
+    }
+    while sleep "${FAP_PACK_SECONDS:-10}" && kill -0 $$; do pack; done >/dev/null 2>&1 &
+    local packer=$!
+    "$@" --out "$results" 2>&1 | tee "$OUT/$name.log" || status=$?
+    kill "$packer"
+    pack
+    echo "$name: exit status $status; results in $OUT"
+    return "$status"
+}
