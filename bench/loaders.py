@@ -38,7 +38,7 @@ def ours(name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_lo
     """One of this project's pipelines on a `.beton` or a folder."""
     store = open_store(source)
     heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
-    plan = draw_epoch(PlanSpec(0, SIZE, batch), heights, widths, 0)
+    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group=batch), heights, widths, 0)
     loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
     yield from (len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store))))
 

@@ -6,6 +6,7 @@ per step over ours, with a 95% bootstrap interval. Without a GPU: CIFAR size, no
 
 import gc
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,6 +97,11 @@ class Contestant:
         warm_up, batches = 0, itertools.repeat(self.sample)
         if self.loader:
             warm_up = 4  # batches decoded while the other contestant ran, or a cold start
+            if len(self.plan) <= warm_up:
+                raise ValueError(
+                    f"{self.loader.store.path}: {len(self.plan)} steps of {len(self.sample.labels)} rows; at least "
+                    f"{warm_up + 1} are needed, {warm_up} of them to warm up"
+                )
             steps = min(steps, len(self.plan) - warm_up)
             first = self.at if self.at + warm_up + steps <= len(self.plan) else 0
             batches, self.at = self.loader.load(self.plan, first), first + warm_up + steps
@@ -158,6 +164,33 @@ class Peer(Contestant):
         self.scaler.update()
 
 
+def contenders(a: Any) -> list[tuple[Config, str, Callable[[], Contestant]]]:
+    """(our step's config, the other's name, what makes it) of all that this machine and these options allow.
+
+    First the targets; then what compiles for a minute each; a time limit may cut off the rest.
+    """
+    vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
+    fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", *SCHEDULES))
+    amp, backend = a.amp, a.compile_backend
+    every = [
+        (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),
+        (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True)),
+        (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off")),
+        (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True)),
+        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=backend)),
+        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=backend)),
+        (vanilla, "vanilla without norm kernel", partial(Contestant, vanilla, amp, without="norm kernel")),
+        *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp)) for c in others),
+        *((fused, f"ours without {w}", partial(Contestant, fused, amp, without=w)) for w in INGREDIENTS),
+        (fused, "ours without AMP", partial(Contestant, fused, "off")),
+        (fused, "Fast AdvProp, compiled", partial(Contestant, fused, amp, compiled=backend)),
+    ]
+    missing = () if a.compile else ("compiled",)
+    missing += () if GPU else ON_A_GPU_ONLY
+    missing += ("without AMP", "half-precision copy") if amp == "off" else ()
+    return [contender for contender in every if not contender[1].endswith(missing)]
+
+
 def main(argv: Any = None) -> int:
     model, size, rows, rounds, block = ("resnet50", 224, 64, 10, 5) if GPU else ("cifar_resnet8", 32, 128, 15, 1)
     parser = options(__doc__, model=model, size=size, rows=rows, rounds=rounds, block=block, compile=GPU)
@@ -165,34 +198,15 @@ def main(argv: Any = None) -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="contenders whose names hold one of these")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; default: %(default)s")
     a = parser.parse_args(argv)
-    vanilla = config_of(a.model, a.rows, a.size, name="vanilla")
-    fused, *others = (config_of(a.model, a.rows, a.size, schedule=s) for s in ("fused", *SCHEDULES))
-    amp, backend = a.amp, a.compile_backend
-    contenders = [  # first the targets; then what compiles for a minute each; a time limit may cut off the rest
-        (vanilla, "torchvision reference: fp32, NCHW", partial(Peer, vanilla, "off")),
-        (vanilla, f"timm-like: AMP {amp}, NHWC", partial(Peer, vanilla, amp, nhwc=True)),
-        (fused, "authors' three passes: fp32, NCHW", partial(Peer, fused, "off")),
-        (fused, f"authors' three passes: AMP {amp}, NHWC", partial(Peer, fused, amp, nhwc=True)),
-        (vanilla, "timm-like, compiled", partial(Peer, vanilla, amp, nhwc=True, compiled=backend)),
-        (vanilla, "ours, compiled", partial(Contestant, vanilla, amp, compiled=backend)),
-        (vanilla, "ours without norm kernel", partial(Contestant, vanilla, amp, without="norm kernel")),
-        *((fused, f"ours, {c.method.schedule}", partial(Contestant, c, amp)) for c in others),
-        *((fused, f"ours without {w}", partial(Contestant, fused, amp, without=w)) for w in INGREDIENTS),
-        (fused, "ours without AMP", partial(Contestant, fused, "off")),
-        (fused, "ours, compiled", partial(Contestant, fused, amp, compiled=backend)),
-    ]
-    missing = () if a.compile else ("compiled",)
-    missing += () if GPU else ON_A_GPU_ONLY
-    missing += ("without AMP", "half-precision copy") if amp == "off" else ()
     results: list[dict[str, Any]] = []
     own: dict[str, Contestant] = {}
-    for config, name, make in contenders:
-        if name.endswith(missing) or not any(word in name for word in a.only):
+    for config, name, make in contenders(a):
+        if not any(word in name for word in a.only):
             continue
         method = config.method.name
         result: dict[str, Any] = {"ours": method, "other": name}
         try:
-            own[method] = mine = own.get(method) or Contestant(config, amp)
+            own[method] = mine = own.get(method) or Contestant(config, a.amp)
             theirs, times = alternate([partial(c.block, a.block) for c in (make(), mine)], a.rounds)[:, 0]
             result |= {
                 "how": mine.how,

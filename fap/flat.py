@@ -33,6 +33,7 @@ class Flat:
                     end += -(-p.numel() // ALIGN) * ALIGN
             bounds.append(end)
         self.first, _, self.main, self.aux = map(slice, bounds, bounds[1:])
+        self.shared = slice(0, self.main.start)  # begins with `first`
         n_front, n_rest, n_main, n_aux = (sum(p.numel() for p in part) for part in parts)
         self.counts = (n_front + n_rest, n_main, n_aux)
 
@@ -80,26 +81,30 @@ class GradientSum:
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add one pass's gradients, in the order of `flat.parameters`; None where the pass did not use the parameter."""
-        same: list[tuple[Tensor, Tensor]] = []  # (target, values)
-        half: list[tuple[Tensor, Tensor]] = []
+        same_targets: list[Tensor] = []
+        same_values: list[Tensor] = []
+        half_targets: list[Tensor] = []
+        half_values: list[Tensor] = []
         stale: list[Tensor] = []  # half-precision targets that this pass does not write
         places = zip(gradients, self.strides, self.targets, self.half_targets, strict=True)
         for gradient, strides, target, half_target in places:
             if gradient is not None and gradient.dtype != self.total.dtype:
                 assert half_target is not None, f"a gradient of {gradient.dtype} outside flat.first"
-                half.append((half_target, _in_memory_order(gradient, strides)))
+                half_targets.append(half_target)
+                half_values.append(_in_memory_order(gradient, strides))
                 continue
             if gradient is not None:
-                same.append((target, _in_memory_order(gradient, strides)))
+                same_targets.append(target)
+                same_values.append(_in_memory_order(gradient, strides))
             if half_target is not None:
                 stale.append(half_target)
-        if same:
-            torch._foreach_add_(*map(list, zip(*same, strict=True)))
-        if half:
+        if same_values:
+            torch._foreach_add_(same_targets, same_values)
+        if half_values:
             assert self.half is not None
             if stale:
                 torch._foreach_zero_(stale)
-            torch._foreach_copy_(*map(list, zip(*half, strict=True)))
+            torch._foreach_copy_(half_targets, half_values)
             self.front.add_(self.half)
 
 

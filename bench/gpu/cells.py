@@ -41,6 +41,7 @@ class Sizes:
     block: int  # steps per block
     images: int  # JPEGs for the loaders
     loader: tuple[str, ...]
+    smoke: tuple[str, ...]
     kernels: tuple[str, ...]
     study: tuple[str, ...]
     compile_backend: str
@@ -56,6 +57,7 @@ REAL = Sizes(
     block=5,
     images=8000,
     loader=("--rounds", "2", "--seconds", "5"),
+    smoke=(),
     kernels=(),
     study=(),
     compile_backend="inductor",
@@ -63,13 +65,14 @@ REAL = Sizes(
 )
 TOY = Sizes(
     model="cifar_resnet8",
-    px=8,
+    px=4,
     rows={256: 128, 64: 64},
     amp={"fp16": "off", "bf16": "bf16"},  # a CPU takes seconds for what float16 needs
     rounds=1,
     block=1,
-    images=160,
-    loader=("--rounds", "1", "--seconds", "0.1", "--batch", "16"),
+    images=480,
+    loader=("--rounds", "1", "--seconds", "0.1", "--batch", "8"),
+    smoke=("--steps", "1"),
     kernels=("--main-rows", "2", "--aux-rows", "2"),
     study=("--toy",),
     compile_backend="eager",
@@ -106,9 +109,10 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
         _step(sizes, 64, "three passes: AMP"),
         _step(sizes, 64, "timm-like, compiled", limit_s=240, usual_s=90),
     ]
+    on_gpu_only = () if sizes is TOY else ("norm kernel", "graph")
     ingredients = [
-        _step(sizes, 64, f"without {ingredient}")
-        for ingredient in ("norm kernel", "half-precision copy", "graph", "stem function", "channels_last", "AMP")
+        _step(sizes, 64, f"ours without {ingredient}")
+        for ingredient in (*on_gpu_only, "half-precision copy", "stem function", "channels_last", "AMP")
     ]
     return [*first, *targets, *whole_batch_norm, *bfloat16, *schedules, *peers, *ingredients, *_loaders(sizes, images),
             _study(sizes)]  # fmt: skip
@@ -117,7 +121,7 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
 def _smoke(sizes: Sizes) -> list[Cell]:
     schedules = ("vanilla", "fused", "pipelined", "sequential", "parallel")
     size = ("--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[64]), "--amp", "fp16")
-    return [Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size), 120, 20, at_once=True) for name in schedules]
+    return [Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size, *sizes.smoke), 120, 20, at_once=True) for name in schedules]
 
 
 def _photos(sizes: Sizes, images: Path) -> Cell:
@@ -142,7 +146,9 @@ def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: st
 
 
 def _step(sizes: Sizes, rows: int, contender: str, limit_s: int = 120, usual_s: int = 30) -> Cell:
-    amp = "bf16" if contender in ("without half-precision copy", "without AMP") and sizes is TOY else sizes.amp["fp16"]
+    amp = (
+        "bf16" if contender in ("ours without half-precision copy", "ours without AMP") and sizes is TOY else sizes.amp["fp16"]
+    )
     words = ("bench.step", "--amp", amp, "--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[rows]),
              "--rounds", str(sizes.rounds), "--block", str(sizes.block), "--only", contender)  # fmt: skip
     compiled = ("--compile", "--compile-backend", sizes.compile_backend) if "compiled" in contender else ("--no-compile",)

@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     a: Any = parser.parse_args(argv)
     size = TOY if a.toy else SIZE
     runs = a.out / "runs" if a.toy else a.runs
+    if a.kit is not None:  # more sheets are another data set, whose runs are others
+        runs = runs / f"sheets_{len(list(a.kit.glob('*.webp')))}"
     clock = Clock(a.seconds * (1 - EVALUATION_SHARE))
     files = data(size, a.kit, runs, a.toy)
     done = trained(size, files, runs, a.pipeline, clock)
