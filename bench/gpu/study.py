@@ -36,7 +36,7 @@ SIZE = Size(
     corrupt=(),
 )
 TOY = replace(
-    SIZE, arms=("vanilla", "fast_advprop"), seeds=1, model="cifar_resnet8", images=128, test=64, epochs=1, milestones=(),
+    SIZE, arms=("vanilla",), seeds=1, model="cifar_resnet8", images=128, test=64, epochs=1, milestones=(),
     clean_batch=64, workers=2, corrupt=("contrast",),
 )  # fmt: skip
 EVALUATION_SHARE = 0.25  # of the seconds, kept for evaluating what was trained

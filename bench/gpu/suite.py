@@ -34,8 +34,8 @@ from bench.gpu.table import table
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5  # between SIGTERM and SIGKILL
 SHOWN_LINES = 4  # of a cell's log
-TOY_PROCESSES = 2  # cells of a dry run at the same time
-PRELOADED = ("fap.train", "pipelines.convert", "matplotlib.figure")  # for a dry run's forks
+TOY_PROCESSES = 3  # cells of a dry run at the same time
+PRELOADED = ("fap.train", "pipelines.convert", "matplotlib.figure", "matplotlib.backends.backend_agg")  # for a dry run's forks
 
 
 class Interrupted(BaseException):
