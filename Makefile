@@ -2,18 +2,20 @@
 PY := .venv/bin/python
 PIPELINE ?= ffcv
 SIZE ?= small
+SECONDS ?= 7200
 # Each test process holds about 1 GB and runs one torch thread.
 WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint soak study bench kit clean
+.PHONY: help setup demo test check lint soak study bench gpu kit clean
 help:
 	@echo "make demo [PIPELINE=ffcv|dali|reference]   data, conversion, training of both methods, a result table"
 	@echo "make test     the tests (with a GPU: the GPU tests too)"
 	@echo "make check    lint, types, quick tests"
 	@echo "make study SIZE=small|full   the comparison of methods over several seeds"
 	@echo "make bench    speed of conversion, loaders and steps       make soak   hours of stress"
+	@echo "make gpu [SECONDS=7200]   on a GPU machine: tests, speed, profile, study, and a table of them (bench/gpu/README.md)"
 	@echo "make kit      what a GPU machine without a network lacks, see bench/gpu/README.md"
 	@echo "make setup    only the environment in .venv                make clean  remove caches and build products"
 
@@ -46,6 +48,9 @@ bench: setup
 	$(PY) -m bench.convert
 	$(PY) -m bench.loaders
 	$(PY) -m bench.cost_parity
+
+gpu: setup
+	$(PY) -m bench.gpu.suite --seconds $(SECONDS)
 
 kit: setup
 	$(PY) -m bench.gpu.build_kit

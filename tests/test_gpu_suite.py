@@ -43,7 +43,7 @@ def test_order_of_value():
     assert kinds[:7] == ["smoke"] * 5 + ["photos", "tests"]
     assert names[7:11] == [t.cells[0] for t in (TARGETS[0], TARGETS[1], TARGETS[2], TARGETS[3])]
     last_target = max(names.index(c) for t in TARGETS for c in t.cells)
-    others = [n for n in names if n.startswith("parity/") and n.endswith("whole") or "bf16" in n]
+    others = [n for n in names if (n.startswith("parity/") and n.endswith("whole")) or "bf16" in n]
     assert last_target < min(map(names.index, others))
     assert names[-1] == "study"
     assert names.index("photos") < min(i for i, kind in enumerate(kinds) if kind in ("loaders", "loader"))
