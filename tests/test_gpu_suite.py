@@ -154,6 +154,13 @@ def test_a_cell_that_hangs_is_ended_with_all_it_started(tmp_path, lines):
     pytest.fail("the cell's child is still alive")
 
 
+def test_half_a_file_of_a_cell_that_was_ended_is_no_result(tmp_path, lines):
+    torn = "(out / 'x.json').write_text('{\"results\": [{')"
+    found = run(tmp_path, python("torn", torn), python("good", GOOD))
+    assert found["torn"]["why"] == "it measured nothing"
+    assert found["good"]["state"] == "measured"
+
+
 def test_what_no_longer_fits_is_left_out_and_shorter_cells_still_run(tmp_path, lines):
     long = Cell("long", ("x", GOOD), 60, usual_s=1000)
     found = run(tmp_path, long, python("short", GOOD), seconds=50)
@@ -217,6 +224,41 @@ def test_a_table_that_cannot_be_made_loses_no_figure(tmp_path, lines, monkeypatc
     found = run(tmp_path, python("good", GOOD))
     assert found["good"]["state"] == "measured"
     assert "KeyError" in (tmp_path / "table.md").read_text()
+
+
+def test_a_full_disk_costs_a_record_and_not_the_suite(tmp_path, lines, monkeypatch, capsys):
+    real, failures = Path.write_text, []
+
+    def full(path, *arguments, **more):
+        if path.name == "suite.json.part" and len(failures) < 2:
+            failures.append(path)
+            raise OSError(28, "No space left on device")
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    found = run(tmp_path, python("good", GOOD), python("good again", GOOD))
+    assert len(failures) == 2
+    assert {c["state"] for c in found.values()} == {"measured"}
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_ends_the_lines_and_not_the_suite(tmp_path, lines, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert run(tmp_path, python("good", GOOD))["good"]["state"] == "measured"
+
+
+def test_out_that_is_a_file_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "file").write_text("")
+    assert suite.main(["--out", str(tmp_path / "file"), "--only", "kernels"]) == 2
+    assert "give a folder" in capsys.readouterr().err
 
 
 def test_gpu_tests_that_are_all_skipped_are_no_success(tmp_path, lines):

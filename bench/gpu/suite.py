@@ -98,28 +98,38 @@ class Suite:
             self.write()
         return sum(record["state"] != "measured" for record in self.records.values())
 
-    def write(self) -> None:
-        """suite.json and table.md, each replaced at once."""
+    def content(self) -> dict[str, Any]:
+        """What suite.json holds."""
         ordered = [self.records[c.name] for c in self.cells if c.name in self.records]
         missing = [c.name for c in self.cells if c.name not in self.records]
-        content = {"environment": self.environment, "dry_run": self.dry_run, "cells": ordered, "not_reached": missing}
+        return {"environment": self.environment, "dry_run": self.dry_run, "cells": ordered, "not_reached": missing}
+
+    def tables(self) -> str:
         try:
-            tables = table(content)
+            return table(self.content())
         except Exception as error:  # the figures are worth more than their table
-            tables = f"the table could not be made of suite.json: {type(error).__name__}: {error}"
+            return f"the table could not be made of suite.json: {type(error).__name__}: {error}"
+
+    def write(self) -> None:
+        """suite.json and table.md, each replaced at once."""
+        content, tables = self.content(), self.tables()
         for name, text in (("suite.json", json.dumps(content, indent=1)), ("table.md", tables)):
             part = self.out / f"{name}.part"
-            part.write_text(text + "\n")
-            part.replace(self.out / name)
+            try:
+                part.write_text(text + "\n")
+                part.replace(self.out / name)
+            except OSError as error:  # a full disk costs this record; the next cell may find room again
+                say(f"WARNING: {self.out / name} was not written: {error}")
 
     # ------------------------------------------------------------------ one cell
 
     def _may_start(self, cell: Cell) -> bool:
-        """Timed cells run alone; those marked `at_once` beside each other; at toy size two of either."""
+        """Timed cells run alone, those marked `at_once` beside each other; at toy size a few of either."""
         if any(r.cell.at_once != cell.at_once for r in self.running):
             return False
-        together = TOY_PROCESSES if self.dry_run else len(self.cells) if cell.at_once else 1
-        return len(self.running) < together
+        if self.dry_run:
+            return len(self.running) < TOY_PROCESSES
+        return cell.at_once or not self.running
 
     def _start(self, cell: Cell) -> None:
         self.begun += 1
@@ -130,7 +140,7 @@ class Suite:
             self._record(cell, "not measured", 0.0, why=f"{absent[0]} is not installed" if absent else why)
             return
         limit = min(cell.limit_s, left)
-        print(f"== {self.begun}/{len(self.cells)} {cell.name} (at most {limit:.0f} s, {left:.0f} s left)", flush=True)
+        say(f"== {self.begun}/{len(self.cells)} {cell.name} (at most {limit:.0f} s, {left:.0f} s left)")
         folder = self.folder / cell.name.replace(" ", "_").replace(":", "").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
         for former in folder.glob("*.json"):  # of an earlier suite
@@ -146,7 +156,7 @@ class Suite:
         log = (one.folder / "log.txt").read_text(errors="replace")
         lines = [line for line in log.splitlines() if line.strip()] or [""]
         for line in lines[-SHOWN_LINES:]:
-            print(f"   {line[:220]}", flush=True)
+            say(f"   {line[:220]}")
         found = results_in(one.folder)
         why = self._fault(one, found, lines[-1][:500])
         more: dict[str, Any] = {"words": shlex.join(one.words), "last_line": lines[-1][:500]}
@@ -159,7 +169,7 @@ class Suite:
     def _record(self, cell: Cell, state: str, seconds: float, **more: Any) -> None:
         self.records[cell.name] = {"cell": cell.name, "state": state, "seconds": round(seconds, 1), **more}
         if state != "measured":
-            print(f"-- {cell.name}: {state}: {more['why']}", flush=True)
+            say(f"-- {cell.name}: {state}: {more['why']}")
         self.write()
 
     def _fault(self, one: Running, found: dict[str, Any], last: str) -> str:
@@ -179,11 +189,22 @@ class Suite:
         return ""
 
 
+def say(text: str) -> None:
+    """A line for the user. A reader that went away (`| head`) ends the lines, not the suite."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def results_in(folder: Path) -> dict[str, Any]:
     """The JSON files that a cell wrote, by name, without their `environment`, which is the suite's."""
     found = {}
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
+        try:
+            content = json.loads(file.read_text())
+        except ValueError:  # the cell was ended while it wrote
+            continue
         content.pop("environment", None)
         found[file.stem] = content
     return found
@@ -298,17 +319,21 @@ def measure(chosen: Sequence[Cell], a: argparse.Namespace, logs: Path) -> int:
         print("bench.gpu.suite: torch sees no GPU here, so nothing is measured (fap-doctor says why).", file=sys.stderr)
         print("--dry-run runs every part at toy size on the CPU.", file=sys.stderr)
         return 1
-    a.out.mkdir(parents=True, exist_ok=True)
+    try:
+        a.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench.gpu.suite: --out {a.out}: {error.strerror}; give a folder that can be written to", file=sys.stderr)
+        return 2
     suite = Suite(chosen, a.out, a.seconds, a.dry_run, logs)
     signal.signal(signal.SIGTERM, _leave)
     begun = time.monotonic()
     try:
         missing = suite.run()
     except (KeyboardInterrupt, Interrupted) as stop:
-        print(f"\nstopped; what was measured is in {a.out}", flush=True)
+        say(f"\nstopped; what was measured is in {a.out}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
-    print(f"\n{(a.out / 'table.md').read_text()}")
-    print(f"{len(chosen) - missing} of {len(chosen)} cells in {time.monotonic() - begun:.0f} s; {a.out / 'table.md'}")
+    say(f"\n{suite.tables()}\n")
+    say(f"{len(chosen) - missing} of {len(chosen)} cells in {time.monotonic() - begun:.0f} s; {a.out / 'table.md'}")
     return int(missing > 0)
 
 
