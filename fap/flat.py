@@ -72,11 +72,13 @@ class GradientSum:
         self.front = total[flat.first]
         # Static and zero between the parameters: what lies there is added too.
         self.half = None if half_dtype is None else torch.zeros_like(self.front, dtype=half_dtype)
-        self.half_targets: list[Tensor | None] = [None] * len(self.targets)
-        if self.half is not None:
-            inside = [flat.slices[name].stop <= flat.first.stop for name in flat.parameters]
-            slices = [flat.slices[name] for name in flat.parameters]
-            self.half_targets = [self.half[s] if i else None for s, i in zip(slices, inside, strict=True)]
+        self.half_targets: list[Tensor | None] = []
+        for name in flat.parameters:
+            place = flat.slices[name]
+            if self.half is not None and place.stop <= flat.first.stop:
+                self.half_targets.append(self.half[place])
+            else:
+                self.half_targets.append(None)
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor | None]) -> None:
