@@ -105,7 +105,11 @@ def trim(path: str | Path, step: int) -> None:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, the device, and the commit (`-dirty`: code differs from it; None: no git)."""
+    """Versions of what a result depends on, the device, and the commit.
+
+    The commit is `...-dirty` where code differs from it. Without git it is what FAP_COMMIT says, which the kit for a GPU
+    machine without a network sets (`bench/gpu`), or None.
+    """
     found = {d.name: d.version for d in distributions()}
     names = ["torch", "torchvision", "timm", "numpy", "numba", "opencv-python-headless", "ffcv"]
     git = "git ls-files --error-unmatch fap/log.py >&2 && git rev-parse HEAD && git status -s fap pipelines 'bench/*.py'"
@@ -116,5 +120,5 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": [*re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()), platform.machine()][0],
-        "commit": (told[0] + "-dirty" * (len(told) > 2)) or None,
+        "commit": (told[0] + "-dirty" * (len(told) > 2)) or os.environ.get("FAP_COMMIT"),
     }

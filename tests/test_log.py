@@ -131,3 +131,12 @@ def test_versions() -> None:
     assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40
     assert {"ffcv", "numpy", "cuda", "device"} <= found.keys()
     json.dumps(found)
+
+
+def test_without_git_the_kit_says_which_commit_it_is(monkeypatch):
+    from fap.log import versions
+
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Done", (), {"stdout": ""}))
+    assert versions.__wrapped__()["commit"] is None
+    monkeypatch.setenv("FAP_COMMIT", "abc-dirty")
+    assert versions.__wrapped__()["commit"] == "abc-dirty"

@@ -20,6 +20,7 @@ from pathlib import Path
 from bench import jpegs
 from bench.common import ROOT
 from bench.gpu import sheets
+from fap.log import versions
 from pipelines import cifar10
 
 FIRST, SECOND = ".gpu", ".gpu2"
@@ -229,6 +230,8 @@ def build(first: Path, second: Path, work: Path) -> None:
         shutil.copy(HERE / script, first)
     print("kit: CIFAR-10, about a minute (139 MB the first time)", flush=True)
     add_cifar10(first / "cifar10", second / "cifar10")
+    # There the tree has no git to say which commit a result belongs to.
+    (first / "commit").write_text(f"{versions()['commit'] or ''}\n")
     write_sums(first, "first.sha256")
     write_sums(second, "second.sha256")
 

@@ -21,6 +21,7 @@ receive() { # FOLDER SUMS: copies an upload that is here into the kit and says w
 }
 receive .gpu first.sha256
 receive .gpu2 second.sha256
+if [ -f "$FAP_KIT/commit" ]; then export FAP_COMMIT=$(cat "$FAP_KIT/commit"); fi
 
 # Wheels of pure files are archives: no pip is needed, and the machine's own packages stay as they are.
 for wheel in "$FAP_KIT"/wheels/*.whl; do
