@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fap.layout import image_order, memory_order
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -38,10 +40,10 @@ class Ranks:
         """(n, ...) of every rank -> (world * n, ...), rank after rank."""
         if self.world == 1:
             return rows
-        last = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows  # channels_last rows are contiguous this way
+        last = memory_order(rows)
         out = last.new_empty(self.world * len(last), *last.shape[1:])
         dist.all_gather_into_tensor(out, last.contiguous())
-        return out.permute(0, 3, 1, 2) if rows.dim() == 4 else out
+        return image_order(out)
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one: for decisions that all must take alike."""

@@ -33,6 +33,7 @@ from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
 from fap.flat import Flat, GradientSum
 from fap.half import HalfWeights, castable
+from fap.layout import image_order, memory_order
 from fap.models import stem_of
 from fap.norm import Group, shared_groups
 
@@ -96,9 +97,9 @@ class Step:
         self.stem = stem_of(model)
         if self.stem is not None:
             self.stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
-        cast = castable(model)
+        cast, half_dtype = castable(model), HALF.get(amp)
         self.flat = Flat(model, first=cast)
-        self.half = None if amp == "off" else HalfWeights(model, self.flat, cast, HALF[amp])
+        self.half = None if half_dtype is None else HalfWeights(model, self.flat, cast, half_dtype)
         device, self.dtype = self.flat.param.device, self.flat.param.dtype
         self.device = device
         self.forward: Callable[[Tensor], Tensor] = model
@@ -145,7 +146,6 @@ class Step:
         self.adv_255 = empty(self.n_adv, self.dtype)  # grey levels; with `pipelined` the carry to the next step
         self.adv_labels = ints(self.n_adv)
         self.carries = torch.zeros((), dtype=torch.bool, device=device)  # pipelined: is there a carry yet?
-        half_dtype = None if amp == "off" else HALF[amp]
         self.gradients = GradientSum(self.flat, self.flat.grad, half_dtype)
         # parallel: the clean pass has gradients of its own, since two streams must not add to the same ones.
         self.clean_gradients = None
@@ -392,7 +392,8 @@ class Step:
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)
             leaf = x.detach().requires_grad_()
-            loss = F.cross_entropy(self._forward(leaf), labels, label_smoothing=self.config.optim.label_smoothing)
+            logits = self._forward(leaf.view_as(leaf))  # no leaf, as in `_probing`
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
             (gradient,) = torch.autograd.grad(loss * self.scale, leaf)
             current = self._ascend(current, source, gradient)
         return current
@@ -420,14 +421,14 @@ class Step:
         )
         halves = zip((noise, labels), carry, strict=True)
         images, targets = (torch.cat([self._by_group(a), self._by_group(b)], 1).flatten(0, 1) for a, b in halves)
-        return _channels_first(images), targets
+        return image_order(images), targets
 
     def _unmix(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         noise, carry = self._by_group(rows).chunk(2, 1)
-        return _channels_first(noise.flatten(0, 1)), _channels_first(carry.flatten(0, 1))
+        return image_order(noise.flatten(0, 1)), image_order(carry.flatten(0, 1))
 
     def _by_group(self, rows: Tensor) -> Tensor:
-        return _channels_last(rows).unflatten(0, (self.aux_groups, -1))
+        return memory_order(rows).unflatten(0, (self.aux_groups, -1))
 
     # ------------------------------------------------------------------ the state
 
@@ -461,16 +462,6 @@ class Step:
         totals = self.metrics.clone()
         self.ranks.sum_(totals[: METRICS.index("steps")])
         return totals
-
-
-def _channels_last(rows: Tensor) -> Tensor:
-    """Images (n, C, H, W) as they lie in memory, (n, H, W, C): contiguous, so that putting rows together transposes nothing."""
-    return rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows
-
-
-def _channels_first(rows: Tensor) -> Tensor:
-    """The inverse of `_channels_last`."""
-    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
 
 
 def _survives_bf16(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:

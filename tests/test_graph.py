@@ -578,6 +578,21 @@ def test_convolutions_are_recognised_in_a_real_profile():
     assert all("[2, 4, 6, 6]" in line for line in found)
 
 
+@pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize("kind", ALL)
+def test_a_step_can_be_watched_by_hooks_on_the_model_s_input(kind, stem):
+    """FlopCounterMode's hooks refuse a leaf as input while torch.autograd.grad runs; it has counted every pass here."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    step = make(kind)
+    if not stem:
+        step.stem.__class__ = nn.Conv2d
+        step.stem = None
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() > 0
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_rows_are_put_together_without_changing_their_layout(kind):
     """Five-dimensional `cat` and `flatten` of channels_last rows would transpose them, and every later kernel would pay."""

@@ -37,6 +37,7 @@ class Sizes:
     px: int
     rows: dict[int, int]  # clean rows, by those of the real thing: a large step, and one batch-norm group
     amp: dict[str, str]  # precision, by that of the real thing
+    half: str  # precision of what exists in half precision only
     rounds: int
     block: int  # steps per block
     images: int  # JPEGs for the loaders
@@ -54,6 +55,7 @@ REAL = Sizes(
     px=224,
     rows={256: 256, 64: 64},
     amp={"fp16": "fp16", "bf16": "bf16"},
+    half="fp16",
     rounds=6,
     block=5,
     images=8000,
@@ -70,6 +72,7 @@ TOY = Sizes(
     px=4,
     rows={256: 128, 64: 64},
     amp={"fp16": "off", "bf16": "bf16"},  # a CPU takes seconds for what float16 needs
+    half="bf16",
     rounds=1,
     block=1,
     images=480,
@@ -114,10 +117,8 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
             _step(sizes, 64, "timm-like, compiled", limit_s=240, usual_s=90),
         ]
     on_gpu_only = () if sizes is TOY else ("norm kernel", "graph")
-    ingredients = [
-        _step(sizes, 64, f"ours without {ingredient}")
-        for ingredient in (*on_gpu_only, "half-precision copy", "stem function", "channels_last", "AMP")
-    ]
+    ingredients = [_step(sizes, 64, f"ours without {name}") for name in (*on_gpu_only, "stem function", "channels_last")]
+    ingredients += [_step(sizes, 64, f"ours without {name}", amp=sizes.half) for name in ("half-precision copy", "AMP")]
     return [*first, *targets, *whole_batch_norm, *bfloat16, *schedules, *peers, *ingredients, *_loaders(sizes, images),
             _study(sizes)]  # fmt: skip
 
@@ -152,10 +153,8 @@ def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: st
     return Cell(f"{name}/{amp}/{rows}/{schedule}/{bn}", words + block, 120, 30)
 
 
-def _step(sizes: Sizes, rows: int, contender: str, limit_s: int = 120, usual_s: int = 30) -> Cell:
-    amp = (
-        "bf16" if contender in ("ours without half-precision copy", "ours without AMP") and sizes is TOY else sizes.amp["fp16"]
-    )
+def _step(sizes: Sizes, rows: int, contender: str, amp: str = "", limit_s: int = 120, usual_s: int = 30) -> Cell:
+    amp = amp or sizes.amp["fp16"]
     words = ("bench.step", "--amp", amp, "--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[rows]),
              "--rounds", str(sizes.rounds), "--block", str(sizes.block), "--only", contender)  # fmt: skip
     compiled = ("--compile", "--compile-backend", sizes.compile_backend) if "compiled" in contender else ("--no-compile",)

@@ -1,6 +1,6 @@
 """Everything that a GPU machine measures, in order of value, in as much time as it has.
 
-    python -m bench.gpu.suite                           # all of it, about 40 minutes: `make gpu`
+    python -m bench.gpu.suite                           # all of it, 30 to 60 minutes by estimate: `make gpu`
     python -m bench.gpu.suite --seconds 540             # what fits; the targets come first
     python -m bench.gpu.suite --only parity/ kernels    # cells whose names hold one of these
     python -m bench.gpu.suite --dry-run                 # every part at toy size, on a CPU
@@ -27,11 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import environment
+from bench.common import ROOT, environment
 from bench.gpu.cells import REAL, STUDY_SECONDS, TOY, Cell, cells
 from bench.gpu.table import table
 
-ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 5  # between SIGTERM and SIGKILL
 SHOWN_LINES = 4  # of a cell's log
 TOY_PROCESSES = 3  # cells of a dry run at the same time
