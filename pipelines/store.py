@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 JPG, RAW = 0, 1  # FFCV's mode byte
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
+IDENTITY_SAMPLES = 256  # samples whose bytes say what data without checksums is
 PIXELS_PER_BYTE = 512  # a JPEG's block of 64 takes at least a bit: damaged sides must not ask for gigabytes
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_ptr", "<u8")])
 FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
@@ -51,6 +53,24 @@ class Store(ABC):
     def file(self, index: int) -> Path:
         """The file that holds sample `index`, for messages."""
         return self.path
+
+    def identity(self) -> dict[str, Any]:
+        """What this data is, wherever it lies: `count`, `classes`, and `content`, a checksum of tables and images.
+
+        Without a sidecar, and for a folder, `content` covers the bytes of some images only, spread evenly.
+        """
+        classes = None if self.classes is None else list(self.classes)
+        return {"count": len(self), "classes": classes, "content": f"{self._content_crc32():08x}"}
+
+    @abstractmethod
+    def _content_crc32(self) -> int:
+        """See `identity`."""
+
+    def _crc32_of_some(self, crc32: int, read: Callable[[int], bytes]) -> int:
+        """Continue a checksum with the bytes that `read` gives for IDENTITY_SAMPLES samples."""
+        for index in np.linspace(0, len(self) - 1, min(IDENTITY_SAMPLES, len(self)), dtype=int).tolist():
+            crc32 = zlib.crc32(read(index), crc32)
+        return crc32
 
     def close(self) -> None:  # noqa: B027
         """Release file handles."""
@@ -119,6 +139,11 @@ class BetonStore(Store):
             found, expected = jpeg_sides(raw), (int(self.heights[index]), int(self.widths[index]))
             self._require(found == expected, f"sample {index}: JPEG of {found} pixels, the table says {expected}")
         return np.frombuffer(raw, np.uint8)
+
+    def _content_crc32(self) -> int:
+        if self.crc32 is not None:
+            return zlib.crc32(self.crc32.tobytes(), self.tables_crc32)
+        return self._crc32_of_some(self.tables_crc32, lambda index: self.read(index).tobytes())
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,7 @@
-"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py and cli/ know `pipelines`."""
+"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py and cli/ know `pipelines`.
+
+`pipelines.files` is a leaf of plain file handling that anyone may import.
+"""
 
 import ast
 import subprocess
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LEAF = "pipelines.files"
 
 
 def imported(path: Path) -> set[str]:
@@ -16,7 +20,7 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != LEAF:
             found.add((node.module or "").split(".")[0])
     return found
 
@@ -28,6 +32,10 @@ def files(package: str) -> list[Path]:
 @pytest.mark.parametrize("path", files("pipelines"), ids=lambda p: p.name)
 def test_pipelines_import_nothing_of_fap_or_bench(path: Path) -> None:
     assert not imported(path) & {"fap", "bench", "tests"}
+
+
+def test_the_leaf_imports_the_standard_library_only() -> None:
+    assert imported(ROOT / "pipelines" / "files.py") <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", files("fap"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -14,6 +15,7 @@ import pytest
 from conftest import as_jpeg, write_beton
 
 from pipelines import open_store
+from pipelines.folder import FolderStore
 from pipelines.store import (
     ALLOCATION,
     FIELD,
@@ -212,3 +214,40 @@ def test_jpeg_sides(photos: list[np.ndarray]) -> None:
 def test_open_store_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.beton: no such file"):
         open_store(tmp_path / "nothing.beton")
+
+
+def test_identity_is_the_contents_and_not_the_paths(photos: list[np.ndarray], tmp_path: Path) -> None:
+    jpegs = [as_jpeg(image) for image in photos]
+    labels = [i // 10 for i in range(40)]
+
+    def identity(name: str, samples: list, labels: list[int] = labels, sidecar: bool = False) -> dict:
+        path = write_beton(tmp_path / name, samples, labels)
+        if sidecar:
+            crc32 = np.array([zlib.crc32(s) for s in samples], np.uint32)
+            write_sidecar(path, classes=tuple("abcd"), encoding={}, crc32=crc32)
+        return BetonStore(path).identity()
+
+    here, moved = identity("a.beton", jpegs), identity("b.beton", jpegs)
+    assert here == moved
+    assert here["count"] == 40
+    assert here["classes"] is None
+    raw = [np.ascontiguousarray(image[:48, :48]) for image in photos]  # of one size: equal tables whatever the pixels
+    turned = [image[::-1].copy() for image in raw]
+    assert identity("c.beton", raw)["content"] != identity("d.beton", turned)["content"]
+    assert identity("e.beton", jpegs, labels[::-1])["content"] != here["content"]
+    checked, one_changed = (identity(n, s, sidecar=True) for n, s in (("f.beton", jpegs), ("g.beton", [*jpegs[1:], jpegs[0]])))
+    assert checked["classes"] == ["a", "b", "c", "d"]
+    assert checked["content"] != one_changed["content"]
+
+
+def test_a_copied_folder_is_the_same_data(jpeg_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(jpeg_folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    here = FolderStore(jpeg_folder).identity()
+    assert FolderStore(copy).identity() == here
+    first = sorted(copy.rglob("*.JPEG"))[0]
+    content = bytearray(first.read_bytes())
+    content[-10] ^= 1
+    first.write_bytes(content)
+    assert FolderStore(copy).identity()["content"] != here["content"]
+    first.rename(first.with_name("zzz.JPEG"))
+    assert FolderStore(copy).identity()["content"] != here["content"]
