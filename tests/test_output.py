@@ -1,0 +1,49 @@
+"""Standard output that fails: what is lost, what is said, and that the command goes on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+from fap.cli.output import survive
+survive()
+for line in range(int(sys.argv[1])):
+    print(line, "\\u2192 \\udce9", flush=line % 2 == 0)
+open(sys.argv[2], "w").write("worked")
+"""
+
+
+def start(tmp_path: Path, lines: int = 3, **options: object) -> subprocess.Popen:
+    argv = [sys.executable, "-c", CODE, str(lines), str(tmp_path / "done")]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("shell", [">/dev/full", ">&-", "2>&-", ">/dev/full 2>/dev/full"])
+def test_a_full_disk_or_a_closed_output_costs_lines_only(tmp_path: Path, shell: str) -> None:
+    argv = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", CODE, "3", str(tmp_path / "done")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "done").read_text()) == (0, "worked")
+    assert ("No space left" in done.stderr) == (shell == ">/dev/full")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_the_reader_of_a_pipe_may_leave(tmp_path: Path) -> None:
+    process = start(tmp_path, 100_000, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read().count("Broken pipe") == 1
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "done").read_text() == "worked"
+
+
+def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", CODE, "1", str(tmp_path / "done")]
+    environment = {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(argv, capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"0 \\u2192 \\udce9\n")
