@@ -134,7 +134,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
     """
     state, meta, config = _model_state(path)
     aux = any(k.endswith("aux.running_mean") for k in state)
-    model = models.build(config.model.name, config.model.num_classes, aux=aux, size=config.data.size)
+    model = models.build(config.model.name, config.model.classes, aux=aux, size=config.data.size)
     model.load_state_dict(state)
     return model.to(device).eval(), config, meta
 

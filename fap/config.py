@@ -8,48 +8,101 @@ ablation. The semantics of each field are those of the paper and of its authors'
 from __future__ import annotations
 
 import difflib
+import math
+import os
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, ValidationInfo
-from pydantic.functional_validators import BeforeValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
+
+from fap import strict_yaml
+from pipelines.files import read_regular, shown
+
+MOST_BYTES = 1 << 16  # of a YAML file; a complete config has 2,000
+MOST_LINES = 10  # of one error
+MOST_COUNT = 2**31 - 1  # fits every integer type on the way
+MOST_SEED = 2**32 - 1  # what numpy and torch take
+MOST = 1e30  # of a number, far from what float32 cannot hold
+UNSET: Any = None  # a default that a validator replaces
+DEFAULT_METHOD = "fast_advprop"
+PAPER_EPOCHS = 105  # section 4.1, with the milestones
+PAPER_MILESTONES = (30, 60, 90, 100)
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, not starting with '.'"
+
+
+def _whole(value: Any) -> Any:
+    """`1e5` and `256.0` are whole numbers too."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _fraction(value: Any) -> Fraction:
-    text = str(value)
-    with suppress(ValueError, ZeroDivisionError):
-        if len(text) <= 32 and ("/" in text or 0 < float(text) < 1):
-            ratio = Fraction(text).limit_denominator(1000)
-            if 0 < ratio < 1:
-                return ratio
-    raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0")
+    ratio = Fraction(0)
+    if isinstance(value, Fraction):
+        ratio = value
+    elif isinstance(value, float) and 0 < value < 1:
+        ratio = Fraction(value).limit_denominator(1000)
+    elif isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}", value):
+        ratio = Fraction(value)
+    if not 0 < ratio < 1:
+        raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0")
+    return ratio
+
+
+def _name(value: str) -> str:
+    """The name becomes a folder and part of file names, so it must lead nowhere else."""
+    if not SAFE_NAME.fullmatch(value):
+        raise ValueError(f"must be a plain file name: {NAME_RULE}")
+    return value
+
+
+def _path(value: str) -> str:
+    if not value or "\0" in value:
+        raise ValueError("must be a path, not empty and without NUL")
+    full = os.path.expanduser(value)
+    if full.startswith("~"):
+        raise ValueError(f"no home folder is known for it; give the full path, or ./{full[:40]} for a file of that name")
+    return full
+
+
+# Unlike pydantic's types of the same names these are bounded. All are strict: no text becomes a number or a truth value.
+PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_COUNT)]
+NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_COUNT)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_SEED)]
+Number = Annotated[float, Field(ge=-MOST, le=MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+FilePath = Annotated[str, Field(max_length=4096), AfterValidator(_path)]
+LAX = Field(strict=False)  # a tuple may come as a list; what is in it stays strict
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads a bare `on` or `off` as a truth value, and pydantic a truth value as a number."""
-        kind = str(cls.model_fields[info.field_name or ""].annotation)
-        if not isinstance(value, bool) or "bool" in kind:
-            return value
-        if "'off'" not in kind:
-            raise ValueError("must not be a truth value")
-        return "on" if value else "off"
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    name: str = "resnet50"
+    name: Text = "resnet50"
     """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD` with D = 6n + 2."""
-    num_classes: PositiveInt = 1000
-    init: str | None = None
+    num_classes: PositiveInt | None = None
+    """Unset: the data's class count."""
+    init: FilePath | None = None
     """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the main ones."""
+
+    @property
+    def classes(self) -> int:
+        """`num_classes` of a run whose data is open (`with_classes`), or of a checkpoint. Raises ValueError if unset."""
+        if self.num_classes is None:
+            raise ValueError("model.num_classes is not set, and there is no data here to take it from")
+        return self.num_classes
 
 
 # What an unset field of `method` means, per method. A field that is absent here is meaningless for that
@@ -100,12 +153,16 @@ class MethodConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        name = str(given.get("name", "fast_advprop")) if isinstance(given, dict) else ""
-        if (defaults := METHOD_DEFAULTS.get(name)) is None:
+        if not isinstance(given, dict):
             return given
+        name = given.get("name", DEFAULT_METHOD)
+        if not isinstance(name, str) or name not in METHOD_DEFAULTS:
+            return given
+        defaults = METHOD_DEFAULTS[name]
         given = {k: v for k, v in given.items() if v is not None}
         for field in sorted(given.keys() & cls.model_fields.keys() - {"name", "group", *defaults}):
-            raise ValueError(f"method.{field} = {given[field]!r} has no meaning for method.name = {name!r}; leave it out")
+            value = shown(given[field])
+            raise ValueError(f"method.{field} = {value} has no meaning for method.name = {name!r}; leave it out")
         return defaults | ({"sync": False} if given.get("combine") == "mean" else {}) | given
 
     @model_validator(mode="after")
@@ -140,24 +197,24 @@ class MethodConfig(Section):
 
 
 class DataConfig(Section):
-    train: str | None = None
+    train: FilePath | None = None
     """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and `reference`)."""
-    val: str | None = None
+    val: FilePath | None = None
     pipeline: Literal["ffcv", "dali", "reference"] = "ffcv"
     size: PositiveInt = 224
     resize: PositiveInt = 256
     """Evaluation: shorter side before the centre crop of `size` pixels."""
     crop: Literal["random_resized", "pad"] = "random_resized"
-    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    scale: Annotated[tuple[PositiveFloat, PositiveFloat], LAX] = (0.08, 1.0)
+    ratio: Annotated[tuple[PositiveFloat, PositiveFloat], LAX] = (3 / 4, 4 / 3)
     pad: NonNegativeInt = 4
     """Pixels of zero padding with `crop: pad` (CIFAR)."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     mix: Literal["mixup", "cutmix"] | None = None
     """On the clean partition only (Table 6)."""
     mix_alpha: PositiveFloat = 1.0
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+    mean: Annotated[tuple[Number, Number, Number], LAX] = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], LAX] = (0.5, 0.5, 0.5)
     threads: PositiveInt | None = None
     """Decoding threads of one process; unset: the cores it may use."""
     prefetch: PositiveInt = 3
@@ -172,24 +229,62 @@ class OptimConfig(Section):
     lr: PositiveFloat = 0.1
     """Per 256 clean rows (section 4.1); the run uses lr * clean_batch / 256."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """On every parameter, batch norms included (authors' code)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs of this run over which the rate rises from 0; fewer than the run has."""
+
+
+def nearest(value: Fraction) -> int:
+    """The nearest whole number, ties down: 87.5 epochs are 87, as in Table 4."""
+    return math.ceil(value - Fraction(1, 2))
+
+
+def paper_milestones(epochs: int) -> tuple[int, ...]:
+    """The paper's 30/60/90/100 of 105, scaled to `epochs`; what would meet another one or the end is left out."""
+    milestones: list[int] = []
+    last = 0
+    for milestone in PAPER_MILESTONES:
+        epoch = nearest(Fraction(milestone * epochs, PAPER_EPOCHS))
+        if last < epoch < epochs:
+            milestones.append(epoch)
+            last = epoch
+    return tuple(milestones)
 
 
 class BudgetConfig(Section):
-    epochs: PositiveInt = 105
+    epochs: PositiveInt = PAPER_EPOCHS
     """Epochs of vanilla training; other methods run epochs / cost (section 4.1)."""
-    milestones: tuple[PositiveInt, ...] = (30, 60, 90, 100)
-    """Epochs of vanilla training after which the learning rate is multiplied by gamma."""
-    gamma: PositiveFloat = 0.1
+    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False, max_length=100, validate_default=True)] = UNSET
+    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for a constant rate.
+    Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     same_budget: bool = True
     """False: as many epochs as vanilla, at (K + 2) or (1 + p_adv K) times its cost."""
 
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _scale(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is not None:
+            return given
+        epochs = info.data.get("epochs", PAPER_EPOCHS)  # absent only if it is wrong, which is an error of its own
+        return paper_milestones(epochs)
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        ascending = all(a < b for a, b in pairwise(self.milestones))
+        if not ascending or any(milestone >= self.epochs for milestone in self.milestones):
+            scaled = list(paper_milestones(self.epochs))
+            raise ValueError(
+                f"budget.milestones = {shown(list(self.milestones))} with budget.epochs = {self.epochs}: must be strictly "
+                f"ascending and below budget.epochs; null means the paper's, scaled: {scaled}"
+            )
+        return self
+
 
 class RunConfig(Section):
-    dir: str = "runs"
+    dir: FilePath = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """auto: fp16 on a GPU, off on a CPU."""
@@ -215,10 +310,12 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    name: str = "fast_advprop"
-    seed: NonNegativeInt = 0
+    name: Annotated[str, AfterValidator(_name)] = UNSET
+    """Of the run's folder. Unset: the YAML file's stem, or the method's name where there is no file or where the command
+    line gives another method than the file."""
+    seed: Seed = 0
     resume: Literal["never", "auto"] = "never"
-    paper: dict[str, float] = {}
+    paper: dict[Literal["top1", "imagenet_c", "imagenet_r", "stylized"], Percent] = {}
     """The paper's numbers for this run (percent), shown beside ours by the evaluation."""
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig.model_validate({})
@@ -226,6 +323,13 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     budget: BudgetConfig = BudgetConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("name") is None:
+            return given | {"name": _method_of(given)}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -253,39 +357,35 @@ class Config(Section):
         return 0 if self.method.name == "advprop" else self.optim.clean_batch // self.method.group * self.method.adv_group
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
 
 
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Config of a YAML file (or the defaults) with dotted `key=value` overrides. Raises ValueError."""
-    tree: dict[str, Any] = {}
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"config {path}: no such file")
-        loaded = _yaml(path.read_bytes(), f"config {path}")
-        if not isinstance(loaded, dict):
-            raise ValueError(f"config {path}: must be a mapping of sections, found {type(loaded).__name__}")
-        tree = {"name": path.stem} | loaded
+    """Config of a YAML file (or the defaults) with dotted `key=value` overrides.
+
+    A field that holds text takes the override as it stands, `#`, quotes and digits included (`null` unsets one that
+    may be unset); any other field takes it as a YAML value. Raises ValueError.
+    """
+    if file is None:
+        tree: dict[str, Any] = {}
+    else:
+        tree = _read(file)
+    method = _method_of(tree)
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{item!r}: expected key=value, for example optim.lr=0.2")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{key}: {parent!r} is not a section")
-        node[leaf] = _yaml(text.encode(), f"{key} = {text!r}")
+        _override(tree, item)
+    if file is not None and tree.get("name") is None and _method_of(tree) == method:
+        stem = Path(file).stem
+        if not SAFE_NAME.fullmatch(stem):
+            raise ValueError(f"config {_cut(str(file), 300)}: {shown(stem)} cannot name a run ({NAME_RULE}); give name=...")
+        tree["name"] = stem
     return make_config(tree)
-
-
-def _yaml(text: bytes, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{where}: not a YAML value: {e}") from e
 
 
 def make_config(tree: dict[str, Any]) -> Config:
@@ -293,18 +393,117 @@ def make_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as e:
-        raise ValueError("\n".join(_describe(error) for error in e.errors())) from None
+        errors = e.errors(include_url=False)
+        lines = [_describe(error) for error in errors[:MOST_LINES]]
+        if len(errors) > MOST_LINES:
+            lines.append(f"... and {len(errors) - MOST_LINES:,} more")
+        raise ValueError("\n".join(lines)) from None
+
+
+def with_classes(config: Config, n: int) -> Config:
+    """A copy of `config` whose `model.num_classes` is `n`. Raises ValueError if that is no possible number."""
+    tree = config.model_dump()
+    tree["model"]["num_classes"] = n
+    return make_config(tree)
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    where = f"config {_cut(str(file), 300)}"
+    try:
+        text = read_regular(os.path.expanduser(file), MOST_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{where}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"config {error}") from None
+    tree = strict_yaml.load(text, where)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: must be a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    """Put `key=value` into the tree."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{shown(item)}: expected key=value, for example optim.lr=0.2")
+    *parents, leaf = key.split(".")
+    if len(parents) > 1:
+        raise ValueError(f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"{shown(key)}: {shown(parent)} is not a section")
+    node[leaf] = _override_value(key, text)
+
+
+def _override_value(key: str, text: str) -> Any:
+    said = f"{_cut(key)} = {shown(text)}"
+    section, _, leaf = key.rpartition(".")
+    if key in SECTIONS:
+        raise ValueError(f"{said}: {key} is a section; set its fields: {', '.join(SECTIONS[key].model_fields)}")
+    fields = Config.model_fields
+    if section:
+        fields = SECTIONS[section].model_fields if section in SECTIONS else {}
+    if leaf in fields:
+        kinds = [fields[leaf].annotation, *get_args(fields[leaf].annotation)]
+        if any(getattr(kind, "__origin__", kind) is str for kind in kinds):
+            nullable = type(None) in kinds
+            return None if nullable and text == "null" else text
+    if not text.strip():
+        raise ValueError(f"{said}: no value; null means unset")
+    if "#" in text:
+        raise ValueError(f"{said}: '#' begins no comment here; leave it out")
+    return strict_yaml.load(text, said)
+
+
+def _method_of(tree: dict[str, Any]) -> str:
+    """The method that a tree names, the default where it names none or one that does not exist."""
+    method = tree.get("method")
+    if isinstance(method, MethodConfig):
+        return method.name
+    name = method.get("name") if isinstance(method, dict) else None
+    if isinstance(name, str) and name in METHOD_DEFAULTS:
+        return name
+    return DEFAULT_METHOD
+
+
+# What pydantic says, in the words of a config.
+MESSAGES = {
+    "int_type": "must be a whole number such as 10; no quotes, no leading zeros",
+    "float_type": "must be a number such as 0.1 or 1e-4; no quotes, no leading zeros",
+    "bool_type": "must be true or false",
+    "string_type": "must be text; put quotes around what looks like a number or a truth value",
+    "string_unicode": "must be text that UTF-8 can express",
+    "tuple_type": "must be a list such as [1, 2]",
+    "dict_type": "must be a section, key: value",
+    "model_type": "must be a section, key: value",
+}
 
 
 def _describe(error: Any) -> str:
-    field = ".".join(map(str, error["loc"]))
+    place = [str(part) for part in error["loc"] if part != "[key]"]
+    field = ".".join(_cut(part) for part in place)
     if error["type"] == "extra_forbidden":
-        *parents, key = error["loc"]
-        section: Any = Config.model_fields[parents[0]].annotation if parents else Config
-        near = difflib.get_close_matches(str(key), section.model_fields, n=1)
+        *parents, key = place
+        section = SECTIONS[parents[0]] if parents else Config
+        near = difflib.get_close_matches(_cut(key), section.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(section.model_fields)}"
         return f"{field}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = MESSAGES.get(error["type"], error["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
     if error["type"] == "value_error" and message.split(" ")[0].count("."):
         return message
-    return f"{field} = {error['input']!r}: {message}" if field else message
+    try:
+        value = shown(error["input"])
+    except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
+        value = "a value too large to show"
+    return f"{field or 'the config'} = {value}: {message}"
+
+
+def _cut(text: str, most: int = 60) -> str:
+    """A key or a path for a message: as it is, unless it is very long or has characters that a terminal would act on."""
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -385,7 +385,7 @@ class Step:
         method = self.config.method
         assert method.attack_steps is not None
         if method.targeted:
-            labels = attack.other_label(self.inputs.noise_key, labels, self.config.model.num_classes)
+            labels = attack.other_label(self.inputs.noise_key, labels, self.config.model.classes)
         group = Group("aux", method.adv_group, running=method.attack_bn == "running")
         self.row_groups.groups = (group,) * self.aux_groups
         x = torch.empty_like(current, memory_format=torch.channels_last)

@@ -83,7 +83,7 @@ class Run:
 
         torch.manual_seed(config.seed)
         wanted, aux = config.model, config.method.name != "vanilla"
-        self.model = build(wanted.name, wanted.num_classes, aux=aux, size=config.data.size)
+        self.model = build(wanted.name, wanted.classes, aux=aux, size=config.data.size)
         if wanted.init:
             if not Path(wanted.init).is_file():
                 raise ValueError(f"model.init = {wanted.init!r}: no such file")
@@ -341,7 +341,7 @@ def _open_store(field: Literal["train", "val"], config: Config) -> pipelines.Sto
         raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
     store = pipelines.open_store(path)
     least, most = int(store.labels.min(initial=0)), int(store.labels.max(initial=0))
-    if least < 0 or most >= config.model.num_classes:
+    if least < 0 or most >= config.model.classes:
         raise ValueError(f"model.num_classes = {config.model.num_classes}, but {path} holds labels {least} to {most}")
     return store
 

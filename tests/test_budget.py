@@ -52,6 +52,50 @@ def test_learning_rate_at_milestones_and_in_the_warm_up() -> None:
     assert [b.lr_at(s) for s in (0, 9, 19, 20)] == pytest.approx([0.005, 0.05, 0.1, 0.1])
 
 
+def lr_falls(**sections: dict) -> list[tuple]:
+    b = budget(make_config(sections), IMAGENET)
+    return [(f.epoch, f.milestones, f.step < b.steps) for f in b.falls]
+
+
+def test_falls_are_where_the_learning_rate_changes() -> None:
+    b = budget(make_config({"optim": {"clean_batch": 512}}), 10 * 640)
+    found = [(0, b.lr_at(0))] + [(s, b.lr_at(s)) for s in range(1, b.steps) if b.lr_at(s) != b.lr_at(s - 1)]
+    assert [(f.step, f.lr) for f in b.falls] == found[1:]
+    assert [f.epoch for f in b.falls] == [25, 50, 75, 83]
+
+
+def test_milestones_that_meet_after_the_division() -> None:
+    advprop = {"name": "advprop", "attack_steps": 5}  # cost 7
+    assert lr_falls(method=advprop) == [(4, 1, True), (9, 1, True), (13, 1, True), (14, 1, True)]
+    assert lr_falls(method=advprop, budget={"epochs": 30}) == [(1, 1, True), (2, 1, True), (4, 2, False)]
+    assert lr_falls(method=advprop, budget={"epochs": 30, "milestones": [9, 10, 11]}) == [(1, 2, True), (2, 1, True)]
+    assert lr_falls(method=advprop, budget={"epochs": 30, "same_budget": False}) == [
+        (9, 1, True), (17, 1, True), (26, 1, True), (29, 1, True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 12, 50, 300])
+def test_unset_milestones_let_the_rate_fall_in_a_run_of_any_length(epochs: int) -> None:
+    b = budget(make_config({"method": {"name": "vanilla"}, "budget": {"epochs": epochs}}), IMAGENET)
+    expected = min(4, epochs - 1) if epochs < 4 else len(b.milestones)
+    assert len(b.falls) == expected
+    assert b.lr_at(b.steps - 1) == pytest.approx(0.1 * 0.1**expected)
+
+
+@pytest.mark.parametrize(("epochs", "enough"), [(4.999, True), (5, False), (5.5, False), (1e30, False)])
+def test_a_warm_up_as_long_as_the_run(epochs: float, enough: bool) -> None:
+    config = make_config({"method": {"name": "vanilla"}, "budget": {"epochs": 5}, "optim": {"warmup_epochs": epochs}})
+    if enough:
+        assert budget(config, IMAGENET).warmup_steps < budget(config, IMAGENET).steps
+    else:
+        with pytest.raises(ValueError, match=r"optim\.warmup_epochs = .* must be less than the 5 epoch"):
+            budget(config, IMAGENET)
+    # What counts are the epochs of the run, 15 here, not those of vanilla training.
+    advprop = make_config({"method": {"name": "advprop"}, "optim": {"warmup_epochs": 15}})
+    with pytest.raises(ValueError, match="less than the 15 epoch"):
+        budget(advprop, IMAGENET)
+
+
 def test_too_few_images_for_a_batch() -> None:
     with pytest.raises(ValueError, match=r"319 images.*320"):
         budget(make_config({}), 319)
