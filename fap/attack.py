@@ -44,7 +44,9 @@ def other_label(
     labels: Tensor,  # int64 (G * a,)
     num_classes: int,
 ) -> Tensor:
-    """A uniformly random wrong label for every row: the target of a targeted attack."""
+    """A uniformly random wrong label for every row: the target of a targeted attack. Raises ValueError if there is none."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes = {num_classes}: a targeted attack needs a wrong label to aim at, so at least 2 classes")
     bits = random_bits(keys ^ 0x3C6EF372, len(labels) // len(keys)).flatten().long() & 0x7FFFFFFF
     return (labels + 1 + bits % (num_classes - 1)) % num_classes
 

@@ -110,14 +110,17 @@ class ModelConfig(Section):
 _ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
 _REUSE = _ATTACK | {"p_adv": Fraction(1, 5), "schedule": "fused", "sync": True, "combine": "sum", "shuffle": "ranks"}
 _REUSE |= {"weight_clean": 1.0, "weight_noise": 0.5, "weight_adv": 0.5}
-_SEPARATE = _ATTACK | {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "targeted": False, "shuffle": "off"}
+# Read from section 3.2.2: Fast AdvProp must "switch the attack mode from targeted attack to untargeted", so the others
+# are targeted; and attackers "by default attack models using their testing mode", with the running statistics.
+_SEPARATE = _ATTACK | {"targeted": True, "attack_bn": "running"}
+_SEPARATE |= {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "shuffle": "off"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "fast_advprop": _REUSE,
     "noise": _REUSE,
     "decoupled": _SEPARATE | {"p_adv": Fraction(1, 5)},
     # AdvProp paper (Xie et al., 2020): eps 4, step 1, 5 steps; eps is assumed, Fast AdvProp states none.
-    "advprop": _SEPARATE | {"eps_255": 4.0, "attack_steps": 5, "attack_bn": "batch"},
+    "advprop": _SEPARATE | {"eps_255": 4.0, "attack_steps": 5},
 }
 
 
@@ -138,8 +141,9 @@ class MethodConfig(Section):
     random_start: bool | None = None
     """Start at U(-eps, eps); without it one step is FGSM (appendix A.1)."""
     targeted: bool | None = None
+    """Of a separate attack (advprop, decoupled): towards a random wrong label instead of away from the true one."""
     attack_bn: Literal["batch", "running"] | None = None
-    """Statistics of the auxiliary batch norms during a separate attack (plain AdvProp only)."""
+    """Statistics of the auxiliary batch norms during a separate attack; it moves the running ones in neither mode."""
     weight_clean: PositiveFloat | None = None
     weight_noise: PositiveFloat | None = None
     weight_adv: PositiveFloat | None = None

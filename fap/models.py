@@ -1,8 +1,13 @@
 """Models by name from torchvision and timm, with dual batch norms and a stem that can differentiate few rows."""
 
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -10,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fap.norm import DualBatchNorm2d, convert
+from fap.config import Config
+from fap.norm import DualBatchNorm2d, convert, norms
+from pipelines.files import read_regular, shown
+
+TIMM = "timm/"  # forces a name of timm where torchvision has the same
+MOST_HEADER = 64 << 20  # bytes of names and metadata in a file of weights
 
 
 class CifarResNet(nn.Module):
@@ -40,7 +50,10 @@ class CifarResNet(nn.Module):
 
 
 def plain(name: str, num_classes: int) -> nn.Module:
-    """An unconverted, randomly initialised model. Raises ValueError for a name that nobody knows."""
+    """An unconverted, randomly initialised model.
+
+    Raises ValueError for a name that nobody knows, and for one that asks for pretrained weights.
+    """
     if name == "cifar_resnet18":  # ResNet-18 with a 3x3 stem and no pooling: the field's CIFAR variant
         model = torchvision.models.resnet18(num_classes=num_classes)
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -49,12 +62,37 @@ def plain(name: str, num_classes: int) -> nn.Module:
         return model
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
         return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes)
-    if name in torchvision.models.list_models(module=torchvision.models):
+    if name in _torchvision_names():
         kwargs: dict[str, Any] = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
-    if timm.is_model(name.removeprefix("timm/")):
-        return timm.create_model(name.removeprefix("timm/"), num_classes=num_classes)
-    raise ValueError(f"model.name = {name!r}: neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD")
+    architecture, dot, tag = name.removeprefix(TIMM).partition(".")
+    of_timm, of_torchvision = timm.is_model(architecture), architecture in _torchvision_names()
+    if dot and (of_timm or of_torchvision):
+        known = TIMM + architecture if of_timm else architecture
+        raise ValueError(
+            f"model.name = {shown(name)}: {shown(tag)} names pretrained weights, but a name alone gives random weights; "
+            f"write model.name={known}, and model.init=FILE.safetensors to start from weights"
+        )
+    if of_timm:
+        return timm.create_model(architecture, num_classes=num_classes)
+    near = near_names(name)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    nobody = "neither torchvision nor timm has it, nor is it cifar_resnet18 or cifar_resnetD"
+    raise ValueError(f"model.name = {shown(name)}: {nobody}{hint}")
+
+
+def _torchvision_names() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def near_names(name: str) -> list[str]:
+    """At most three known names that look like `name` without its case and the tag of its weights, best first."""
+    prefix = TIMM if name.startswith(TIMM) else ""
+    known = {*timm.list_models()}
+    if not prefix:
+        known |= {*_torchvision_names(), "cifar_resnet18", "cifar_resnet20", "cifar_resnet56"}
+    wanted = name.rpartition("/")[2].partition(".")[0].lower()
+    return [prefix + near for near in difflib.get_close_matches(wanted, sorted(known), n=3, cutoff=0.7)]
 
 
 def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
@@ -65,13 +103,110 @@ def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> 
     return model.to(memory_format=torch.channels_last)
 
 
-def load_plain(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a plain state dict into a converted model; the auxiliary norms become copies of the main ones."""
-    copies = {k: k.replace(".aux.", ".").removeprefix("aux.") for k in model.state_dict() if k not in state}
+def load_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a plain state dict into a converted model; the auxiliary norms become copies of the main ones.
+
+    Raises ValueError, before anything is copied, if a name or a shape differs.
+    """
+    own, copies = model.state_dict(), _auxiliary_names(model)
+    missing = [k for k in own if k not in copies and k not in state]
+    unexpected = [k for k in state if k not in own or k in copies]
+    other: list[str] = []
+    for k in own.keys() & state.keys() - copies.keys():
+        if state[k].shape != own[k].shape:
+            other.append(f"{k}: {(*state[k].shape,)} instead of {(*own[k].shape,)}")
+        elif state[k].is_floating_point() != own[k].is_floating_point():
+            other.append(f"{k}: {state[k].dtype} instead of {own[k].dtype}")
+    wrong = {"missing": missing, "unknown to the model": unexpected, "of another shape or type": sorted(other)}
+    if any(wrong.values()):
+        found = [f"{len(names)} {what} ({_few(names)})" for what, names in wrong.items() if names]
+        raise ValueError(f"the weights do not fit the model: tensors: {'; '.join(found)}")
+    model.load_state_dict({**state, **{k: state[source] for k, source in copies.items()}})
+
+
+def _auxiliary_names(model: nn.Module) -> dict[str, str]:
+    """Names of the auxiliary norms' tensors -> those of the main norms' that they begin as."""
+    names: dict[str, str] = {}
+    dual = set(norms(model))
+    for path, module in model.named_modules():
+        if module in dual and module.aux is not None:
+            prefix = f"{path}." if path else ""
+            names |= {f"{prefix}aux.{k}": f"{prefix}{k}" for k in module.aux.state_dict()}
+    return names
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(shown(name, 100) for name in names[:most]) + rest
+
+
+def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], object]) -> None:
+    """Start a converted `model` from the plain weights in the .safetensors file `path` (`model.init`).
+
+    `say` is told where the file's header, as fap-export writes it, states other inputs or another model
+    than `config`. Raises ValueError, before anything is copied, for what is no such file or does not fit.
+    """
+    where = f"model.init = {shown(path)}"
+    held = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     try:
-        model.load_state_dict(state | {k: state[source] for k, source in copies.items() if source in state})
-    except RuntimeError as e:
-        raise ValueError(f"model.init does not fit the model: {e}") from None
+        # Weights in float64 are twice as large as ours.
+        state, header = _read_weights(Path(path).expanduser(), 2 * held + MOST_HEADER)
+        load_plain(model, state)
+    except FileNotFoundError:
+        raise ValueError(f"{where}: no such file") from None
+    except OSError as e:
+        raise ValueError(f"{where}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+    for field, ours in (("mean", config.data.mean), ("std", config.data.std)):
+        stated = _number_or_text(header.get(field, "null"))
+        if stated not in (None, list(ours)):
+            say(
+                f"warning: {where} was trained with {field} = {shown(stated)}, but data.{field} = {list(ours)}: "
+                "it knows its inputs on another scale"
+            )
+    stated = header.get("model", config.model.name)
+    if stated != config.model.name:
+        say(f"warning: {where} holds weights of {shown(stated)}, but model.name = {shown(config.model.name)}")
+
+
+def _read_weights(
+    file: Path,
+    most: int,  # bytes
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file of plain weights. Raises OSError; ValueError for any other file."""
+    from fap import checkpoint  # not at the top: that module builds models
+
+    content = read_regular(file, most)
+    try:
+        state = safetensors.torch.load(content)
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as e:
+        # Not by its suffix: whatever it is called, a pickle is never loaded.
+        raise ValueError(f"no safetensors file ({shown(str(e))}); {_how_to_convert(file)}") from None
+    if any(name.startswith("momentum.") for name in state):
+        raise ValueError("a run's checkpoint; fap-export makes plain weights of it")
+    if "crc32" in header:  # of fap-export
+        try:
+            checkpoint.load(file)
+        except checkpoint.DamagedCheckpoint as e:
+            raise ValueError(str(e)) from None
+    return state, header
+
+
+def _how_to_convert(file: Path) -> str:
+    load = f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)"
+    save = f"save_file({{k: v.clone() for k, v in {load}.items()}}, {str(file.with_suffix('.safetensors'))!r})"
+    code = f"import torch; from safetensors.torch import save_file; {save}"
+    return f'a file of torch.save (.pth, .pt, .bin) that you trust is converted by: python -c "{code}"'
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 class _BasicBlock(BasicBlock):

@@ -2,7 +2,8 @@
 
 A batch is a sequence of row groups. Each group is normalised by its own statistics, through the main or the
 auxiliary parameters, as if it were alone on a GPU. The groups of the next forward are set once per pass on
-the `RowGroups` object that all norms of a model share.
+the `RowGroups` object that all norms of a model share. Without groups a converted model is the plain one:
+every batch goes through the main norms as one group.
 """
 
 import contextlib
@@ -16,7 +17,13 @@ import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
+from pipelines.files import shown
+
 Bn = Literal["main", "aux"]
+NO_SYNC = (
+    "the statistics of Fast AdvProp are those of row groups on one device, so leave convert_sync_batchnorm out: "
+    "method.group sets how many rows are normalised together"
+)
 
 
 class Group(NamedTuple):
@@ -36,6 +43,7 @@ class RowGroups:
 
     def __init__(self) -> None:
         self.groups: tuple[Group, ...] = ()
+        """None: any batch is one main group, normalised and counted as the plain model does it."""
         self.eval_bn: Bn = "main"
         self.kernel: Literal["auto", "triton", "split"] = "auto"
         """`triton`: `fap.norm_kernel`; `split`: the framework's batch norm per group, which is also the twin and what
@@ -91,12 +99,11 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         x: Tensor,  # (sum of the groups' rows, C, H, W); any number of rows in evaluation
         residual: Tensor | None = None,  # as x; a norm with a residual has `relu`
     ) -> Tensor:
-        groups = self.shared.groups if self.training else (Group(self.shared.eval_bn, len(x), running=True),)
-        assert sum(g.rows for g in groups) == x.shape[0], f"{x.shape[0]} rows, but groups {groups}"
-        kernel = self.shared.kernel
+        groups, kernel = self._groups(len(x)), self.shared.kernel
         if kernel == "auto":
             suits = x.is_cuda and x.dtype != torch.float64 and x.is_contiguous(memory_format=torch.channels_last)
-            kernel = "triton" if suits else "split"
+            # Without groups the framework's own batch norm: bit for bit the plain model.
+            kernel = "triton" if suits and self.shared.groups else "split"
         if kernel == "triton" and not any(g.running for g in groups):
             return self.act(self.drop(self._on_grid(x, residual, groups)))
         parts = x.split([g.rows for g in groups]) if len(groups) > 1 else (x,)
@@ -105,6 +112,21 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         if residual is not None:
             y += residual
         return self.act(self.drop(F.relu_(y) if self.relu else y))
+
+    def _groups(self, rows: int) -> tuple[Group, ...]:
+        """The groups of this forward. Raises ValueError if those that were set hold another number of rows."""
+        if not self.training:
+            return (Group(self.shared.eval_bn, rows, running=True),)
+        if self.shared.groups:
+            if sum(g.rows for g in self.shared.groups) != rows:
+                raise ValueError(
+                    f"a batch of {rows} rows, but the groups that were set are {shown(self.shared.groups)}; "
+                    "set_groups(model, ()) takes any batch as one main group"
+                )
+            return self.shared.groups
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return (Group("main", rows, 0, 1),)
 
     def _on_grid(self, x: Tensor, residual: Tensor | None, groups: tuple[Group, ...]) -> Tensor:
         from fap.norm_kernel import GroupedBatchNorm  # not at the top: a CPU build of torch has no Triton
@@ -171,6 +193,8 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
                 assert isinstance(child, nn.BatchNorm2d)
                 setattr(parent, name, DualBatchNorm2d(child, shared, aux))
                 found += 1
+            elif isinstance(child, nn.SyncBatchNorm):
+                raise ValueError(f"model: {name} is a {type(child).__module__}.{type(child).__name__}; {NO_SYNC}")
             elif isinstance(child, nn.modules.batchnorm._NormBase) or "BatchNorm" in type(child).__name__:
                 raise ValueError(
                     f"model: {name} is a {type(child).__module__}.{type(child).__name__}; only nn.BatchNorm2d and timm's "
@@ -178,20 +202,47 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
                 )
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no batch norm, so there is nothing for AdvProp to duplicate")
+    model.register_forward_pre_hook(_refuse_sync)
     return model
 
 
+def _refuse_sync(model: nn.Module, _: Any) -> None:
+    """Before every forward of a converted model; a conversion to SyncBatchNorm meets all norms, so the first one tells."""
+    if torch.compiler.is_compiling():
+        return
+    for module in model.modules():
+        if isinstance(module, DualBatchNorm2d):
+            return
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(f"model: its batch norms became {type(module).__name__} after `convert`; {NO_SYNC}")
+
+
 def norms(model: nn.Module) -> list[DualBatchNorm2d]:
-    return [m for m in model.modules() if isinstance(m, DualBatchNorm2d)]
+    """The norms of a converted model; none of a plain one. Raises ValueError if they became SyncBatchNorm."""
+    found = []
+    converted = False
+    for name, module in model.named_modules():  # a parent comes before its children
+        converted |= _refuse_sync in module._forward_pre_hooks.values()
+        if isinstance(module, DualBatchNorm2d):
+            found.append(module)
+        elif isinstance(module, nn.SyncBatchNorm) and converted:
+            raise ValueError(f"model: {name} became a {type(module).__name__} after `convert`; {NO_SYNC}")
+    return found
 
 
 def shared_groups(model: nn.Module) -> RowGroups:
-    """The one `RowGroups` object of a converted model."""
-    return norms(model)[0].shared
+    """The one `RowGroups` object of a converted model. Raises ValueError for any other."""
+    found = norms(model)
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no dual batch norms; fap.norm.convert makes them")
+    return found[0].shared
 
 
 def set_groups(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Row groups of the next training forwards of a converted model."""
+    """Row groups of the next training forwards of a converted model; none: any batch is one main group.
+
+    Raises ValueError for a model that is not converted.
+    """
     shared_groups(model).groups = tuple(groups)
 
 
@@ -208,10 +259,16 @@ def evaluate_with(model: nn.Module, bn: Bn) -> Iterator[None]:
         shared.eval_bn = former
 
 
-def export(state: dict[str, Tensor], steps: int = 0) -> dict[str, Tensor]:
-    """The plain model's state dict: no `aux` keys; `num_batches_tracked` (not counted in training) set to `steps`."""
+def export(state: dict[str, Tensor], steps: int | None = None) -> dict[str, Tensor]:
+    """The plain model's state dict: no `aux` keys.
+
+    Forwards in groups do not count `num_batches_tracked`, so it is set to `steps`; None keeps what is there,
+    which is right for a model that was only trained without groups.
+    """
     prefixes = tuple(
         k.removesuffix("running_mean") for k in state if k.endswith(".aux.running_mean") or k == "aux.running_mean"
     )
     plain = {k: v for k, v in state.items() if not k.startswith(prefixes)} if prefixes else dict(state)
+    if steps is None:
+        return plain
     return {k: torch.full_like(v, steps) if k.endswith("num_batches_tracked") else v for k, v in plain.items()}

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,8 +93,14 @@ class Step:
                 f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups of {method.group} rows on "
                 f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
+        self.num_classes = config.model.num_classes
+        if self.num_classes is None or self.num_classes < 2:
+            raise ValueError(
+                f"model.num_classes = {self.num_classes}: a classifier needs at least 2 classes, "
+                "and a targeted attack a wrong one to aim at"
+            )
+        self.row_groups = shared_groups(model)  # first of all: no other model can be trained
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
-        self.row_groups = shared_groups(model)
         self.stem = stem_of(model)
         if self.stem is not None:
             self.stem.full_precision = amp == "bf16" and not _survives_bf16(data.mean, data.std)
@@ -381,13 +388,16 @@ class Step:
         return attack.ascend(current, source, direction, method.step_size_255, method.eps_255)
 
     def _attack(self, current: Tensor, source: Tensor, labels: Tensor) -> Tensor:
-        """K steps of PGD through the auxiliary norms, input gradients only; the running statistics stay alone."""
+        """K steps of PGD through the auxiliary norms; input gradients only."""
         method = self.config.method
         assert method.attack_steps is not None
         if method.targeted:
-            labels = attack.other_label(self.inputs.noise_key, labels, self.config.model.classes)
-        group = Group("aux", method.adv_group, running=method.attack_bn == "running")
-        self.row_groups.groups = (group,) * self.aux_groups
+            labels = attack.other_label(self.inputs.noise_key, labels, self.num_classes)
+        # No `calls`: an attack crafts, it does not train, so the running statistics stay alone in both modes.
+        if method.attack_bn == "running":
+            self.row_groups.groups = (Group("aux", self.n_adv, running=True),)
+        else:
+            self.row_groups.groups = (Group("aux", method.adv_group),) * self.aux_groups
         x = torch.empty_like(current, memory_format=torch.channels_last)
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)
@@ -462,6 +472,16 @@ class Step:
         totals = self.metrics.clone()
         self.ranks.sum_(totals[: METRICS.index("steps")])
         return totals
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """64 well spread bits for the generator behind a model's own random layers (dropout, stochastic depth).
+
+    A function of its arguments alone, the same in every process, so that resuming repeats the step. The spawn
+    key keeps it apart from the plan's streams, whose seeds have none.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(step, rank))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def _survives_bf16(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:

@@ -21,6 +21,9 @@ def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) ->
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
         start = "random start" if m.random_start else "no random start (FGSM)"
         steps = f"{m.attack_steps} step(s) of {m.step_size_255:g}/255, {start}"
+        if m.targeted is not None:  # an attack of its own
+            aim = "towards a random wrong label" if m.targeted else "away from the true label"
+            steps += f", {aim}, through {m.attack_bn} statistics"
         lines.append(f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {steps}")
         effect = f"adversarial rows change places among {shuffle_groups} groups"
         if shuffle_groups < 2:

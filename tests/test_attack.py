@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from fap import attack
@@ -60,3 +61,10 @@ def test_targets_are_wrong_labels_evenly() -> None:
     targets = attack.other_label(keys(4), labels, 10)
     assert (targets != labels).all()
     assert torch.bincount((targets - labels) % 10, minlength=10)[1:].float().div(20000 / 9).sub(1).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_a_target_needs_two_classes(num_classes: int) -> None:
+    with pytest.raises(ValueError, match=f"num_classes = {num_classes}: .*at least 2"):
+        attack.other_label(keys(2), torch.zeros(4, dtype=torch.int64), num_classes)
+    assert attack.other_label(keys(2), torch.tensor([0, 1, 1, 0]), 2).tolist() == [1, 0, 0, 1]

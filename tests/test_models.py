@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from fap import models
-from fap.models import CifarResNet, StemConv2d, build, load_plain, plain, stem_of
+from fap import checkpoint, models
+from fap.config import make_config
+from fap.models import CifarResNet, StemConv2d, build, load_init, load_plain, plain, stem_of
 from fap.norm import Group, convert, evaluate_with, export, norms, set_groups
 
 
@@ -106,6 +112,36 @@ def test_training_forward_in_groups(name: str) -> None:
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("aux", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "timm/regnety_002", "cifar_resnet8"])
+def test_without_groups_a_built_model_trains_like_the_plain_one(name: str, aux: bool) -> None:
+    """Bit for bit: outputs, gradients, weights, running statistics and their counter, in ordinary training code."""
+    before = plain(name, 10).to(memory_format=torch.channels_last)
+    model = build(name, 10, aux=aux, size=32)
+    load_plain(model, before.state_dict())
+    own = dict(model.named_parameters())
+    optimisers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (before, model)]
+    for rows in (5, 3):  # any batch
+        x = torch.randn(rows, 3, 32, 32).to(memory_format=torch.channels_last)
+        labels, dropout = torch.randint(0, 10, (rows,)), random.randrange(2**31)
+        outs = []
+        for m, optimiser in zip((before, model), optimisers, strict=True):
+            torch.manual_seed(dropout)
+            outs.append(m.train()(x))
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(outs[-1], labels).backward()
+        assert torch.equal(*outs)
+        for k, p in before.named_parameters():
+            assert torch.equal(own[k].grad, p.grad), k  # type: ignore[arg-type]
+        for optimiser in optimisers:
+            optimiser.step()
+    trained, ours = before.state_dict(), export(model.state_dict())
+    assert trained.keys() == ours.keys()
+    assert [k for k, v in trained.items() if not torch.equal(v, ours[k])] == []
+    assert all(v == 2 for k, v in ours.items() if k.endswith("num_batches_tracked"))
+    assert torch.equal(before.eval()(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "timm/regnety_002", "cifar_resnet8", "cifar_resnet18"])
 def test_build(name: str) -> None:
     model = build(name, 7, size=32)
@@ -121,11 +157,46 @@ def test_build_without_auxiliary_norms() -> None:
     assert set(model.state_dict()) == set(CifarResNet(8, 7).state_dict())
 
 
-def test_names_that_nobody_knows() -> None:
-    with pytest.raises(ValueError, match="resnet51"):
-        plain("resnet51", 10)
-    with pytest.raises(ValueError, match="6n"):
-        plain("cifar_resnet9", 10)
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet51", "did you mean resnet5"),
+        ("ResNet50", "did you mean resnet50"),
+        ("timm/ResNet50", "did you mean timm/resnet50"),
+        ("torchvision/vit_b_16", "did you mean vit_b_16"),
+        ("cifar_resnet_18", "did you mean cifar_resnet18"),
+        ("convnext-tiny", "convnext_tiny"),
+        ("no such model at all", "cifar_resnet18 or cifar_resnetD"),
+        ("cifar_resnet9", "6n"),
+        ("x" * 10**6, "1,000,002 characters"),
+        ("", "neither torchvision nor timm"),
+        ("timm/", "neither torchvision nor timm"),
+    ],
+)
+def test_names_that_nobody_knows(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=r"^model\.name = ") as error:
+        plain(name, 10)
+    assert says in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("resnet18.a1_in1k", "timm/resnet18"),
+        ("timm/resnet50.tv2_in1k", "timm/resnet50"),
+        ("resnet50.IMAGENET1K_V2", "timm/resnet50"),
+        ("vit_b_16.IMAGENET1K_V1", "vit_b_16"),
+        ("timm/resnet18.", "timm/resnet18"),
+        ("resnet18." + "x" * 10**6, "timm/resnet18"),
+    ],
+)
+def test_a_tag_of_pretrained_weights_is_no_random_initialisation(name: str, write: str) -> None:
+    with pytest.raises(ValueError, match="pretrained") as error:
+        plain(name, 10)
+    assert f"model.name={write}," in str(error.value)
+    assert "model.init=FILE.safetensors" in str(error.value)
+    assert len(str(error.value)) < 700
 
 
 def test_timm_prefix_picks_timm() -> None:
@@ -138,16 +209,166 @@ def test_an_image_size_that_the_model_refuses() -> None:
         build("inception_v3", 10, size=8)
 
 
-def test_plain_weights_that_do_not_fit() -> None:
-    model = convert(CifarResNet(8, 10))
+def changed(state: dict[str, Tensor], drop: Sequence[str] = (), **more: Tensor) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if k not in drop} | {k.replace("__", "."): v for k, v in more.items()}
+
+
+@pytest.mark.parametrize("aux", [True, False])
+def test_plain_weights_that_do_not_fit_change_nothing(aux: bool) -> None:
+    model = convert(CifarResNet(8, 10), aux=aux)
     state = CifarResNet(8, 10).state_dict()
-    for broken, word in (
-        ({k: v for k, v in state.items() if k != "fc.bias"}, 'Missing key.*"fc.bias"'),
-        (state | {"head.weight": torch.zeros(1)}, 'Unexpected key.*"head.weight"'),
-        (CifarResNet(8, 3).state_dict(), "size mismatch for fc.weight"),
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for broken, says in (
+        (changed(state, ["fc.bias"]), "1 missing ('fc.bias')"),
+        (changed(state, head__weight=torch.zeros(1)), "1 unknown to the model ('head.weight')"),
+        (changed(state, bn1__aux__weight=torch.zeros(16)), "1 unknown to the model ('bn1.aux.weight')"),
+        (CifarResNet(8, 3).state_dict(), "2 of another shape or type ('fc.bias: (3,) instead of (10,)', 'fc.weight: (3, 64)"),
+        (changed(state, fc__bias=torch.zeros(10, dtype=torch.int8)), "'fc.bias: torch.int8 instead of torch.float32'"),
+        ({}, "56 missing ('conv1.weight', 'bn1.weight', 'bn1.bias' and 53 more)"),
+        (changed(state, **{"x" * 10**6: torch.zeros(1)}), "1,000,002 characters"),
     ):
-        with pytest.raises(ValueError, match=f"model.init does not fit(.|\n)*{word}"):
+        with pytest.raises(ValueError) as error:
             load_plain(model, broken)
+        assert str(error.value).startswith("the weights do not fit the model: tensors: ")
+        assert says in str(error.value)
+        assert len(str(error.value)) < 600
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_a_modules_own_child_called_aux_is_no_auxiliary_norm() -> None:
+    def net() -> nn.Module:
+        return nn.ModuleDict({"aux": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "fc": nn.Linear(4, 2)})
+
+    state = net().state_dict()
+    model = convert(net())
+    load_plain(model, state)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+    assert torch.equal(model.state_dict()["aux.1.aux.weight"], state["aux.1.weight"])
+    with pytest.raises(ValueError, match=r"1 missing \('aux\.0\.weight'\)"):
+        load_plain(model, changed(state, ["aux.0.weight"]))
+
+
+# ------------------------------------------------------------------ model.init
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A file as fap-export writes it, of weights that no fresh model has."""
+    source = CifarResNet(8, 10)
+    randomise_norms(source)
+    path = tmp_path / "weights.safetensors"
+    header = {"model": "cifar_resnet8", "run": "x", "num_classes": "10", "size": "32", "step": "7"}
+    header |= {"mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]"}
+    checkpoint.save(path, source.state_dict(), {}, **header)
+    return path, source.state_dict()
+
+
+def start(path: Path | str, **data: Any) -> tuple[nn.Module, list[str]]:
+    """A model that starts from the file, and what was said."""
+    model = build("cifar_resnet8", 10, size=16)
+    said: list[str] = []
+    load_init(model, str(path), make_config({"model": {"name": "cifar_resnet8", "num_classes": 10}, "data": data}), said.append)
+    return model, said
+
+
+def test_init_reads_what_export_writes(weights: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = weights
+    model, said = start(path)
+    assert said == []
+    plain_again = export(model.state_dict())
+    assert all(torch.equal(plain_again[k], v) for k, v in state.items())
+    assert all(torch.equal(model.state_dict()[k], state[k.replace(".aux.", ".")]) for k in model.state_dict())
+
+
+def test_init_reads_what_others_write(tmp_path: Path) -> None:
+    """Without a header, and in another precision."""
+    state = CifarResNet(8, 10).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors", {"format": "pt"})
+    for name, want in (("plain", state), ("half", half)):
+        model, said = start(tmp_path / f"{name}.safetensors")
+        assert said == []
+        assert all(torch.equal(model.state_dict()[k], v.to(model.state_dict()[k])) for k, v in want.items())
+
+
+def test_init_in_the_home_folder(weights: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(weights[0].parent))
+    assert start("~/weights.safetensors")[1] == []
+
+
+def test_init_weights_of_other_inputs_are_said(weights: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = weights
+    _, said = start(path, mean=(0.485, 0.456, 0.406))
+    assert len(said) == 1
+    for part in ("warning", str(path), "mean = [0.5, 0.5, 0.5]", "data.mean = [0.485, 0.456, 0.406]"):
+        assert part in said[0]
+    _, said = start(path, std=(0.229, 0.224, 0.225))
+    assert len(said) == 1
+    assert "std = [0.5, 0.5, 0.5], but data.std = [0.229" in said[0]
+    for text in ("garbage", "[" * 10_000, "NaN", "[0.5, 0.5]", '"' + "x" * 10**6 + '"'):
+        checkpoint.save(path, state, {}, mean=text)
+        _, said = start(path)
+        assert len(said) == 1
+        assert len(said[0]) < 700
+    checkpoint.save(path, state, {}, model="cifar_resnet20")
+    assert "weights of 'cifar_resnet20', but model.name = 'cifar_resnet8'" in start(path)[1][0]
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(ValueError) as error:
+        start(path)
+    message = str(error.value)
+    assert message.startswith(f"model.init = {str(path)!r}: ")
+    assert len(message) < 1000
+    return message
+
+
+def test_init_of_a_pickle_says_how_to_convert_it(tmp_path: Path) -> None:
+    state = CifarResNet(8, 10).state_dict()
+    for name in ("new.pth", "old.safetensors"):  # the content counts, not the suffix
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "new.pth")
+        message = refusal(tmp_path / name)
+        assert "no safetensors file" in message
+    message = refusal(tmp_path / "new.pth")
+    exec(message.partition('python -c "')[2].rstrip('"'), {})  # the advice works
+    model, _ = start(tmp_path / "new.safetensors")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_init_of_what_is_no_file_of_weights(weights: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path, state = weights
+    assert "no such file" in refusal(tmp_path / "absent.safetensors")
+    assert "a folder" in refusal(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "named pipe" in refusal(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert "character device" in refusal(tmp_path / "zero")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "bytes" in refusal(tmp_path / "huge")
+    (tmp_path / "empty").touch()
+    assert "no safetensors file" in refusal(tmp_path / "empty")
+    checkpoint.save(tmp_path / "step", {f"model.{k}": v for k, v in state.items()} | {"momentum.x": torch.zeros(1)}, {})
+    assert "fap-export" in refusal(tmp_path / "step")
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 4  # inside a weight: only the checksum can tell
+    path.write_bytes(damaged)
+    assert "wrong checksum" in refusal(path)
+
+
+def test_init_of_a_garbled_file_is_one_message(tmp_path: Path) -> None:
+    """Whatever happens to a file without checksum: loaded, or one short ValueError."""
+    safetensors.torch.save_file(CifarResNet(8, 10).state_dict(), path := tmp_path / "x.safetensors", {"mean": "[0, 0, 0]"})
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(random.choice([1, 3])):
+            content[random.randrange(random.choice([8, end]))] = random.randrange(256)
+        path.write_bytes(content[: random.choice([len(content), random.randrange(len(content))])])
+        with contextlib.suppress(ValueError):
+            start(path)
 
 
 CONVOLUTIONS: list[dict[str, object]] = [

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
+from fap.config import Config
+from fap.evaluate import evaluate
+from fap.models import load_plain
 from fap.norm import (
     DualBatchNorm2d,
     Group,
@@ -27,6 +32,7 @@ from fap.norm import (
     set_groups,
     shared_groups,
 )
+from fap.step import Step
 
 CHANNELS = 5
 
@@ -187,7 +193,7 @@ def test_eval_is_the_plain_norm_whatever_the_groups(bn: str) -> None:
 def test_rows_that_do_not_fill_the_groups_are_an_error() -> None:
     norm, _ = dual()
     norm.shared.groups = (Group("main", 4, 0, 1), Group("aux", 2, 0, 1))
-    with pytest.raises(AssertionError, match="7 rows"):
+    with pytest.raises(ValueError, match=r"7 rows(.|\n)*rows=4(.|\n)*set_groups"):
         norm(torch.randn(7, CHANNELS, 3, 3).double())
 
 
@@ -226,6 +232,38 @@ def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype) -> No
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_groups_a_training_norm_is_the_plain_one(dtype: torch.dtype) -> None:
+    norm, plain = dual()
+    norm, main = norm.to(dtype), plain["main"].to(dtype)
+    for rows in (1, 4, 9):  # whatever the batch
+        x = torch.randn(rows, CHANNELS, 3, 2).to(dtype).requires_grad_()
+        gy = torch.randn_like(x)
+        want = torch.autograd.grad(main(x), (x, main.weight, main.bias), gy)
+        got = torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), gy)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(norm(x), main(x))
+    state = norm.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in main.state_dict().items())
+    assert main.num_batches_tracked == 4
+    assert norm.aux is not None
+    assert all(
+        torch.equal(norm.aux.state_dict()[k], v.to(norm.aux.state_dict()[k])) for k, v in plain["aux"].state_dict().items()
+    )
+
+
+def test_no_groups_is_also_what_set_groups_of_nothing_goes_back_to() -> None:
+    model = convert(small_model())
+    set_groups(model, [Group("main", 2, 0, 1)])
+    x = torch.randn(5, 3, 6, 6)
+    with pytest.raises(ValueError, match="5 rows"):
+        model(x)
+    assert all(n.num_batches_tracked == 0 for n in norms(model))
+    set_groups(model, ())
+    model(x)
+    assert all(n.num_batches_tracked == 1 for n in norms(model))
+
+
 def small_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)))
 
@@ -243,6 +281,16 @@ def test_convert_keeps_names_and_export_undoes_it() -> None:
     assert out.keys() == state.keys()
     assert all(v == 7 for k, v in out.items() if k.endswith("num_batches_tracked"))
     small_model().load_state_dict(out, strict=True)
+
+
+def test_export_without_steps_keeps_what_was_counted() -> None:
+    model = convert(small_model())
+    for _ in range(3):
+        model(torch.randn(2, 3, 6, 6))
+    assert [v.item() for k, v in export(model.state_dict()).items() if k.endswith("num_batches_tracked")] == [3, 3]
+    set_groups(model, [Group("main", 2, 0, 1)])
+    model(torch.randn(2, 3, 6, 6))  # in groups nothing is counted
+    assert [v.item() for k, v in export(model.state_dict()).items() if k.endswith("num_batches_tracked")] == [3, 3]
 
 
 def test_export_keeps_names_that_only_look_auxiliary() -> None:
@@ -290,6 +338,47 @@ def test_unknown_batch_norms_are_refused(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), norm)
     with pytest.raises(ValueError, match=type(norm).__name__):
         convert(model)
+
+
+SYNCHRONISERS = {"torch": nn.SyncBatchNorm.convert_sync_batchnorm, "timm": timm.layers.convert_sync_batchnorm}
+USES: dict[str, Callable[[nn.Module], object]] = {
+    "forward": lambda model: model(torch.randn(2, 3, 6, 6)),
+    "forward in evaluation": lambda model: model.eval()(torch.randn(2, 3, 6, 6)),
+    "set_groups": lambda model: set_groups(model, [Group("main", 2, 0, 1)]),
+    "shared_groups": shared_groups,
+    "evaluate_with": lambda model: evaluate_with(model, "main").__enter__(),
+    "evaluate": lambda model: evaluate(model, [], mean=(0.5,) * 3, std=(0.5,) * 3),
+    "Step": lambda model: Step(model, Config()),
+    "load_plain": lambda model: load_plain(model, small_model().state_dict()),
+}
+
+
+@pytest.mark.parametrize("aux", [True, False])
+@pytest.mark.parametrize("synchronise", SYNCHRONISERS.values(), ids=SYNCHRONISERS)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_converted_model_whose_norms_became_synchronised_is_refused(
+    use: Callable[[nn.Module], object], synchronise: Callable[[nn.Module], nn.Module], aux: bool
+) -> None:
+    model = synchronise(convert(small_model(), aux=aux))
+    with pytest.raises(ValueError, match=r"SyncBatchNorm(.|\n)*after `convert`(.|\n)*method\.group"):
+        use(model)
+
+
+@pytest.mark.parametrize("synchronise", SYNCHRONISERS.values(), ids=SYNCHRONISERS)
+def test_synchronised_norms_are_refused_before_the_conversion(synchronise: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"SyncBatchNorm(.|\n)*convert_sync_batchnorm out"):
+        convert(synchronise(small_model()))
+
+
+def test_a_plain_model_with_synchronised_norms_is_nobodys_mistake() -> None:
+    for synchronise in SYNCHRONISERS.values():
+        assert norms(synchronise(small_model())) == []
+
+
+@pytest.mark.parametrize("use", [shared_groups, lambda model: set_groups(model, ())], ids=["shared_groups", "set_groups"])
+def test_a_plain_model_has_no_groups(use: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(ValueError, match=r"Sequential has no dual batch norms; fap\.norm\.convert"):
+        use(small_model())
 
 
 @pytest.mark.parametrize("kwargs", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import random
+import subprocess
+import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from fap import attack
 from fap.config import Config, make_config
 from fap.models import _install_stem, stem_of
 from fap.norm import convert, norms
-from fap.step import Step
+from fap.step import Step, dropout_seed
 from tests.reference_step import Draws, Result, Rules, Twin, forward_alone
 
 SIZE, CLASSES, GROUP = 16, 5, 8
@@ -223,22 +226,78 @@ def test_fast_advprop(kind: type[nn.Module], schedule: str, groups: int, shuffle
 
 
 SEPARATE: list[dict[str, Any]] = [
-    {"name": "decoupled"},
-    {"name": "decoupled", "attack_steps": 5, "eps_255": 4.0},
-    {"name": "decoupled", "targeted": True, "random_start": False},
-    {"name": "decoupled", "shuffle": "ranks", "sync": True, "weight_adv": 0.5, "attack_steps": 3, "eps_255": 4.0},
-    {"name": "advprop", "p_adv": None},
-    {"name": "advprop", "p_adv": None, "attack_steps": 1, "eps_255": 1.0},
-    {"name": "advprop", "p_adv": None, "targeted": True},
-    {"name": "advprop", "p_adv": None, "attack_bn": "running"},
-    {"name": "advprop", "p_adv": None, "attack_bn": "running", "targeted": True, "attack_steps": 1, "shuffle": "groups"},
+    {},
+    {"attack_steps": 5, "eps_255": 4.0},
+    {"attack_steps": 1, "eps_255": 1.0, "random_start": False},
+    {"attack_steps": 3, "eps_255": 4.0, "shuffle": "ranks", "sync": True, "weight_adv": 0.5},
 ]
 
 
-@pytest.mark.parametrize("method", SEPARATE, ids=lambda m: "-".join(map(str, m.values())))
 @pytest.mark.parametrize("groups", [1, 4])
-def test_attack_without_reuse(method: dict[str, Any], groups: int) -> None:
-    check(config_of(method, groups), steps=3)
+@pytest.mark.parametrize("attack_bn", ["running", "batch"])
+@pytest.mark.parametrize("targeted", [True, False])
+@pytest.mark.parametrize("name", ["advprop", "decoupled"])
+@pytest.mark.parametrize("more", SEPARATE, ids=lambda m: "-".join(map(str, m.values())) or "defaults")
+def test_attack_without_reuse(name: str, targeted: bool, attack_bn: str, more: dict[str, Any], groups: int) -> None:
+    method = {"name": name, "targeted": targeted, "attack_bn": attack_bn} | more
+    if name == "advprop":
+        method["p_adv"] = None
+    check(config_of(method, groups), steps=2)
+
+
+@pytest.mark.parametrize("name", ["advprop", "decoupled"])
+def test_what_an_unset_attack_is(name: str) -> None:
+    """Targeted, through running statistics: the same step as when it is said, and another one than with any other value."""
+    method: dict[str, Any] = {"name": name, "p_adv": None if name == "advprop" else "1/3", "attack_steps": 2, "eps_255": 4.0}
+    unset = config_of(method)
+    converted = models(TinyResNet)[0]
+    feed, _ = draw(unset)
+    made = {}
+    for targeted in (None, True, False):
+        for attack_bn in (None, "running", "batch"):
+            step = Step(copy.deepcopy(converted), config_of(method | {"targeted": targeted, "attack_bn": attack_bn}))
+            step.feed(lr=0.1, **feed)
+            step()
+            made[targeted, attack_bn] = step.adv_255.clone()
+    for (targeted, attack_bn), adversarial in made.items():
+        stated = (targeted is not False, attack_bn != "batch")
+        assert torch.equal(adversarial, made[None, None]) == (stated == (True, True)), (targeted, attack_bn)
+
+
+@pytest.mark.parametrize("attack_bn", ["running", "batch"])
+@pytest.mark.parametrize("name", ["advprop", "decoupled"])
+def test_an_attack_crafts_and_moves_no_statistics(name: str, attack_bn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the attack alone everything in the model is as it was: weights, statistics, counters."""
+    method = {"name": name, "p_adv": None if name == "advprop" else "1/3", "attack_bn": attack_bn, "attack_steps": 5}
+    config = config_of(method)
+    step = Step(models(TinyResNet)[0], config)
+    seen: list[list[str]] = []
+
+    def attack_and_look(*args: Tensor) -> Tensor:
+        before = {k: v.clone() for k, v in step.model.state_dict().items()}
+        made = Step._attack(step, *args)
+        seen.append([k for k, v in step.model.state_dict().items() if not torch.equal(v, before[k])])
+        return made
+
+    monkeypatch.setattr(step, "_attack", attack_and_look)
+    step.feed(lr=0.1, **draw(config)[0])
+    step()
+    assert seen == [[]]
+    assert step.take_metrics()["steps"] == 1
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("method", ["vanilla", "fast_advprop", "advprop", "decoupled"])
+def test_one_class_is_refused(method: str, classes: int) -> None:
+    p_adv = None if method in ("vanilla", "advprop") else "1/3"
+    base = config_of({"name": method, "p_adv": p_adv})
+    config = base.model_copy(update={"model": base.model.model_copy(update={"num_classes": classes})})
+    model = models(TinyResNet)[0]
+    if classes == 1:
+        with pytest.raises(ValueError, match=r"model\.num_classes = 1: .*at least 2"):
+            Step(model, config)
+    else:
+        Step(model, config)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -402,6 +461,35 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
             step.feed(lr=0.1, **feed)
             step()
     assert all(torch.equal(v, two.state()[k]) for k, v in one.state().items())
+
+
+def test_dropout_seeds_are_fixed_numbers() -> None:
+    """Frozen: a resumed run repeats a step's dropout in whatever process, and on whatever machine."""
+    assert dropout_seed(0, 0, 0) == 2635072618980576772
+    assert dropout_seed(3, 1000, 2) == 10045376428444654063
+
+
+def test_dropout_seeds_differ_in_each_argument_and_spread_their_bits() -> None:
+    runs = [(seed, step, rank) for seed in (0, 1, 2**32, 2**40) for step in range(500) for rank in range(4)]
+    seeds = [dropout_seed(*run) for run in runs]
+    low = [s % 2**32 for s in seeds]  # all that the CPU's generator takes
+    assert len(set(seeds)) == len(seeds)
+    assert len(low) - len(set(low)) <= 2  # of 8,000 draws out of 2**32 even one pair is rare
+    bits = np.array([[s >> i & 1 for i in range(64)] for s in seeds])
+    assert abs(bits.mean(0) - 0.5).max() < 0.04  # 7 standard deviations
+    flips = (bits[4:2000] != bits[:1996]).mean(0)  # from one step to the next
+    assert abs(flips - 0.5).max() < 0.08
+
+
+@pytest.mark.slow
+def test_dropout_seeds_are_those_of_any_process() -> None:
+    code = "from fap.step import dropout_seed; print(dropout_seed(3, 1000, 2), dropout_seed(2**40, 7, 0))"
+    said = set()
+    for hash_seed in ("0", "1"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        said.add(done.stdout)
+    assert said == {f"{dropout_seed(3, 1000, 2)} {dropout_seed(2**40, 7, 0)}\n"}
 
 
 def test_clean_batch_must_fill_the_groups() -> None:
