@@ -24,6 +24,7 @@ CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
 }
 NO_HOME = "/nonexistent"  # what Debian writes for users without a home
+SHARED_MEMORY = "/dev/shm"  # a folder in memory, writable even in a container whose disk is read-only
 
 
 # ------------------------------------------------------------------ limits
@@ -105,11 +106,11 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-# ------------------------------------------------------------------ a user without account, home or both
+# ------------------------------------------------------------------ no account, no home, no place for files
 
 
 def settle_in() -> None:
-    """Give this process, and all that it starts, what libraries take for granted: a user's name, a home, caches.
+    """Give this process, and all that it starts, what libraries take for granted: a name, a home, temporary files, caches.
 
     A container often runs as a number without an account, with a home that is missing or cannot be written. Libraries
     then fail, warn, compile anew at each start, or make a folder called "~". What the user has set stays as it is.
@@ -118,6 +119,10 @@ def settle_in() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on
         os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # torchvision does not even import then
+        os.environ["TMPDIR"] = SHARED_MEMORY
     home = home_folder()
     cache = cache_folder()
     if home and cache and writable(home) and writable(cache):
