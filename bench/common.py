@@ -81,9 +81,10 @@ def environment() -> dict[str, Any]:
     import torch
 
     from fap.log import versions
+    from pipelines.machine import usable_cores
 
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    machine = {"cores": len(os.sched_getaffinity(0)), "memory_gb": round(gigabytes, 1), "load_average": os.getloadavg()[0]}
+    machine = {"cores": usable_cores(), "memory_gb": round(gigabytes, 1), "load_average": os.getloadavg()[0]}
     return machine | {"torch_threads": torch.get_num_threads(), **versions()}
 
 

@@ -4,7 +4,6 @@
 and cores, files in the page cache, ours including its fsync. Writes bench/results/convert.json. Target: 2x, goal 3x.
 """
 
-import os
 import tempfile
 import timeit
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from torchvision.datasets import ImageFolder
 from bench.common import ROOT, alternate, options, ratio, report, spread
 from bench.jpegs import make
 from pipelines.convert import Encoding, convert_folder
+from pipelines.machine import usable_cores
 
 
 def stock(src: Path, dst: Path) -> None:
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
-    DatasetWriter(str(dst), fields, num_workers=len(os.sched_getaffinity(0))).from_indexed_dataset(ImageFolder(str(src)))
+    DatasetWriter(str(dst), fields, num_workers=usable_cores()).from_indexed_dataset(ImageFolder(str(src)))
 
 
 WAYS = {"ours": convert_folder, "ours, --quality 90": partial(convert_folder, encoding=Encoding(quality=90)), "FFCV": stock}

@@ -27,10 +27,11 @@ from bench.common import ROOT, alternate, options, report, spread
 from bench.jpegs import make
 from pipelines import PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert import convert_folder
+from pipelines.machine import usable_cores
 
 SIZE, EPOCHS, HW_LOADS = 224, 60, (0.65, 0.9, 0.99)
 MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
-THREADS = len(os.sched_getaffinity(0))
+THREADS = usable_cores()
 Batches = Iterator[int]  # rows of each batch
 
 

@@ -21,6 +21,7 @@ from scipy import stats
 
 from bench.common import ROOT, write_json
 from pipelines.corrupt import NAMES
+from pipelines.machine import usable_cores
 
 RUNS = ROOT / "runs"
 
@@ -85,7 +86,7 @@ def train(arm: str, seed: int, size: Size, files: Files, runs: Path, pipeline: s
     alone, log = None, None
     if size.workers > 1:
         alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        threads = max(1, len(os.sched_getaffinity(0)) // size.workers)
+        threads = max(1, usable_cores() // size.workers)
         words += ["run.torch_threads=1", f"data.threads={threads}", f"run.eval_every={size.epochs}"]
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from .batch import Batch, Loader
 from .folder import FolderStore
+from .machine import settle_in
 from .plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
 from .store import BetonStore, DamagedData, Store
 
@@ -20,6 +21,9 @@ BACK_ENDS = {  # module: class, how to install what it needs
     "dali": ("DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"),
     "reference": ("ReferenceLoader", "pip install -e ."),
 }
+
+
+settle_in()  # before a back end, a plot or a compiler looks for its cache
 
 
 def open_store(path: str | Path) -> Store:

@@ -1,6 +1,5 @@
 """What every loader yields, and what all loaders share."""
 
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from .machine import usable_cores
 from .plan import PADDING, EpochPlan
 from .store import Store
 
@@ -41,7 +41,7 @@ class Loader(ABC):
         *,
         size: int,
         device: torch.device | str = "cpu",
-        threads: int | None = None,  # None: all cores this process may use
+        threads: int | None = None,  # None: all cores this process may use, a CPU quota included
         prefetch: int = 3,  # batches in the making while one is used
         hw_decoder_load: float = 0.65,  # DALI: share of the JPEGs for the GPU's hardware decoder
     ) -> None:
@@ -51,7 +51,7 @@ class Loader(ABC):
         if not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load = {hw_decoder_load}: must be in [0, 1]")
         self.store, self.size, self.prefetch, self.hw_decoder_load = store, size, prefetch, hw_decoder_load
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self.device = torch.empty(0, device=device).device  # with the index of a GPU
 
     def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from . import cifar10, store
 from .batch import run_ahead
 from .folder import list_images
+from .machine import usable_cores
 from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
 
 ROW = np.dtype([store.COLUMNS[store.IMAGE_FIELD], store.COLUMNS[store.INT_FIELD]], align=True)
@@ -193,7 +194,7 @@ class BetonWriter:
 
 def _ordered(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None, what: str) -> Iterator[Any]:
     """`map` on a thread pool, in order, with few results waiting and a progress bar."""
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or usable_cores()
     calls = (partial(list[Any], map(work, items[i : i + CHUNK])) for i in range(0, len(items), CHUNK))
     with tqdm(total=len(items), desc=what, unit="img") as progress, closing(run_ahead(calls, threads, 4 * threads)) as done:
         for results in done:

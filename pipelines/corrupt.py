@@ -9,7 +9,6 @@ passed through JPEG at quality 85. Motion blur is ImageMagick's, which the gener
 import importlib.util
 import io
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import closing
@@ -27,6 +26,7 @@ from scipy.ndimage import map_coordinates
 
 from .batch import Batch, run_ahead
 from .convert import BetonWriter, Sample
+from .machine import usable_cores
 from .store import RAW
 
 Rng = np.random.Generator
@@ -248,7 +248,7 @@ def worker_pool(processes: int | None = None) -> ProcessPoolExecutor:
     """Processes for `corrupted`: by default as many as this process may use cores, started when first used."""
     context = multiprocessing.get_context("forkserver")  # a fork of a process with threads or CUDA is unsafe
     context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), context, cv2.setNumThreads, (1,))
+    return ProcessPoolExecutor(processes or usable_cores(), context, cv2.setNumThreads, (1,))
 
 
 def corrupted(

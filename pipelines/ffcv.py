@@ -6,7 +6,7 @@ resized.
 
 import importlib.util
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from ctypes import CDLL, c_bool, c_uint32, c_uint64, c_void_p
 from functools import partial
@@ -40,11 +40,25 @@ def _load_decoder() -> Any:
 
 
 _imdecode, _this_thread = _load_decoder(), threading.local()
-# the cache lies beside this file: compiled once per machine, not once per run
-_jit: Any = partial(njit, nogil=True, cache=True, fastmath=True)
 
 
-@_jit()
+def _compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit` whose machine code is kept beside this file or in the user's cache: compiled once, not once per run.
+
+    Where it cannot be kept, or what was kept is damaged, it is compiled for this process alone. Numba's errors for that
+    are of many types: no folder to write (RuntimeError), a full disk (OSError), half a pickle.
+    """
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, nogil=True, fastmath=True, cache=True)(function)
+        except Exception:
+            return njit(signature, nogil=True, fastmath=True)(function)  # raises again what the cache did not cause
+
+    return compile_
+
+
+@njit(nogil=True, fastmath=True)
 def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
     """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps, n_out), 0 outside the image."""
     step, place = extent / n_out, np.arange(n_out)
@@ -56,7 +70,9 @@ def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
     return first, (share / step).astype(np.float32)
 
 
-@_jit(types.void(types.Array(types.uint8, 3, "C", readonly=True), *[types.float64] * 4, types.boolean, types.uint8[:, :, ::1]))
+@_compiled(
+    types.void(types.Array(types.uint8, 3, "C", readonly=True), *[types.float64] * 4, types.boolean, types.uint8[:, :, ::1])
+)
 def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
     """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers, rounded; zeros lie around it."""
     stride, n = 3 * source.shape[1], 3 * out.shape[1]

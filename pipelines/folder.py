@@ -9,7 +9,7 @@ import io
 import os
 import struct
 import zlib
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .store import JPG, MAX_SIDE, PIXELS_PER_BYTE, DamagedData, Store, jpeg_sides
 
+# multiprocessing's ThreadPool would need semaphores, and so /dev/shm.
 THREADS, CHUNK = 16, 256  # threads that wait for the disk, files of one task
 HEAD = 65536  # bytes that nearly always hold a JPEG's frame header
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
@@ -32,8 +33,8 @@ def list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     classes = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."))
-    with ThreadPool(THREADS) as pool:
-        found = pool.map(lambda name: make_dataset(root, {name: 0}, IMG_EXTENSIONS, allow_empty=True), classes)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [*pool.map(lambda name: make_dataset(root, {name: 0}, IMG_EXTENSIONS, allow_empty=True), classes)]
     empty = [name for name, files in zip(classes, found, strict=True) if not files]
     if empty or not classes:
         raise ValueError(f"{root}: no images under {', '.join(empty[:5]) or 'CLASS/IMAGE.JPEG'}")
@@ -105,8 +106,16 @@ class FolderStore(Store):
                 known[key] = self._sides(path)
             return *key[1:], *known[key]
 
-        with ThreadPool(THREADS) as pool:
-            table = np.array([*tqdm(pool.imap(row, self._names, CHUNK), "image headers", len(self._names), delay=1)])
+        def rows(names: list[str]) -> list[tuple[int, int, int, int]]:
+            return [row(name) for name in names]
+
+        found_rows: list[tuple[int, int, int, int]] = []
+        parts = [self._names[i : i + CHUNK] for i in range(0, len(self._names), CHUNK)]
+        with ThreadPoolExecutor(THREADS) as pool, tqdm(desc="image headers", total=len(self._names), delay=1) as progress:
+            for part in pool.map(rows, parts):
+                found_rows += part
+                progress.update(len(part))
+        table = np.array(found_rows)
         if len(bad := np.flatnonzero((table[:, 2:] < 1).any(1) | (table[:, 2:] > MAX_SIDE).any(1))):
             what = f"no images, such as {', '.join(self._names[i] for i in bad[:5])}, or have a side above {MAX_SIDE} pixels"
             raise ValueError(f"{self.path}: {len(bad)} files are {what}: remove them")

@@ -6,7 +6,6 @@ their labels, so any subset of the sheets is a smaller data set.
 """
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from pipelines import cifar10
 from pipelines.convert import convert_arrays
+from pipelines.machine import usable_cores
 
 COLUMNS = 50
 IMAGES_PER_SHEET = 2500
@@ -38,7 +38,7 @@ def write(
         pixels.save(sheet, "WEBP", lossless=True, method=4, quality=50)
         np.save(labels_of(sheet), labels[part].astype(np.uint8))
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow's encoder holds no GIL
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow's encoder holds no GIL
         list(pool.map(write_one, sheets, starts))
     return sheets
 
@@ -59,7 +59,7 @@ def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.asarray(Image.open(sheet).convert("RGB"))
         return untiled(pixels)[: len(labels)], labels
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         parts = list(pool.map(read_one, sheets))
     images, labels = zip(*parts, strict=True)
     return np.concatenate(images), np.concatenate(labels)

@@ -1,0 +1,187 @@
+"""What this process may use: cores, memory, a folder for caches. Inside a container it is less than the machine has.
+
+Standard library only, so that anyone may import it. Every function that reads /proc or /sys takes their `root`: a test
+builds such trees in a folder.
+"""
+
+import contextlib
+import getpass
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+UNLIMITED = 1 << 60  # bytes; cgroup v1 writes "no limit" as a number near 2^63
+
+# What a library keeps in the home folder unless its variable names another place.
+CACHES = {
+    "NUMBA_CACHE_DIR": "numba",
+    "MPLCONFIGDIR": "matplotlib",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+}
+NO_HOME = "/nonexistent"  # what Debian writes for users without a home
+SHARED_MEMORY = "/dev/shm"  # a folder in memory, writable even in a container whose disk is read-only
+
+
+# ------------------------------------------------------------------ limits
+
+
+def usable_cores(root: Path = ROOT) -> int:
+    """Cores that this process may keep busy: its CPU affinity, or its CPU quota rounded up if that is less."""
+    cores = len(os.sched_getaffinity(0))
+    for text in _settings("cpu", v2="cpu.max", v1="cpu.cfs_quota_us", root=root):
+        quota, _, period = text.partition(" ")
+        # "max 100000" (v2) and "-1" (v1) are no quota.
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(cores, 1)
+
+
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """The tightest memory limit of this process's control groups, or None. Beyond it the kernel kills (exit code 137)."""
+    texts = _settings("memory", v2="memory.max", v1="memory.limit_in_bytes", root=root)
+    limits = [int(text) for text in texts if text.isdecimal()]
+    return min((limit for limit in limits if limit < UNLIMITED), default=None)
+
+
+def _settings(controller: str, v2: str, v1: str, root: Path) -> Iterator[str]:
+    """A setting of this process's own control group and of all groups above it that can be seen here."""
+    for folder, unified in _groups(controller, root):
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # a level may lack the file: the root group does
+            text = (folder / (v2 if unified else v1)).read_text().strip()
+            if v1 == "cpu.cfs_quota_us" and not unified:  # v1 has a file for each of the two numbers
+                text += " " + (folder / "cpu.cfs_period_us").read_text().strip()
+            yield text
+
+
+def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups of this process, from its own to the highest, and whether they are of version 2.
+
+    Both versions can be mounted at once, and a container may see only the part of the tree below its own group.
+    """
+    own: dict[str, str] = {}  # controller, or "" for version 2: the process's group
+    for line in _lines(root / "proc/self/cgroup"):  # 4:cpu,cpuacct:/docker/0123
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")  # the group's name may hold colons
+        own |= dict.fromkeys(controllers.split(","), group)
+    for line in _lines(root / "proc/self/mountinfo"):
+        # 35 31 0:32 /shown /mount/point rw,relatime - cgroup cgroup rw,memory
+        mount, _, kind = line.partition(" - ")
+        fields = mount.split()
+        system, *options = kind.split() or [""]
+        unified = system == "cgroup2"
+        key = "" if unified else controller
+        if len(fields) < 5 or key not in own or system not in ("cgroup", "cgroup2"):
+            continue
+        if not unified and controller not in options[-1].split(","):
+            continue
+        top = root / _plain(fields[4]).lstrip("/")
+        below = _below(own[key], _plain(fields[3]))
+        for depth in range(len(below), -1, -1):
+            yield top.joinpath(*below[:depth]), unified
+
+
+def _below(group: str, shown: str) -> tuple[str, ...]:
+    """The parts of `group`'s path below the group that a mount shows as its top; () if it lies elsewhere."""
+    parts = Path(group).parts
+    above = Path(shown).parts
+    if ".." in parts or parts[: len(above)] != above:
+        return ()
+    return parts[len(above) :]
+
+
+def _plain(text: str) -> str:
+    """mountinfo writes a space as \\040, and so on."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+# ------------------------------------------------------------------ no account, no home, no place for files
+
+
+def settle_in() -> None:
+    """Give this process, and all that it starts, what libraries take for granted: a name, a home, temporary files, caches.
+
+    A container often runs as a number without an account, with a home that is missing or cannot be written. Libraries
+    then fail, warn, compile anew at each start, or make a folder called "~". What the user has set stays as it is.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # torchvision does not even import then
+        os.environ["TMPDIR"] = SHARED_MEMORY
+    home = home_folder()
+    cache = cache_folder()
+    if home and cache and writable(home) and writable(cache):
+        return
+    ours = temporary_caches()
+    if home is None:
+        os.environ["HOME"] = str(ours or NO_HOME)
+    if ours is None:
+        return
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(ours / name))
+    if cache and not cache.is_dir():  # else what lies there, such as downloaded weights, is still read
+        os.environ.setdefault("XDG_CACHE_HOME", str(ours))
+
+
+def home_folder() -> Path | None:
+    """The user's home, which may not exist; None if neither HOME nor an account says where it is."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def cache_folder() -> Path | None:
+    """Where the user's caches belong, whether or not it can be written; None without a home."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    home = home_folder()
+    if home is None:
+        return None
+    return home / ".cache"
+
+
+def temporary_caches() -> Path | None:
+    """A folder of this user's own where temporary files go, kept from run to run; None if there can be none.
+
+    Caches hold code that will be run. So a folder, or a link, that somebody else put there is not used.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"fap-{os.getuid()}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError:
+        return None
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    if private and writable(folder):
+        return folder
+    return None
+
+
+def writable(folder: str | Path) -> bool:
+    """Whether a file can be made in `folder`, or in the nearest folder above it that exists. Tried, not asked for."""
+    folder = Path(folder).absolute()
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:  # has no name: nothing is left behind
+            file.write(b"0")
+    except OSError:  # read-only, full, no permission, not a folder
+        return False
+    return True
