@@ -57,10 +57,10 @@ class Sample(NamedTuple):
 
 
 class BadImages(ValueError):  # noqa: N818
-    """Some images of the source are damaged; `bad` lists (path, reason)."""
+    """Some images of the source are damaged or refused; `bad` lists (path, reason)."""
 
     def __init__(self, bad: list[tuple[str, str]]) -> None:
-        lines = [f"{len(bad):,} damaged image(s): mend or remove them, or use --skip-bad", *told(bad)]
+        lines = [f"{len(bad):,} image(s) cannot be used: mend or remove them, or use --skip-bad", *told(bad)]
         super().__init__("\n  ".join(lines))
         self.bad = bad
 

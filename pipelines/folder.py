@@ -90,7 +90,7 @@ def list_images(root: Path) -> Listing:
     )
     empty = [readable(name, 60) for name, (paths, _) in zip(classes, found, strict=True) if not paths]
     if empty or not classes:
-        few = ", ".join(empty[:MOST_NAMES]) + (", ..." if len(empty) > MOST_NAMES else "")
+        few = ", ".join(empty[:MOST_NAMES] + ["..."] * (len(empty) > MOST_NAMES))
         what = f"{len(empty):,} class folder(s) without images: remove them, or fill them with" if empty else "images are"
         expected = f"{what} files named {', '.join(SUFFIXES)}"
         raise ValueError(

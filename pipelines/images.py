@@ -157,14 +157,11 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
     full = image.size
     if max_side is None and max(full) > MAX_SIDE:
         raise ValueError(f"{full[0]} x {full[1]} pixels: sides above {MAX_SIDE} need --max-side")
-    shrinks = max_side is not None and max(full) > max_side
-    if shrinks and image.format == "JPEG":
-        # The decoder's own 1/2, 1/4 or 1/8: twice the wanted size, so that most is still averaged, or what fits
-        # into memory.
-        assert max_side is not None
+    target = full if max_side is None or max(full) <= max_side else _shrunk(full, max_side)
+    if target != full and image.format == "JPEG" and full[0] * full[1] > BIG_PIXELS:
+        # The decoder's own 1/2, 1/4 or 1/8: if it can, no further than twice the wanted size, the rest is averaged.
         spare = 2 if full[0] * full[1] <= MAX_PIXELS else 1
-        width, height = _shrunk(full, max_side)
-        image.draft(None, (spare * width, spare * height))
+        image.draft(None, (spare * target[0], spare * target[1]))
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{full[0]} x {full[1]} pixels: more than {MAX_PIXELS:,} are not decoded; shrink it otherwise")
     with _big(full):
@@ -173,9 +170,8 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
         grey = _grey_of_8_bits(image) if image.mode == "I" or image.mode.startswith("I;16") else image
         grey.info = {}  # a comment or a transparent colour has no meaning for the result
         picture = grey.convert("RGB")
-        if shrinks:
-            assert max_side is not None
-            picture = picture.resize(_shrunk(full, max_side), Image.Resampling.BOX)
+        if target != full:
+            picture = picture.resize(target, Image.Resampling.BOX)
         return picture.transpose(TURNS[turn]) if turn in TURNS else picture
 
 

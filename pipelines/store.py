@@ -77,20 +77,19 @@ class Store(ABC):
 
         `notes` are others.
         """
-        n_classes = int(self.labels.max(initial=-1)) + 1 if self.classes is None else len(self.classes)
         if self.classes is None:
-            names = f"labels {self.labels.min()} to {self.labels.max()}, without class names"
+            names = f"labels {self.labels.min()} to {self.labels.max()} without class names"
             counts = np.unique(self.labels, return_counts=True)[1]
         else:
-            ends = [readable(name, 60) for name in (self.classes[0], self.classes[-1])]
-            names = f"{n_classes:,} classes, {' to '.join(ends)}"
-            counts = np.bincount(self.labels, minlength=n_classes)
-        lines = [f"{len(self):,} images, {names}, {counts.min():,} to {counts.max():,} images per class"]
+            ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
+            names = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
+            counts = np.bincount(self.labels, minlength=len(self.classes))
+        each = " to ".join(dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"]))
+        lines = [f"{len(self):,} images, {names}, {each} images per class"]
         empty = [] if self.classes is None else [self.classes[i] for i in np.flatnonzero(counts == 0)]
         if empty:
-            few = ", ".join(readable(name, 60) for name in empty[:5])
-            more = ", ..." if len(empty) > 5 else ""
-            lines.append(f"no images of {len(empty):,} class(es): {few}{more}; the labels of the others do not move")
+            few = ", ".join([readable(name, 60) for name in empty[:5]] + ["..."] * (len(empty) > 5))
+            lines.append(f"no images of {len(empty):,} class(es): {few}; the labels of the others do not move")
         return lines
 
     def check_classes(self) -> None:
