@@ -1,10 +1,12 @@
 """The data: stores of encoded images, epoch plans, and loaders that execute them."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from .batch import Batch, Loader
+from .files import readable
 from .folder import FolderStore
 from .machine import settle_in
 from .plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
@@ -27,12 +29,17 @@ settle_in()  # before a back end, a plot or a compiler looks for its cache
 
 
 def open_store(path: str | Path) -> Store:
-    """A `.beton` file or an image folder in ImageNet's layout."""
-    path = Path(path)
+    """A `.beton` file or an image folder in ImageNet's layout; `~` is the user's home.
+
+    Raises:
+        ValueError: nothing is there, or neither of them, or a folder without usable images.
+        DamagedData: the file's header, tables or sidecar contradict each other.
+    """
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return FolderStore(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder; expected a .beton file or an image folder")
+    if not path.exists():
+        raise ValueError(f"{readable(path)}: no such file or folder; expected a .beton file or an image folder")
     return BetonStore(path)
 
 

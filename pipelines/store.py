@@ -3,14 +3,18 @@
 import base64
 import json
 import os
+import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .files import open_regular, read_regular, readable, shown
 
 JPG, RAW = 0, 1  # FFCV's mode byte
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
@@ -21,6 +25,10 @@ FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 102
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
+SIDECAR_VERSION = 2
+SIDECAR_BYTES = 1 << 28  # at most; 40 million samples' checksums
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of frame headers
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # not names of classes
 COLUMNS = {INT_FIELD: ("label", "<i8"), IMAGE_FIELD: ("image", IMAGE)}  # of the metadata table
 
 
@@ -38,6 +46,8 @@ class Store(ABC):
     labels: np.ndarray  # int64 (N,)
     modes: np.ndarray  # uint8 (N,): JPG or RAW
     sizes: np.ndarray  # int64 (N,), encoded bytes
+    notes: tuple[str, ...] = ()  # lines to print where the data is opened: what was passed over
+    odd_classes_are_meant = False  # see `check_classes`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,6 +72,34 @@ class Store(ABC):
         classes = None if self.classes is None else list(self.classes)
         return {"count": len(self), "classes": classes, "content": f"{self._content_crc32():08x}"}
 
+    def describe(self) -> list[str]:
+        """Lines that reveal a mistake before a long run: images, classes, the first and last names, images per class.
+
+        `notes` are others.
+        """
+        if self.classes is None:
+            names = f"labels {self.labels.min()} to {self.labels.max()} without class names"
+            counts = np.unique(self.labels, return_counts=True)[1]
+        else:
+            ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
+            names = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
+            counts = np.bincount(self.labels, minlength=len(self.classes))
+        each = " to ".join(dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"]))
+        lines = [f"{len(self):,} images, {names}, {each} images per class"]
+        empty = [] if self.classes is None else [self.classes[i] for i in np.flatnonzero(counts == 0)]
+        if empty:
+            few = ", ".join([readable(name, 60) for name in empty[:5]] + ["..."] * (len(empty) > 5))
+            lines.append(f"no images of {len(empty):,} class(es): {few}; the labels of the others do not move")
+        return lines
+
+    def check_classes(self) -> None:
+        """ValueError where the class names say that this is not training data but, say, the folder above it.
+
+        Data converted with `fap-convert --allow-odd-classes` passes.
+        """
+        if self.classes is not None and not self.odd_classes_are_meant:
+            check_class_names(self.path, self.classes)
+
     @abstractmethod
     def _content_crc32(self) -> int:
         """See `identity`."""
@@ -85,13 +123,33 @@ class BetonStore(Store):
 
     def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
-        self._load_tables(os.fstat(self._file.fileno()).st_size)
-        sidecar = read_sidecar(self.path) if use_sidecar else None
-        same = sidecar is None or (sidecar.tables_crc32, len(sidecar.crc32)) == (self.tables_crc32, len(self))
-        self._require(same, f"header or tables are not those that {sidecar_path(self.path)} describes")
-        self.classes = sidecar.classes if sidecar else None
-        self.crc32 = sidecar.crc32 if sidecar else None
+        self._file = open_regular(self.path)
+        try:
+            self._load_tables(os.fstat(self._file.fileno()).st_size)
+            self._use(read_sidecar(self.path) if use_sidecar else None)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _use(self, sidecar: "Sidecar | None") -> None:
+        """Class names and checksums, which must fit this file."""
+        self.classes = None
+        self.crc32 = None
+        if sidecar is None:
+            return
+        side = readable(sidecar_path(self.path))
+        same = (sidecar.tables_crc32, len(sidecar.crc32)) == (self.tables_crc32, len(self))
+        self._require(same, f"header or tables are not those that {side} describes")
+        if sidecar.classes is not None:
+            least, most = int(self.labels.min()), int(self.labels.max())
+            named = least >= 0 and most < len(sidecar.classes)
+            self._require(named, f"labels {least} to {most}, but {side} names {len(sidecar.classes)} classes")
+        self.classes = sidecar.classes
+        self.crc32 = sidecar.crc32
+        self.odd_classes_are_meant = sidecar.encoding.get("allow_odd_classes") is True
+        skipped = sidecar.encoding.get("skipped")
+        if isinstance(skipped, list) and skipped:
+            self.notes = (f"{len(skipped):,} damaged images were left out when {readable(self.path)} was made",)
 
     def _load_tables(self, file_size: int) -> None:
         head = self._pread(HEADER.itemsize, 0, "header")
@@ -155,32 +213,60 @@ class BetonStore(Store):
             while len(raw) < size and (more := os.pread(self._file.fileno(), size - len(raw), offset + len(raw))):
                 raw += more
         except OSError as error:
-            raise DamagedData(f"{self.path}: {what}: {error}") from error
+            raise DamagedData(f"{readable(self.path)}: {what}: {error}") from error
         self._require(len(raw) == size, f"{what}: {size} bytes expected at {offset}, {len(raw)} found")
         return raw
 
     def _require(self, ok: bool, what: str) -> None:
         if not ok:
-            raise DamagedData(f"{self.path}: {what}")
+            raise DamagedData(f"{readable(self.path)}: {what}")
 
     def _check(self, ok: np.ndarray, what: str) -> None:
         self._require(bool(ok.all()), f"sample {np.argmin(ok)}: {what}")
 
 
-def jpeg_sides(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from a JPEG's frame header; None where there is none. Markers: ITU T.81, table B.1."""
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of the content of a JPEG's segments, the last being the scan's (0xDA). ITU T.81, table B.1.
+
+    It ends before a marker that does not belong there: a decoder may go on elsewhere than we would.
+    """
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length, _, height, width = struct.unpack_from(">BHBHH", data, at + 1)
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
-        elif marker < 0xC0 or 0xD0 <= marker <= 0xD7:  # not before a frame: a decoder may go on elsewhere than we would
-            return None
-        elif marker > 0xCF or marker in (0xC4, 0xC8, 0xCC):
-            at += 2 + length
-        else:
-            return height, width
+            continue
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+            return
+        end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+        yield marker, at + 4, end
+        if marker == 0xDA:
+            return
+        at = end
+
+
+def jpeg_sides(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from a JPEG's frame header, as stored; None where there is none."""
+    for marker, start, _ in jpeg_segments(data):
+        if marker in FRAMES:
+            return struct.unpack_from(">HH", data, start + 1) if start + 5 <= len(data) else None
     return None
+
+
+def check_class_names(path: Path, classes: Sequence[str]) -> None:
+    """ValueError for a single class, and for names such as train and val, which are an ImageNet root's folders."""
+    splits = [name for name in classes if re.sub("[^a-z]", "", name.lower()) in SPLITS]
+    meant = "if they are meant, convert with --allow-odd-classes"
+    # Half of them or two, but not one among many: vehicles include a train.
+    if splits and (2 * len(splits) >= len(classes) or len(splits) > 1):
+        inner = readable(path / splits[0])
+        names = shown(", ".join(splits))
+        raise ValueError(
+            f"{readable(path)}: class folders called {names} look like parts of a data set: give {inner}, or, {meant}"
+        )
+    if len(classes) == 1:
+        only = shown(classes[0])
+        raise ValueError(f"{readable(path)}: the only class is {only}: give a folder with one folder per class, or, {meant}")
 
 
 class Sidecar(NamedTuple):
@@ -197,31 +283,73 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
+def _content_checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of a sidecar's entries, of all but the checksum itself."""
+    entries = {name: value for name, value in content.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
+
+
 def read_sidecar(path: str | Path) -> Sidecar | None:
     """The sidecar of the `.beton` at `path`, None where there is none."""
     side = sidecar_path(path)
-    if not side.exists():
+    if not os.path.lexists(side):
         return None
     try:
-        d = json.loads(side.read_bytes())
-        crc32 = np.frombuffer(base64.b64decode(d["crc32"], validate=True), "<u4")
-        classes = None if d["classes"] is None else tuple(map(str, d["classes"]))
-        if d["version"] != 1 or d["count"] != len(crc32):
-            raise ValueError("wrong version or count")
-        return Sidecar(classes, dict(d["encoding"]), crc32, int(d["tables_crc32"]))
+        return _parse_sidecar(json.loads(read_regular(side, SIDECAR_BYTES)))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"  # not its repr, which may hold the whole file
-        raise DamagedData(f"{side}: {why}: convert again, or delete it to read without checksums") from error
+        why = readable(f"{type(error).__name__}: {error}", 400)  # never the whole file
+        remedy = "convert again, or delete it to read without checksums"
+        raise DamagedData(f"{readable(side)}: {why}: {remedy}") from error
+
+
+def _parse_sidecar(content: Any) -> Sidecar:
+    """Raises one of many errors for what `write_sidecar` would not write."""
+    if content["version"] != SIDECAR_VERSION:
+        raise ValueError(f"version {shown(content['version'], 40)}, not {SIDECAR_VERSION}")
+    if content["checksum"] != _content_checksum(content):
+        raise ValueError("its content is not that of its checksum")
+    crc32 = np.frombuffer(base64.b64decode(content["crc32"], validate=True), "<u4")
+    classes, encoding, tables_crc32 = content["classes"], content["encoding"], content["tables_crc32"]
+    if type(content["count"]) is not int or content["count"] != len(crc32):
+        raise ValueError("count is not the number of checksums")
+    if type(tables_crc32) is not int or type(encoding) is not dict:
+        raise ValueError("tables_crc32 must be a number and encoding an object")
+    _check_names(classes)
+    return Sidecar(None if classes is None else tuple(classes), encoding, crc32, tables_crc32)
+
+
+def _check_names(classes: Any) -> None:
+    if classes is None:
+        return
+    if not isinstance(classes, (list, tuple)) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes must be a list of names")
+    name, times = Counter(classes).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"the class name {shown(name)} stands {times} times")
 
 
 def write_sidecar(path: str | Path, *, classes: tuple[str, ...] | None, encoding: dict[str, Any], crc32: np.ndarray) -> None:
-    """Write the sidecar of the complete `.beton` at `path`, whose tables are validated first. crc32: uint32 (N,)."""
+    """Write the sidecar of the complete `.beton` at `path`, whose tables are validated first. crc32: uint32 (N,).
+
+    Raises:
+        ValueError, DamagedData: class names that are not unique or fewer than the labels, or more than fits.
+    """
     store = BetonStore(path, use_sidecar=False)
     store.close()
     assert len(crc32) == len(store)
+    _check_names(classes)
     encoded = base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode()
-    content = {"version": 1, "count": len(crc32), "classes": classes, "encoding": encoding, "crc32": encoded}
-    with open(sidecar_path(path), "w") as f:
-        json.dump(content | {"tables_crc32": store.tables_crc32}, f)
+    content: dict[str, Any] = {"version": SIDECAR_VERSION, "count": len(crc32), "classes": classes, "encoding": encoding}
+    content |= {"crc32": encoded, "tables_crc32": store.tables_crc32}
+    content["checksum"] = _content_checksum(content)
+    # As it will be read: what would be refused then is refused now.
+    text = json.dumps(content)
+    if len(text) > SIDECAR_BYTES:
+        raise ValueError(f"{readable(sidecar_path(path))}: {len(text):,} bytes, and at most {SIDECAR_BYTES:,} are read again")
+    store._use(_parse_sidecar(json.loads(text)))
+    side = sidecar_path(path)
+    side.unlink(missing_ok=True)
+    with open(side, "x") as f:  # never through a link that lies there
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())

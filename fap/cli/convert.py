@@ -3,52 +3,121 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from os.path import expanduser, lexists
 
-from pipelines.convert import Encoding, check, convert_cifar10, convert_folder
+from fap.cli.output import survive
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+class Stopped(BaseException):
+    """One of STOPS came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """STOPS raise `Stopped`, once: what follows is tidying up. Those that are ignored (nohup) stay so."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot set them
+        before = {each: signal.getsignal(each) for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fap-convert", description=__doc__)
     add = parser.add_argument
-    add("src", nargs="?", help="image folder in ImageNet's layout (one folder per class), or cifar10")
-    add("dst", nargs="?", help="file to write; one that exists is never overwritten")
-    add("--check", metavar="FILE", help="verify structure and every checksum of a .beton, writing nothing")
+    add("src", nargs="?", type=expanduser, help="image folder in ImageNet's layout (one folder per class), or cifar10")
+    add("dst", nargs="?", type=expanduser, help="file to write; one that exists is never overwritten")
+    add("--check", metavar="FILE", type=expanduser, help="verify structure and every checksum of a .beton, writing nothing")
     add("--max-side", type=int, metavar="N", help="shrink larger images so that the longer side is N pixels")
     add("--quality", type=int, metavar="Q", help="re-encode every image as a JPEG of this quality")
     add("--raw", action="store_true", help="store decoded RGB pixels")
     add("--skip-bad", action="store_true", help="leave damaged images out instead of failing")
+    add("--allow-odd-classes", action="store_true", help="take a single class, and classes called train, val or test")
     add("--threads", type=int, metavar="T", help="default: all cores")
     add("--split", choices=("train", "test"), help="cifar10 only; default: train")
     add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
     a = parser.parse_args(argv)
     if (a.check is None) == (a.src is None) or (a.src is None) != (a.dst is None):
         parser.error("give SRC and DST, or --check FILE")
-    if (a.check or a.src == "cifar10") and (a.max_side is not None or a.quality is not None or a.raw or a.skip_bad):
-        parser.error("--max-side, --quality, --raw and --skip-bad are for image folders")
+    for_folders = a.max_side is not None or a.quality is not None or a.raw or a.skip_bad or a.allow_odd_classes
+    if (a.check or a.src == "cifar10") and for_folders:
+        parser.error("--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders")
     if a.src != "cifar10" and (a.split or a.limit is not None):
         parser.error("--split and --limit are for cifar10")
     if a.threads is not None and (a.threads < 1 or a.src == "cifar10"):
         parser.error(f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no partial file stays
+    return a
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    survive()
+    a = parse(argv)
     try:
-        if a.check:
-            faults = check(a.check, a.threads)
-            print("\n".join([*faults, f"{a.check}: {len(faults) or 'no'} fault(s)"]))
-            return bool(faults)
-        if a.src == "cifar10":
-            done = convert_cifar10(a.dst, a.split or "train", a.limit)
-        else:
-            done = convert_folder(a.src, a.dst, Encoding(a.max_side, a.quality, a.raw), skip_bad=a.skip_bad, threads=a.threads)
-    except KeyboardInterrupt:
-        print("\nfap-convert: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError) as error:
+        with stoppable():
+            return check(a) if a.check else convert(a)
+    except Stopped as stopped:
+        state = "the file is complete" if a.dst and lexists(a.dst) else "nothing was written"
+        print(f"\nfap-convert: stopped by {signal.Signals(stopped.number).name}; {state}", file=sys.stderr)
+        return 128 + stopped.number
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fap-convert: {error}", file=sys.stderr)
         return 1
-    for path in done["skipped"]:
-        print(f"left out: {path}")
-    print(f"{a.dst}: {done['count']} images, {len(done['skipped'])} left out")
+
+
+# The imports are not at the top: torch takes seconds to load, and a signal must find its handler.
+
+
+def check(a: argparse.Namespace) -> int:
+    from pipelines.convert import check as faults_of
+    from pipelines.files import readable
+
+    faults = faults_of(a.check, a.threads)
+    print("\n".join([*faults, f"{readable(a.check)}: {len(faults) or 'no'} fault(s)"]))
+    return int(bool(faults))
+
+
+def convert(a: argparse.Namespace) -> int:
+    from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
+    from pipelines.files import readable
+    from pipelines.folder import Listing
+    from pipelines.store import BetonStore, sidecar_path
+
+    if a.src == "cifar10":
+        done = convert_cifar10(a.dst, a.split or "train", a.limit)
+    else:
+        encoding = Encoding(a.max_side, a.quality, a.raw)
+        permissions = {"skip_bad": a.skip_bad, "allow_odd_classes": a.allow_odd_classes}
+        done = convert_folder(a.src, a.dst, encoding, **permissions, threads=a.threads)
+    skipped = done["skipped"]
+    for path in skipped[:MOST_TOLD]:
+        print(f"left out: {readable(path)}")
+    if len(skipped) > MOST_TOLD:
+        print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(a.dst))}")
+    for note in Listing((), [], done.get("ignored", {})).notes():
+        print(note)
+    with closing(BetonStore(a.dst)) as store:  # what is reported is what can be read
+        print("\n".join(store.describe()))
+    print(f"{readable(a.dst)}: {done['count']} images, {len(skipped)} left out")
     return 0
 
 
