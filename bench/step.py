@@ -21,8 +21,9 @@ from fap.config import Config, make_config
 from fap.graph import runner
 from fap.models import build, plain, stem_of
 from fap.norm import Group, set_groups, shared_groups
+from fap.session import Stopwatch, set_up_torch
 from fap.step import Step
-from fap.train import Stopwatch, plan_spec, set_up_torch
+from fap.train import plan_spec
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

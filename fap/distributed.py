@@ -1,18 +1,25 @@
-"""Ranks: who we are under torchrun, and the three collectives the step needs.
+"""Ranks: who we are under torchrun, the collectives that the step needs, and how ranks start and stop together.
 
 DistributedDataParallel does not fit: its hooks expect one backward in which every parameter takes part, while
 a step here has several passes. All gradients are views of one flat buffer, so one explicit all-reduce after
 the last pass replaces it.
+
+On GPUs there are two back ends in one group: NCCL for the step's tensors, gloo for what ranks agree on.
+The latter are tensors of the host, so that no agreement waits for the device.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fap.layout import image_order, memory_order
+from pipelines.files import shown
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,12 @@ class Ranks:
         """This rank's device for `run.device` = `wanted`. Raises ValueError for a GPU that is not there."""
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
-        return torch.device("cuda", self.local_rank) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+        if wanted == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK = {self.local_rank}, but torch sees {torch.cuda.device_count()} GPU(s) here")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
 
     def sum_(self, flat: Tensor) -> None:
         """Sum a flat tensor over all ranks, in place."""
@@ -46,33 +58,140 @@ class Ranks:
         return image_order(out)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one: for decisions that all must take alike."""
-        if self.world == 1:  # asked after every step
+        """True on every rank if `flag` is true on one: for decisions that all must take alike. Waits for all."""
+        if self.world == 1:
             return flag
-        votes = torch.tensor([float(flag)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        self.sum_(votes)
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes)
         return bool(votes)
 
-    def barrier(self) -> None:
+    def gather(self, fact: Any) -> list[Any]:
+        """What every rank says, by rank."""
+        facts: list[Any] = [fact] * self.world
         if self.world > 1:
-            dist.barrier()
+            dist.all_gather_object(facts, fact)
+        return facts
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block without collectives that fails on every rank if it fails on one: none waits for another for ever.
+
+        Raises the block's own error, on the other ranks ValueError with its text.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        reasons = self.gather(None if failure is None else str(failure) or type(failure).__name__)
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise ValueError(f"rank {rank} of {self.world} cannot go on: {reason}")
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError on every rank, naming each fact in which a rank differs from rank 0."""
+        everyone = self.gather(facts)
+        first = everyone[0]
+        differ = []
+        for rank, theirs in enumerate(everyone):
+            for name in first.keys() | theirs.keys():
+                here, there = first.get(name), theirs.get(name)
+                if here != there:
+                    differ.append(f"  {name}: {shown(there)} on rank {rank}, {shown(here)} on rank 0")
+        if differ:
+            listed = "\n".join(sorted(differ)[:20])
+            raise ValueError(f"the ranks would not train the same run (is the run folder or the data not shared?):\n{listed}")
 
 
 ONE_RANK = Ranks()
 
 
-def connect(device_type: str) -> Ranks:
-    """The ranks of this run: those of torchrun's environment, or a single one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+class Votes:
+    """For which signal do all ranks leave, after the same step?
+
+    A vote is one all-reduce of a number on the host, and it is counted one call later, so that its
+    travel (some 100 microseconds) hides behind a step and neither host nor device waits for it. A rank
+    that dies closes its connections, so the others' next count raises instead of waiting.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._former: tuple[Tensor, Any] | None = None
+
+    def cast(self, number: int) -> int:
+        """The largest `number` of any rank (0: none), as of the call before where there are several ranks."""
+        if self.ranks.world == 1:
+            return number
+        votes = torch.tensor([number])
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+        former, self._former = self._former, (votes, work)
+        if former is None:
+            return 0
+        votes, work = former
+        work.wait()
+        return int(votes)
+
+    def drain(self) -> None:
+        """Wait for the vote that is still under way: a rank that leaves earlier resets the others' connections."""
+        former, self._former = self._former, None
+        if former is not None:
+            former[1].wait()
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Is this what a collective raises because another rank is gone? The back ends have no error of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def connect() -> Ranks:
+    """The ranks of this run: those of torchrun's environment, or a single one.
+
+    Raises ValueError for an environment that is no rank's, ConnectionError if the others are not met.
+    """
+    world = _whole("WORLD_SIZE", 1, least=1)
     if world == 1:
+        _whole("RANK", 0, most=0)
         return ONE_RANK
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    if device_type == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    ranks = Ranks(_whole("RANK", None, most=world - 1), world, _local_rank())
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ValueError(f"WORLD_SIZE = {world}, but {name} is not set: start the ranks with torchrun, or set it")
+    both = torch.cuda.is_available() and dist.is_nccl_available()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", rank=ranks.rank, world_size=world)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = shown(str(error).split("\n")[0])
+        raise ConnectionError(f"rank {ranks.rank} of {world} did not meet the others at {where}: {reason}") from error
     return ranks
 
 
+def _local_rank() -> int:
+    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        raise ValueError("LOCAL_RANK is not set, so it is unknown which GPU is this rank's: start the ranks with torchrun")
+    return _whole("LOCAL_RANK", 0)
+
+
+def _whole(name: str, unset: int | None, *, least: int = 0, most: int | None = None) -> int:
+    """A whole number of the environment. Raises ValueError for anything else; `unset` None: it must be there."""
+    text = os.environ.get(name)
+    if text is None:
+        if unset is None:
+            raise ValueError(f"WORLD_SIZE is set, but {name} is not: start the ranks with torchrun, or unset WORLD_SIZE")
+        return unset
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text)):
+        raise ValueError(
+            f"{name} = {shown(text)} in the environment: must be a whole number >= {least}; unset it for one process"
+        )
+    if most is not None and int(text) > most:
+        raise ValueError(f"{name} = {text} in the environment: must be below WORLD_SIZE = {most + 1}")
+    return int(text)
+
+
 def disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the group. Secondary by then: a failure is no failure of the run."""
+    with contextlib.suppress(RuntimeError):
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -30,14 +30,27 @@ class Log:
     """
 
     def __init__(self, folder: str | Path, done: int, steps: int, *, quiet: bool = False, out: TextIO | None = None):
-        self.done, self.steps, self.started = done, steps, time.monotonic()
-        self.out = open(os.devnull, "w") if quiet else out or sys.stdout  # noqa: SIM115
+        self.done = done
+        self.steps = steps
+        self.started = time.monotonic()
+        self._out = open(os.devnull, "w") if quiet else out  # noqa: SIM115
         file = os.devnull if quiet else Path(folder) / "metrics.jsonl"
         self.file = open(file, "ab", buffering=0)  # noqa: SIM115
-        self.board = None if quiet else SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
         if not quiet:
             trim(file, done)
+        # disable=None: no bar where there is no terminal, whose log a repainted bar would fill.
         self.bar: tqdm[Any] = tqdm(total=steps, initial=done, file=self.out, disable=None, unit="step", dynamic_ncols=True)
+        self.board: SummaryWriter | None = None
+        if not quiet:
+            try:
+                self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
+            except OSError as error:
+                self.say(f"warning: no TensorBoard: {error}")
+
+    @property
+    def out(self) -> TextIO:
+        """Looked up whenever it is used: standard output may have been replaced since (`fap.cli.output`)."""
+        return self._out or sys.stdout
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of the steps since the last call: recorded, and shown as progress."""
@@ -59,20 +72,26 @@ class Log:
         self.out.flush()
 
     def close(self) -> None:
-        self.file.close()
-        self._on_board(SummaryWriter.close)
-        self.bar.close()
+        """Never raises: whatever could not be closed, the run is over."""
+        for close in (self.file.close, lambda: self._on_board(SummaryWriter.close), self.bar.close):
+            try:
+                close()
+            except Exception as error:
+                self.say(f"warning: the log was not closed properly: {error}")
 
     def record(self, step: int, values: Mapping[str, float], group: str = "epochs") -> None:
         """Metrics of an epoch: recorded only. `group` heads their names in TensorBoard."""
         finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
-        end = self.file.seek(0, os.SEEK_END)
+        end = None
         try:
+            end = self.file.seek(0, os.SEEK_END)
             if self.file.write(line) < len(line):
                 raise OSError("only a part of it could be written")
         except OSError as error:
-            self.file.truncate(end)  # half a record would spoil the next one
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    self.file.truncate(end)  # half a record would spoil the next one
             self.say(f"warning: no record of step {step} in {self.file.name}: {error}")
         for name, value in values.items():
             self._on_board(SummaryWriter.add_scalar, f"{group}/{name}", float(value), step)
@@ -81,7 +100,7 @@ class Log:
         try:
             if self.board is not None:
                 method(self.board, *args)
-        except OSError as error:  # its thread does not come back
+        except Exception as error:  # of its thread, which does not come back
             self.board = None
             self.say(f"warning: TensorBoard is off from here on: {error}")
 

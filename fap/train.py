@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,121 +16,140 @@ from torch import Tensor
 import pipelines
 from fap.budget import budget
 from fap.checkpoint import Checkpoints
-from fap.config import Config, make_config
-from fap.distributed import ONE_RANK, Ranks
+from fap.config import Config, make_config, with_classes
+from fap.data import open_data
+from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.evaluate import evaluate
-from fap.graph import runner
+from fap.graph import out_of_memory, runner
 from fap.log import Log, versions
 from fap.models import build, load_init
+from fap.resume import check_same_data, check_same_run, facts
+from fap.run_folder import RunFolder, write_whole
+from fap.session import Interrupted, StopSignal, Stopwatch, norm_kernel, set_up_torch
 from fap.step import KINDS, METRICS, Amp, Step, dropout_seed
 from fap.summary import describe
 from pipelines.batch import run_ahead
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 PER_RANK = {"carry.images_255", "carry.labels"}  # of the step's state: every rank holds its own rows
-
-
-class Interrupted(Exception):  # noqa: N818
-    """SIGINT or SIGTERM arrived; the run has been saved. `exit_code` is the shell's convention."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
 
 
 class NonFinite(RuntimeError):  # noqa: N818
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-class StopSignal(ExitStack):
-    """While entered, notes SIGINT and SIGTERM, to be looked at between steps; a second signal acts at once."""
-
-    number: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            self.callback(signal.signal, s, signal.signal(s, self._note))
-        return self
-
-    def _note(self, number: int, *_: Any) -> None:
-        self.number = number
-        self.close()
+class NotSaved(RuntimeError):  # noqa: N818
+    """The run's last checkpoint or its result could not be written. The message says which checkpoint is the last good one."""
 
 
 class Run:
-    """One training run in `<run.dir>/<name>/seed<k>`. Raises ValueError for users' mistakes before anything is written."""
+    """One training run in `<run.dir>/<name>/seed<k>`, where nothing is written before the first step is done.
 
-    def __init__(self, config: Config, ranks: Ranks = ONE_RANK) -> None:
+    `stop`, entered by the caller, notes the signals that ask the run to leave; without it none does.
+    Raises ValueError for users' mistakes. All ranks raise if one does, or if they would not train the same run.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks = ONE_RANK, stop: StopSignal | None = None) -> None:
         self.started = time.perf_counter()
-        self.config, self.ranks, self.stop = config, ranks, StopSignal()
-        self.device = ranks.device(config.run.device)
+        self.ranks = ranks
+        self.stop = stop or StopSignal()
+        self.votes = Votes(ranks)
+        self.run_folder = RunFolder(Path(config.run.dir) / config.name / f"seed{config.seed}", self._say)
+        self.folder = self.run_folder.path
+        self.done = 0  # optimiser steps
+        self.closed = 0  # epochs evaluated and logged
+        self.totals = dict.fromkeys(METRICS, 0.0)  # of the epoch so far
+        self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
+        self.last: dict[str, float] = {}
+        self.resumed: Path | None = None
+        self.saved: int | None = None  # step of the newest good checkpoint
+        self.log: Log | None = None  # from the first step on
+        try:
+            with ranks.together():
+                self._prepare(config)
+                known = facts(self._settled(), self.data.train_identity, self.data.val_identity, self.resumed)
+            ranks.check_same(known | {"device": self.device.type})
+        except BaseException:
+            self.run_folder.release()
+            raise
+
+    def _prepare(self, config: Config) -> None:
+        """Everything before the first step that can fail without the other ranks."""
+        self.device = self.ranks.device(config.run.device)
         self.amp: Amp = config.run.amp if config.run.amp != "auto" else "fp16" if self.device.type == "cuda" else "off"
         if config.run.torch_threads:
             torch.set_num_threads(config.run.torch_threads)
         set_up_torch(self.device)
 
         self.norm_kernel = norm_kernel(config, self.device)
-        self.store, self.val_store = _open_store("train", config), _open_store("val", config)
-        if self.store.classes and self.val_store.classes and self.store.classes != self.val_store.classes:
-            raise ValueError(f"data.val = {config.data.val} has other classes than data.train = {config.data.train}")
-        self.budget = budget(config, len(self.store))
+        self.data = open_data(config)
+        self.config = config = with_classes(config, self.data.n_classes)
+        self.budget = budget(config, len(self.data.train))
         self.steps = min(self.budget.steps, config.run.max_steps or self.budget.steps)
-        self.spec = plan_spec(config, ranks)
+        self.spec = plan_spec(config, self.ranks)
 
         torch.manual_seed(config.seed)
         wanted, aux = config.model, config.method.name != "vanilla"
-        self.model = build(wanted.name, wanted.classes, aux=aux, size=config.data.size)
+        self.model = build(wanted.name, self.data.n_classes, aux=aux, size=config.data.size)
         if wanted.init:
             load_init(self.model, wanted.init, config, self._say)
         self.model.to(self.device)
-        self.step = Step(self.model, config, ranks, amp=self.amp)
+        self.step = Step(self.model, config, self.ranks, amp=self.amp)
         self.step.row_groups.kernel = self.norm_kernel
-        self._prepare_folder()
         if config.run.compile:
             self.step.forward = torch.compile(self.model)
 
-        self.done = 0  # optimiser steps
-        self.closed = 0  # epochs evaluated and logged
-        self.totals = dict.fromkeys(METRICS, 0.0)  # of the epoch so far
-        self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
-        self.last: dict[str, float] = {}
+        self._say("\n".join([describe(config, self.budget, self.step, self.spec.shuffle_groups), *self.data.lines]))
+        if self.ranks.first:
+            self.run_folder.take(may_go_on=config.resume == "auto")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep, say=self._say)
         if config.resume == "auto" and (found := self.checkpoints.newest()):
             self._resume(*found)
-        self.log = Log(self.folder, self.done, self.steps, quiet=not ranks.first)
 
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
-        """Train to the end of the budget; the result is also written to `result.json`.
+        """Train to the end of the budget; the result is also written to `result.json`. Can be called once.
 
-        Raises Interrupted, NonFinite, and before the first step `fap.graph.FreshProcessNeeded`.
+        Raises Interrupted, NonFinite, NotSaved, and before the first step `fap.graph.FreshProcessNeeded`.
         """
-        run, per_epoch = self.config.run, self.budget.steps_per_epoch
-        with self.stop, closing(self.log), closing(self._open_loader(self.store)) as loader:
-            run_step, how = runner(self.step, run.graph)
-            self._say(f"training from step {self.done} to {self.steps}, {how}, AMP {self.amp}, on {self.device}")
-            for plan in self._plans():
-                first = plan.epoch * per_epoch
-                todo = range(self.done, min(first + per_epoch, self.steps))
-                draws, waiting = self._draws(plan), Stopwatch()
-                for step, batch in zip(todo, waiting.on(loader.load(plan, self.done - first)), strict=False):
-                    lr = self.budget.lr_at(step)
-                    torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
-                    self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
-                    run_step()
-                    self.done = step + 1
-                    self.log.advance(self.done)
-                    last = self.done == todo.stop
-                    if last or self.done % run.log_every == 0:
-                        self._log_step(lr, waiting)
-                    self._leave_if_asked()
-                    if not last and self.done % run.checkpoint_every == 0:
-                        self._save()
-                self._close_epoch()
-            return self._finish()
+        try:
+            with self.ranks.together():
+                loader = self._open_loader(self.data.train)
+            with self._closing(loader):
+                return self._train(loader)
+        finally:
+            if self.log is not None:
+                self.log.close()
+            self.run_folder.release()
 
-    def _close_epoch(self) -> None:
+    def _train(self, loader: pipelines.Loader) -> dict[str, Any]:
+        run, per_epoch = self.config.run, self.budget.steps_per_epoch
+        run_step, how = runner(self.step, run.graph)
+        self._say(f"training from step {self.done} to {self.steps}, {how}, AMP {self.amp}, on {self.device}")
+        self.stop.run_begins()
+        for plan in self._plans():
+            first = plan.epoch * per_epoch
+            todo = range(self.done, min(first + per_epoch, self.steps))
+            draws, waiting = self._draws(plan), Stopwatch()
+            for step, batch in zip(todo, waiting.on(loader.load(plan, self.done - first)), strict=False):
+                lr = self.budget.lr_at(step)
+                torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
+                self.step.feed(batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()})
+                run_step()
+                self.log = self.log or self._begin()  # the first step is done: the run can start
+                self.done = step + 1
+                self.log.advance(self.done)
+                last = self.done == todo.stop
+                if last or self.done % run.log_every == 0:
+                    self._log_step(self.log, lr, waiting)
+                self._leave_if_asked()
+                if not last and self.done % run.checkpoint_every == 0:
+                    self._save()
+            self.log = self.log or self._begin()  # a run that is resumed at its end
+            self._close_epoch(self.log)
+        return self._finish()
+
+    def _close_epoch(self, log: Log) -> None:
         """Evaluate, compare adversarial with clean training accuracy (the leak of section 4.3), save."""
         epoch, begun = divmod(self.done, self.budget.steps_per_epoch)
         record = {f"epoch_{k}": v for k, v in rates(self.totals).items()}
@@ -150,24 +166,26 @@ class Run:
             record |= {f"val_{k}": v for k, v in last.items()}
             self.best = max(self.best, {"top1": last["top1"], "epoch": epoch}, key=lambda best: best["top1"])
             self._say(f"epoch {epoch}: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss {last['loss']:.4f}")
-        self.log.record(self.done, record | {"epoch": epoch})
+        log.record(self.done, record | {"epoch": epoch})
         if not begun:
             self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self._save()
 
     def _evaluate(self) -> dict[str, float]:
-        data, store, world = self.config.data, self.val_store, self.ranks.world
+        data, store, world = self.config.data, self.data.val, self.ranks.world
         batch = max(1, self.config.run.eval_batch // world) * world
         plan = pipelines.eval_plan(store.heights, store.widths, size=data.size, resize=data.resize, batch=batch)
+        with self._closing(self._open_loader(store)) as loader:
 
-        def batches() -> Iterator[pipelines.Batch]:
-            for batch in loader.load(plan.for_rank(self.ranks.rank, world)):
-                if world == 1:
+            def batches() -> Iterator[pipelines.Batch]:
+                for batch in loader.load(plan.for_rank(self.ranks.rank, world)):  # as many on every rank
                     self._leave_if_asked()
-                yield batch
+                    yield batch
 
-        with closing(self._open_loader(store)) as loader:
-            result = evaluate(self.model, batches(), mean=data.mean, std=data.std, device=self.device, amp=self.amp)
+            result = evaluate(
+                self.model, batches(), mean=data.mean, std=data.std, device=self.device, amp=self.amp,
+                label_map=self.data.val_classes,
+            )  # fmt: skip
         return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
 
     # ------------------------------------------------------------------ the data
@@ -176,9 +194,20 @@ class Run:
         options = self.config.data.model_dump(include={"size", "threads", "prefetch", "hw_decoder_load"})
         return pipelines.open_loader(self.config.data.pipeline, store, device=self.device, **options)
 
+    @contextmanager
+    def _closing(self, loader: pipelines.Loader) -> Iterator[pipelines.Loader]:
+        """Close it after the block; a failure to is secondary, and hides no error of the block."""
+        try:
+            yield loader
+        finally:
+            try:
+                loader.close()
+            except Exception as error:
+                self._say(f"warning: the loader was not closed properly: {error}")
+
     def _plans(self) -> Iterator[pipelines.EpochPlan]:
         """This rank's plans of the epochs that are not closed; the next one is drawn while one runs."""
-        draw = partial(pipelines.draw_epoch, self.spec, self.store.heights, self.store.widths)
+        draw = partial(pipelines.draw_epoch, self.spec, self.data.train.heights, self.data.train.widths)
         epochs = range(self.closed, -(-self.steps // self.budget.steps_per_epoch))
         for plan in run_ahead((partial(draw, epoch) for epoch in epochs), threads=1, ahead=2):
             yield plan.for_rank(self.ranks.rank, self.ranks.world)
@@ -193,63 +222,112 @@ class Run:
 
     # ------------------------------------------------------------------ the record
 
-    def _log_step(self, lr: float, waiting: Stopwatch) -> None:
+    def _log_step(self, log: Log, lr: float, waiting: Stopwatch) -> None:
         metrics, (seconds, waited) = self.step.take_metrics(), waiting.lap()
         self.totals = {name: self.totals[name] + value for name, value in metrics.items()}
         steps, skipped, in_a_row = metrics["steps"], metrics["skipped"], metrics["skipped_in_a_row"]
         passes = steps * self.budget.image_passes_per_step
         shown = {"epoch": self.done / self.budget.steps_per_epoch, "lr": lr} | rates(metrics) | {"skipped": skipped}
-        self.log.step(self.done, shown | {"image_passes_per_second": passes / seconds, "waiting_for_data": waited / seconds})
+        log.step(self.done, shown | {"image_passes_per_second": passes / seconds, "waiting_for_data": waited / seconds})
         if skipped:
             self._say(f"step {self.done}: {skipped:.0f} of the last {steps:.0f} steps were not finite and were skipped")
         if in_a_row >= self.config.run.max_skipped:
             bad = ", ".join(k for k in KINDS if metrics[f"nonfinite_{k}"]) or "no"
             raise NonFinite(
                 f"{in_a_row:.0f} non-finite steps in a row up to step {self.done} (loss of the {bad} rows; else gradients "
-                f"only); the last good checkpoint is in {self.checkpoints.folder}"
+                f"only); {self._last_good()}"
             )
 
     def _finish(self) -> dict[str, Any]:
+        self.votes.drain()
+        if self.saved != self.done:
+            raise NotSaved(f"training is done, but its last checkpoint could not be saved; {self._last_good()}")
         result = {
             "name": self.config.name, "seed": self.config.seed, "method": self.config.method.name, "steps": self.done,
             "epochs": self.closed, "image_passes": self.done * self.budget.image_passes_per_step,
             "seconds": time.perf_counter() - self.started, "last": self.last, "best": self.best, "versions": versions(),
         }  # fmt: skip
         if self.ranks.first:
-            (self.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            try:
+                write_whole(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+            except OSError as error:
+                raise NotSaved(
+                    f"training is done, but its result.json could not be written ({error}); {self._last_good()}"
+                ) from error
         return result
 
     def _say(self, message: str) -> None:
-        if self.ranks.first:
-            self.log.say(message) if hasattr(self, "log") else print(message, flush=True)
+        if not self.ranks.first:
+            return
+        if self.log is None:
+            print(message, flush=True)
+        else:
+            self.log.say(message)
 
     # ------------------------------------------------------------------ survival
 
-    def _leave_if_asked(self) -> None:
-        """Several ranks agree every tenth step, so that all of them leave after the same one."""
-        if (self.ranks.world == 1 or self.done % 10 == 0) and self.ranks.any(self.stop.number is not None):
-            self._save()
-            self._say(f"saved at step {self.done}; continue with resume=auto")
-            raise Interrupted(self.stop.number or signal.SIGTERM)
+    def _begin(self) -> Log:
+        """Write the folder's first files. Before the first step is done, nothing in it changes."""
+        if self.ranks.first:
+            # config.yaml goes on with the run that it describes.
+            config = self.config.model_copy(update={"resume": "auto"}).to_yaml()
+            self.run_folder.begin({"config.yaml": config, "versions.json": json.dumps(versions(), indent=1) + "\n"}, self.done)
+        log = Log(self.folder, self.done, self.steps, quiet=not self.ranks.first)
+        self.run_folder.has_begun()
+        return log
 
-    def _save(self) -> None:
+    def _leave_if_asked(self) -> None:
+        """Called as often on every rank, so that all leave after the same step or batch."""
+        self.stop.beat()
+        number = self.votes.cast(self.stop.number or 0)
+        if not number:
+            return
+        self.votes.drain()
+        stopped = Interrupted(number)
+        if not self._save():
+            raise NotSaved(f"{stopped}, and step {self.done} could not be saved; {self._last_good()}")
+        self._say(f"saved at step {self.done}; continue with resume=auto")
+        raise stopped
+
+    def _save(self) -> bool:
+        """True, on every rank, if the checkpoint is on the disk. A failure costs the checkpoint, not the run."""
         meta = {
-            "config": self.config.model_dump(mode="json"), "step": self.done, "closed": self.closed, "totals": self.totals,
+            "config": self._settled().model_dump(mode="json"), "step": self.done, "closed": self.closed, "totals": self.totals,
             "best": self.best, "last": self.last, "seconds": time.perf_counter() - self.started, "world": self.ranks.world,
-            "versions": versions(), "classes": list(self.store.classes or ()),
+            "versions": versions(), "train": self.data.train_identity, "val": self.data.val_identity,
+            "classes": self.data.train_identity["classes"] or [],
         }  # fmt: skip
         state = self.step.state() | {"metrics": self.step.metrics_of_all_ranks()}
         for name in sorted(PER_RANK & state.keys()):  # in the same order on every rank
             state[name] = self.ranks.gather_rows(state[name])
-        if self.ranks.first:
-            try:
-                self.checkpoints.save(self.done, state, meta)
-            except OSError as e:
-                self._say(f"warning: could not save step {self.done} ({e}); the older checkpoints stay, training goes on")
-        self.ranks.barrier()
+        failed = False
+        with self.stop.saving():
+            if self.ranks.first:
+                try:
+                    self.checkpoints.save(self.done, state, meta)
+                except Exception as error:
+                    if not (isinstance(error, OSError) or out_of_memory(error)):
+                        raise
+                    failed = True
+                    self._say(f"warning: could not save step {self.done} ({error}); {self._last_good()}")
+            failed = self.ranks.any(failed)
+        if not failed:
+            self.saved = self.done
+        return not failed
+
+    def _last_good(self) -> str:
+        if self.saved is None:
+            return "no step of it has been saved"
+        return f"the last good checkpoint is that of step {self.saved} in {self.checkpoints.folder}"
+
+    def _settled(self) -> Config:
+        """The config with what `auto` came to where the state depends on it: half precision has a loss scale."""
+        return self.config.model_copy(update={"run": self.config.run.model_copy(update={"amp": self.amp})})
 
     def _resume(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        _same_run(self.config, make_config(meta["config"]), path)
+        check_same_data("data.train", meta["train"], self.data.train_identity, path)
+        check_same_data("data.val", meta["val"], self.data.val_identity, path)
+        check_same_run(make_config(meta["config"]), self._settled(), path)
         if meta["world"] != self.ranks.world:
             raise ValueError(
                 f"{path} was written by {meta['world']} ranks, this run has {self.ranks.world}: rank slices, and with them the "
@@ -259,42 +337,14 @@ class Run:
             tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
         if not self.ranks.first:  # saved as sums over all ranks
             tensors["metrics"][: METRICS.index("steps")] = 0
+        if meta["step"] > self.steps:
+            raise ValueError(f"run.max_steps = {self.config.run.max_steps}, but {path} is already at step {meta['step']}")
         self.step.load_state(tensors)
         self.done, self.closed, self.totals = meta["step"], meta["closed"], meta["totals"]
         self.best, self.last = meta["best"], meta["last"]
         self.started -= meta["seconds"]  # of the run's earlier processes
+        self.resumed, self.saved = path, self.done
         self._say(f"resuming {path} at step {self.done}")
-
-    def _prepare_folder(self) -> None:
-        self.folder = folder = Path(self.config.run.dir) / self.config.name / f"seed{self.config.seed}"
-        if self.ranks.first:
-            print(describe(self.config, self.budget, self.step, self.spec.shuffle_groups), flush=True)
-            if self.config.resume == "never" and folder.exists() and any(folder.iterdir()):
-                raise ValueError(f"{folder} holds an earlier run and is never overwritten: resume=auto, another name or seed")
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "config.yaml").exists():
-                (folder / "config.yaml").write_text(self.config.to_yaml())
-                (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-        self.ranks.barrier()
-
-
-class Stopwatch:
-    """Seconds since the last lap, and how many of them were spent waiting for the loader."""
-
-    def __init__(self) -> None:
-        self.start, self.waited = time.perf_counter(), 0.0
-
-    def on(self, batches: Iterable[pipelines.Batch]) -> Iterator[pipelines.Batch]:
-        before = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - before
-            yield batch
-            before = time.perf_counter()
-
-    def lap(self) -> tuple[float, float]:
-        former, self.start = self.start, time.perf_counter()
-        waited, self.waited = self.waited, 0.0
-        return self.start - former, waited
 
 
 def rates(metrics: dict[str, float]) -> dict[str, float]:
@@ -304,22 +354,6 @@ def rates(metrics: dict[str, float]) -> dict[str, float]:
         if rows := metrics[f"rows_{kind}"]:
             out |= {f"loss_{kind}": metrics[f"loss_{kind}"] / rows, f"acc_{kind}": metrics[f"correct_{kind}"] / rows}
     return out
-
-
-def norm_kernel(config: Config, device: torch.device) -> Literal["auto", "triton", "split"]:
-    """`run.norm_kernel` as `fap.norm.RowGroups` says it. ValueError where Triton cannot run."""
-    wanted = config.run.norm_kernel
-    if wanted == "framework" or config.run.compile:  # the framework's is what a compiler fuses
-        return "split"
-    if wanted == "triton":
-        lacks = ""
-        if device.type != "cuda":
-            lacks = "it needs a GPU"
-        elif find_spec("triton") is None:
-            lacks = "it needs the package triton"
-        if lacks:
-            raise ValueError(f"run.norm_kernel = 'triton': {lacks}; use 'auto' or 'framework'")
-    return wanted
 
 
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
@@ -332,34 +366,3 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
         paired=method.name == "advprop",
         shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
     )  # fmt: skip
-
-
-def _open_store(field: Literal["train", "val"], config: Config) -> pipelines.Store:
-    path = getattr(config.data, field)
-    if path is None:
-        raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
-    store = pipelines.open_store(path)
-    least, most = int(store.labels.min(initial=0)), int(store.labels.max(initial=0))
-    if least < 0 or most >= config.model.classes:
-        raise ValueError(f"model.num_classes = {config.model.num_classes}, but {path} holds labels {least} to {most}")
-    return store
-
-
-def _same_run(config: Config, saved: Config, path: Path) -> None:
-    """Resuming exactly needs the same run; only where it runs and how often it reports may differ."""
-    free: Any = {"resume": True, "run": True, "paper": True, "data": {"threads", "prefetch", "hw_decoder_load", "val"}}
-    ours, theirs = (c.model_dump(mode="json", exclude=free) for c in (config, saved))
-    differ = [f"{s}.{k}" for s, v in ours.items() if isinstance(v, dict) for k in v if v[k] != theirs[s][k]]
-    differ += [s for s in ("name", "seed") if ours[s] != theirs[s]]
-    if differ:
-        raise ValueError(f"resume=auto: {path} was trained with another {', '.join(differ)}; use another name or seed")
-
-
-def set_up_torch(device: torch.device) -> None:
-    """What makes every step of this process faster and changes no result but by rounding."""
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        # glibc keeps what a step frees: else the next step's page faults take a fifth of its time (bench/NOTES.md).
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)

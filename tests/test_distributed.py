@@ -1,9 +1,12 @@
-"""Ranks: 1, 2 and 4 processes train alike, and the shuffle across them loses nothing."""
+"""Ranks: 1, 2 and 4 processes train alike, the shuffle across them loses nothing, and they start and stop together."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import write_beton
 
 import pipelines
 from fap.config import Config, load_config
-from fap.distributed import Ranks
+from fap.distributed import ONE_RANK, Ranks, Votes, connect
 from fap.models import build
 from fap.step import Step
-from fap.train import plan_spec
+from fap.train import Run, plan_spec
 
 CLEAN, GROUP, ADV = 32, 8, 4  # rows: 4 groups of 8 clean and 4 groups of 4 adversarial
 
@@ -132,8 +136,6 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(ti
         done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(next((tmp_path / ("one" if cmd is one else "two")).rglob("metrics.jsonl")).read_text().splitlines())
-    import json
-
     for a, b in zip(*results, strict=True):
         a, b = json.loads(a), json.loads(b)
         for key in ("epoch_loss_clean", "epoch_acc_adv", "val_loss", "val_top1"):
@@ -142,3 +144,163 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(ti
     again = subprocess.run([*one[:-1], f"run.dir={tmp_path}/two", "resume=auto"], env=env, capture_output=True, text=True)
     assert again.returncode == 1
     assert "2 ranks" in again.stderr
+
+
+# ------------------------------------------------------------------ start and stop
+
+
+def small(data: Path, runs: Path, *more: str) -> list[str]:
+    return [
+        f"data.train={data}", f"data.val={data}", f"run.dir={runs}", "data.size=32", "data.resize=32", "data.crop=pad",
+        "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3",
+        "budget.epochs=600", "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1",
+        "data.pipeline=reference", "run.log_every=1", *more,
+    ]  # fmt: skip
+
+
+# What both ranks say, by case: settings of both, settings of rank 1, and what both errors contain.
+DIFFERENT_RANKS = {
+    "folder": (["resume=auto"], ["run.dir=unshared"], "checkpoint: 'none' on rank 1, 'step_00000002, checksum "),
+    "config": (["run.dir=new"], ["optim.lr=0.3"], "optim.lr: 0.3 on rank 1, 0.1 on rank 0"),
+    "schedule": (["run.dir=new"], ["run.eval_every=3"], "run.eval_every: 3 on rank 1, 1 on rank 0"),
+    "data": (["run.dir=new"], ["data.val=other.beton"], "data.val: {'count': 64"),
+    "missing": (["run.dir=new"], ["data.val=/nowhere.beton"], "/nowhere.beton: no such file"),
+    "earlier": (["resume=never"], [], "holds an earlier run"),
+}
+
+
+def start_differently(rank: int, world: int, port: int, data: Path, folder: Path) -> None:
+    """Every case in one process group, which must be as good as new after each."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    ranks = connect()
+    Run(load_config(None, small(data, Path("runs"), "run.max_steps=2")), ranks).train()
+    said = {}
+    for name, (both, one, _) in DIFFERENT_RANKS.items():
+        words = small(data, Path("runs"), *both, *(one if rank == 1 else []))
+        try:
+            Run(load_config(None, words), ranks)
+        except ValueError as error:
+            said[name] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_ranks_that_would_not_train_the_same_run_all_say_why(tiny_beton: Path, tmp_path: Path) -> None:
+    images = list(np.random.default_rng(3).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
+    write_beton(tmp_path / "other.beton", images, [i % 10 for i in range(64)])
+    mp.spawn(start_differently, (2, free_port(), tiny_beton, tmp_path), nprocs=2)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())
+        for name, (_, _, part) in DIFFERENT_RANKS.items():
+            assert part in said.get(name, "nothing"), (rank, name)
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "unshared").exists()
+
+
+def start_two(data: Path, runs: Path, *more: str) -> tuple[list[subprocess.Popen], Path]:
+    """Two ranks as torchrun starts them, training; and their folder."""
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        env = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        cmd = [sys.executable, "-m", "fap.cli.train", *small(data, runs, *more)]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(cmd, env=os.environ | env, **out))  # type: ignore[call-overload]
+    metrics = runs / "fast_advprop" / "seed0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+    return processes, metrics.parent
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Path) -> None:
+    processes, folder = start_two(tiny_beton, tmp_path)
+    processes[1].send_signal(signal.SIGUSR2)
+    said = [p.communicate(timeout=60)[0] for p in processes]
+    assert [p.returncode for p in processes] == [128 + signal.SIGUSR2] * 2, said
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]["step"]
+    assert f"saved at step {last}; continue with resume=auto" in said[0]
+    assert (folder / "checkpoints" / f"step_{last:08d}.safetensors").is_file()
+    assert "Traceback" not in said[0] + said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_sigterm_ends_a_rank_while_another_one_hangs(tiny_beton: Path, tmp_path: Path, where: str) -> None:
+    """Rank 1 is stopped, so rank 0 waits for it in a collective: it ends by itself within its patience."""
+    more = [] if where == "training" else ["run.eval_batch=2", "optim.clean_batch=64", "method.group=32"]  # 48 batches a step
+    processes, _ = start_two(tiny_beton, tmp_path, *more)
+    time.sleep(0.3)
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        processes[0].send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        said, _ = processes[0].communicate(timeout=60)
+        assert time.monotonic() - begun < 25
+        assert processes[0].returncode == 143, said
+        assert "SIGTERM, but no progress for" in said
+    finally:
+        processes[1].kill()
+        processes[1].wait()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_at_once(tiny_beton: Path, tmp_path: Path) -> None:
+    processes, _ = start_two(tiny_beton, tmp_path)
+    processes[1].kill()
+    begun = time.monotonic()
+    said, _ = processes[0].communicate(timeout=60)
+    processes[1].wait()
+    assert time.monotonic() - begun < 10
+    assert processes[0].returncode == 1
+    assert "fap-train: another rank is gone, its own output says why" in said
+    assert "Traceback" not in said
+
+
+# ------------------------------------------------------------------ the environment
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not: start the ranks with torchrun"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' in the environment: must be a whole number >= 1"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE = '²' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2 in the environment: must be below WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK = '-1' in the environment: must be a whole number >= 0"),
+        ({"RANK": "1"}, "RANK = 1 in the environment: must be below WORLD_SIZE = 1"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "a"}, "LOCAL_RANK = 'a'"),
+    ],
+)
+def test_an_environment_of_no_rank_is_one_clear_error(environment: dict[str, str], says: str, monkeypatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert connect() is ONE_RANK
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        connect()
+    assert says in str(error.value)
+
+
+def test_others_that_are_not_met_are_a_clear_error(monkeypatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match=r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:no: "):
+        connect()
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    ONE_RANK.check_same({"a": 1})
+    assert Votes(ONE_RANK).cast(15) == 15
+    with pytest.raises(KeyError), ONE_RANK.together():
+        raise KeyError

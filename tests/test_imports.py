@@ -1,4 +1,4 @@
-"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py and cli/ know `pipelines`.
+"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py, data.py and cli/ know `pipelines`.
 
 `pipelines.files` is a leaf of plain file handling that anyone may import.
 """
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAF = "pipelines.files"
+JOINERS = (ROOT / "fap" / "train.py", ROOT / "fap" / "data.py")
 
 
 def imported(path: Path) -> set[str]:
@@ -41,7 +42,7 @@ def test_the_leaf_imports_the_standard_library_only() -> None:
 @pytest.mark.parametrize("path", files("fap"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_the_trainer_and_the_commands_join_both(path: Path) -> None:
     forbidden = {"bench", "tests"}
-    if path.parent.name != "cli" and path != ROOT / "fap" / "train.py":
+    if path.parent.name != "cli" and path not in JOINERS:
         forbidden |= {"pipelines", "ffcv", "nvidia"}
     assert not imported(path) & forbidden
 

@@ -1,0 +1,115 @@
+"""The data of a run: opened, counted, and its classes matched, before anything is built or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+import pipelines
+from fap.config import Config
+from fap.evaluate import match_classes
+from pipelines.files import shown
+
+NAMES_SHOWN = 3  # class names at either end of the list
+
+
+@dataclass(frozen=True)
+class RunData:
+    """`train` and `val`, and what they are: see `Store.identity`."""
+
+    train: pipelines.Store
+    val: pipelines.Store
+    train_identity: dict[str, Any]
+    val_identity: dict[str, Any]
+    n_classes: int  # of the model
+    val_classes: Tensor | None  # int64 (classes of val,): the model's class of each; None: they are the model's
+    lines: list[str]  # what a reader would check before a long run
+
+
+def open_data(config: Config) -> RunData:
+    """Open data.train and data.val and settle the number of classes.
+
+    Raises:
+        ValueError: a field is unset, `model.num_classes` is not the data's, or the classes of the two do not match.
+        DamagedData: as the stores raise it.
+    """
+    train = _open("train", config)
+    val = _open("val", config)
+    n_classes = _class_count(config, train)
+    val_classes = _match(config, train, val, n_classes)
+    lines = [_line("train", train, n_classes), _line("val", val, n_classes)]
+    if train.classes is None and config.model.num_classes is None:
+        lines.append(f"classes    {n_classes}: data.train has no class names, its largest label is {n_classes - 1}")
+    if (train.classes is None) != (val.classes is None):
+        lines.append("classes    only one of data.train and data.val has class names: labels are matched by number")
+    return RunData(train, val, train.identity(), val.identity(), n_classes, val_classes, lines)
+
+
+def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
+    path = getattr(config.data, field)
+    if path is None:
+        raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
+    store = pipelines.open_store(path)
+    # The place for a check of suspicious class names (train, val, test): it needs store.classes and path.
+    least = int(store.labels.min())
+    most = int(store.labels.max())
+    if least < 0:
+        raise ValueError(f"data.{field} = {path} holds labels {least} to {most}: a label must not be negative")
+    if store.classes is not None and most >= len(store.classes):
+        raise ValueError(f"data.{field} = {path} holds labels {least} to {most}, but {len(store.classes)} class names")
+    return store
+
+
+def _class_count(config: Config, train: pipelines.Store) -> int:
+    """The model's classes: those that data.train names, else as many as `model.num_classes` or the labels say."""
+    path = config.data.train
+    wanted = config.model.num_classes
+    most = int(train.labels.max())
+    if train.classes is not None:
+        found = len(train.classes)
+        if wanted is not None and wanted != found:
+            raise ValueError(
+                f"model.num_classes = {wanted}, but data.train = {path} names {found} classes ({_names(train.classes)}): "
+                f"write model.num_classes={found}, or leave it out"
+            )
+    else:
+        found = most + 1 if wanted is None else wanted
+        if most >= found:
+            raise ValueError(f"model.num_classes = {found}, but data.train = {path} holds labels 0 to {most}")
+    if found < 2:
+        raise ValueError(f"data.train = {path} has a single class, so there is nothing to learn; are the class folders deeper?")
+    return found
+
+
+def _match(config: Config, train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tensor | None:
+    """By name where both have names, so that data.val may lack classes; by number else."""
+    if train.classes is not None and val.classes is not None:
+        if val.classes == train.classes:
+            return None
+        try:
+            return match_classes(val.classes, train.classes)
+        except ValueError as error:
+            raise ValueError(f"data.val = {config.data.val} does not fit data.train = {config.data.train}: {error}") from None
+    most = int(val.labels.max())
+    if most >= n_classes:
+        raise ValueError(f"data.val = {config.data.val} holds labels up to {most}, but the model has {n_classes} classes")
+    return None
+
+
+def _line(field: str, store: pipelines.Store, n_classes: int) -> str:
+    if store.classes is None:
+        return f"{field:10} {len(store):,} images, labels 0 to {int(store.labels.max())} without names"
+    of = "" if len(store.classes) == n_classes else f" of the model's {n_classes:,}"
+    return f"{field:10} {len(store):,} images, {len(store.classes):,} classes{of}: {_names(store.classes)}"
+
+
+def _names(classes: Sequence[str]) -> str:
+    """All of a few names, else the first and the last ones."""
+    if len(classes) <= 2 * NAMES_SHOWN:
+        return ", ".join(map(shown, classes))
+    first = ", ".join(map(shown, classes[:NAMES_SHOWN]))
+    last = ", ".join(map(shown, classes[-NAMES_SHOWN:]))
+    return f"{first} ... {last}"
