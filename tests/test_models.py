@@ -168,7 +168,7 @@ def test_build_without_auxiliary_norms() -> None:
         ("convnext-tiny", "convnext_tiny"),
         ("no such model at all", "cifar_resnet18 or cifar_resnetD"),
         ("cifar_resnet9", "6n"),
-        ("adv_inception_v3x", "did you mean inception_v3"),
+        ("inception_v33", "did you mean inception_v3"),
         ("x" * 10**6, "1,000,002 characters"),
         ("", "neither torchvision nor timm"),
         ("timm/", "neither torchvision nor timm"),
