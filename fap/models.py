@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -65,7 +66,10 @@ def plain(name: str, num_classes: int) -> nn.Module:
     if name in _torchvision_names():
         kwargs: dict[str, Any] = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
-    architecture, dot, tag = name.removeprefix(TIMM).partition(".")
+    # An old name of timm's may stand for a tag (tf_efficientnet_b0_ns), or for a model that was removed (None).
+    asked = name.removeprefix(TIMM)
+    current = timm.models.get_deprecated_models().get(asked, asked) or ""
+    architecture, dot, tag = current.partition(".")
     of_timm, of_torchvision = timm.is_model(architecture), architecture in _torchvision_names()
     if dot and (of_timm or of_torchvision):
         known = TIMM + architecture if of_timm else architecture
@@ -150,7 +154,7 @@ def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], 
     held = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     try:
         # Weights in float64 are twice as large as ours.
-        state, header = _read_weights(Path(path).expanduser(), 2 * held + MOST_HEADER)
+        state, header = _read_weights(Path(os.path.expanduser(path)), 2 * held + MOST_HEADER)
         load_plain(model, state)
     except FileNotFoundError:
         raise ValueError(f"{where}: no such file") from None
@@ -181,7 +185,7 @@ def _read_weights(
     try:
         state = safetensors.torch.load(content)
         end = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:end]).get("__metadata__", {})
+        header = json.loads(content[8:end]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as e:
         # Not by its suffix: whatever it is called, a pickle is never loaded.
         raise ValueError(f"no safetensors file ({shown(str(e))}); {_how_to_convert(file)}") from None
@@ -196,10 +200,10 @@ def _read_weights(
 
 
 def _how_to_convert(file: Path) -> str:
-    load = f"torch.load({str(file)!r}, map_location='cpu', weights_only=True)"
-    save = f"save_file({{k: v.clone() for k, v in {load}.items()}}, {str(file.with_suffix('.safetensors'))!r})"
+    load = f"torch.load({file.name!r}, map_location='cpu', weights_only=True)"
+    save = f"save_file({{k: v.clone() for k, v in {load}.items()}}, {file.with_suffix('.safetensors').name!r})"
     code = f"import torch; from safetensors.torch import save_file; {save}"
-    return f'a file of torch.save (.pth, .pt, .bin) that you trust is converted by: python -c "{code}"'
+    return f'a file of torch.save (.pth, .pt, .bin) is converted, in its folder, by: python -c "{code}"'
 
 
 def _number_or_text(text: str) -> Any:

@@ -168,6 +168,7 @@ def test_build_without_auxiliary_norms() -> None:
         ("convnext-tiny", "convnext_tiny"),
         ("no such model at all", "cifar_resnet18 or cifar_resnetD"),
         ("cifar_resnet9", "6n"),
+        ("inception_v33", "did you mean inception_v3"),
         ("x" * 10**6, "1,000,002 characters"),
         ("", "neither torchvision nor timm"),
         ("timm/", "neither torchvision nor timm"),
@@ -188,6 +189,8 @@ def test_names_that_nobody_knows(name: str, says: str) -> None:
         ("resnet50.IMAGENET1K_V2", "timm/resnet50"),
         ("vit_b_16.IMAGENET1K_V1", "vit_b_16"),
         ("timm/resnet18.", "timm/resnet18"),
+        ("tf_efficientnet_b0_ns", "timm/tf_efficientnet_b0"),
+        ("timm/convnext_tiny_in22k", "timm/convnext_tiny"),
         ("resnet18." + "x" * 10**6, "timm/resnet18"),
     ],
 )
@@ -297,6 +300,19 @@ def test_init_in_the_home_folder(weights: tuple[Path, dict[str, Tensor]], monkey
     assert start("~/weights.safetensors")[1] == []
 
 
+def test_init_in_the_home_of_nobody() -> None:
+    assert "no such file" in refusal("~no_such_user/weights.safetensors")
+
+
+def test_init_with_an_empty_header(tmp_path: Path) -> None:
+    blob = safetensors.torch.save(state := CifarResNet(8, 10).state_dict())
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = blob[8:end].rstrip().replace(b"{", b'{"__metadata__":null,', 1)
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + blob[end:])
+    with contextlib.suppress(ValueError):  # one short message is as good
+        assert torch.equal(start(tmp_path / "x")[0].state_dict()["fc.bias"], state["fc.bias"])
+
+
 def test_init_weights_of_other_inputs_are_said(weights: tuple[Path, dict[str, Tensor]]) -> None:
     path, state = weights
     _, said = start(path, mean=(0.485, 0.456, 0.406))
@@ -324,13 +340,14 @@ def refusal(path: Path | str) -> str:
     return message
 
 
-def test_init_of_a_pickle_says_how_to_convert_it(tmp_path: Path) -> None:
+def test_init_of_a_pickle_says_how_to_convert_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = CifarResNet(8, 10).state_dict()
     for name in ("new.pth", "old.safetensors"):  # the content counts, not the suffix
         torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "new.pth")
         message = refusal(tmp_path / name)
         assert "no safetensors file" in message
     message = refusal(tmp_path / "new.pth")
+    monkeypatch.chdir(tmp_path)
     exec(message.partition('python -c "')[2].rstrip('"'), {})  # the advice works
     model, _ = start(tmp_path / "new.safetensors")
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())

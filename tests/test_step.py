@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fap import attack
-from fap.config import Config, make_config
+from fap.config import Config, load_config, make_config
 from fap.models import _install_stem, stem_of
 from fap.norm import convert, norms
 from fap.step import Step, dropout_seed
@@ -262,6 +263,21 @@ def test_what_an_unset_attack_is(name: str) -> None:
     for (targeted, attack_bn), adversarial in made.items():
         stated = (targeted is not False, attack_bn != "batch")
         assert torch.equal(adversarial, made[None, None]) == (stated == (True, True)), (targeted, attack_bn)
+
+
+def test_shipped_configs_say_that_they_attack_as_the_paper_reads() -> None:
+    found = 0
+    for file in Path("configs").rglob("*.yaml"):
+        method = load_config(file).method
+        if method.name in ("advprop", "decoupled"):
+            found += 1
+            text = file.read_text()
+            assert "  targeted: true\n  attack_bn: running\n" in text, file
+            assert "# Read from the paper (section 3.2.2)" in text, file
+            assert (method.targeted, method.attack_bn) == (True, "running")
+        else:
+            assert (method.targeted, method.attack_bn) == (None, None)
+    assert found >= 10
 
 
 @pytest.mark.parametrize("attack_bn", ["running", "batch"])
