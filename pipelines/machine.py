@@ -89,7 +89,7 @@ def _below(group: str, shown: str) -> tuple[str, ...]:
     """The parts of `group`'s path below the group that a mount shows as its top; () if it lies elsewhere."""
     parts = Path(group).parts
     above = Path(shown).parts
-    if ".." in parts or parts[: len(above)] != above:
+    if parts[: len(above)] != above:
         return ()
     return parts[len(above) :]
 
