@@ -223,6 +223,15 @@ def test_limits_of_a_process(which: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert mend == command
 
 
+def test_a_container_with_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.machine, "thread_limit", lambda: 100)
+    text, mend = finding("limits")
+    assert "at most 100 threads" in text
+    assert mend.startswith("docker run --pids-limit")
+    monkeypatch.setattr(doctor.machine, "thread_limit", lambda: doctor.LEAST_THREADS)
+    assert "open files" in doctor.check_limits(Path())
+
+
 def test_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_text(Path()) == "UTF-8"
     monkeypatch.setattr(doctor.locale, "getpreferredencoding", lambda *_: "ANSI_X3.4-1968")
@@ -239,8 +248,13 @@ def test_few_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
 
     monkeypatch.setattr(os, "statvfs", inodes(0))  # btrfs counts none
-    with contextlib.suppress(doctor.Finding):  # a slow disk
-        doctor.check_disk(tmp_path)
+    text = ""
+    try:
+        text = doctor.check_disk(tmp_path)
+    except doctor.Finding as slow:
+        text = str(slow)
+    assert "MB/s" in text
+    assert "more files" not in text
     monkeypatch.setattr(os, "statvfs", inodes(1000))
     text, mend = finding("disk", tmp_path)
     assert "room for only 12 more files" in text

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,9 +164,18 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert commit(tmp_path) == f"{head}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit(tmp_path) is None  # no git
-    monkeypatch.setattr("fap.log.GIT_SECONDS", 0)
-    assert commit(tmp_path) is None
     assert commit(tmp_path / "gone") is None
+
+
+def test_a_git_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file server that does not answer."""
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 8\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("fap.log.GIT_SECONDS", 0.2)
+    start = time.monotonic()
+    assert commit(tmp_path) is None
+    assert time.monotonic() - start < 4
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")

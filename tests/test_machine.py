@@ -19,7 +19,7 @@ import pytest
 
 from pipelines import machine, open_store
 from pipelines.convert import convert_folder
-from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, usable_cores, writable
+from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, thread_limit, usable_cores, writable
 
 HERE = Path(__file__).resolve().parents[1]
 NAMES = ("docker", "kubepods.slice", "user 1000", "a:b", "job_7", "cpu,memory")
@@ -145,6 +145,19 @@ def test_less_than_a_core_is_one(quota: str, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c/cpu.max").write_text(f"{quota}\n")
     assert usable_cores(tmp_path) == 1
+
+
+@pytest.mark.parametrize("own", ["0::/job", "7:pids:/job"])
+def test_threads(own: str, tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "c/job").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{own}\n")
+    kind = "cgroup c rw,pids" if "pids" in own else "cgroup2 c rw"
+    (tmp_path / "proc/self/mountinfo").write_text(f"3 2 0:3 / /c rw - {kind}\n")
+    (tmp_path / "c/job/pids.max").write_text("max\n")
+    assert thread_limit(tmp_path) is None
+    (tmp_path / "c/pids.max").write_text("77\n")
+    assert thread_limit(tmp_path) == 77
 
 
 def test_without_proc(tmp_path: Path) -> None:
