@@ -37,6 +37,7 @@ def open_data(config: Config) -> RunData:
         DamagedData: as the stores raise it.
     """
     train = _open("train", config)
+    # Here a source may refuse class names that say it is the folder above the classes (train, val, test).
     val = _open("val", config)
     n_classes = _class_count(config, train)
     val_classes = _match(config, train, val, n_classes)
@@ -53,7 +54,6 @@ def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
     if path is None:
         raise ValueError(f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image folder")
     store = pipelines.open_store(path)
-    # The place for a check of suspicious class names (train, val, test): it needs store.classes and path.
     least = int(store.labels.min())
     most = int(store.labels.max())
     if least < 0:

@@ -192,6 +192,6 @@ def _whole(name: str, unset: int | None, *, least: int = 0, most: int | None = N
 
 def disconnect() -> None:
     """Leave the group. Secondary by then: a failure is no failure of the run."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(Exception):
         if dist.is_initialized():
             dist.destroy_process_group()

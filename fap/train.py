@@ -75,7 +75,9 @@ class Run:
     def _prepare(self, config: Config) -> None:
         """Everything before the first step that can fail without the other ranks."""
         self.device = self.ranks.device(config.run.device)
-        self.amp: Amp = config.run.amp if config.run.amp != "auto" else "fp16" if self.device.type == "cuda" else "off"
+        self.amp: Amp = "fp16" if self.device.type == "cuda" else "off"
+        if config.run.amp != "auto":
+            self.amp = config.run.amp
         if config.run.torch_threads:
             torch.set_num_threads(config.run.torch_threads)
         set_up_torch(self.device)

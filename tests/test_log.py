@@ -60,6 +60,40 @@ def test_a_terminal_gets_one_bar(tmp_path: Path) -> None:
     assert shown.count("\n") == 2  # the message's and the end of the bar's: all else overwrites the bar
 
 
+def test_standard_output_is_looked_up_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path, 0, 100)
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    log.say("hello")
+    log.step(50, VALUES)
+    log.close()
+    hello, line = out.getvalue().splitlines()
+    assert hello == "hello"
+    assert line.startswith("step 50/100")
+
+
+def test_what_tensorboard_cannot_do_costs_tensorboard_only(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()  # where its folder should be
+    out = io.StringIO()
+    log = Log(tmp_path, 0, 100, out=out)
+    log.record(1, {"a": 1.0})
+    log.close()
+    assert records(tmp_path) == [{"step": 1, "a": 1.0}]
+    assert out.getvalue().count("warning: no TensorBoard: ") == 1
+
+
+def test_closing_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("disk quota exceeded")
+
+    out = io.StringIO()
+    log = Log(tmp_path, 0, 100, out=out)
+    monkeypatch.setattr(log.bar, "close", broken)
+    log.close()
+    assert log.file.closed
+    assert "warning: the log was not closed properly: disk quota exceeded" in out.getvalue()
+
+
 def test_quiet_ranks_leave_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = Log(tmp_path / "none", 0, 100, quiet=True)
     log.step(50, VALUES)

@@ -123,6 +123,7 @@ def test_signals_and_files_are_given_back() -> None:
     with StopSignal():
         assert any(signal.getsignal(s) is not handler for s, handler in before[0].items())
     assert ({s: signal.getsignal(s) for s in session.SIGNALS}, len(os.listdir("/proc/self/fd"))) == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 HANGS = """

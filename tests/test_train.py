@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -390,11 +391,84 @@ def test_one_run_per_folder(tiny_beton: Path, tmp_path: Path) -> None:
     assert Run(config).train()["steps"] == 1
 
 
+def test_a_lock_file_that_its_last_holder_removed_is_no_lock(tmp_path: Path, monkeypatch) -> None:
+    """Between our opening and locking it, the other process ends and a third one starts."""
+    at, lock = tmp_path / ".lock", run_folder.lock
+    holders = []
+
+    def overtaken(file: IO[bytes]) -> bool:
+        if not holders:
+            at.unlink()
+            holders.append(at.open("ab"))
+            assert lock(holders[0])
+        return lock(file)
+
+    monkeypatch.setattr(run_folder, "lock", overtaken)
+    folder = run_folder.RunFolder(tmp_path, print)
+    with pytest.raises(ValueError, match="another process trains in"):
+        folder.take(may_go_on=True)
+    folder.release()
+    holders[0].close()
+    folder.take(may_go_on=True)
+    folder.release()
+
+
 def test_without_locks_a_run_goes_on_with_a_warning(tiny_beton: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(run_folder, "lock", lambda file: False)
     _, result = run(tiny_beton, tmp_path, "run.max_steps=1")
     assert result["steps"] == 1
     assert "has no locks: never start two runs in this folder" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ what fap-train says of failures
+
+
+def fail_as_gloo_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(step: Step) -> None:
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer\nand more")
+
+    monkeypatch.setattr(Step, "__call__", gone)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "says"),
+    [
+        (fail_in_the_first_step, "fap-train: out of memory: CUDA out of memory\nremedies: fewer optim.clean_batch rows"),
+        (fail_as_gloo_does, "fap-train: another rank is gone, its own output says why ([/pytorch"),
+        (fail_without_the_package, "fap-train: pipeline = 'reference' needs a package that is missing"),
+        (fail_on_a_full_disk, "fap-train: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_the_environments_faults_are_a_message(
+    breaks, says: str, tiny_beton: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    breaks(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words(tiny_beton, tmp_path))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith(says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_faults_keep_their_traceback(tiny_beton: Path, tmp_path: Path, monkeypatch) -> None:
+    def wrong(step: Step) -> None:
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(Step, "__call__", wrong)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        cli.main(words(tiny_beton, tmp_path))
+
+
+@pytest.mark.slow
+def test_no_room_at_all_is_a_message(tiny_beton: Path, tmp_path: Path) -> None:
+    """Not even for what torch writes when it is imported."""
+    done = subprocess.run(
+        ["prlimit", "--fsize=0", *command(*words(tiny_beton, tmp_path))], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("fap-train: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------ mistakes

@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _train(argv)
     except KeyboardInterrupt:  # before the run takes over the signals
-        print("fap-train: stopped before training began", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "stopped before training began")
+    except (ImportError, OSError) as e:  # torch needs a temporary folder with some room to be imported, for example
+        _end(1, str(e))
 
 
 def _train(argv: Sequence[str] | None) -> None:
@@ -74,7 +75,7 @@ def _train(argv: Sequence[str] | None) -> None:
         print(done.format(**result | result["last"]))
 
 
-def _end(code: int, message: str, world: int) -> NoReturn:
+def _end(code: int, message: str, world: int = 1) -> NoReturn:
     """Say why and exit; one of several ranks at once, since tidying up would wait for the others."""
     print(f"fap-train: {message}", file=sys.stderr)
     if world > 1:
