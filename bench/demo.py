@@ -36,7 +36,7 @@ CLEAN_BATCH = 64
 GROUP = 32  # two main batch-norm groups per step, so that both passes of a step are equally large
 EPS_255 = 4
 CONFIGS = {BASE: "vanilla", EQUAL_COST: "fast_advprop", EQUAL_STEPS: "fast_advprop"}  # of configs/cifar10
-SAY_EVERY_S = 20
+SAY_EVERY_S = 30
 WIDTH = 110  # of what is said, in characters
 INTRODUCTION = """
 Fast AdvProp trains an image classifier on clean images and on adversarial ones: images changed by a few grey levels so
@@ -195,7 +195,7 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
         done = sum(passes_done(demo, *run) for run in runs)
         finished = sum((demo.run_folder(*run) / "result.json").exists() for run in runs)
         line = f"   {finished} of {len(runs)} runs finished, {done / total:.0%} of the image passes"
-        if done > at_first:
+        if at_first < done < total:
             rest = (time.monotonic() - began) * (total - done) / (done - at_first)
             line += f", about {minutes(rest)} left"
         return line

@@ -50,8 +50,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `undecided` (the interval includes 0; one seed has no interval)."""
-        if self.n < 2 or self.low <= 0 <= self.high:
+        """`better`, `worse` or `undecided`: the interval includes 0, as that of one seed, which has no limits, does."""
+        if self.low <= 0 <= self.high:
             return "undecided"
         return "better" if self.low > 0 else "worse"
 
@@ -180,7 +180,7 @@ def comparison(lead: str, ours: Runs, base: Runs) -> list[str]:
     for measure, name in MEASURES.items():
         where = name
         if measure == "corrupted":
-            where += f" ({len(base[0]['corruptions'])} kinds)"
+            where += f" (mean of {len(base[0]['corruptions'])})"
         start = fmean(value(r, measure) for r in base)
         lines.append(f"  - {where}: {answer(difference(ours, base, measure), start)}")
     return lines
@@ -207,7 +207,7 @@ def limits_sentence(rows: Rows, images: int, paper: Mapping[str, Mapping[str, fl
         wide = f" Intervals of {seeds} are wide, and chance alone decides one in twenty."
     ours, base = paper[EQUAL_COST], paper[BASE]
     return (
-        f"What this cannot show: {seeds} of a tiny network on {images} images say nothing about ImageNet.{wide} There, with a "
-        f"ResNet-50 at equal cost, the paper reports {base['top1']} -> {ours['top1']}% right on clean images and "
+        f"What this cannot show: results of {seeds} of a tiny network on {images} images say nothing about ImageNet.{wide} "
+        f"There, with a ResNet-50 at equal cost, the paper reports {base['top1']} -> {ours['top1']}% right on clean images and "
         f"{base['imagenet_c']} -> {ours['imagenet_c']}% wrong under corruptions."
     )

@@ -96,7 +96,7 @@ def test_every_comparison_is_judged_by_its_own_numbers() -> None:
     assert "better on corrupted images, adversarial images; worse on Gaussian noise; undecided on clean images" in said[0]
     by_name = {name: next(line for line in said if line.startswith(f"  - {name}")) for name in MEASURES.values()}
     assert by_name["corrupted images"].endswith(
-        "(2 kinds): 2.0 points more right than vanilla's 41.0% (95% interval +1.5 to +2.5, 3 seeds): "
+        "(mean of 2): 2.0 points more right than vanilla's 41.0% (95% interval +1.5 to +2.5, 3 seeds): "
         "better, as far as 3 seeds of this size show"
     )
     assert "2.0 points fewer right than vanilla's 31.0%" in by_name["Gaussian noise"]
