@@ -1,15 +1,14 @@
 """Does it work? Arms trained on CIFAR-10 by `fap-train`, evaluated by `fap-eval`, compared in one table and one plot.
 
-`python -m bench.study demo` is the short version: vanilla and Fast AdvProp, one seed. `study --size small|full` runs
-every arm over several seeds; finished runs are kept, so an interrupted study goes on where it stopped.
+`python -m bench.study study --size small|full` runs every arm over several seeds; finished runs are kept, so an interrupted
+study goes on where it stopped. The short, explained version is `bench.demo`.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,11 +18,14 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
+from bench.commands import fap, stopping
 from bench.common import ROOT, write_json
+from pipelines import open_store
 from pipelines.corrupt import NAMES
 from pipelines.machine import usable_cores
 
 RUNS = ROOT / "runs"
+RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Size:
 
 
 SIZES = {
-    "demo": Size(("vanilla", "fast_advprop"), 1, "cifar_resnet8", 10_000, 2_000, 12, (7, 10), 128, 1, ()),
     "small": Size(
         ("vanilla", "noise", "advprop_pgd1", "fast_advprop"), 3, "cifar_resnet8", 8_000, 1_000, 15, (9, 13), 128, 2, NAMES
     ),
@@ -53,18 +54,11 @@ SIZES = {
 }  # fmt: skip
 
 
-def fap(command: str, *words: str, **options: Any) -> None:
-    """Run `fap-COMMAND`, with `options` of subprocess.run; if it fails, leave and say so."""
-    done = subprocess.run([sys.executable, "-m", f"fap.cli.{command}", *words], cwd=ROOT, **options)
-    if done.returncode:
-        sys.exit(f"study: 'fap-{command} {words[0]}' ended with exit code {done.returncode}; its message is above or in {RUNS}")
-
-
-def convert(split: str, count: int) -> Path:
-    """The first `count` images of CIFAR-10 as `.beton`, made once."""
+def convert(split: str, count: int, log: Path | None = None) -> Path:
+    """The first `count` images of CIFAR-10 as `.beton`, made once; what fap-convert says goes to `log`, if given."""
     file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
     if not file.exists():
-        fap("convert", "cifar10", str(file), "--split", split, "--limit", str(count))
+        fap("convert", "cifar10", str(file), "--split", split, "--limit", str(count), log=log)
     return file
 
 
@@ -78,26 +72,45 @@ def train(arm: str, seed: int, size: Size, files: Files, runs: Path, pipeline: s
         print(f"{arm}, seed {seed}: already trained, in {folder}", flush=True)
         return folder
     words = [
-        f"configs/cifar10/{arm}.yaml", f"model.name={size.model}", f"optim.clean_batch={size.clean_batch}",
-        f"budget.epochs={size.epochs}", f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
+        f"configs/cifar10/{arm}.yaml", f"name={arm}", f"model.name={size.model}", "model.num_classes=10",
+        f"optim.clean_batch={size.clean_batch}", f"budget.epochs={size.epochs}",
+        f"budget.milestones={list(size.milestones)}", f"seed={seed}", "resume=auto",
         f"data.train={files['train']}", f"data.val={files['test']}",
         f"run.dir={runs}", "--pipeline", pipeline,
     ]  # fmt: skip
-    alone, log = None, None
+    threads, log = None, None
     if size.workers > 1:
-        alone = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        threads = max(1, usable_cores() // size.workers)
-        words += ["run.torch_threads=1", f"data.threads={threads}", f"run.eval_every={size.epochs}"]
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open(folder.parent / f"seed{seed}.log", "w")  # noqa: SIM115
-    print(f"\n{arm}, seed {seed}: training" + (f", see {log.name}" if log else ""), flush=True)
-    fap("train", *words, env=alone, stdout=log, stderr=log)
+        threads = 1
+        decoding = max(1, usable_cores() // size.workers)
+        words += ["run.torch_threads=1", f"data.threads={decoding}", f"run.eval_every={size.epochs}"]
+        log = folder.parent / f"seed{seed}.log"
+    print(f"\n{arm}, seed {seed}: training" + (f", see {log}" if log else ""), flush=True)
+    fap("train", *words, log=log, threads=threads)
     return folder
+
+
+def same_settings(runs: Path, settings: Mapping[str, Any], files: Files) -> None:
+    """Note in `runs` what its runs are made with, the content of the data included. SystemExit where that was other."""
+    content = {}
+    for split, file in files.items():
+        with closing(open_store(file)) as store:
+            content[split] = store.identity()
+    now = json.dumps({**settings, "data": content}, indent=1)
+    note = runs / "settings.json"
+    if note.exists() and note.read_text() != now:
+        raise SystemExit(f"{runs} holds runs with other settings or other data, see {note}; move it away to start anew")
+    runs.mkdir(parents=True, exist_ok=True)
+    note.write_text(now)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Of a run that has one."""
+    return sorted((folder / "checkpoints").glob("step_*.safetensors"))[-1]
 
 
 def evaluated(folders: list[Path], size: Size, files: Files, runs: Path, pipeline: str) -> list[dict[str, Any]]:
     """Summaries of the runs, with fap-eval's report on each one's last checkpoint."""
-    last = [str(sorted((f / "checkpoints").glob("step_*.safetensors"))[-1]) for f in folders]
+    last = [str(last_checkpoint(f)) for f in folders]
     words = ["--data", str(files["test"]), "--pipeline", pipeline, "--out", str(runs / "eval")]
     fap("eval", *last, *words, "--corrupt", *size.corrupt)
     reports = json.loads((runs / "eval" / "report.json").read_text())
@@ -105,24 +118,35 @@ def evaluated(folders: list[Path], size: Size, files: Files, runs: Path, pipelin
 
 
 def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """One run in numbers, accuracies in percent; `curve` is that of the clean training rows over image passes."""
+    """One run in numbers, accuracies in percent; `corruptions`, by name, are means over the severities."""
     result = json.loads((folder / "result.json").read_text())
     epochs = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "epoch_acc_clean" in r]
+    by_name: dict[str, list[float]] = {}
+    for key, found in report["results"].items():
+        if key.startswith("computed/"):
+            by_name.setdefault(key.split("/")[1], []).append(100 * found["top1"])
+    corruptions = {name: fmean(values) for name, values in by_name.items()}
     return {
+        "seed": result["seed"],
         "clean": 100 * report["results"]["clean"]["top1"],
-        "corrupted": 100 * fmean(v["top1"] for k, v in report["results"].items() if k.startswith("computed/")),
+        "corrupted": fmean(corruptions.values()),
+        "corruptions": corruptions,
         "train_clean": 100 * epochs[-1]["epoch_acc_clean"],
         "train_adv": 100 * epochs[-1]["epoch_acc_adv"] if "epoch_acc_adv" in epochs[-1] else None,
+        "steps": result["steps"],
         "image_passes": result["image_passes"],
         "seconds": result["seconds"],
-        "curve": [(r["step"] * result["image_passes"] / result["steps"], 100 * r["epoch_acc_clean"]) for r in epochs],
     }
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence intervals."""
+    """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence intervals.
+
+    Cost is compared by image passes. Seconds are those of a clock on the wall: runs that shared the machine with
+    different neighbours cannot be compared by them.
+    """
     head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %",
-            "image passes", "seconds", "seconds / vanilla"]  # fmt: skip
+            "image passes", "image passes / vanilla", "seconds"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
 
     def column(arm: str, key: str) -> np.ndarray:
@@ -131,9 +155,11 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     for arm, runs in rows.items():
         cells = [arm, str(len(runs)), *(mean_std(column(arm, k)) for k in ("clean", "corrupted"))]
         cells += ["" if arm == "vanilla" else interval(column(arm, k) - column("vanilla", k)) for k in ("clean", "corrupted")]
-        adv, clean, seconds = (column(arm, k) for k in ("train_adv", "train_clean", "seconds"))
-        cells += ["" if np.isnan(adv).any() else f"{adv.mean():.1f} / {clean.mean():.1f}", f"{runs[0]['image_passes']:,}"]
-        cells += [f"{np.median(seconds):.0f}", f"{np.median(seconds / column('vanilla', 'seconds')):.3f}"]
+        adv, clean = column(arm, "train_adv"), column(arm, "train_clean")
+        cells += ["" if np.isnan(adv).any() else f"{adv.mean():.1f} / {clean.mean():.1f}"]
+        passes = runs[0]["image_passes"]
+        cells += [f"{passes:,}", f"{passes / rows['vanilla'][0]['image_passes']:.3f}"]
+        cells += [f"{np.median(column(arm, 'seconds')):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,12 +177,25 @@ def interval(differences: np.ndarray) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """`groups`: by label, by arm, one value per seed. A bar is their mean, a dot one seed."""
+    arms = list(next(iter(groups.values())))
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        at = np.arange(len(groups)) + (i + 0.5) * width
+        values = np.array([group[arm] for group in groups.values()])  # (groups, seeds)
+        axes.bar(at, values.mean(1), width, label=arm, color=f"C{i}", alpha=0.6)
+        axes.plot(at, values, ".", color="black", markersize=4)
+    axes.set_xticks(np.arange(len(groups)) + 0.4, list(groups))
+    axes.set_ylabel("percent right")
+    axes.set_ylim(bottom=0)
+
+
 def plot(rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Training accuracy of clean rows (seed 0) against image passes; final accuracies are in the table and fap-eval's plot."""
+    """Accuracy on clean and on corrupted test images; what each corruption does is in fap-eval's plot."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="image passes", ylabel="training accuracy of clean rows, %")
-    for arm, runs in rows.items():
-        axes.plot(*zip(*runs[0]["curve"], strict=True), label=arm)
+    axes = figure.add_subplot()
+    bars(axes, {k: {arm: [run[k] for run in runs] for arm, runs in rows.items()} for k in ("clean", "corrupted")})
     axes.legend()
     figure.savefig(file, dpi=120)
 
@@ -172,19 +211,21 @@ def report(rows: dict[str, list[dict[str, Any]]], size: Size, out: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("demo", "study"))
-    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("what", choices=("study",))
+    parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
     args = parser.parse_args()
-    name = "demo" if args.what == "demo" else args.size
-    size, runs = SIZES[name], RUNS / (f"demo_{args.pipeline}" if name == "demo" else f"study_{name}")
+    size, runs = SIZES[args.size], RUNS / f"study_{args.size}"
     files = {"train": convert("train", size.images), "test": convert("test", size.test)}
-    with ThreadPoolExecutor(size.workers) as pool:  # of the first seed all arms, then of the next
+    settings = {k: v for k, v in asdict(size).items() if k not in ("arms", "seeds", "workers", "corrupt")}
+    same_settings(runs, settings, files)
+    with ThreadPoolExecutor(size.workers) as pool, stopping():  # of the first seed all arms, then of the next
         order = [(arm, seed) for seed in range(size.seeds) for arm in size.arms]
         jobs = [pool.submit(train, arm, seed, size, files, runs, args.pipeline) for arm, seed in order]
-    found = evaluated([job.result() for job in jobs], size, files, runs, args.pipeline)
+        folders = [job.result() for job in jobs]
+    found = evaluated(folders, size, files, runs, args.pipeline)
     rows = {arm: found[i :: len(size.arms)] for i, arm in enumerate(size.arms)}
-    out = (runs if name == "demo" else ROOT / "bench" / "results") / f"study_{name}"
+    out = RESULTS / f"study_{args.size}"
     text = report(rows, size, out)
     print(f"\n{text}\n\nplot: {out}.png")
 
