@@ -1,4 +1,5 @@
-"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py and cli/ know `pipelines`.
+"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only what joins both knows `pipelines`: train.py, cli/,
+and of fap-eval the sets (benchmarks.py) and the work on them (evaluation.py).
 
 `pipelines.files` is a leaf of plain file handling that anyone may import.
 """
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAF = "pipelines.files"
+JOINING = [ROOT / "fap" / name for name in ("train.py", "benchmarks.py", "evaluation.py")]
 
 
 def imported(path: Path) -> set[str]:
@@ -39,9 +41,9 @@ def test_the_leaf_imports_the_standard_library_only() -> None:
 
 
 @pytest.mark.parametrize("path", files("fap"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_trainer_and_the_commands_join_both(path: Path) -> None:
+def test_only_training_evaluation_and_commands_join_both(path: Path) -> None:
     forbidden = {"bench", "tests"}
-    if path.parent.name != "cli" and path != ROOT / "fap" / "train.py":
+    if path.parent.name != "cli" and path not in JOINING:
         forbidden |= {"pipelines", "ffcv", "nvidia"}
     assert not imported(path) & forbidden
 
