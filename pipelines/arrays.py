@@ -33,7 +33,8 @@ def read_severity(file: Path, severity: int) -> Severity:
     labels_file = file.with_name("labels.npy")
     images, images_crc32 = read_npy(file)
     labels, labels_crc32 = read_npy(labels_file)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not 0 < max(images.shape[1:3]) <= MAX_SIDE:
+    sides = images.shape[1:3]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or min(sides) < 1 or max(sides) > MAX_SIDE:
         raise DamagedData(f"{file}: {images.dtype} of shape {images.shape}: expected uint8 (N, height, width, 3)")
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise DamagedData(f"{labels_file}: {labels.dtype} of shape {labels.shape}: expected integers (N,)")
@@ -62,10 +63,13 @@ def read_npy(file: Path) -> tuple[np.ndarray, int]:
         raise DamagedData(str(error)) from None
     at = io.BytesIO(content)
     try:
-        if np.lib.format.read_magic(at) == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(at, max_header_size=MOST_HEADER)
-        else:
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(at, max_header_size=MOST_HEADER)
+        match np.lib.format.read_magic(at):
+            case (1, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(at, max_header_size=MOST_HEADER)
+            case (2, 0):
+                shape, fortran, dtype = np.lib.format.read_array_header_2_0(at, max_header_size=MOST_HEADER)
+            case version:
+                raise ValueError(f"version {version}")
     except Exception as error:  # its parsers raise many types
         why = str(error)[:200]
         raise DamagedData(f"{file}: no .npy file of an array: {type(error).__name__}: {why}") from None
