@@ -37,7 +37,7 @@ def open_data(config: Config) -> RunData:
         DamagedData: as the stores raise it.
     """
     train = _open("train", config)
-    # Here a source may refuse class names that say it is the folder above the classes (train, val, test).
+    train.check_classes()  # data.val may hold few classes, and its names must be among these
     val = _open("val", config)
     n_classes = _class_count(config, train)
     val_classes = _match(config, train, val, n_classes)

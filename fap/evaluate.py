@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fap.norm import evaluate_with, norms
+from pipelines.files import shown
 
 # AlexNet's top-1 errors, mean over severities (hendrycks/robustness): the 15 corruptions of mCE.
 ALEXNET_ERRORS = {
@@ -81,10 +82,71 @@ def evaluate(
 def match_classes(names: Sequence[str], classes: Sequence[str]) -> Tensor:
     """int64 (len(names),): where each of the data's class names stands among the model's. Raises ValueError."""
     position = {name: i for i, name in enumerate(classes)}
+    if len(position) < len(classes) or len(set(names)) < len(names):
+        raise ValueError("a class name is there twice, so classes cannot be told apart by name")
     if unknown := [name for name in names if name not in position]:
-        of = f"{len(unknown)} of {len(names)} class folders"
-        raise ValueError(f"{of} are none of the model's {len(classes)} classes, the first being {unknown[0]!r}")
+        raise ValueError(
+            f"{len(unknown)} of the {len(names)} class folders are none of the model's {len(classes)} classes, "
+            f"the first being {shown(unknown[0])}; the model has {_first(classes)}"
+        )
     return torch.tensor([position[name] for name in names])
+
+
+class Labels(NamedTuple):
+    """How the data's labels become the model's."""
+
+    map: Tensor | None  # int64 (K,): the model's class of each of the data's labels; None: they are the same
+    how: str  # for the report
+
+
+def match_labels(
+    names: Sequence[str] | None,  # the data's classes, in the order of its labels
+    labels: tuple[int, int],  # the least and the greatest label
+    classes: Sequence[str] | None,  # the model's
+    n_classes: int,  # logits of the model
+    *,
+    by_position: bool = False,
+    restrict: bool = False,
+) -> Labels:
+    """Match labels by class names, or by position where that is all there is. Raises ValueError.
+
+    Where only one side has names, nothing shows whether the orders agree (folders 0, 1, 10, 100, 2 are sorted
+    as text), so `by_position` must allow it, and the counts must be equal. `restrict` (ImageNet-R) needs names.
+    """
+    known = n_classes if names is None else len(names)
+    if labels[0] < 0 or labels[1] >= known:
+        whose = "the model has" if names is None else "there are names for"
+        raise ValueError(f"its labels are {labels[0]} to {labels[1]}, but {whose} {known} classes")
+    if names and classes:
+        label_map = match_classes(names, classes)
+        if tuple(names) == tuple(classes):
+            return Labels(label_map, "by name")
+        return Labels(label_map, f"by name ({len(names)} of {len(classes)} classes)")
+
+    lacking = "the checkpoint" if names else "the data"
+    if restrict:
+        both = "neither the checkpoint nor the data has class names" if not (names or classes) else f"{lacking} has none"
+        raise ValueError(
+            f"only the logits of its own classes count, and class names say which those are: {both}; "
+            "train and evaluate on data with class names, as fap-convert writes it"
+        )
+    if not names and not classes:
+        return Labels(None, "by position (neither side has class names)")
+    if not by_position:
+        raise ValueError(
+            f"{lacking} has no class names, so labels could only be compared by position, and a wrong order gives a "
+            "wrong number without a word; use data with class names, or --labels-by-position if the orders are the same"
+        )
+    if names and len(names) != n_classes:
+        raise ValueError(
+            f"it has {len(names)} classes and the model {n_classes}: labels by position need the same classes on both sides"
+        )
+    return Labels(None, f"by position (allowed by --labels-by-position; {lacking} has no class names)")
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
+    listed = ", ".join(shown(name, 60) for name in names[:most])
+    return listed + (" ..." if len(names) > most else "")
 
 
 def mce(errors: Mapping[str, float]) -> float:
@@ -97,15 +159,34 @@ def mce(errors: Mapping[str, float]) -> float:
     return 100 * fmean(errors[name] / alexnet for name, alexnet in ALEXNET_ERRORS.items())
 
 
+def lacking(measured: Mapping[str, Mapping[int, Any]], names: Iterable[str] = ALEXNET_ERRORS) -> str:
+    """What a summary over `names` at five severities lacks, such as `snow lacks severity 4`; empty if nothing."""
+    absent = [name for name in names if name not in measured]
+    parts = []
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        parts.append(f"no {', '.join(absent[:3])}{more}")
+    for name in names:
+        missing = [str(severity) for severity in range(1, 6) if severity not in measured.get(name, range(1, 6))]
+        if missing:
+            plural = "severity" if len(missing) == 1 else "severities"
+            parts.append(f"{name} lacks {plural} {', '.join(missing)}")
+    if len(parts) > 4:
+        parts[3:] = [f"{len(parts) - 3} more lack some"]
+    return "; ".join(parts)
+
+
 def summarise(errors: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """Percentages from top-1 errors (fractions) per corruption and severity, each only where its parts are complete.
 
     `mean` over whatever was measured; `raw_15`, `raw_19` (the unnormalised means; the latter is what the
-    authors' code calls mCE) and `mce`.
+    authors' code calls mCE) and `mce`. What an absent one lacks says `lacking`.
     """
     summary = {"mean": 100 * fmean(e for by in errors.values() for e in by.values())}
-    full = {name: fmean(by.values()) for name, by in errors.items() if len(by) == 5}
+    full = {name: fmean(by.values()) for name, by in errors.items()}
     for key, names in (("raw_15", [*ALEXNET_ERRORS]), ("raw_19", [*ALEXNET_ERRORS, *EXTRA])):
-        if full.keys() >= {*names}:
+        if not lacking(errors, names):
             summary[key] = 100 * fmean(full[name] for name in names)
-    return summary | ({"mce": mce(full)} if "raw_15" in summary else {})
+    if "raw_15" in summary:
+        summary["mce"] = mce(full)
+    return summary

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pipelines
 from fap.budget import budget
-from fap.checkpoint import Checkpoints
+from fap.checkpoint import Checkpoints, run_meta
 from fap.config import Config, make_config, with_classes
 from fap.data import open_data
 from fap.distributed import ONE_RANK, Ranks, Votes
@@ -297,7 +297,6 @@ class Run:
             "config": self._settled().model_dump(mode="json"), "step": self.done, "closed": self.closed, "totals": self.totals,
             "best": self.best, "last": self.last, "seconds": time.perf_counter() - self.started, "world": self.ranks.world,
             "versions": versions(), "train": self.data.train_identity, "val": self.data.val_identity,
-            "classes": self.data.train_identity["classes"] or [],
         }  # fmt: skip
         state = self.step.state() | {"metrics": self.step.metrics_of_all_ranks()}
         for name in sorted(PER_RANK & state.keys()):  # in the same order on every rank
@@ -326,25 +325,26 @@ class Run:
         """The config with what `auto` came to where the state depends on it: half precision has a loss scale."""
         return self.config.model_copy(update={"run": self.config.run.model_copy(update={"amp": self.amp})})
 
-    def _resume(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        check_same_data("data.train", meta["train"], self.data.train_identity, path)
-        check_same_data("data.val", meta["val"], self.data.val_identity, path)
-        check_same_run(make_config(meta["config"]), self._settled(), path)
-        if meta["world"] != self.ranks.world:
+    def _resume(self, path: Path, tensors: dict[str, Tensor], written: dict[str, Any]) -> None:
+        meta = run_meta(path, written)
+        check_same_data("data.train", meta.train.model_dump(), self.data.train_identity, path)
+        check_same_data("data.val", meta.val.model_dump(), self.data.val_identity, path)
+        check_same_run(make_config(meta.config), self._settled(), path)
+        if meta.world != self.ranks.world:
             raise ValueError(
-                f"{path} was written by {meta['world']} ranks, this run has {self.ranks.world}: rank slices, and with them the "
+                f"{path} was written by {meta.world} ranks, this run has {self.ranks.world}: rank slices, and with them the "
                 "batch-norm groups, would differ; resume on as many ranks"
             )
+        if meta.step > self.steps:
+            raise ValueError(f"run.max_steps = {self.config.run.max_steps}, but {path} is already at step {meta.step}")
         for name in PER_RANK & tensors.keys():
             tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
         if not self.ranks.first:  # saved as sums over all ranks
             tensors["metrics"][: METRICS.index("steps")] = 0
-        if meta["step"] > self.steps:
-            raise ValueError(f"run.max_steps = {self.config.run.max_steps}, but {path} is already at step {meta['step']}")
         self.step.load_state(tensors)
-        self.done, self.closed, self.totals = meta["step"], meta["closed"], meta["totals"]
-        self.best, self.last = meta["best"], meta["last"]
-        self.started -= meta["seconds"]  # of the run's earlier processes
+        self.done, self.closed, self.totals = meta.step, meta.closed, meta.totals
+        self.best, self.last = meta.best, meta.last
+        self.started -= meta.seconds  # of the run's earlier processes
         self.resumed, self.saved = path, self.done
         self._say(f"resuming {path} at step {self.done}")
 

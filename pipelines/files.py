@@ -1,9 +1,13 @@
 """Files as the world has them: of any kind, of any size, on file systems without locks. Standard library only."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import stat
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +21,7 @@ KINDS = {  # what a path may be instead of a file
     stat.S_IFSOCK: "a socket",
 }
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some Lustre, NFS, CIFS and FUSE mounts
+NO_LINKS_HERE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # FAT, some FUSE
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
@@ -81,6 +86,50 @@ def sync_folder(folder: str | Path) -> None:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def write_whole(path: str | Path, parts: Iterable[bytes | memoryview], *, overwrite: bool = True) -> None:
+    """Write a file completely or not at all: under a temporary name, flushed to the disk, then renamed.
+
+    Two writers do not disturb each other; a killed one leaves `.NAME.*.tmp` behind. Raises OSError after
+    removing what it had written, with a file at `path` as it was; FileExistsError without `overwrite` where
+    there is anything at `path`. After the rename nothing is raised any more: the file is there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_to_a_new_name(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # such as a full disk: say which file
+            error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        warnings.warn(f"{path} is written, but its folder could not be flushed to the disk: {error}", stacklevel=2)
+
+
+def _rename_to_a_new_name(old: Path, new: Path) -> None:
+    try:
+        os.link(old, new)  # unlike a rename, it fails where there is something; the old name is removed later
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+    except OSError as error:
+        if error.errno not in NO_LINKS_HERE:
+            raise
+        if os.path.lexists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
+        os.replace(old, new)
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -69,8 +69,7 @@ class Store(ABC):
 
         Without a sidecar, and for a folder, `content` covers the bytes of some images only, spread evenly.
         """
-        classes = None if self.classes is None else list(self.classes)
-        return {"count": len(self), "classes": classes, "content": f"{self._content_crc32():08x}"}
+        return {"count": len(self), "classes": self.classes, "content": f"{self._content_crc32():08x}"}
 
     def describe(self) -> list[str]:
         """Lines that reveal a mistake before a long run: images, classes, the first and last names, images per class.

@@ -1,6 +1,14 @@
 """Corruptions: against the reference package where it is faithful, else against a slow statement of the definition."""
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import multiprocessing
+import multiprocessing.synchronize
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 from pipelines import Batch
-from pipelines.corrupt import CONSTANTS, NAMES, _glass_blur, _plasma, _zoom, corrupt, corrupted, worker_pool
+from pipelines.corrupt import CONSTANTS, NAMES, Workers, _glass_blur, _plasma, _zoom, corrupt, corrupted
 
 RANDOM_DRAWS = {"fog", "frost", "snow", "motion_blur", "spatter"}  # a few numbers decide the whole image
 
@@ -211,10 +219,96 @@ def test_batches_are_corrupted_by_image_number_in_order():
             assert (batch.images[row].permute(1, 2, 0).numpy() == expected).all()
 
 
+def corrupted_by(workers, n: int = 2) -> torch.Tensor:
+    """n batches of 20 images with snow."""
+    images = np.stack([photo(np.random.default_rng(i), 32) for i in range(20 * n)])
+    index = np.arange(20 * n).reshape(n, 20)
+    batches = corrupted(one_buffer(images, 20), index, name="snow", severity=2, pool=workers)
+    return torch.stack([batch.images for batch in batches])
+
+
 @pytest.mark.slow
 def test_processes_make_the_same_images():
-    images = np.stack([photo(np.random.default_rng(i), 32) for i in range(40)])
-    index = np.arange(40).reshape(2, 20)
-    with worker_pool(2) as pool, ThreadPoolExecutor(1) as thread:
-        one, two = (list(corrupted(one_buffer(images, 20), index, name="snow", severity=2, pool=p)) for p in (pool, thread))
-    assert all(torch.equal(a.images, b.images) for a, b in zip(one, two, strict=True))
+    with Workers(2, say=pytest.fail) as processes, Workers(0) as thread:
+        assert torch.equal(corrupted_by(processes), corrupted_by(thread))
+        assert len(multiprocessing.active_children()) == 2
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(2, "No such file or directory"), OSError(28, "No space left on device"),
+    PermissionError(13, "Permission denied"), OSError(38, "Function not implemented"),
+    NotImplementedError("no sem_open"), ImportError("no synchronize"),
+])  # fmt: skip
+def test_without_semaphores_threads_do_the_work(monkeypatch, error):
+    """No /dev/shm, a full or a read-only one: what creating a POSIX semaphore then raises."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fails)
+    said: list[str] = []
+    with Workers(2, say=said.append) as workers, ThreadPoolExecutor(1) as thread:
+        assert torch.equal(corrupted_by(workers), corrupted_by(thread))
+    assert len(said) == 1
+    assert f"no worker processes here ({error})" in said[0]
+
+
+def test_without_room_for_processes_threads_do_the_work(monkeypatch):
+    def fails(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", fails)
+    said: list[str] = []
+    with Workers(2, say=said.append) as workers, ThreadPoolExecutor(1) as thread:
+        assert torch.equal(corrupted_by(workers), corrupted_by(thread))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_workers_drop_what_waits(processes):
+    """An exception, Ctrl-C say, waits for the images in hand: not for the hundreds that were asked for."""
+    images = np.stack([photo(np.random.default_rng(0), 224)] * 200)
+    index = np.arange(200).reshape(1, 200)
+    workers = Workers(processes)
+    corrupted_by(workers, 1)  # started
+    begun = time.monotonic()
+    batches = corrupted(one_buffer(images, 200), index, name="glass_blur", severity=5, pool=workers)
+    waiting = threading.Thread(target=lambda: list(suppressed(batches)))
+    waiting.start()
+    time.sleep(0.5)
+    workers.__exit__(KeyboardInterrupt, None, None)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert time.monotonic() - begun < 12  # all of them take a minute
+
+
+def suppressed(batches):
+    with contextlib.suppress(CancelledError):
+        yield from batches
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_process_end():
+    child = """
+import multiprocessing, os, signal
+from pipelines.corrupt import Workers
+workers = Workers(2)
+workers.submit(os.getpid).result()
+print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    out = subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True).stdout
+    pids = [int(word) for word in out.split()]
+    assert pids
+    until = time.monotonic() + 20
+    while any(alive(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    """Runs, that is, and is no zombie that nobody has asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

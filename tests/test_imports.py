@@ -1,4 +1,5 @@
-"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only train.py, data.py and cli/ know `pipelines`.
+"""Import directions: `pipelines` knows nothing of `fap`; in `fap` only what joins both knows `pipelines`: train.py, data.py,
+cli/, and of fap-eval the sets (benchmarks.py) and the work on them (evaluation.py).
 
 `pipelines.files` and `pipelines.machine` are leaves of plain file handling and limits that anyone may import.
 """
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ("files", "machine")
-JOINERS = (ROOT / "fap" / "train.py", ROOT / "fap" / "data.py")
+JOINING = [ROOT / "fap" / name for name in ("train.py", "data.py", "benchmarks.py", "evaluation.py")]
 
 
 def imported(path: Path) -> set[str]:
@@ -43,9 +44,9 @@ def test_a_leaf_imports_the_standard_library_only(leaf: str) -> None:
 
 
 @pytest.mark.parametrize("path", files("fap"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_trainer_and_the_commands_join_both(path: Path) -> None:
+def test_only_training_evaluation_and_commands_join_both(path: Path) -> None:
     forbidden = {"bench", "tests"}
-    if path.parent.name != "cli" and path not in JOINERS:
+    if path.parent.name != "cli" and path not in JOINING:
         forbidden |= {"pipelines", "ffcv", "nvidia"}
     assert not imported(path) & forbidden
 

@@ -1,26 +1,35 @@
 """fap-export: a run's checkpoint as plain weights that torchvision or timm load with strict=True."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from fap.checkpoint import DamagedCheckpoint, export
+from fap.cli.output import survive
+from fap.cli.signals import Stopped, end, leaving_at_once, raising_stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    survive()
     parser = argparse.ArgumentParser(prog="fap-export", description=__doc__)
     parser.add_argument("checkpoint", help="a step_*.safetensors of a run")
     parser.add_argument("out", help="the .safetensors file to write; it must not exist")
     args = parser.parse_args(argv)
+    with leaving_at_once("fap-export"):  # torch takes seconds
+        from fap import load
+    out = os.path.expanduser(args.out)
     try:
-        meta = export(args.checkpoint, args.out)
-    except (ValueError, OSError, DamagedCheckpoint) as error:
+        with raising_stopped():
+            meta = load.export(os.path.expanduser(args.checkpoint), out)
+    except Stopped as stopped:
+        return end("fap-export", stopped)
+    except (ValueError, OSError, load.DamagedCheckpoint) as error:
         print(f"fap-export: {error}", file=sys.stderr)
         return 1
     name = meta["model"].removeprefix("timm/")
-    print(f"wrote {args.out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run {meta['run']}")
+    print(f"wrote {out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run {meta['run']}")
     print(f"input: RGB in 0..1, {meta['size']} px, minus mean {meta['mean']}, divided by std {meta['std']}")
-    print(f"load:  model.load_state_dict(safetensors.torch.load_file({args.out!r}), strict=True)")
+    print(f"load:  model.load_state_dict(safetensors.torch.load_file({out!r}), strict=True)")
     return 0
 
 

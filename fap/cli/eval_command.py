@@ -1,0 +1,144 @@
+"""What `fap-eval` does, from the arguments to the report. `fap.cli.eval` is the way in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pipelines
+from fap import report
+from fap.benchmarks import Wanted
+from fap.checkpoint import DamagedCheckpoint
+from fap.evaluation import carry_out, look
+from fap.results import Results
+from pipelines.corrupt import NAMES, QUICK, SMALL, Workers
+
+DESCRIPTION = "Exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The exit code. Whatever is a user's or the machine's fault is one line on standard error."""
+    args = arguments(argv)
+    try:
+        return evaluate(args)
+    except BrokenExecutor as error:
+        problem = f"a worker process was ended, perhaps for want of memory: {error}"
+    except (ValueError, OSError, ImportError, pipelines.DamagedData, DamagedCheckpoint) as error:
+        problem = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        problem = f"out of memory; a smaller --batch needs less ({str(error)[:200]})"
+    print(f"fap-eval: {problem}", file=sys.stderr)
+    return 1
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def arguments(argv: Sequence[str] | None) -> Namespace:
+    parser = ArgumentParser(prog="fap-eval", description=DESCRIPTION)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
+    add("--data", required=True, help="clean images: a .beton file or an image folder")
+    add("--corrupt", nargs="*", choices=["all", *NAMES],
+        help=f"corrupt --data on the fly; alone: {', '.join(QUICK)}; all: 19 at 5 severities")  # fmt: skip
+    add("--keep", metavar="DIR", help="build each corrupted set once, as a .beton of raw images in this folder")
+    add("--severity", nargs="+", type=int, choices=range(1, 6), help="of --corrupt; default 3")
+    add("--imagenet-c", metavar="DIR", help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop")
+    add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
+    add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
+    add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
+    add("--labels-by-position", action="store_true",
+        help="compare labels by position where only the checkpoint or only the data has class names")  # fmt: skip
+    add("--bn", choices=("main", "aux"), default="main")
+    add("--pipeline", choices=list(pipelines.BACK_ENDS), help="default: ffcv for a .beton, reference for a folder")
+    add("--batch", type=int, default=256)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the corruptions computed here")
+    add("--out", metavar="DIR", default="eval", help="for tables, plot and each set's result, which is not computed again")
+    args = parser.parse_args(argv)
+    if args.corrupt is None:
+        for option, given in (("--keep", args.keep), ("--severity", args.severity)):
+            if given is not None:
+                parser.error(f"{option} is about the sets of --corrupt, which is not given")
+    return args
+
+
+def evaluate(args: Namespace) -> int:
+    """Look at everything, say what will be done, do it, and report."""
+
+    def say(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    wanted = wishes(args)
+    out = _path(args.out)
+    results = Results(out / "results", say)
+    many = "all" in (args.corrupt or ())
+    with closing(pipelines.open_store(wanted.data)) as data, Workers(say=say) as workers:
+        works = [look(_path(path), wanted, data, workers, results) for path in args.checkpoints]
+        for work in works:
+            say(report.plan(work))
+            many = many or work.config.data.size > SMALL
+        if not many:
+            workers.n = 0  # seconds of work, which is what processes take to start
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written costs no hours of work
+            pass
+        reports = [carry_out(work, wanted, workers, results, say) for work in works]
+    print(report.markdown(reports), end="", flush=True)
+    report.write_report(reports, out)  # last: a full disk does not take the printed table with it
+    return 0
+
+
+def wishes(args: Namespace) -> Wanted:
+    """The arguments as `fap.benchmarks.Wanted`. Raises ValueError."""
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be at least 0")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    everything = "all" in (args.corrupt or ())
+    names: Sequence[str] = ()
+    if everything:
+        names = NAMES
+    elif args.corrupt is not None:
+        names = args.corrupt or QUICK
+    severities = args.severity or (range(1, 6) if everything else [3])
+    return Wanted(
+        data=_path(args.data),
+        computed=tuple((n, s) for n in NAMES for s in range(1, 6) if n in names and s in severities),
+        keep=_optional(args.keep),
+        imagenet_c=_optional(args.imagenet_c),
+        imagenet_r=_optional(args.imagenet_r),
+        stylized=_optional(args.stylized),
+        cifar10_c=_optional(args.cifar10_c),
+        back_end=args.pipeline,
+        batch=args.batch,
+        device=args.device,
+        seed=args.seed,
+        bn=args.bn,
+        by_position=args.labels_by_position,
+    )
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def _optional(text: str | None) -> Path | None:
+    return None if text is None else _path(text)

@@ -1,0 +1,76 @@
+"""How a command ends when it is told to: one line and the shell's exit code, no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECONDS_TO_END = 5
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number  # the shell's convention
+
+
+@contextmanager
+def leaving_at_once(command: str) -> Iterator[None]:
+    """While modules are imported: nothing is lost yet, and an exception inside an import may be swallowed there."""
+
+    def leave(number: int, _: Any) -> None:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: {_said(number)}\n".encode())
+        os._exit(128 + number)
+
+    with _handled_by(leave):
+        yield
+
+
+@contextmanager
+def raising_stopped() -> Iterator[None]:
+    """Within the block a signal raises `Stopped`; a second one has its usual effect."""
+
+    def stop(number: int, _: Any) -> None:
+        for each in STOPPING:
+            if signal.getsignal(each) is stop:
+                signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    with _handled_by(stop):
+        yield
+
+
+def end(command: str, stopped: Stopped, what: str = "") -> int:
+    """Say so, and return the exit code. Python waits for its threads, but here only for seconds.
+
+    Where a worker process was killed in the middle of something, a thread may wait for it for ever.
+    """
+    print(f"{command}: {_said(stopped.exit_code - 128)}{what}", file=sys.stderr, flush=True)
+    last = threading.Timer(SECONDS_TO_END, os._exit, (stopped.exit_code,))
+    last.daemon = True
+    last.start()
+    return stopped.exit_code
+
+
+def _said(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}"
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    # What nohup or a shell's background job ignores stays ignored.
+    caught = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    former = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
