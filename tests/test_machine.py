@@ -305,6 +305,13 @@ def test_a_folder_that_somebody_else_prepared_is_not_used(environment: dict[str,
         assert temporary_caches() is None
 
 
+def test_whoever_imports_the_pipelines_has_settled_in(tmp_path: Path) -> None:
+    environ = {"PATH": os.environ["PATH"], "HOME": "/proc/nowhere", "TMPDIR": str(tmp_path), "MPLCONFIGDIR": "mine"}
+    code = "import os, pipelines; print(*(os.environ[name] for name in ('NUMBA_CACHE_DIR', 'HOME', 'MPLCONFIGDIR')))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environ, capture_output=True, text=True)
+    assert told.stdout.split() == [f"{tmp_path}/fap-{os.getuid()}/numba", "/proc/nowhere", "mine"]
+
+
 def test_writable(tmp_path: Path) -> None:
     assert writable(tmp_path)
     assert writable(tmp_path / "not" / "yet" / "there")
