@@ -147,6 +147,35 @@ def test_the_orientation_is_found_wherever_it_stands(tmp_path: Path, monkeypatch
     assert plain_jpeg(elsewhere) == (image.height, image.width)
 
 
+def test_exif_blocks_read_without_pillow_say_what_pillow_says() -> None:
+    """Random ones, most of them damaged."""
+    rng = np.random.default_rng()
+    jpeg = saved(picture(rng), "JPEG")
+    verdicts = []
+    for _ in range(400):
+        exif = Image.Exif()
+        exif[0x010F] = "maker"
+        exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
+        if rng.integers(3):
+            exif[0x0112] = int(rng.choice([0, 1, 1, 1, 3, 6, 9]))
+        exif.endian = str(rng.choice(["<", ">"]))
+        block = bytearray(exif.tobytes())
+        for _ in range(int(rng.integers(3))):
+            block[rng.integers(6, len(block))] = rng.choice([0, 1, 6, 18, rng.integers(256)])
+        data = with_segments(jpeg, (0xE1, bytes(block[: rng.integers(8, 2 * len(block))])))
+        theirs = twin_turn(data)
+        assert (plain_jpeg(data) is None) == (theirs in range(2, 9)), bytes(block)
+        verdicts.append((jpeg_header(data).may_be_turned, theirs in range(2, 9)))
+    assert {(False, False), (True, False), (True, True)} == set(verdicts)
+
+
+def twin_turn(data: bytes) -> object:
+    try:
+        return Image.open(BytesIO(data)).getexif().get(0x0112, 1)
+    except Exception:
+        return 1
+
+
 def tiff(
     image: np.ndarray, bits: int, white_is_zero: bool = False, sample_format: int = 1, photometric: int | None = None
 ) -> bytes:
