@@ -8,7 +8,6 @@ An interrupted demo goes on where it stopped. `bench.demo_measure` measures, `be
 
 import argparse
 import json
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from bench.study import RUNS, Files, convert, last_checkpoint, same_settings, su
 from fap.budget import Budget, budget
 from fap.config import Config, load_config
 from pipelines.corrupt import NAMES, QUICK
+from pipelines.machine import usable_cores
 
 MODEL = "cifar_resnet8"
 CLEAN_BATCH = 64
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         demo = Demo(size, args.pipeline, folder, files)
         same_settings(folder, asdict(size) | {"eps_255": EPS_255}, files)
         # One thread each: at this size that is faster than one run after the other. A GPU is not shared.
-        workers = 1 if GPU else min(4, len(os.sched_getaffinity(0)))
+        workers = 1 if GPU else min(4, usable_cores())
         found = measured_cost(demo)
         train_all(demo, workers, found.seconds_per_step)
         tell(demo, found, evaluate_all(demo, workers), args.fast)

@@ -29,6 +29,7 @@ from fap.session import Interrupted, StopSignal, Stopwatch, norm_kernel, set_up_
 from fap.step import KINDS, METRICS, Amp, Step, dropout_seed
 from fap.summary import describe
 from pipelines.batch import run_ahead
+from pipelines.machine import usable_cores
 
 PER_RANK = {"carry.images_255", "carry.labels"}  # of the step's state: every rank holds its own rows
 
@@ -78,8 +79,8 @@ class Run:
         self.amp: Amp = "fp16" if self.device.type == "cuda" else "off"
         if config.run.amp != "auto":
             self.amp = config.run.amp
-        if config.run.torch_threads:
-            torch.set_num_threads(config.run.torch_threads)
+        # torch's own default knows nothing of a container's CPU quota.
+        torch.set_num_threads(config.run.torch_threads or min(torch.get_num_threads(), usable_cores()))
         set_up_torch(self.device)
 
         self.norm_kernel = norm_kernel(config, self.device)

@@ -171,16 +171,16 @@ def test_this_machine() -> None:
 
 
 def test_threads_follow_the_quota(jpeg_store: Any, jpeg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import batch, convert, corrupt, open_loader
+    from pipelines import batch, convert, corrupt, folder, open_loader
 
     for module in (batch, convert, corrupt):
         monkeypatch.setattr(module, "usable_cores", lambda: 3)
     assert open_loader("reference", jpeg_store, size=32).threads == 3
-    with corrupt.worker_pool() as pool:
-        assert pool._max_workers == 3
+    with corrupt.Workers() as pool:
+        assert pool.n == 3
     asked = []
-    run_ahead = convert.run_ahead
-    monkeypatch.setattr(convert, "run_ahead", lambda calls, threads, ahead: asked.append(threads) or run_ahead(calls, 1, 1))
+    run_ahead = folder.run_ahead
+    monkeypatch.setattr(folder, "run_ahead", lambda calls, threads, ahead: asked.append(threads) or run_ahead(calls, 1, 1))
     convert_folder(jpeg_folder, tmp_path / "x.beton")
     assert asked == [3]
 
