@@ -184,3 +184,11 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         draw_epoch(replace(SPEC, **change), *sides(500), epoch=0)  # type: ignore[arg-type]
+
+
+def test_every_step_and_group_has_a_noise_key_of_its_own() -> None:
+    """Constant keys would start every attack of an epoch at the same noise."""
+    keys = draw_epoch(SPEC, *sides(192 * 40), epoch=0).noise_key
+    assert keys.shape == (40, 4)
+    assert len(np.unique(keys)) == keys.size
+    assert keys.min() >= 0

@@ -31,6 +31,7 @@ from fap import train
 from fap.cli import eval as eval_cli
 from fap.config import Config, load_config
 from fap.distributed import ONE_RANK, Ranks
+from fap.log import Log
 from fap.models import build, plain
 from fap.step import Step, dropout_seed
 from fap.train import NonFinite, Run, plan_spec
@@ -219,7 +220,7 @@ def spies(seen: Seen) -> Iterator[None]:
                 seen.evaluated.append(batch.images.clone())
                 yield batch
 
-        seen.evaluations.append(dict(options))
+        seen.evaluations.append({k: digest(v) if isinstance(v, Tensor) else v for k, v in options.items()})
         return evaluate(model, looked_at(), **options)
 
     def run_as(step: Step, mode: Any) -> Any:
@@ -248,10 +249,10 @@ def observe(words: Sequence[str], files: dict[str, Path], runs: Path) -> Seen:
     said: list[str] = []
     with spies(seen), pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: said.append(" ".join(map(str, text))))
+        patch.setattr(Log, "say", lambda _, message: said.append(message))
         try:
             seen.run = Run(config)
             seen.folder = str(seen.run.folder.relative_to(runs.parent))
-            seen.run.log.say = said.append  # type: ignore[method-assign]
             seen.result = seen.run.train()
         except (ValueError, NonFinite) as e:
             seen.error = str(e).partition(";")[0]
