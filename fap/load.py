@@ -77,9 +77,8 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
     except FileExistsError:  # made by someone else in the meantime
         raise ValueError(f"{out} exists; choose another name or remove it first") from None
     try:
-        written, _ = checkpoint.load(out)  # its checksum says that these are the bytes that were written
-        _load_strictly(plain, written, out)
-    except (ValueError, OSError, DamagedCheckpoint):
+        checkpoint.load(out)  # its checksum says that these are the bytes that were written
+    except (OSError, DamagedCheckpoint):
         out.unlink(missing_ok=True)
         raise
     return text
