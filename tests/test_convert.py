@@ -501,6 +501,21 @@ def test_stopped_between_the_two_renames(after: int, folder: Path, tmp_path: Pat
         assert check(tmp_path / "out.beton") == []
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    add = BetonWriter.add
+
+    def hung_up(*arguments) -> None:
+        add(*arguments)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(BetonWriter, "add", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main([str(folder), str(tmp_path / "out.beton")]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_no_semaphores_are_needed_to_convert(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Without /dev/shm there are none."""
     import _multiprocessing

@@ -336,6 +336,16 @@ def test_odd_file_names(folder):
         FolderStore(folder)
 
 
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def poison(index: Path, **change) -> None:
     with np.load(index) as good:
         np.savez(index, **{**good, **change})
@@ -360,7 +370,9 @@ def test_an_index_cannot_make_sides_wrong_in_silence(folder):
 
 
 @pytest.mark.parametrize("kind", ["named pipe", "/dev/zero", "folder", "old", "pickle", "floats", "compressed", "short"])
-def test_an_index_that_is_none_is_made_again(folder, kind):
+def test_an_index_that_is_none_is_made_again(folder, tmp_path, kind):
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))  # which a float holds
     wanted = FolderStore(folder)
     index = folder / ".fap-index.npz"
     with np.load(index) as good:
@@ -375,9 +387,9 @@ def test_an_index_that_is_none_is_made_again(folder, kind):
         case "/dev/zero":
             index.symlink_to(kind)
         case "old":  # sides as stored, before there was a version
-            np.savez(index, names=np.array(["c/x.JPEG"]), table=wrong[4:])
+            np.savez(index, names=tables["names"], table=wrong)
         case "pickle":
-            np.savez(index, **tables | {"table": wrong.astype(object)})
+            np.savez(index, **tables | {"table": np.array([Trap(tmp_path / "trap")] * 5)})
         case "floats":
             np.savez(index, **tables | {"table": wrong.astype(float)})
         case "compressed":
@@ -386,6 +398,7 @@ def test_an_index_that_is_none_is_made_again(folder, kind):
             np.savez(index, **tables | {"table": wrong[:3]})
     for _ in range(2):
         assert FolderStore(folder).heights.tolist() == wanted.heights.tolist()
+    assert not (tmp_path / "trap").exists()
 
 
 def test_no_home_and_a_read_only_folder(folder, monkeypatch):

@@ -284,6 +284,14 @@ def test_the_first_of_several_frames(tmp_path: Path) -> None:
         assert_array_equal(np.asarray(decode(data)), np.asarray(frames[0].convert("RGB")), kind)
 
 
+def test_what_is_encoded_again_carries_nothing_along() -> None:
+    grey = picture(np.random.default_rng(0), "L")
+    for data in (saved(grey, "GIF", comment=b"remark " * 20_000), saved(grey, "JPEG", 6, comment=b"remark", dpi=(300, 300))):
+        out, _ = upright_jpeg(data)
+        assert not any(word in out for word in (b"remark", b"Exif"))
+        assert np.asarray(Image.open(BytesIO(out))).shape == np.asarray(decode(data)).shape
+
+
 def test_no_limit_of_pillows_but_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its limit lowered instead of an image of 189 megapixels; that one is in a slow test."""
     image = picture(np.random.default_rng(0)).resize((800, 400))
