@@ -27,6 +27,7 @@ from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, LABELS, Cost
 from bench.step import GPU
 from bench.study import RUNS, Files, convert, last_checkpoint, same_settings, summary
 from fap.budget import Budget, budget
+from fap.cli.output import survive
 from fap.config import Config, load_config
 from pipelines.corrupt import NAMES, QUICK
 from pipelines.machine import usable_cores
@@ -40,8 +41,8 @@ SAY_EVERY_S = 30
 WIDTH = 110  # of what is said, in characters
 INTRODUCTION = """
 Fast AdvProp trains an image classifier on clean images and on adversarial ones: images changed by a few grey levels so
-that the network errs. The network keeps a second set of batch norms for these. The cost is that of plain ("vanilla")
-training, because the attack's gradient is used twice and the training has fewer steps.
+that the network errs. The network keeps a second set of batch norms for these. The cost is meant to be that of plain
+("vanilla") training: the gradient that makes an image adversarial trains the network too, and there are fewer steps.
 
 This demo trains the same small network several times in different ways: vanilla; Fast AdvProp for as many image passes
 (one image through the network and back), hence at equal cost; Fast AdvProp for as many optimiser steps, which costs half
@@ -203,18 +204,21 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
     in_parallel([partial(train, demo, *run) for run in todo], workers, progress)
 
 
-def in_parallel(calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]) -> list[Any]:
-    """What the calls return; a line of progress now and then. The first failure ends them all."""
+def in_parallel(calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]) -> None:
+    """Make the calls, saying a line of progress now and then. The first failure ends them all."""
     with ThreadPoolExecutor(workers) as pool, stopping():
         jobs: list[Future[Any]] = [pool.submit(call) for call in calls]
         pending = set(jobs)
-        while pending:
-            done, pending = wait(pending, timeout=SAY_EVERY_S, return_when="FIRST_EXCEPTION")
-            for job in done:
-                job.result()
-            if pending:
-                say(progress())
-        return [job.result() for job in jobs]
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=SAY_EVERY_S, return_when="FIRST_EXCEPTION")
+                for job in done:
+                    job.result()
+                if pending:
+                    say(progress())
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
 # ------------------------------------------------------------------ evaluation
@@ -229,43 +233,37 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
         f"{size.attacked:,} under attack (PGD: {ATTACK_STEPS} steps of {STEP_255:g} grey level, at most {EPS_255} in all)"
     )
     out = demo.folder / "eval"
-    note = out / "adversarial.json"
-    attacked: dict[str, float] = json.loads(note.read_text()) if note.exists() else {}
+    out.mkdir(exist_ok=True)
     checkpoints = {run: last_checkpoint(demo.run_folder(*run)) for run in demo.runs}
-
-    def attack_all() -> None:
-        out.mkdir(exist_ok=True)
-        for (arm, seed), checkpoint in checkpoints.items():
-            key = f"{arm}-seed{seed}"
-            if key not in attacked:
-                attacked[key] = adversarial_accuracy(checkpoint, demo.files["test"], size.attacked, EPS_255)
-                note.write_text(json.dumps(attacked))
+    under_attack = {(arm, seed): out / f"adversarial-{arm}-seed{seed}.json" for arm, seed in demo.runs}
+    threads = max(1, workers // 2)  # of either kind of evaluation
 
     def corrupt_all() -> None:
         words = ["--data", str(demo.files["test"]), "--pipeline", demo.pipeline, "--out", str(out)]
         words += ["--keep", str(demo.folder / "sets"), "--corrupt", *size.corrupt]
-        log = demo.folder / "logs" / "eval.log"
-        fap("eval", *map(str, checkpoints.values()), *words, log=log, threads=max(1, workers - 1))
+        fap("eval", *map(str, checkpoints.values()), *words, log=demo.folder / "logs" / "eval.log", threads=threads)
+
+    def attack(run: tuple[str, int]) -> None:
+        found = adversarial_accuracy(checkpoints[run], demo.files["test"], size.attacked, EPS_255)
+        under_attack[run].write_text(json.dumps(found))
 
     began = time.monotonic()
 
     def progress() -> str:
-        spent = minutes(time.monotonic() - began)
-        return f"   {len(attacked)} of {len(checkpoints)} networks attacked; {spent} so far"
+        attacked = sum(file.exists() for file in under_attack.values())
+        return f"   {attacked} of {len(checkpoints)} networks attacked; {minutes(time.monotonic() - began)} so far"
 
-    in_parallel([corrupt_all, attack_all], min(2, workers), progress)
+    attacks = [partial(attack, run) for run, file in under_attack.items() if not file.exists()]
+    in_parallel([corrupt_all, *attacks], 1 + threads, progress)
     reports = json.loads((out / "report.json").read_text())
     rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in size.arms}
     for (arm, seed), report in zip(checkpoints, reports, strict=True):
         folder = demo.run_folder(arm, seed)
+        run = summary(folder, report)
+        run["adversarial"] = json.loads(under_attack[arm, seed].read_text())
         seconds = folder / "cpu_seconds.json"
-        rows[arm].append(
-            summary(folder, report)
-            | {
-                "adversarial": attacked[f"{arm}-seed{seed}"],
-                "cpu_seconds": json.loads(seconds.read_text()) if seconds.exists() else None,
-            }
-        )
+        run["cpu_seconds"] = json.loads(seconds.read_text()) if seconds.exists() else None
+        rows[arm].append(run)
     return rows
 
 
@@ -300,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fast", action="store_true", help="the short version: under 2 minutes")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
     args = parser.parse_args(argv)
+    survive()
     size = FAST if args.fast else FULL
     torch.set_num_threads(1)  # ours, too, shall be one thread beside another process
     folder = RUNS / f"demo_{args.pipeline}{'_fast' * args.fast}"

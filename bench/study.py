@@ -20,6 +20,7 @@ from scipy import stats
 
 from bench.commands import fap, stopping
 from bench.common import ROOT, write_json
+from fap.cli.output import survive
 from pipelines import open_store
 from pipelines.corrupt import NAMES
 from pipelines.machine import usable_cores
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
     args = parser.parse_args()
+    survive()
     size, runs = SIZES[args.size], RUNS / f"study_{args.size}"
     files = {"train": convert("train", size.images), "test": convert("test", size.test)}
     settings = {k: v for k, v in asdict(size).items() if k not in ("arms", "seeds", "workers", "corrupt")}
