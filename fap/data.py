@@ -41,7 +41,7 @@ def open_data(config: Config) -> RunData:
     val = _open("val", config)
     n_classes = _class_count(config, train)
     val_classes = _match(config, train, val, n_classes)
-    lines = [_line("train", train, n_classes), _line("val", val, n_classes)]
+    lines = [*_lines("train", train), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
         lines.append(f"classes    {n_classes}: data.train has no class names, its largest label is {n_classes - 1}")
     if (train.classes is None) != (val.classes is None):
@@ -99,11 +99,9 @@ def _match(config: Config, train: pipelines.Store, val: pipelines.Store, n_class
     return None
 
 
-def _line(field: str, store: pipelines.Store, n_classes: int) -> str:
-    if store.classes is None:
-        return f"{field:10} {len(store):,} images, labels 0 to {int(store.labels.max())} without names"
-    of = "" if len(store.classes) == n_classes else f" of the model's {n_classes:,}"
-    return f"{field:10} {len(store):,} images, {len(store.classes):,} classes{of}: {_names(store.classes)}"
+def _lines(field: str, store: pipelines.Store) -> list[str]:
+    first, *more = [*store.describe(), *store.notes]
+    return [f"{field:10} {first}", *(f"{'':10} {line}" for line in more)]
 
 
 def _names(classes: Sequence[str]) -> str:

@@ -87,6 +87,7 @@ class Step:
     """A training step over static buffers. `model` must be converted (`fap.models.build`) and on its device."""
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks = ONE_RANK, *, amp: Amp = "off"):
+        self.row_groups = shared_groups(model)  # first of all: no other model can be trained
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group):
             raise ValueError(
@@ -99,7 +100,6 @@ class Step:
                 f"model.num_classes = {self.num_classes}: a classifier needs at least 2 classes, "
                 "and a targeted attack a wrong one to aim at"
             )
-        self.row_groups = shared_groups(model)  # first of all: no other model can be trained
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
         self.stem = stem_of(model)
         if self.stem is not None:

@@ -46,8 +46,8 @@ def test_the_class_count_is_that_of_the_named_classes(folders: dict[str, Path], 
     data = open_data(config(folders["train"], folders["train"], wanted))
     assert data.n_classes == 4
     assert data.val_classes is None
-    assert data.lines == [f"{field:10} 32 images, 4 classes: 'ant', 'bee', 'cat', 'dog'" for field in ("train", "val")]
-    assert data.train_identity["classes"] == ["ant", "bee", "cat", "dog"]
+    assert data.lines == [f"{field:10} 32 images, 4 class(es) ant to dog, 8 images per class" for field in ("train", "val")]
+    assert data.train_identity["classes"] == ("ant", "bee", "cat", "dog")
 
 
 @pytest.mark.parametrize("wanted", [3, 5, 1000])
@@ -59,7 +59,7 @@ def test_another_class_count_is_an_error_that_says_what_to_write(folders: dict[s
 def test_without_names_the_labels_count(nameless: Path) -> None:
     data = open_data(config(nameless, nameless, None))
     assert data.n_classes == 4
-    assert data.lines[0] == "train      16 images, labels 0 to 3 without names"
+    assert data.lines[0] == "train      16 images, labels 0 to 3 without class names, 4 images per class"
     assert data.lines[2] == "classes    4: data.train has no class names, its largest label is 3"
     assert open_data(config(nameless, nameless, 6)).n_classes == 6  # said, so meant: two classes have no images
     with pytest.raises(ValueError, match=r"model\.num_classes = 3, but .* holds labels 0 to 3"):
@@ -70,7 +70,7 @@ def test_data_val_may_lack_classes_where_names_map(folders: dict[str, Path], nam
     data = open_data(config(folders["train"], folders["rare"], None))
     assert data.val_classes is not None
     assert data.val_classes.tolist() == [1, 3]
-    assert data.lines[1] == "val        16 images, 2 classes of the model's 4: 'bee', 'dog'"
+    assert data.lines[1] == "val        16 images, 2 class(es) bee to dog, 8 images per class"
     with pytest.raises(ValueError, match=r"data\.val = .*other does not fit data\.train = .*'eel'"):
         open_data(config(folders["train"], folders["other"], None))
     with pytest.raises(ValueError, match=r"data\.val = .* holds labels up to 3, but the model has 2 classes"):
@@ -79,14 +79,20 @@ def test_data_val_may_lack_classes_where_names_map(folders: dict[str, Path], nam
 
 
 def test_a_single_class_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="has a single class, so there is nothing to learn; are the class folders deeper"):
+    with pytest.raises(ValueError, match="the only class is 'ant'"):
         open_data(config(folders["single"], folders["single"], None))
 
 
 def test_many_names_are_cut_in_the_middle(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, [f"c{i}" for i in range(9)], each=1)
-    (line, _) = open_data(config(folder, folder, None)).lines
-    assert line == "train      9 images, 9 classes: 'c0', 'c1', 'c2' ... 'c6', 'c7', 'c8'"
+    with pytest.raises(ValueError, match=r"\('c0', 'c1', 'c2' ... 'c6', 'c7', 'c8'\)"):
+        open_data(config(folder, folder, 3))
+
+
+def test_what_a_source_passed_over_is_told(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, ["ant", "bee"], each=2)
+    (folder / "ant" / "notes.txt").write_text("no image")
+    assert open_data(config(folder, folder, None)).lines[1] == f"{'':10} ignored: 1 .txt"
 
 
 def test_validation_scores_the_class_of_the_name(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -303,7 +303,8 @@ def everything(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
     def run(name: str) -> Seen:
         if name not in made:
-            words = [f"{k}={json.dumps(v)}" for k, v in NO_DEFAULT[name].items() if k != "paper"]
+            given = {k: v for k, v in NO_DEFAULT[name].items() if k != "paper"}
+            words = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()]
             words = [w.replace("{", "{{").replace("}", "}}") if ": {" in w else w for w in words]
             made[name] = observe([*words, "paper.top1=12.5"], named, folder / name)
         return made[name]
@@ -595,7 +596,7 @@ def test_the_leak_monitor_does_not_judge_mixed_rows(
         return metrics | {k: part * metrics[k.replace("correct", "rows")] for k, part in share.items()}
 
     monkeypatch.setattr(Step, "take_metrics", made_up)
-    seen = observe([f"data.mix={json.dumps(mix)}", "run.max_steps=2"], files, tmp_path / "runs")
+    seen = observe([f"data.mix={mix or 'null'}", "run.max_steps=2"], files, tmp_path / "runs")
     assert seen.error == ""
     closed = [r for r in seen.records if "epoch_acc_adv" in r]
     assert [r["epoch_acc_adv"] > r["epoch_acc_clean"] for r in closed] == [leaks]
