@@ -94,12 +94,13 @@ class Step:
                 f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups of {method.group} rows on "
                 f"each of {ranks.world} ranks; use a multiple of {ranks.world * method.group}"
             )
-        self.num_classes = config.model.classes
-        if self.num_classes < 2:
+        classes = config.model.num_classes
+        if classes is None or classes < 2:
             raise ValueError(
-                f"model.num_classes = {self.num_classes}: a classifier needs at least 2 classes, "
+                f"model.num_classes = {classes}: a classifier needs at least 2 classes, "
                 "and a targeted attack a wrong one to aim at"
             )
+        self.num_classes: int = classes
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
         self.stem = stem_of(model)
         if self.stem is not None:

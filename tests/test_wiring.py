@@ -58,6 +58,11 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 FIELDS = fields_of(Config)
 
 
+def written(value: Any) -> str:
+    """As on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def value_of(config: Config, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
@@ -154,7 +159,8 @@ class Seen:
     @property
     def records(self) -> list[dict[str, Any]]:
         assert self.run is not None
-        return [json.loads(line) for line in (self.run.folder / "metrics.jsonl").read_text().splitlines()]
+        file = self.run.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def aspects(self) -> dict[str, Any]:
         """What two runs are compared by."""
@@ -303,9 +309,7 @@ def everything(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
     def run(name: str) -> Seen:
         if name not in made:
-            given = {k: v for k, v in NO_DEFAULT[name].items() if k != "paper"}
-            words = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()]
-            words = [w.replace("{", "{{").replace("}", "}}") if ": {" in w else w for w in words]
+            words = [f"{k}={written(v)}" for k, v in NO_DEFAULT[name].items() if k != "paper"]
             made[name] = observe([*words, "paper.top1=12.5"], named, folder / name)
         return made[name]
 
@@ -596,7 +600,7 @@ def test_the_leak_monitor_does_not_judge_mixed_rows(
         return metrics | {k: part * metrics[k.replace("correct", "rows")] for k, part in share.items()}
 
     monkeypatch.setattr(Step, "take_metrics", made_up)
-    seen = observe([f"data.mix={mix or 'null'}", "run.max_steps=2"], files, tmp_path / "runs")
+    seen = observe([f"data.mix={written(mix)}", "run.max_steps=2"], files, tmp_path / "runs")
     assert seen.error == ""
     closed = [r for r in seen.records if "epoch_acc_adv" in r]
     assert [r["epoch_acc_adv"] > r["epoch_acc_clean"] for r in closed] == [leaks]
