@@ -18,8 +18,8 @@ from bench.demo_words import Cost
 from bench.step import AMPS, GPU, Contestant
 from fap import attack
 from fap.budget import budget
-from fap.checkpoint import load_model
 from fap.config import Config, DataConfig
+from fap.load import load_model
 from pipelines.cifar10 import CLASSES
 
 ATTACK_STEPS = 5
@@ -88,7 +88,8 @@ def perturbed(
 
 def adversarial_accuracy(checkpoint: Path, test: Path, count: int, eps_255: float) -> float:
     """Percent of the first `count` test images that are still right after PGD against the model itself."""
-    model, config, _ = load_model(checkpoint)
+    trained = load_model(checkpoint)
+    model, config = trained.model, trained.config
     images, labels = first_images(test, count, config.data)
     right = 0
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
@@ -109,7 +110,8 @@ class Example:
 
 def examples(checkpoint: Path, test: Path, eps_255: float, count: int = 4, among: int = 100) -> list[Example]:
     """The first `count` test images that the model gets right, made noisy and adversarial as the training makes its rows."""
-    model, config, _ = load_model(checkpoint)
+    trained = load_model(checkpoint)
+    model, config = trained.model, trained.config
     images, labels = first_images(test, among, config.data)
     with torch.inference_mode():
         right = logits_of(model, images, config.data).argmax(1) == labels
