@@ -46,7 +46,7 @@ def test_a_random_life(tiny_beton: Path, other_beton: Path, tmp_path: Path, undi
     live(secrets.randbelow(1 << 30), 4, tiny_beton, other_beton, tmp_path, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("event", Life.EVENTS, ids=lambda event: event.__name__)
 def test_each_event_alone(
     event: object, tiny_beton: Path, other_beton: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]

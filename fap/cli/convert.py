@@ -1,45 +1,13 @@
 """`fap-convert SRC DST.beton`: make the data file that `fap-train` reads."""
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from os.path import expanduser, lexists
 
 from fap.cli.output import survive
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(BaseException):
-    """One of STOPS came."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """STOPS raise `Stopped`, once: what follows is tidying up. Those that are ignored (nohup) stay so."""
-
-    def stop(number: int, frame: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot set them
-        before = {each: signal.getsignal(each) for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN}
-    for each in before:
-        signal.signal(each, stop)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+from fap.cli.signals import Stopped, raising_stopped
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     survive()
     a = parse(argv)
     try:
-        with stoppable():
+        with raising_stopped(tidying=True):
             return check(a) if a.check else convert(a)
     except Stopped as stopped:
         state = "the file is complete" if a.dst and lexists(a.dst) else "nothing was written"
-        print(f"\nfap-convert: stopped by {signal.Signals(stopped.number).name}; {state}", file=sys.stderr)
-        return 128 + stopped.number
+        print(f"\nfap-convert: stopped by {stopped}; {state}", file=sys.stderr)
+        return stopped.exit_code
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fap-convert: {error}", file=sys.stderr)
         return 1

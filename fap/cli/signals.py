@@ -35,13 +35,17 @@ def leaving_at_once(command: str) -> Iterator[None]:
 
 
 @contextmanager
-def raising_stopped() -> Iterator[None]:
-    """Within the block a signal raises `Stopped`; a second one has its usual effect."""
+def raising_stopped(*, tidying: bool = False) -> Iterator[None]:
+    """Within the block a signal raises `Stopped`.
+
+    A second signal has its usual effect; but if the block then has to take away what it began
+    (`tidying`), it is ignored.
+    """
 
     def stop(number: int, _: Any) -> None:
         for each in STOPPING:
             if signal.getsignal(each) is stop:
-                signal.signal(each, signal.SIG_DFL)
+                signal.signal(each, signal.SIG_IGN if tidying else signal.SIG_DFL)
         raise Stopped(number)
 
     with _handled_by(stop):
@@ -66,8 +70,10 @@ def _said(number: int) -> str:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    # What nohup or a shell's background job ignores stays ignored.
-    caught = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    caught = []
+    if threading.current_thread() is threading.main_thread():  # no other one may set handlers
+        # What nohup or a shell's background job ignores stays ignored.
+        caught = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     former = {number: signal.signal(number, handler) for number in caught}
     try:
         yield
