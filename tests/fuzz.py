@@ -3,7 +3,8 @@
     python tests/fuzz.py --seed N               replay one input
     python tests/fuzz.py --seed N --count 250   work through many; prints `start N`, then `ok N` or `bad N` and why
 
-A seed is one input: a `.beton`, its sidecar, an image folder (used directly, or converted), a checkpoint or a config.
+A seed is one input: a `.beton`, its sidecar, an image folder (used directly, or converted), a checkpoint or a config, or
+what is whole and hostile: false metadata, folders full of traps, odd images, what is no file.
 What may happen: an error of a known type that names the file and the sample; or the data, where every sample whose
 bytes are intact is delivered as ever, and a damaged one never shows another sample's pixels. Where there are
 checksums, damage is always an error.
@@ -19,6 +20,7 @@ import faulthandler
 import io
 import json
 import os
+import random
 import resource
 import shutil
 import sys
@@ -38,11 +40,15 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import conftest
+from hostile_meta import mutated, valid_meta
+from test_folder import listed_slowly, random_tree
+from test_images import random_file
 
 import pipelines
-from fap import checkpoint
-from fap.config import Config, load_config
+from fap import checkpoint, load, models
+from fap.config import Config, load_config, make_config
 from pipelines import DamagedData, Store, convert
+from pipelines.folder import list_images
 from pipelines.store import FIELD, HEADER, BetonStore, read_sidecar, sidecar_path, write_sidecar
 
 conftest.PAGE = 1 << 14  # small files; a raw image still fits into a page
@@ -521,7 +527,103 @@ def fuzz_config(rng: np.random.Generator, folder: Path) -> str:
     return f"{how} {overrides}: accepted"
 
 
+# ------------------------------------------------------------------ files that are whole, and hostile
+
+
+@cache
+def tiny_run() -> tuple[Config, dict[str, torch.Tensor]]:
+    config = make_config({"model": {"name": "cifar_resnet8", "num_classes": 3}, "data": {"size": 32, "resize": 32}})
+    model = models.build("cifar_resnet8", 3, size=32)
+    return config, {f"model.{k}": v for k, v in model.state_dict().items()}
+
+
+def fuzz_metadata(rng: np.random.Generator, folder: Path) -> str:
+    """A checkpoint whose checksum is right and whose metadata are not a run's."""
+    config, state = tiny_run()
+    path = folder / "step_00000005.safetensors"
+    checkpoint.save(path, state, mutated(valid_meta(config, ["a", "b", "c"]), random.Random(int(rng.integers(1 << 30)))))
+    try:
+        load.load_model(path)
+        load.export(path, folder / "plain.safetensors")
+    except (ValueError, checkpoint.DamagedCheckpoint) as error:
+        assert path.name in str(error), repr(error)
+        assert len(str(error)) < 1000, str(error)[:3000]
+        return f"{type(error).__name__}: {str(error)[-150:]}"
+    return "accepted"
+
+
+def fuzz_tree(rng: np.random.Generator, folder: Path) -> str:
+    """Folders with what lies about in folders: the listing is its slow twin's."""
+    random_tree(rng, folder / "tree")
+    listing = list_images(folder / "tree")
+    assert [path for path, _ in listing.files] == listed_slowly(folder / "tree")
+    return f"{len(listing.files)} images, {listing.ignored}"
+
+
+def fuzz_images(rng: np.random.Generator, folder: Path) -> str:
+    """Kinds, modes and orientations, some damaged: a folder and its `.beton` agree, or both refuse the same files."""
+    source, kinds = folder / "source", []
+    for i in range(6):
+        kind, data = random_file(rng)
+        if rng.random() < 0.2:
+            data, how = mutate(rng, data)
+            kind += how
+        kinds.append(kind)
+        (source / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (source / "ab"[i % 2] / f"{i}.JPEG").write_bytes(data)
+    try:
+        convert.convert_folder(source, folder / "out.beton", threads=1)
+    except convert.BadImages as error:
+        bad = {path for path, _ in error.bad}
+        for path in bad:
+            os.unlink(path)
+        if len(bad) == 6 or not all(any(source.glob(f"{name}/*")) for name in "ab"):
+            return f"all refused: {kinds}"
+        convert.convert_folder(source, folder / "out.beton", threads=1)
+    files, beton = pipelines.open_store(source), pipelines.open_store(folder / "out.beton")
+    for i in range(len(beton)):
+        assert files.read(i).tobytes() == beton.read(i).tobytes(), files.file(i)
+    return f"{len(beton)} of {kinds}"
+
+
+def fuzz_no_file(rng: np.random.Generator, folder: Path) -> str:
+    """A named pipe, a device, a folder or a dangling link where the program reads a file: an error at once."""
+    config, state = tiny_run()
+    beton = make_beton(folder, "jpg")
+    add_sidecar(beton)
+    root = make_folder(folder)
+    image = sorted(root.rglob("*.*"))[0]
+    saved = folder / "step_00000005.safetensors"
+    checkpoint.save(saved, state, valid_meta(config))
+    yaml = folder / "config.yaml"
+    yaml.write_text(config.to_yaml())
+    uses = {
+        beton: lambda: pipelines.open_store(beton),
+        sidecar_path(beton): lambda: pipelines.open_store(beton),
+        image: lambda: pipelines.open_store(root),
+        saved: lambda: load.load_model(saved),
+        yaml: lambda: load_config(yaml),
+    }
+    path = list(uses)[int(rng.integers(len(uses)))]
+    path.unlink()
+    kind = str(rng.choice(["pipe", "device", "folder", "dangling"]))
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    try:
+        uses[path]()
+    except ALLOWED as error:
+        return f"{kind} {path.name}: {str(error)[:150]}"
+    # what is no image file is none, so only an image may be passed over
+    assert path == image and kind in ("folder", "dangling"), f"{kind} {path.name}: accepted"
+    return f"{kind} {path.name}: passed over"
+
+
 TARGETS = [fuzz_beton] * 5 + [fuzz_sidecar, fuzz_folder, fuzz_convert, fuzz_checkpoint, fuzz_config]
+TARGETS += [fuzz_metadata, fuzz_tree, fuzz_images, fuzz_no_file]
 
 
 def crash(rng: np.random.Generator, folder: Path) -> str:

@@ -14,7 +14,7 @@ from fap.config import load_config
 
 WORKER = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
 BATCH = 500  # inputs of one process
-TARGETS = {"beton", "sidecar", "folder", "convert", "checkpoint", "config"}
+TARGETS = {"beton", "sidecar", "folder", "convert", "checkpoint", "config", "metadata", "tree", "images", "no_file"}
 
 
 def work_through(first: int, count: int, hang_s: int = 60) -> tuple[Counter[str], list[str]]:
