@@ -11,7 +11,7 @@ from torch import Tensor
 import pipelines
 from fap.config import Config
 from fap.evaluate import match_classes
-from pipelines.files import shown
+from pipelines.files import readable, shown
 
 NAMES_SHOWN = 3  # class names at either end of the list
 
@@ -40,12 +40,10 @@ def open_data(config: Config) -> RunData:
     train.check_classes()  # data.val may hold few classes, and its names must be among these
     val = _open("val", config)
     n_classes = _class_count(config, train)
-    val_classes = _match(config, train, val, n_classes)
+    val_classes = _match(train, val, n_classes)
     lines = [*_lines("train", train), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
         lines.append(f"classes    {n_classes}: data.train has no class names, its largest label is {n_classes - 1}")
-    if (train.classes is None) != (val.classes is None):
-        lines.append("classes    only one of data.train and data.val has class names: labels are matched by number")
     return RunData(train, val, train.identity(), val.identity(), n_classes, val_classes, lines)
 
 
@@ -57,15 +55,13 @@ def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
     least = int(store.labels.min())
     most = int(store.labels.max())
     if least < 0:
-        raise ValueError(f"data.{field} = {path} holds labels {least} to {most}: a label must not be negative")
-    if store.classes is not None and most >= len(store.classes):
-        raise ValueError(f"data.{field} = {path} holds labels {least} to {most}, but {len(store.classes)} class names")
+        raise ValueError(f"data.{field} = {readable(store.path)} holds labels {least} to {most}: a label must not be negative")
     return store
 
 
 def _class_count(config: Config, train: pipelines.Store) -> int:
     """The model's classes: those that data.train names, else as many as `model.num_classes` or the labels say."""
-    path = config.data.train
+    path = readable(train.path)
     wanted = config.model.num_classes
     most = int(train.labels.max())
     if train.classes is not None:
@@ -84,18 +80,26 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
     return found
 
 
-def _match(config: Config, train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tensor | None:
-    """By name where both have names, so that data.val may lack classes; by number else."""
+def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tensor | None:
+    """By name where both have names, so that data.val may lack classes; by number where neither has."""
+    where = f"data.val = {readable(val.path)}"
+    if (train.classes is None) != (val.classes is None):
+        named, nameless = ("val", "train") if train.classes is None else ("train", "val")
+        raise ValueError(
+            f"data.{named} has class names and data.{nameless} has none, so labels could only be compared by number, and a "
+            "wrong order gives wrong accuracies without a word: convert both with fap-convert, which writes the names; or read "
+            "both without names, as a .beton whose .json is put aside"
+        )
     if train.classes is not None and val.classes is not None:
         if val.classes == train.classes:
             return None
         try:
             return match_classes(val.classes, train.classes)
         except ValueError as error:
-            raise ValueError(f"data.val = {config.data.val} does not fit data.train = {config.data.train}: {error}") from None
+            raise ValueError(f"{where} does not fit data.train = {readable(train.path)}: {error}") from None
     most = int(val.labels.max())
     if most >= n_classes:
-        raise ValueError(f"data.val = {config.data.val} holds labels up to {most}, but the model has {n_classes} classes")
+        raise ValueError(f"{where} holds labels up to {most}, but the model has {n_classes} classes")
     return None
 
 
