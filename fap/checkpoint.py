@@ -137,10 +137,6 @@ class DataIdentity(_Strict):
     """tuple[str, ...] | None: the class names in the order of the labels."""
     content: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 
-    def as_identity(self) -> dict[str, Any]:
-        """As `pipelines.Store.identity` gives it, to compare the two."""
-        return {"count": self.count, "classes": None if self.classes is None else list(self.classes), "content": self.content}
-
 
 class RunMeta(_Strict):
     """The metadata of a training run's checkpoint, as `Run` writes it and everyone else reads it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.files import lock
+from pipelines.files import lock, write_whole
 
 LOCK = ".lock"
 
@@ -86,7 +86,7 @@ class RunFolder:
                     former = path.with_name(f".{name}.former")
                 os.replace(path, former)
             self._written.append((path, former))
-            write_whole(path, text)
+            write_whole(path, [text.encode()])
 
     def has_begun(self) -> None:
         """Nothing can go wrong any more: what `begin` wrote stays."""
@@ -130,16 +130,3 @@ class RunFolder:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file with all of `text`, or as it was before. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,11 +24,12 @@ from fap.graph import out_of_memory, runner
 from fap.log import Log, versions
 from fap.models import build, load_init
 from fap.resume import check_same_data, check_same_run, facts
-from fap.run_folder import RunFolder, write_whole
+from fap.run_folder import RunFolder
 from fap.session import Interrupted, StopSignal, Stopwatch, norm_kernel, set_up_torch
 from fap.step import KINDS, METRICS, Amp, Step, dropout_seed
 from fap.summary import describe
 from pipelines.batch import run_ahead
+from pipelines.files import write_whole
 from pipelines.machine import usable_cores
 
 PER_RANK = {"carry.images_255", "carry.labels"}  # of the step's state: every rank holds its own rows
@@ -252,7 +253,7 @@ class Run:
         }  # fmt: skip
         if self.ranks.first:
             try:
-                write_whole(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+                write_whole(self.folder / "result.json", [json.dumps(result, indent=1).encode() + b"\n"])
             except OSError as error:
                 raise NotSaved(
                     f"training is done, but its result.json could not be written ({error}); {self._last_good()}"
