@@ -5,11 +5,13 @@ Compared by content: where data lie, and where and how often a run reports, may 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from fap.config import Config
 from pipelines.files import shown
@@ -61,6 +63,14 @@ def checksum(path: Path) -> str:
     """The CRC32 that stands in a checkpoint; `fap.checkpoint.load` has compared it with the content."""
     with safe_open(path, "pt") as file:
         return str(file.metadata()["crc32"])
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """CRC32 of a model's tensors on the CPU: what `model.init`, or this machine's random numbers, came to."""
+    crc32 = 0
+    for name in sorted(tensors):
+        crc32 = zlib.crc32(tensors[name].contiguous().numpy(), crc32)
+    return f"{crc32:08x}"
 
 
 def _flat(config: Config) -> dict[str, Any]:

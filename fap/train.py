@@ -23,7 +23,7 @@ from fap.evaluate import evaluate
 from fap.graph import out_of_memory, runner
 from fap.log import Log, versions
 from fap.models import build, load_init
-from fap.resume import check_same_data, check_same_run, facts
+from fap.resume import check_same_data, check_same_run, checksum_of, facts
 from fap.run_folder import RunFolder
 from fap.session import Interrupted, StopSignal, Stopwatch, norm_kernel, set_up_torch
 from fap.step import KINDS, METRICS, Amp, Step, dropout_seed
@@ -69,7 +69,7 @@ class Run:
             with ranks.together():
                 self._prepare(config)
                 known = facts(self._settled(), self.data.train_identity, self.data.val_identity, self.resumed)
-            ranks.check_same(known | {"device": self.device.type})
+            ranks.check_same(known | {"device": self.device.type, "weights": self.weights})
         except BaseException:
             self.run_folder.release()
             raise
@@ -96,6 +96,7 @@ class Run:
         self.model = build(wanted.name, self.data.n_classes, aux=aux, size=config.data.size)
         if wanted.init:
             load_init(self.model, wanted.init, config, self._say)
+        self.weights = checksum_of(self.model.state_dict())
         self.model.to(self.device)
         self.step = Step(self.model, config, self.ranks, amp=self.amp)
         self.step.row_groups.kernel = self.norm_kernel

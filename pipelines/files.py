@@ -107,7 +107,7 @@ def write_whole(path: str | Path, parts: Iterable[bytes | memoryview], *, overwr
         else:
             _rename_to_a_new_name(temporary, path)
     except OSError as error:
-        if error.filename is None:  # such as a full disk: say which file
+        if error.filename in (None, str(temporary)):  # such as a full disk: say which file is meant
             error.filename = str(path)
         raise
     finally:

@@ -343,6 +343,9 @@ def test_no_file_is_overwritten_without_being_asked(tmp_path: Path, monkeypatch:
     assert path.read_bytes() == b"old"
     assert (tmp_path / "b").read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "link"]
+    with pytest.raises(FileNotFoundError) as caught:
+        files.write_whole(tmp_path / "nowhere" / "a", [b"new"])
+    assert caught.value.filename == str(tmp_path / "nowhere" / "a")  # and not the temporary one's
 
 
 # ---------------------------------------------------------------------- the metadata of a run

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import write_beton
+from safetensors.torch import save_file
 
 import pipelines
 from fap.config import Config, load_config
 from fap.distributed import ONE_RANK, Ranks, Votes, connect
-from fap.models import build
+from fap.models import build, plain
 from fap.step import Step
 from fap.train import Run, plan_spec
 
@@ -164,6 +165,7 @@ DIFFERENT_RANKS = {
     "config": (["run.dir=new"], ["optim.lr=0.3"], "optim.lr: 0.3 on rank 1, 0.1 on rank 0"),
     "schedule": (["run.dir=new"], ["run.eval_every=3"], "run.eval_every: 3 on rank 1, 1 on rank 0"),
     "data": (["run.dir=new"], ["data.val=other.beton"], "data.val: {'count': 64"),
+    "weights": (["run.dir=new", "model.init=a/w.safetensors"], ["model.init=b/w.safetensors"], "weights: '"),
     "missing": (["run.dir=new"], ["data.val=/nowhere.beton"], "/nowhere.beton: no such file"),
     "earlier": (["resume=never"], [], "holds an earlier run"),
 }
@@ -191,6 +193,9 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
 def test_ranks_that_would_not_train_the_same_run_all_say_why(tiny_beton: Path, tmp_path: Path) -> None:
     images = list(np.random.default_rng(3).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
     write_beton(tmp_path / "other.beton", images, [i % 10 for i in range(64)])
+    for folder in ("a", "b"):  # other weights under one name
+        (tmp_path / folder).mkdir()
+        save_file(plain("cifar_resnet8", 10).state_dict(), tmp_path / folder / "w.safetensors")
     mp.spawn(start_differently, (2, free_port(), tiny_beton, tmp_path), nprocs=2)
     for rank in range(2):
         said = json.loads((tmp_path / f"{rank}.json").read_text())
