@@ -26,6 +26,7 @@ IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_pt
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
 SIDECAR_VERSION = 2
+MOST_NAME = 1000  # characters of a class name; checkpoints hold no longer ones either
 SIDECAR_BYTES = 1 << 28  # at most; 40 million samples' checksums
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of frame headers
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # not names of classes
@@ -318,10 +319,14 @@ def _parse_sidecar(content: Any) -> Sidecar:
 
 
 def _check_names(classes: Any) -> None:
+    """ValueError unless a file's class names are None or unique texts of 1 to MOST_NAME characters."""
     if classes is None:
         return
-    if not isinstance(classes, (list, tuple)) or not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes must be a list of names")
+    if not isinstance(classes, (list, tuple)) or not classes:
+        raise ValueError("must be a list of class names, or null")
+    for name in classes:
+        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
+            raise ValueError(f"a class name is {shown(name)}: must be a text of 1 to {MOST_NAME:,} characters")
     name, times = Counter(classes).most_common(1)[0]
     if times > 1:
         raise ValueError(f"the class name {shown(name)} stands {times} times")

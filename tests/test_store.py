@@ -255,11 +255,13 @@ def test_every_flip_of_a_sidecar_is_noticed_or_changes_nothing(small: Path) -> N
     [
         (["a", "b", "c", "d", "e", "a"], "class name 'a' stands 2 times"),
         (["a", "b", "c", "d", "e"], "labels 0 to 5, but .* names 5 classes"),
-        (["a", "b", "c", "d", "e", 6], "must be a list of names"),
-        ([], "must be a list of names"),
-        ("abcdef", "must be a list of names"),
-        ({"a": 1}, "must be a list of names"),
-        ([["a"]] * 6, "must be a list of names"),
+        (["a", "b", "c", "d", "e", 6], "a class name is 6"),
+        (["a", "b", "c", "d", "e", ""], "a class name is '': must be a text of 1 to 1,000 characters"),
+        (["a", "b", "c", "d", "e", "f" * 1001], "a class name is 'ff.*1,003 characters"),
+        ([], "must be a list of class names"),
+        ("abcdef", "must be a list of class names"),
+        ({"a": 1}, "must be a list of class names"),
+        ([["a"]] * 6, r"a class name is \['a'\]"),
     ],
 )
 def test_class_names_are_texts_unique_and_enough(small: Path, classes: object, message: str) -> None:
