@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from fap.config import Config
+from pipelines.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -177,6 +178,11 @@ class Stopwatch:
         former, self.start = self.start, time.perf_counter()
         waited, self.waited = self.waited, 0.0
         return self.start - former, waited
+
+
+def limit_threads(wanted: int | None = None) -> None:
+    """torch's CPU threads: `wanted`, else its own default, which knows nothing of a container's CPU quota, or fewer."""
+    torch.set_num_threads(wanted or min(torch.get_num_threads(), usable_cores()))
 
 
 def set_up_torch(device: torch.device) -> None:

@@ -25,12 +25,11 @@ from fap.log import Log, versions
 from fap.models import build, load_init
 from fap.resume import check_same_data, check_same_run, checksum_of, facts
 from fap.run_folder import RunFolder
-from fap.session import Interrupted, StopSignal, Stopwatch, norm_kernel, set_up_torch
+from fap.session import Interrupted, StopSignal, Stopwatch, limit_threads, norm_kernel, set_up_torch
 from fap.step import KINDS, METRICS, Amp, Step, dropout_seed
 from fap.summary import describe
 from pipelines.batch import run_ahead
 from pipelines.files import write_whole
-from pipelines.machine import usable_cores
 
 PER_RANK = {"carry.images_255", "carry.labels"}  # of the step's state: every rank holds its own rows
 
@@ -80,8 +79,7 @@ class Run:
         self.amp: Amp = "fp16" if self.device.type == "cuda" else "off"
         if config.run.amp != "auto":
             self.amp = config.run.amp
-        # torch's own default knows nothing of a container's CPU quota.
-        torch.set_num_threads(config.run.torch_threads or min(torch.get_num_threads(), usable_cores()))
+        limit_threads(config.run.torch_threads)
         set_up_torch(self.device)
 
         self.norm_kernel = norm_kernel(config, self.device)

@@ -547,7 +547,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "code"),
-    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
     ids=lambda s: str(s),
 )
 def test_stopped_half_way_leaves_no_result(folder: Path, tmp_path: Path, sent: int, code: int) -> None:

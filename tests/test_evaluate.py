@@ -18,7 +18,7 @@ from hostile_meta import valid_meta
 from PIL import Image
 from torch import Tensor, nn
 
-from fap import benchmarks, checkpoint, evaluation, models, report
+from fap import benchmarks, checkpoint, evaluation, models, report, session
 from fap.cli import eval as cli
 from fap.config import make_config
 from fap.evaluate import ALEXNET_ERRORS, EXTRA, Result, evaluate, lacking, match_classes, match_labels, mce, summarise
@@ -968,3 +968,11 @@ def test_two_commands_build_a_kept_set_once(world, tmp_path):
     assert json.loads((at / "out" / "report.json").read_text())[0]["results"].keys() == {
         "clean", "computed/fog/3", "computed/jpeg_compression/3",
     }  # fmt: skip
+
+
+def test_threads_follow_a_quota(world, monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr(session, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    run(world, out="quota")
+    assert used == [1]

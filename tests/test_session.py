@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fap import session
+from fap.cli.signals import STOPPING
 from fap.session import Interrupted, StopSignal
 
 
@@ -36,6 +37,10 @@ def send(*numbers: int) -> None:
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(0.05)  # the handler runs, and the thread too
+
+
+def test_every_command_is_stopped_by_the_same_signals() -> None:
+    assert STOPPING == session.SIGNALS
 
 
 @pytest.mark.parametrize("number", session.SIGNALS)
@@ -151,3 +156,15 @@ def test_a_process_that_hangs_in_c_code_is_ended() -> None:
     assert child.returncode == 143
     assert time.monotonic() - begun < 8
     assert "SIGTERM, but no progress for" in said
+
+
+@pytest.mark.parametrize(("wanted", "cores", "used"), [(None, 2, 2), (None, 100, 4), (3, 2, 3)])
+def test_threads_follow_a_quota_unless_their_number_is_given(
+    wanted: int | None, cores: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(session, "usable_cores", lambda: cores)
+    monkeypatch.setattr(session.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(session.torch, "set_num_threads", set_to.append)
+    session.limit_threads(wanted)
+    assert set_to == [used]

@@ -20,6 +20,7 @@ from fap.benchmarks import Wanted
 from fap.checkpoint import DamagedCheckpoint
 from fap.evaluation import carry_out, look
 from fap.results import Results
+from fap.session import limit_threads
 from pipelines.corrupt import NAMES, QUICK, SMALL, Workers
 
 DESCRIPTION = "Exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."
@@ -82,6 +83,7 @@ def evaluate(args: Namespace) -> int:
     def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
+    limit_threads()
     wanted = wishes(args)
     out = _path(args.out)
     results = Results(out / "results", say)
