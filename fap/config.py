@@ -299,7 +299,7 @@ class RunConfig(Section):
     auto: on a GPU triton, and framework, with a warning, if that fails."""
     compile: bool = False
     torch_threads: PositiveInt | None = None
-    """CPU threads of the training process; unset: torch's default."""
+    """CPU threads of the training process; unset: torch's default, or a container's CPU quota if that is less."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps in all; the schedule is that of the whole run."""
     log_every: PositiveInt = 50
