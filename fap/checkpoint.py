@@ -8,6 +8,7 @@ says is not trusted either: `run_meta` checks the metadata, `fap.load` the model
 
 import errno
 import json
+import os
 import re
 import warnings
 import zlib
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from fap.config import Config, make_config
 from fap.step import METRICS
-from pipelines.files import GIGABYTE, read_regular, shown, write_whole
+from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
 
 MOST_BYTES = 64 * GIGABYTE  # of a file
+MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one either
 MOST_META = 1 << 24  # characters of metadata; 21,841 class names are well below a megabyte
 _MARK = b'"crc32":"'  # unescaped, so no tensor's name and no value of the metadata can contain it
 _ZEROS = b"00000000"
@@ -69,15 +71,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_with_content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """As `load`, and what the file's content is: its checksum and size, which no copy or new date changes."""
     try:
+        at, end = _header(path)  # first, so that of a huge file that is none of ours nothing more is read
         blob = read_regular(path, MOST_BYTES)
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from None
-    end = 8 + int.from_bytes(blob[:8], "little")
-    if len(blob) < 8 or end > len(blob):
-        raise DamagedCheckpoint(f"{path}: truncated inside its header, or no safetensors file ({len(blob)} bytes)")
-    at = blob.find(_MARK, 8, end) + len(_MARK)
-    if at < len(_MARK):
-        raise DamagedCheckpoint(f"{path}: no checksum in its header, so it is no checkpoint of this program")
     rest = at + len(_ZEROS)
     found = b"%08x" % zlib.crc32(memoryview(blob)[rest:], zlib.crc32(blob[:at] + _ZEROS))
     try:
@@ -95,6 +92,22 @@ def load_with_content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
         return safetensors.torch.load(blob), meta, f"{found.decode()}-{len(blob)}"
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path}: garbled header ({brief(error)})") from error
+
+
+def _header(path: str | Path) -> tuple[int, int]:
+    """Where the checksum's digits stand in a file, and where its header ends. Raises as `load`; ValueError for no file."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        end = 8 + int.from_bytes(head, "little")
+        if len(head) == 8 and end <= min(size, MOST_HEADER):
+            head += file.read(end - 8)
+        if len(head) != end:
+            raise DamagedCheckpoint(f"{path}: truncated inside its header, or no safetensors file ({size} bytes)")
+    at = head.find(_MARK, 8) + len(_MARK)
+    if at < len(_MARK):
+        raise DamagedCheckpoint(f"{path}: no checksum in its header, so it is no checkpoint of this program")
+    return at, end
 
 
 def brief(error: Exception, most: int = 400) -> str:

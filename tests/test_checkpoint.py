@@ -348,6 +348,17 @@ def test_no_file_is_overwritten_without_being_asked(tmp_path: Path, monkeypatch:
     assert caught.value.filename == str(tmp_path / "nowhere" / "a")  # and not the temporary one's
 
 
+def test_a_huge_file_without_our_header_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that take no room on the disk would take it in memory."""
+    monkeypatch.setattr(checkpoint, "read_regular", None)  # nobody may call it
+    for begin in (b"", b"\x40\0\0\0\0\0\0\0{}", b"\xff" * 8):
+        with open(tmp_path / "c", "wb") as file:
+            file.write(begin)
+            file.truncate(60 << 30)
+        with pytest.raises(DamagedCheckpoint, match=r"no checksum in its header|truncated inside its header"):
+            load(tmp_path / "c")
+
+
 # ---------------------------------------------------------------------- the metadata of a run
 
 CLASSES = ("cat", "dog", "gnu")
