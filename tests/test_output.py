@@ -1,10 +1,14 @@
 """Standard output that fails: what is lost, what is said, and that the command goes on."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fap import load
+from fap.cli import export
 
 CODE = """
 import sys
@@ -47,3 +51,27 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     environment = {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(argv, capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"0 \\u2192 \\udce9\n")
+
+
+@pytest.mark.parametrize("name", ["convert", "eval", "export"])
+def test_a_very_long_path_is_cut(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "x" * 20_000
+    words = {
+        "convert": [path, "a.beton"],
+        "eval": [path, "--data", str(Path(__file__).parent)],
+        "export": [path, "a.safetensors"],
+    }
+    main = importlib.import_module(f"fap.cli.{name}").main
+    assert main(words[name]) == 1
+    said = capsys.readouterr().err
+    assert "File name too long" in said or "no images under" in said
+    assert len(said) < 800
+
+
+def test_no_memory_for_a_checkpoint_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(load, "export", full)
+    assert export.main(["a.safetensors", "b.safetensors"]) == 1
+    assert capsys.readouterr().err == "fap-export: a.safetensors: not enough memory for it\n"

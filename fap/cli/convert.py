@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from os.path import expanduser, lexists
 
-from fap.cli.output import survive
+from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, raising_stopped
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nfap-convert: stopped by {stopped}; {state}", file=sys.stderr)
         return stopped.exit_code
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        print(f"fap-convert: {error}", file=sys.stderr)
+        print(f"fap-convert: {told(error)}", file=sys.stderr)
         return 1
 
 

@@ -18,6 +18,7 @@ import pipelines
 from fap import report
 from fap.benchmarks import Wanted
 from fap.checkpoint import DamagedCheckpoint
+from fap.cli.output import told
 from fap.evaluation import carry_out, look
 from fap.results import Results
 from fap.session import limit_threads
@@ -34,7 +35,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenExecutor as error:
         problem = f"a worker process was ended, perhaps for want of memory: {error}"
     except (ValueError, OSError, ImportError, pipelines.DamagedData, DamagedCheckpoint) as error:
-        problem = str(error)
+        problem = told(error)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise

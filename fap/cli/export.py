@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fap.cli.output import survive
+from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, end, leaving_at_once, raising_stopped
 
 
@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return end("fap-export", stopped)
     except (ValueError, OSError, load.DamagedCheckpoint) as error:
-        print(f"fap-export: {error}", file=sys.stderr)
+        print(f"fap-export: {told(error)}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(f"fap-export: {args.checkpoint}: not enough memory for it", file=sys.stderr)
         return 1
     name = meta["model"].removeprefix("timm/")
     print(f"wrote {out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run {meta['run']}")

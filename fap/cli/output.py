@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+MOST_SAID = 600  # characters of an error of the operating system
+
 
 class Surviving:
     """A text stream whose `write` and `flush` never raise; all else is the stream's own.
@@ -44,6 +46,14 @@ class Surviving:
             os.close(nowhere)
         if self is sys.stdout:
             print(f"warning: standard output is lost ({error}); the work goes on", file=sys.stderr, flush=True)
+
+
+def told(error: BaseException) -> str:
+    """An error's text for a message; the middle of a very long path is left out."""
+    text = str(error)
+    if isinstance(error, OSError) and len(text) > MOST_SAID:
+        text = f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 2 :]}"
+    return text
 
 
 def survive() -> None:
