@@ -11,7 +11,7 @@ PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist 
 .PHONY: help setup demo test check lint soak study bench gpu kit clean
 help:
 	@echo "make demo [FAST=1] [PIPELINE=ffcv|dali|reference]   vanilla training and Fast AdvProp on real images: cost, accuracy,"
-	@echo "              figures, a verdict; about 10 minutes on 2 cores after set-up, FAST=1 under 2"
+	@echo "              figures, a verdict; 10 to 15 minutes on 2 cores after set-up, FAST=1 under 2"
 	@echo "make test     the tests (with a GPU: the GPU tests too)"
 	@echo "make check    lint, types, quick tests"
 	@echo "make study SIZE=small|full   the comparison of methods over several seeds"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from pipelines.machine import usable_cores
 
 MODEL = "cifar_resnet8"
 CLEAN_BATCH = 64
+ROWS = 80  # that Fast AdvProp reads per step: the clean ones and 1/5 for the attack
+PASSES = 96  # image passes of its step: 64 clean, 16 noisy, 16 adversarial
 GROUP = 32  # two main batch-norm groups per step, so that both passes of a step are equally large
 EPS_255 = 4
 CONFIGS = {BASE: "vanilla", EQUAL_COST: "fast_advprop", EQUAL_STEPS: "fast_advprop"}  # of configs/cifar10
@@ -52,7 +55,7 @@ as much again. Then it compares them on clean, corrupted and adversarial test im
 
 @dataclass(frozen=True)
 class Size:
-    """A multiple of 320 images gives 64 and 80 rows per step alike whole epochs: then equal cost is equal to the image pass."""
+    """`epochs` must give every arm whole ones, see `Demo.share`: then equal cost is equal to the image pass."""
 
     images: int
     test: int
@@ -65,8 +68,8 @@ class Size:
     rounds: int  # of the measurement of cost
 
 
-FULL = Size(320, 2_000, 2_000, 3, 168, (105, 154), (BASE, EQUAL_COST, EQUAL_STEPS), NAMES, 20)
-FAST = Size(320, 1_000, 500, 2, 48, (30, 42), (BASE, EQUAL_COST), QUICK, 8)
+FULL = Size(500, 2_000, 2_000, 3, 234, (146, 214), (BASE, EQUAL_COST, EQUAL_STEPS), NAMES, 20)
+FAST = Size(500, 1_000, 500, 2, 36, (22, 32), (BASE, EQUAL_COST), QUICK, 8)
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,31 @@ class Demo:
 
     def words(self, arm: str, seed: int) -> list[str]:
         """fap-train's words for one run."""
-        size = self.size
-        epochs, milestones = size.epochs, size.milestones
-        words = []
-        if arm != BASE:
-            words.append(f"method.eps_255={EPS_255}")
-        if arm == EQUAL_STEPS:  # 80 rows are read per step, 64 of them clean: 5/4 as many epochs
-            words.append("budget.same_budget=false")
-            epochs = epochs * 5 // 4
-            milestones = tuple(m * 5 // 4 for m in milestones)
+        share = self.share(arm)
+        epochs = share * self.size.epochs
+        assert epochs.denominator == 1, f"{arm}: {epochs} epochs"
+        milestones = [int(share * m) for m in self.size.milestones]
+        # same_budget would divide the epochs by 1.2 and forget the rows that are left over at the end of each: 500
+        # images are 7 batches of 64 and 6 of 80, and Fast AdvProp would get 7% more image passes than vanilla.
+        words = [] if arm == BASE else [f"method.eps_255={EPS_255}", "budget.same_budget=false"]
         return [
             *words, f"name={arm}", f"seed={seed}", f"model.name={MODEL}", "model.num_classes=10",
             f"method.group={GROUP}", f"optim.clean_batch={CLEAN_BATCH}", f"budget.epochs={epochs}",
-            f"budget.milestones={list(milestones)}", f"data.train={self.files['train']}",
+            f"budget.milestones={milestones}", f"data.train={self.files['train']}",
             f"data.val={self.files['test']}", f"data.pipeline={self.pipeline}", "data.threads=1", f"run.dir={self.folder}",
             f"run.eval_every={epochs}", "run.torch_threads=1", "resume=auto",
         ]  # fmt: skip
+
+    def share(self, arm: str) -> Fraction:
+        """Epochs of an arm per epoch of vanilla training."""
+        steps = self.size.images // CLEAN_BATCH
+        our_steps = self.size.images // ROWS
+        shares = {
+            BASE: Fraction(1),
+            EQUAL_COST: Fraction(steps * CLEAN_BATCH, our_steps * PASSES),
+            EQUAL_STEPS: Fraction(steps, our_steps),
+        }
+        return shares[arm]
 
     def config(self, arm: str, seed: int = 0) -> Config:
         return load_config(f"configs/cifar10/{CONFIGS[arm]}.yaml", self.words(arm, seed))
