@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,12 @@ from PIL import Image
 from pipelines.store import ALLOCATION, FIELD, HEADER, IMAGE, JPG, RAW, BetonStore, jpeg_sides
 
 PAGE = 1 << 21
+
+# Started in the background or under nohup, pytest ignores these, and so would every process that a test starts.
+if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: Triton's interpreter runs them on the CPU
