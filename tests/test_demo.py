@@ -264,7 +264,7 @@ def test_leaving_ends_the_running_commands_and_starts_no_other(leave, tmp_path: 
 # ------------------------------------------------------------------ a whole miniature
 
 TINY = demo.Size(
-    images=96, test=96, attacked=32, seeds=1, epochs=6, milestones=(3, 5), arms=(BASE, EQUAL_COST),
+    images=96, test=96, attacked=32, seeds=1, epochs=6, milestones=(3, 5), arms=(BASE, EQUAL_COST, EQUAL_STEPS),
     corrupt=("gaussian_noise", "contrast"), rounds=2,
 )  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_a_miniature_demo(tiny_beton: Path, tmp_path: Path, monkeypatch, capfd) 
         assert words in said
     out = tmp_path / "demo_reference_fast"
     found = json.loads((out / "report.json").read_text())
-    assert [run["image_passes"] for arm in TINY.arms for run in found["runs"][arm]] == [6 * 64, 4 * 96]
+    assert [run["image_passes"] for arm in TINY.arms for run in found["runs"][arm]] == [6 * 64, 4 * 96, 6 * 96]
     for arm in TINY.arms:
         (run,) = found["runs"][arm]
         assert run["cpu_seconds"] > 1
@@ -307,5 +307,5 @@ def test_a_miniature_demo(tiny_beton: Path, tmp_path: Path, monkeypatch, capfd) 
     demo.main(["--fast", "--pipeline", "reference"])
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("step_*.safetensors")}
     said = capfd.readouterr().out
-    assert "2 are there from an earlier demo" in said
+    assert "3 are there from an earlier demo" in said
     assert "not known" in said
