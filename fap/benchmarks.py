@@ -328,4 +328,4 @@ def _build(file: Path, said: dict[str, Any], computed: Opened, batch: int) -> No
         sidecar_path(file).unlink(missing_ok=True)  # of a build that was killed between its two renames
         with closing(computed.batches()) as batches:
             rows = tqdm(batches, f"building {file.name}", computed.steps, leave=False, disable=None)
-            build(rows, file, capacity=computed.steps * batch, classes=computed.classes or (), encoding=said)
+            build(rows, file, capacity=computed.steps * batch, classes=computed.classes, encoding=said)

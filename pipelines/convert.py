@@ -163,8 +163,8 @@ class BetonWriter:
         self._file.write(sample.data)
         self.count += 1
 
-    def commit(self, classes: Sequence[str], encoding: dict[str, Any]) -> None:
-        """Write tables and sidecar, sync, rename."""
+    def commit(self, classes: Sequence[str] | None, encoding: dict[str, Any]) -> None:
+        """Write tables and sidecar, sync, rename. `classes` is None where the labels have no names."""
         n, end = self.count, self._file.tell()
         self._file.write(self._alloc[:n].tobytes())
         fields = np.zeros(2, store.FIELD)
@@ -175,7 +175,9 @@ class BetonWriter:
         self._file.write(header.tobytes() + fields.tobytes() + self._rows[:n].tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
-        store.write_sidecar(self.part, classes=tuple(classes), encoding=encoding, crc32=self._crc32[:n])
+        store.write_sidecar(
+            self.part, classes=None if classes is None else tuple(classes), encoding=encoding, crc32=self._crc32[:n]
+        )
         self._renaming = True
         os.replace(sidecar_path(self.part), sidecar_path(self.dst))
         os.replace(self.part, self.dst)

@@ -374,7 +374,9 @@ def corrupted(
         yield from done
 
 
-def build(batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequence[str], encoding: dict[str, Any]) -> None:
+def build(
+    batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequence[str] | None, encoding: dict[str, Any]
+) -> None:
     """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
     with BetonWriter(dst, capacity) as writer:
         for batch in batches:

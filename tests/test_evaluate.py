@@ -678,6 +678,10 @@ def test_data_without_names(world, tmp_path, capsys):
     found, text = run(at, "--pipeline", "reference", model="nameless.safetensors", **options)
     assert found["results"]["clean"] == named["results"]["clean"]
     assert "by position (neither side has class names)" in text
+    corrupt = ["--corrupt", "saturate", "--keep", str(at / "sets")]
+    for _ in range(2):  # built, then read: a kept set without names
+        found, _ = run(at, "--pipeline", "reference", *corrupt, model="nameless.safetensors", **options)
+        assert found["results"]["computed/saturate/3"]["count"] == 12
     write_checkpoint(at / "five.safetensors", None, 5)
     message = refused(capsys, at, "--pipeline", "reference", model="five.safetensors", **options)
     assert "its labels are 0 to 5, but the model has 5 classes" in message
