@@ -12,6 +12,7 @@ from typing import IO, Any
 from pipelines.files import lock, write_whole
 
 LOCK = ".lock"
+FILES = (LOCK, "config.yaml", "versions.json", "metrics.jsonl", "result.json")
 
 
 class RunFolder:
@@ -35,9 +36,13 @@ class RunFolder:
         """Lock the folder, made where it is missing.
 
         Raises:
-            ValueError: another process holds it; or it holds an earlier run and not `may_go_on`.
+            ValueError: another process holds it; or it holds an earlier run and not `may_go_on`; or one of
+                its files is something else, such as a named pipe, on which we would wait for ever.
             OSError: it cannot be made.
         """
+        for path in (self.path / name for name in FILES):
+            if os.path.lexists(path) and not path.is_file():
+                raise ValueError(f"{path}: is not a file, and a run writes one of this name; remove it")
         self._made = [p for p in reversed([self.path, *self.path.parents]) if not p.exists()]
         self._lock = self._locked()
         empty = os.listdir(self.path) == [LOCK]

@@ -150,6 +150,16 @@ def assert_saved_to_the_last_record(folder: Path) -> None:
     assert newest[2]["step"] >= last
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.yaml"])
+def test_what_is_no_file_in_a_run_folder_is_an_error_at_once(tiny_beton: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "fast_advprop" / "seed0"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=f"{name}: is not a file"):
+        Run(load_config(None, words(tiny_beton, tmp_path, "resume=auto")))
+    assert [p.name for p in folder.iterdir()] == [name]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM] * 4])
 def test_signals_save_and_leave(tiny_beton: Path, tmp_path: Path, numbers: list[signal.Signals]) -> None:
