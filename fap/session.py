@@ -75,9 +75,11 @@ class StopSignal:
         self._watch.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Asked to leave, and leaving: the last of a scheduler's signals must not change the exit code.
+        leaving = self.number is not None and isinstance(error, SystemExit)
         for s, handler in self._former.items():
-            signal.signal(s, handler)
+            signal.signal(s, signal.SIG_IGN if leaving else handler)
         signal.set_wakeup_fd(self._former_wakeup)
         os.write(self._mouth, b"\0")  # no signal's number: the thread ends
         self._watch.join()

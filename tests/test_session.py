@@ -66,6 +66,22 @@ def test_a_run_notes_the_first_signal_and_more_change_nothing(number: int, ended
     assert said.count("SIGTERM: already leaving") == 2
 
 
+def test_a_late_signal_does_not_change_the_exit_code(ended: list[int]) -> None:
+    before = {number: signal.getsignal(number) for number in session.SIGNALS}
+    try:
+        with pytest.raises(SystemExit), StopSignal() as stop:  # noqa: PT012
+            stop.run_begins()
+            send(signal.SIGTERM)
+            sys.exit(143)
+        assert {signal.getsignal(number) for number in session.SIGNALS} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with pytest.raises(SystemExit), StopSignal():
+        sys.exit(1)  # for another reason
+    assert {number: signal.getsignal(number) for number in session.SIGNALS} == before
+
+
 @pytest.mark.parametrize(("wait", "codes"), [(0.0, []), (0.3, [130])])
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_first_one_again(
     wait: float, codes: list[int], ended, monkeypatch

@@ -161,13 +161,14 @@ def test_what_is_no_file_in_a_run_folder_is_an_error_at_once(tiny_beton: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM] * 4])
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM] * 500])
 def test_signals_save_and_leave(tiny_beton: Path, tmp_path: Path, numbers: list[signal.Signals]) -> None:
-    """A scheduler's SIGTERM comes more than once."""
+    """A scheduler's SIGTERM comes more than once; here until the process has ended."""
     process, folder = start(tiny_beton, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for number in numbers:
-        process.send_signal(number)
-        time.sleep(0.02)
+        if process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.02)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + numbers[0], output
     assert "continue with resume=auto" in output
