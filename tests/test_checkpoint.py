@@ -175,6 +175,7 @@ def in_new_process(script: str, folder: Path) -> str:
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes a write fail part-way, as ENOSPC does, without filling a disk."""
     child = """

@@ -243,6 +243,7 @@ def test_mistakes_are_errors_that_help(photos):
         next(open_loader("dali", photos, size=32).load(plan))
 
 
+@pytest.mark.slow
 def test_leaving_early_leaks_neither_threads_nor_memory(photos):
     plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
     loader = open_loader("dali", photos, size=224, threads=2)

@@ -258,6 +258,7 @@ def test_what_comes_back_is_an_archive_the_tables_and_the_log(machine: Path) -> 
         assert {"./table.md", "./cells/log.txt"} <= set(archive.getnames())
 
 
+@pytest.mark.slow
 def test_results_come_back_while_the_command_runs(machine: Path) -> None:
     suite = machine / "bench" / "gpu" / "suite.py"
     suite.write_text(STUB.replace("sys.exit(1)", "import time; time.sleep(60)"))

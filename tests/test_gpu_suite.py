@@ -184,6 +184,7 @@ def test_only_cells_without_timing_run_beside_each_other(tmp_path, lines):
     assert when("timed1")[0] > when("timed0")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_suite_keeps_what_it_has_and_leaves_nothing_running(tmp_path, number, code):
     script = f"""

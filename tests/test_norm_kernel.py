@@ -79,6 +79,7 @@ def compare(norm: DualBatchNorm2d, twin: DualBatchNorm2d, x: Tensor, residual: T
             assert (a.double() - b).abs().max().item() <= bound, (name, (a.double() - b).abs().max().item(), bound)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.integers(1, 6), max_size=3), st.lists(st.integers(1, 6), max_size=3), st.sampled_from([1, 3, 16, 70, 130]),
@@ -242,6 +243,7 @@ def test_a_nan_stays_in_its_group() -> None:
     assert norm.running_mean.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined", "parallel"])
 def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
     """The noise control, whose adversarial rows do not hang on the sign of tiny gradients."""

@@ -564,6 +564,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_a_fresh_process(tiny_beton: Path, tmp_path: Path) -> None:
     """The first start cannot go on; it is replaced, with the same arguments and more, and the run is finished."""
     script, starts = tmp_path / "fails_once.py", tmp_path / "starts"
@@ -634,6 +635,7 @@ def test_the_leak_is_reported(tiny_beton: Path, tmp_path: Path, capsys, monkeypa
     assert any("leak" in r for r in records(folder))
 
 
+@pytest.mark.slow
 def test_a_frozen_run_keeps_its_losses(tiny_beton: Path, tmp_path: Path) -> None:
     """100 losses of a seeded run against the recorded ones; 2% covers other CPUs and torch versions at step 100."""
     file = Path(__file__).parent / "assets" / "frozen_losses.json"
