@@ -24,6 +24,7 @@ from torch import Tensor
 from fap.config import Config, make_config
 from fap.step import METRICS
 from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
+from pipelines.names import checked_names
 
 MOST_BYTES = 64 * GIGABYTE  # of a file
 MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one either
@@ -119,20 +120,6 @@ def brief(error: Exception, most: int = 400) -> str:
 # ---------------------------------------------------------------------- the metadata of a run
 
 
-def _class_names(value: Any) -> tuple[str, ...] | None:
-    """Checked by hand: pydantic refuses the surrogates by which Python spells undecodable folder names."""
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError("must be a list of class names, or null")
-    for name in value:
-        if not isinstance(name, str) or not 0 < len(name) <= 1000:
-            raise ValueError(f"a class name is {shown(name)}: must be a text of 1 to 1,000 characters")
-    if len(set(value)) < len(value):
-        raise ValueError("a class name is there twice")
-    return tuple(value)
-
-
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -146,7 +133,8 @@ class DataIdentity(_Strict):
     """What a run's data is, wherever it lies; `pipelines.Store.identity` says it."""
 
     count: _Count
-    classes: Annotated[Any, BeforeValidator(_class_names)]
+    # Any, because pydantic's own check of a text refuses surrogates.
+    classes: Annotated[Any, BeforeValidator(checked_names)]
     """tuple[str, ...] | None: the class names in the order of the labels."""
     content: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 

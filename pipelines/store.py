@@ -7,7 +7,6 @@ import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import open_regular, read_regular, readable, shown
+from .names import checked_names
 
 JPG, RAW = 0, 1  # FFCV's mode byte
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
@@ -26,7 +26,6 @@ IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_pt
 ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 INT_FIELD, IMAGE_FIELD = 1, 2  # FFCV's type ids
 SIDECAR_VERSION = 2
-MOST_NAME = 1000  # characters of a class name; checkpoints hold no longer ones either
 SIDECAR_BYTES = 1 << 28  # at most; 40 million samples' checksums
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of frame headers
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # not names of classes
@@ -314,22 +313,7 @@ def _parse_sidecar(content: Any) -> Sidecar:
         raise ValueError("count is not the number of checksums")
     if type(tables_crc32) is not int or type(encoding) is not dict:
         raise ValueError("tables_crc32 must be a number and encoding an object")
-    _check_names(classes)
-    return Sidecar(None if classes is None else tuple(classes), encoding, crc32, tables_crc32)
-
-
-def _check_names(classes: Any) -> None:
-    """ValueError unless a file's class names are None or unique texts of 1 to MOST_NAME characters."""
-    if classes is None:
-        return
-    if not isinstance(classes, (list, tuple)) or not classes:
-        raise ValueError("must be a list of class names, or null")
-    for name in classes:
-        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
-            raise ValueError(f"a class name is {shown(name)}: must be a text of 1 to {MOST_NAME:,} characters")
-    name, times = Counter(classes).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"the class name {shown(name)} stands {times} times")
+    return Sidecar(checked_names(classes), encoding, crc32, tables_crc32)
 
 
 def write_sidecar(path: str | Path, *, classes: tuple[str, ...] | None, encoding: dict[str, Any], crc32: np.ndarray) -> None:
@@ -341,7 +325,7 @@ def write_sidecar(path: str | Path, *, classes: tuple[str, ...] | None, encoding
     store = BetonStore(path, use_sidecar=False)
     store.close()
     assert len(crc32) == len(store)
-    _check_names(classes)
+    checked_names(classes)
     encoded = base64.b64encode(np.asarray(crc32, "<u4").tobytes()).decode()
     content: dict[str, Any] = {"version": SIDECAR_VERSION, "count": len(crc32), "classes": classes, "encoding": encoding}
     content |= {"crc32": encoded, "tables_crc32": store.tables_crc32}

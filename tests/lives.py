@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from test_train import command, environment, final_state, words
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from fap.session import SIGNALS
+
 PATIENCE_S = 120  # for one start of a run that takes seconds
 
 
@@ -95,7 +96,7 @@ class Life:
         before = self.step()
         process = self.start()
         self.past(process, before)
-        sent = [self.rng.choice(STOPS) for _ in range(self.rng.choice((1, 1, 2)))]
+        sent = [self.rng.choice(SIGNALS) for _ in range(self.rng.choice((1, 1, 2)))]
         if sent[1:] == [signal.SIGINT]:
             sent[1] = signal.SIGTERM  # a second Ctrl-C means now
         for number in sent:

@@ -1,7 +1,8 @@
 """Import directions: `pipelines` knows nothing of `fap`; in `fap` only what joins both knows `pipelines`: train.py, data.py,
 cli/, and of fap-eval the sets (benchmarks.py) and the work on them (evaluation.py).
 
-`pipelines.files` and `pipelines.machine` are leaves of plain file handling and limits that anyone may import.
+`pipelines.files`, `pipelines.machine` and `pipelines.names` are leaves (plain file handling, limits, class names) that anyone
+may import.
 """
 
 import ast
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVES = ("files", "machine")
+LEAVES = ("files", "machine", "names")
 JOINING = [ROOT / "fap" / name for name in ("train.py", "data.py", "benchmarks.py", "evaluation.py")]
 
 
