@@ -243,30 +243,49 @@ def test_a_nan_stays_in_its_group() -> None:
     assert norm.running_mean.isfinite().all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined", "parallel"])
-def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
-    """The noise control, whose adversarial rows do not hang on the sign of tiny gradients."""
-    needs_the_norm_kernel()
+def states_after_one_step(schedule: str) -> list[dict[str, Tensor]]:
+    """The state after one step on random data: with the twin's norm and with the kernel's.
+
+    The method is the noise control, whose adversarial rows do not hang on the sign of tiny gradients.
+    """
     config = make_config({
         "model": {"name": "cifar_resnet8", "num_classes": 10}, "optim": {"clean_batch": 16},
         "method": {"name": "noise", "schedule": schedule, "group": 8, "p_adv": "1/3"},
         "data": {"size": 8, "resize": 8, "crop": "pad"},
     })  # fmt: skip
-    batch, states = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), []
-    labels, init = torch.randint(0, 10, (24,)), build("cifar_resnet8", 10, size=8).state_dict()
+    images, labels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8), torch.randint(0, 10, (24,))
+    init = build("cifar_resnet8", 10, size=8).state_dict()
+    states = []
     for kernel in ("split", "triton"):
         model = build("cifar_resnet8", 10, size=8)
         model.load_state_dict(init)
         shared_groups(model).kernel = kernel  # type: ignore[assignment]
         step = Step(model.to(DEVICE), config)
-        step.feed(batch, labels, 0.1)
+        step.feed(images, labels, 0.1)
         step()
         states.append({k: v.clone() for k, v in step.state().items() if not k.startswith("metrics")})
-    for name, value in states[0].items():
-        error = (states[1][name].double() - value.double()).norm() / max(1e-3, value.double().norm())
-        # 1e-5 by rounding, 3e-3 where that changes a ReLU's verdict; a momentum off by a tenth gives 0.1
-        assert error < 2e-2, (name, error)
+    return states
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["sequential", "fused", "pipelined", "parallel"])
+def test_a_whole_step_with_the_kernel_equals_one_without(schedule: str) -> None:
+    """All tensors by rounding (1e-5 at most in 160 draws), unless it changes a ReLU's verdict.
+
+    That happens in one draw of fifty and moves a bias's gradient by up to 4%, so such a draw is
+    followed by another one; the running statistics, which no verdict moves, are right in every draw.
+    """
+    needs_the_norm_kernel()
+    for _ in range(5):
+        split, triton = states_after_one_step(schedule)
+        errors = {
+            name: ((triton[name].double() - value.double()).norm() / max(1e-3, value.double().norm())).item()
+            for name, value in split.items()
+        }
+        assert max(error for name, error in errors.items() if "running" in name) < 1e-4, errors
+        if max(errors.values()) < 1e-4:
+            return
+    raise AssertionError(errors)
 
 
 def test_what_the_interpreter_cannot_do_is_told_apart() -> None:
