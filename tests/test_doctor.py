@@ -63,16 +63,12 @@ def test_everything_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert "no such folder  ->  fap-doctor A_FOLDER_THAT_EXISTS" in found["disk"][1]
 
 
-def test_it_may_be_interrupted_and_lose_its_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(path: Path) -> str:
-        raise KeyboardInterrupt
-
+def test_it_may_lose_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
     survived = []
     monkeypatch.setattr(doctor, "survive", lambda: survived.append(True))
-    monkeypatch.setattr(doctor, "CHECKS", (("any", False, interrupt, "nothing"),))
-    assert doctor.main([]) == 130
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    assert doctor.main([]) == 0
     assert survived
-    assert capsys.readouterr().err == "fap-doctor: interrupted\n"
 
 
 def test_a_current_folder_that_was_removed(

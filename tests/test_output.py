@@ -1,6 +1,8 @@
 """Standard output that fails: what is lost, what is said, and that the command goes on."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from fap import load
 from fap.cli import export
+from fap.cli.signals import STOPPING
 
 CODE = """
 import sys
@@ -51,6 +54,23 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     environment = {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(argv, capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"0 \\u2192 \\udce9\n")
+
+
+SIGNAL_INSIDE_AN_EXEC = "exec('import os, sys, time; os.kill(os.getpid(), int(os.environ[\"SENT\"])); time.sleep(30)')"
+
+
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ["train", "convert", "eval", "export", "doctor"])
+def test_a_signal_while_torch_is_imported_is_one_line(name: str, number: signal.Signals, tmp_path: Path) -> None:
+    """In the middle of an `exec`, after which Python itself turned Ctrl-C's exit code 130 into death by SIGINT."""
+    (tmp_path / "torch.py").write_text(SIGNAL_INSIDE_AN_EXEC)
+    words = {"train": [], "convert": ["a", "b.beton"], "eval": ["a"], "export": ["a", "b.safetensors"], "doctor": []}
+    argv = [sys.executable, "-m", f"fap.cli.{name}", *words[name]]
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "SENT": str(int(number))}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == f"fap-{name}: stopped by {number.name}\n"
 
 
 @pytest.mark.parametrize("name", ["convert", "eval", "export"])

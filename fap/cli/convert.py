@@ -7,7 +7,7 @@ from contextlib import closing
 from os.path import expanduser, lexists
 
 from fap.cli.output import survive, told
-from fap.cli.signals import Stopped, raising_stopped
+from fap.cli.signals import Stopped, leaving_at_once, raising_stopped
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     survive()
     a = parse(argv)
     try:
+        with leaving_at_once("fap-convert"):  # torch takes seconds
+            import pipelines.convert  # noqa: F401
         with raising_stopped(tidying=True):
             return check(a) if a.check else convert(a)
     except Stopped as stopped:
@@ -50,9 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fap-convert: {told(error)}", file=sys.stderr)
         return 1
-
-
-# The imports are not at the top: torch takes seconds to load, and a signal must find its handler.
 
 
 def check(a: argparse.Namespace) -> int:

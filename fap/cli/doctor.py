@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fap.cli.output import survive
+from fap.cli.signals import Stopped, end, raising_stopped
 
 MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tensorboard", "tqdm", "PIL", "cv2", "numba", "scipy")
 DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"
@@ -303,13 +304,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     survive()
     parser = argparse.ArgumentParser(prog="fap-doctor", description=__doc__)
     parser.add_argument("path", nargs="?", default=".", help="a .beton, or the folder of data and runs; default: this one")
-    path, missing = Path(os.path.expanduser(parser.parse_args(argv).path)), False
+    path = Path(os.path.expanduser(parser.parse_args(argv).path))
+    try:
+        with raising_stopped():
+            return examine(path)
+    except Stopped as stopped:
+        return end("fap-doctor", stopped)
+
+
+def examine(path: Path) -> int:
+    missing = False
     for name, needed, check, mend in CHECKS:
         try:
             print(f"ok    {name:13} {check(path)}", flush=True)
-        except KeyboardInterrupt:
-            print("fap-doctor: interrupted", file=sys.stderr)
-            return 130
         except Exception as error:  # whatever a broken installation raises is the finding
             text = " ".join(str(error).split()) or type(error).__name__
             advice = getattr(error, "mend", "") or mend

@@ -24,7 +24,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def leaving_at_once(command: str) -> Iterator[None]:
-    """While modules are imported: nothing is lost yet, and an exception inside an import may be swallowed there."""
+    """While modules are imported: nothing is lost yet, and an exception inside an import may be swallowed there.
+
+    And Python remembers a KeyboardInterrupt that leaves an `exec`, as dataclasses use it: such a process
+    ends itself by SIGINT in the end, whatever exit code it then gives.
+    """
 
     def leave(number: int, _: Any) -> None:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: {_said(number)}\n".encode())

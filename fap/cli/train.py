@@ -14,27 +14,28 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fap.cli.output import survive
+from fap.cli.signals import leaving_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     survive()
     try:
         _train(argv)
-    except KeyboardInterrupt:  # before the run takes over the signals
-        _end(130, "stopped before training began")
+    except KeyboardInterrupt:  # between those that handle the signals: after the imports, after the run
+        _end(130, "stopped by SIGINT")
     except (ImportError, OSError) as e:  # torch needs a temporary folder with some room to be imported, for example
         _end(1, str(e))
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    # Here and not above, so that Ctrl-C while torch is loaded, which takes seconds, is a line and no traceback.
-    import pipelines
-    from fap.checkpoint import DamagedCheckpoint
-    from fap.config import load_config
-    from fap.distributed import ONE_RANK, connect, disconnect, lost_a_rank
-    from fap.graph import FreshProcessNeeded, out_of_memory
-    from fap.session import Interrupted, StopSignal
-    from fap.train import NonFinite, NotSaved, Run
+    with leaving_at_once("fap-train"):  # torch takes seconds
+        import pipelines
+        from fap.checkpoint import DamagedCheckpoint
+        from fap.config import load_config
+        from fap.distributed import ONE_RANK, connect, disconnect, lost_a_rank
+        from fap.graph import FreshProcessNeeded, out_of_memory
+        from fap.session import Interrupted, StopSignal
+        from fap.train import NonFinite, NotSaved, Run
 
     parser = argparse.ArgumentParser(prog="fap-train", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="e.g. optim.lr=0.2; any config field")
