@@ -7,7 +7,7 @@ from contextlib import closing
 from os.path import expanduser, lexists
 
 from fap.cli.output import survive, told
-from fap.cli.signals import Stopped, leaving_at_once, raising_stopped
+from fap.cli.signals import Stopped, importing, raising_stopped
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     survive()
     a = parse(argv)
     try:
-        with leaving_at_once("fap-convert"):  # torch takes seconds
+        with importing("fap-convert"):
             import pipelines.convert  # noqa: F401
         with raising_stopped(tidying=True):
             return check(a) if a.check else convert(a)

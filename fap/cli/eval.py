@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 
 from fap.cli.output import survive
-from fap.cli.signals import Stopped, end, leaving_at_once, raising_stopped
+from fap.cli.signals import Stopped, end, importing, raising_stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
-    with leaving_at_once("fap-eval"):  # torch takes seconds
+    with importing("fap-eval"):
         from fap.cli import eval_command
     try:
         with raising_stopped():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fap.cli.output import survive, told
-from fap.cli.signals import Stopped, end, leaving_at_once, raising_stopped
+from fap.cli.signals import Stopped, end, importing, raising_stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a step_*.safetensors of a run")
     parser.add_argument("out", help="the .safetensors file to write; it must not exist")
     args = parser.parse_args(argv)
-    with leaving_at_once("fap-export"):  # torch takes seconds
+    with importing("fap-export"):
         from fap import load
     out = os.path.expanduser(args.out)
     try:

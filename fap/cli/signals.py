@@ -1,4 +1,4 @@
-"""How a command ends when it is told to: one line and the shell's exit code, no traceback."""
+"""How a command ends when it is told to, or cannot begin: one line and an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from fap.cli.output import told
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as fap.session.SIGNALS
 SECONDS_TO_END = 5
@@ -23,11 +25,14 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def leaving_at_once(command: str) -> Iterator[None]:
-    """While modules are imported: nothing is lost yet, and an exception inside an import may be swallowed there.
+def importing(command: str) -> Iterator[None]:
+    """While modules are imported, which takes seconds for torch: a signal ends the process at once.
 
-    And Python remembers a KeyboardInterrupt that leaves an `exec`, as dataclasses use it: such a process
-    ends itself by SIGINT in the end, whatever exit code it then gives.
+    Nothing is lost yet. An exception may be swallowed inside an import; and Python remembers a
+    KeyboardInterrupt that leaves an `exec`, as dataclasses use it: such a process ends itself by
+    SIGINT in the end, whatever exit code it then gives.
+
+    What the machine lacks (a package, a temporary folder with some room) is a line and exit code 1.
     """
 
     def leave(number: int, _: Any) -> None:
@@ -35,7 +40,11 @@ def leaving_at_once(command: str) -> Iterator[None]:
         os._exit(128 + number)
 
     with _handled_by(leave):
-        yield
+        try:
+            yield
+        except (ImportError, OSError) as error:
+            print(f"{command}: {told(error)}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 @contextmanager

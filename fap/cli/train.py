@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fap.cli.output import survive
-from fap.cli.signals import leaving_at_once
+from fap.cli.signals import importing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,12 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _train(argv)
     except KeyboardInterrupt:  # between those that handle the signals: after the imports, after the run
         _end(130, "stopped by SIGINT")
-    except (ImportError, OSError) as e:  # torch needs a temporary folder with some room to be imported, for example
-        _end(1, str(e))
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    with leaving_at_once("fap-train"):  # torch takes seconds
+    with importing("fap-train"):
         import pipelines
         from fap.checkpoint import DamagedCheckpoint
         from fap.config import load_config
