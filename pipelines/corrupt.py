@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import repeat
@@ -255,7 +255,7 @@ class Workers(Executor):
 
     Processes need POSIX semaphores, a folder for a socket and room for more processes. Where a container has none
     (no or a full /dev/shm), threads do the same work slower, and `say` is told. Leaving the `with` block by an
-    exception waits for no more than the images in hand.
+    exception waits for no more than the images in hand; then all work ends in CancelledError, also what is still asked for.
     """
 
     def __init__(self, processes: int | None = None, say: Callable[[str], Any] = warnings.warn) -> None:
@@ -264,12 +264,15 @@ class Workers(Executor):
         self._lock = threading.Lock()
         self._pool: Executor | None = None
         self._stop: Callable[[], None]
+        self._stopped = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._started().submit(fn, *args, **kwargs)
+        with self._cancelling():
+            return self._started().submit(fn, *args, **kwargs)
 
     def map(self, fn: Callable[..., Any], *iterables: Any, timeout: float | None = None, chunksize: int = 1) -> Iterator[Any]:
-        return self._started().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
+        with self._cancelling():
+            return self._started().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         if self._pool is not None:
@@ -281,6 +284,7 @@ class Workers(Executor):
         Killing the processes instead would leave the executor's queues locked for ever.
         """
         with self._lock:
+            self._stopped = True
             if self._pool is not None:
                 self._stop()
         self.shutdown(wait=False, cancel_futures=True)
@@ -291,8 +295,20 @@ class Workers(Executor):
         else:
             self.stop()
 
+    @contextmanager
+    def _cancelling(self) -> Iterator[None]:
+        """Asking for work may meet `stop` halfway; the executor then says RuntimeError."""
+        try:
+            yield
+        except RuntimeError:
+            if self._stopped:
+                raise CancelledError from None
+            raise
+
     def _started(self) -> Executor:
         with self._lock:
+            if self._stopped:
+                raise CancelledError
             if self._pool is None:
                 self._pool = self._start()
             return self._pool
@@ -312,6 +328,7 @@ class Workers(Executor):
         context = multiprocessing.get_context("forkserver")  # a fork of a process with threads or CUDA is unsafe
         context.set_forkserver_preload([__name__])
         stopped = context.Event()
+        _EVENTS.append(stopped)
         pool = ProcessPoolExecutor(self.n, context, _start_process, (stopped,))
         # Ctrl-C reaches every process of a terminal. It is for us to handle: processes inherit what is blocked here.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -327,6 +344,7 @@ class Workers(Executor):
         return pool
 
 
+_EVENTS: list[Any] = []  # never freed: a process that still starts while its pool is stopped looks them up by name
 _LOCAL = threading.local()  # `stopped`, an event, in the threads and processes of `Workers`
 
 

@@ -285,6 +285,25 @@ def test_stopped_workers_drop_what_waits(processes):
     assert time.monotonic() - begun < 8 * each + 1  # a worker has 16 at a time, and 200 were asked for
 
 
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_workers_cancel_what_is_still_asked_for(processes):
+    def stopping_halfway():
+        for number in range(100):
+            if number == 50:
+                workers.stop()
+            yield number
+
+    workers = Workers(processes)
+    with pytest.raises(CancelledError):
+        workers.map(abs, stopping_halfway())
+    for never_started in (workers, Workers(processes)):
+        never_started.stop()
+        with pytest.raises(CancelledError):
+            never_started.submit(abs, -1)
+        with pytest.raises(CancelledError):
+            never_started.map(abs, [-1])
+
+
 def suppressed(batches):
     with contextlib.suppress(CancelledError):
         yield from batches
