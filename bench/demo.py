@@ -263,7 +263,12 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
 
     def progress() -> str:
         attacked = sum(file.exists() for file in under_attack.values())
-        return f"   {attacked} of {len(checkpoints)} networks attacked; {minutes(time.monotonic() - began)} so far"
+        measured = len([*(out / "results").glob("*.json")])  # fap-eval's, one for each network and set of images
+        sets = len(checkpoints) * (1 + len(size.corrupt))
+        return (
+            f"   {attacked} of {len(checkpoints)} networks attacked, {measured} of {sets} accuracies measured; "
+            f"{minutes(time.monotonic() - began)} so far"
+        )
 
     attacks = [partial(attack, run) for run, file in under_attack.items() if not file.exists()]
     in_parallel([corrupt_all, *attacks], 1 + threads, progress)

@@ -243,6 +243,7 @@ def test_off_tries_the_step_and_runs_it_eagerly(stand_in):
     stand_in.assert_untouched(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 @pytest.mark.parametrize("error", triton_errors(), ids=names)
 def test_a_kernel_that_fails_gives_way_to_the_framework(stand_in, mode, error, recwarn):
@@ -361,6 +362,7 @@ def test_a_failed_capture_leaves_the_step_as_it_was(stand_in, mode, error, recwa
     stand_in.assert_untouched(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1", "2.13.0", "2.14.0", "2.20.0.dev20270101", "3.0.0"])
 @pytest.mark.parametrize("kernel", ["auto", "triton", "split"])
 def test_a_torch_that_believes_in_the_capture_needs_a_fresh_process(stand_in, monkeypatch, version, kernel):

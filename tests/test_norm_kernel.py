@@ -135,7 +135,9 @@ def random_groups(bn: Literal["main", "aux"], moves: Sequence[bool]) -> list[Gro
 
 
 @pytest.mark.parametrize("how", ["plain", "residual"])
-@pytest.mark.parametrize(("n_main", "n_aux"), [(1, 7), (7, 1), (4, 3), (0, 6), (5, 0), (2, 19)])
+@pytest.mark.parametrize(
+    ("n_main", "n_aux"), [(1, 7), (7, 1), (4, 3), (0, 6), (5, 0), pytest.param(2, 19, marks=pytest.mark.slow)]
+)
 def test_many_uneven_groups_equal_the_twin(n_main: int, n_aux: int, how: str) -> None:
     """Also more groups of one side than one load takes (16); a third have momentum 0."""
     norm, twin = pair(70, relu=how != "plain")
@@ -325,6 +327,7 @@ for name in ("forward_sums", "statistics", "normalise",
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_that_are_not_here() -> None:
     """For the A100's and the H100's instruction set, with 16-byte loads of images and nothing spilled to local memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

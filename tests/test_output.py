@@ -59,6 +59,7 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
 SIGNAL_INSIDE_AN_EXEC = "exec('import os, sys, time; os.kill(os.getpid(), int(os.environ[\"SENT\"])); time.sleep(30)')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", ["train", "convert", "eval", "export", "doctor"])
 def test_a_signal_while_torch_is_imported_is_one_line(name: str, number: signal.Signals, tmp_path: Path) -> None:
