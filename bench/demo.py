@@ -263,7 +263,7 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
 
     def progress() -> str:
         attacked = sum(file.exists() for file in under_attack.values())
-        measured = len([*(out / "results").glob("*.json")])  # fap-eval's, one for each network and set of images
+        measured = len(list((out / "results").glob("*.json")))  # fap-eval's, one for each network and set of images
         sets = len(checkpoints) * (1 + len(size.corrupt))
         return (
             f"   {attacked} of {len(checkpoints)} networks attacked, {measured} of {sets} accuracies measured; "

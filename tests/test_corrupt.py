@@ -296,12 +296,13 @@ def test_stopped_workers_cancel_what_is_still_asked_for(processes):
     workers = Workers(processes)
     with pytest.raises(CancelledError):
         workers.map(abs, stopping_halfway())
-    for never_started in (workers, Workers(processes)):
-        never_started.stop()
+    never_started = Workers(processes)
+    never_started.stop()
+    for stopped in (workers, never_started):
         with pytest.raises(CancelledError):
-            never_started.submit(abs, -1)
+            stopped.submit(abs, -1)
         with pytest.raises(CancelledError):
-            never_started.map(abs, [-1])
+            stopped.map(abs, [-1])
 
 
 def suppressed(batches):

@@ -56,36 +56,38 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, b"0 \\u2192 \\udce9\n")
 
 
+WORDS: dict[str, list[str]] = {
+    "train": [], "convert": ["a", "b.beton"], "eval": ["a"], "export": ["a", "b.safetensors"], "doctor": []
+}  # fmt: skip
+
+
+def run_with_torch(source: str, name: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command, where torch is a module of this source."""
+    (folder / "torch.py").write_text(source)
+    argv = [sys.executable, "-m", f"fap.cli.{name}", *WORDS[name]]
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths} | variables
+    return subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=folder, timeout=60)
+
+
 SIGNAL_INSIDE_AN_EXEC = "exec('import os, sys, time; os.kill(os.getpid(), int(os.environ[\"SENT\"])); time.sleep(30)')"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
-@pytest.mark.parametrize("name", ["train", "convert", "eval", "export", "doctor"])
+@pytest.mark.parametrize("name", WORDS)
 def test_a_signal_while_torch_is_imported_is_one_line(name: str, number: signal.Signals, tmp_path: Path) -> None:
     """In the middle of an `exec`, after which Python itself turned Ctrl-C's exit code 130 into death by SIGINT."""
-    (tmp_path / "torch.py").write_text(SIGNAL_INSIDE_AN_EXEC)
-    words = {"train": [], "convert": ["a", "b.beton"], "eval": ["a"], "export": ["a", "b.safetensors"], "doctor": []}[name]
-    done = run_beside(tmp_path, name, words, SENT=str(int(number)))
+    done = run_with_torch(SIGNAL_INSIDE_AN_EXEC, name, tmp_path, SENT=str(int(number)))
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr == f"fap-{name}: stopped by {number.name}\n"
 
 
 @pytest.mark.parametrize("name", ["train", "convert", "eval", "export"])
 def test_what_torch_lacks_is_one_line(name: str, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise OSError(28, 'No space left on device', '/tmp')")
-    words = {"train": [], "convert": ["a", "b.beton"], "eval": ["a"], "export": ["a", "b.safetensors"]}[name]
-    done = run_beside(tmp_path, name, words)
+    done = run_with_torch("raise OSError(28, 'No space left on device', '/tmp')", name, tmp_path)
     assert done.returncode == 1
     assert done.stderr == f"fap-{name}: [Errno 28] No space left on device: '/tmp'\n"
-
-
-def run_beside(tmp_path: Path, name: str, words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command, where Python finds the modules in `tmp_path` first."""
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
-    argv = [sys.executable, "-m", f"fap.cli.{name}", *words]
-    environment = os.environ | {"PYTHONPATH": paths} | variables
-    return subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["convert", "eval", "export"])

@@ -40,9 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
     a = parse(argv)
+    with importing("fap-convert"):
+        import pipelines.convert  # noqa: F401  # with all that `check` and `convert` import
     try:
-        with importing("fap-convert"):
-            import pipelines.convert  # noqa: F401
         with raising_stopped(tidying=True):
             return check(a) if a.check else convert(a)
     except Stopped as stopped:
