@@ -1,4 +1,6 @@
-"""`fap-*` commands as processes of their own, which end with this one: Ctrl-C lets a training run save itself first."""
+"""`fap-*` commands as processes of their own, which end with this one: Ctrl-C lets a training run
+save itself first.
+"""
 
 import contextlib
 import os
@@ -18,18 +20,28 @@ _stopped = False
 
 
 class Failed(SystemExit):
-    """A command ended with another exit code than 0, or was not started because all had been stopped."""
+    """A command ended with another exit code than 0, or was not started because all had been
+    stopped.
+    """
 
 
 def fap(command: str, *words: str, log: Path | None = None, threads: int | None = None) -> float:
     """Run `fap-COMMAND` to its end. Returns its CPU seconds, user and system.
 
-    Its output goes to the end of `log`, else where ours goes; `threads` are those of its arithmetic. Raises Failed.
+    Its output goes to the end of `log`, else where ours goes; `threads` are those of its
+    arithmetic. Raises Failed.
     """
-    return run([sys.executable, "-m", f"fap.cli.{command}", *words], f"fap-{command} {words[0]}", log, threads)
+    return run(
+        [sys.executable, "-m", f"fap.cli.{command}", *words],
+        f"fap-{command} {words[0]}",
+        log,
+        threads,
+    )
 
 
-def run(argv: Sequence[str], name: str, log: Path | None = None, threads: int | None = None) -> float:
+def run(
+    argv: Sequence[str], name: str, log: Path | None = None, threads: int | None = None
+) -> float:
     """As `fap`, of any command; `name` is what messages call it."""
     environment = dict(os.environ)
     if threads is not None:
@@ -42,9 +54,16 @@ def run(argv: Sequence[str], name: str, log: Path | None = None, threads: int | 
         with _lock:
             if _stopped:
                 raise Failed(f"'{name}' was not started")
-            # A process group of its own: a terminal's Ctrl-C reaches us alone, and we pass on one signal, not two.
+            # A process group of its own: a terminal's Ctrl-C reaches us alone, and we pass on one
+            # signal, not two.
             process = subprocess.Popen(
-                argv, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, process_group=0
+                argv,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                process_group=0,
             )
             _running.add(process.pid)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -65,7 +84,8 @@ def _end_of(log: Path, lines: int = 8) -> str:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """Leaving the block by an exception, SIGTERM and SIGHUP included, ends the commands that other threads run.
+    """Leaving the block by an exception, SIGTERM and SIGHUP included, ends the commands that other
+    threads run.
 
     Each gets one SIGTERM, at which `fap-train` saves; from then on none is started.
     """

@@ -1,9 +1,10 @@
-"""`make demo`: what Fast AdvProp costs and what it does, on real images, in minutes and without a GPU.
+"""`make demo`: what Fast AdvProp costs and what it does, on real images, in minutes and without a
+GPU.
 
     make demo [FAST=1] [PIPELINE=ffcv|dali|reference]
 
-An interrupted demo goes on where it stopped. `bench.demo_measure` measures, `bench.demo_words` judges,
-`bench.demo_figures` draws.
+An interrupted demo goes on where it stopped. `bench.demo_measure` measures, `bench.demo_words`
+judges, `bench.demo_figures` draws.
 """
 
 import argparse
@@ -39,7 +40,11 @@ ROWS = 80  # that Fast AdvProp reads per step: the clean ones and 1/5 for the at
 PASSES = 96  # image passes of its step: 64 clean, 16 noisy, 16 adversarial
 GROUP = 32  # two main batch-norm groups per step, so that both passes of a step are equally large
 EPS_255 = 4
-CONFIGS = {BASE: "vanilla", EQUAL_COST: "fast_advprop", EQUAL_STEPS: "fast_advprop"}  # of configs/cifar10
+CONFIGS = {
+    BASE: "vanilla",
+    EQUAL_COST: "fast_advprop",
+    EQUAL_STEPS: "fast_advprop",
+}  # of configs/cifar10
 SAY_EVERY_S = 30
 WIDTH = 110  # of what is said, in characters
 INTRODUCTION = """
@@ -55,7 +60,9 @@ as much again. Then it compares them on clean, corrupted and adversarial test im
 
 @dataclass(frozen=True)
 class Size:
-    """`epochs` must give every arm whole ones, see `Demo.share`: then equal cost is equal to the image pass."""
+    """`epochs` must give every arm whole ones, see `Demo.share`: then equal cost is equal to the
+    image pass.
+    """
 
     images: int
     test: int
@@ -87,8 +94,9 @@ class Demo:
         epochs = share * self.size.epochs
         assert epochs.denominator == 1, f"{arm}: {epochs} epochs"
         milestones = [int(share * m) for m in self.size.milestones]
-        # same_budget would divide the epochs by 1.2 and forget the rows that are left over at the end of each: 500
-        # images are 7 batches of 64 and 6 of 80, and Fast AdvProp would get 7% more image passes than vanilla.
+        # same_budget would divide the epochs by 1.2 and forget the rows that are left over at the
+        # end of each: 500 images are 7 batches of 64 and 6 of 80, and Fast AdvProp would get 7%
+        # more image passes than vanilla.
         words = [] if arm == BASE else [f"method.eps_255={EPS_255}", "budget.same_budget=false"]
         return [
             *words, f"name={arm}", f"seed={seed}", f"model.name={MODEL}", "model.num_classes=10",
@@ -138,19 +146,23 @@ def minutes(seconds: float) -> str:
 def introduce(size: Size, fast: bool) -> None:
     print(INTRODUCTION)
     say(
-        f"Here: {size.images} training and {size.test:,} test images of CIFAR-10, a ResNet-8, {size.seeds} seeds, "
-        f"adversarial images within {EPS_255} of 255 grey levels. So few images can be learnt by heart, as ImageNet can by a "
-        "large network: then more steps on clean images help little, and Fast AdvProp has a chance."
+        f"Here: {size.images} training and {size.test:,} test images of CIFAR-10, a ResNet-8,"
+        f" {size.seeds} seeds, adversarial images within {EPS_255} of 255 grey levels. So few"
+        " images can be learnt by heart, as ImageNet can by a large network: then more steps on"
+        " clean images help little, and Fast AdvProp has a chance."
     )
     if fast:
         say(
-            "This is the short version (FAST=1): no arm of equal steps, 4 corruptions instead of 19, and a training that "
-            "is far too short to judge by. `make demo` is the whole one."
+            "This is the short version (FAST=1): no arm of equal steps, 4 corruptions instead of"
+            " 19, and a training that is far too short to judge by. `make demo` is the whole one."
         )
 
 
 def fetch(folder: Path, size: Size) -> Files:
-    say("\n1. Data: CIFAR-10, fetched once (140-170 MB) and converted to the file that training reads")
+    say(
+        "\n1. Data: CIFAR-10, fetched once (140-170 MB) and converted to the file that training"
+        " reads"
+    )
     log = folder / "logs" / "data.log"
     return {"train": convert("train", size.images, log), "test": convert("test", size.test, log)}
 
@@ -160,7 +172,10 @@ def measured_cost(demo: Demo) -> Cost:
     say("\n2. Cost: training steps of vanilla and Fast AdvProp in turns, in one process")
     configs = {arm: demo.config(arm) for arm in (BASE, EQUAL_COST)}
     found = cost(configs, demo.size.images, demo.size.rounds, block=3)
-    say(f"   a Fast AdvProp run takes {found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times as long as a vanilla run")
+    say(
+        f"   a Fast AdvProp run takes {found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}] times"
+        " as long as a vanilla run"
+    )
     return found
 
 
@@ -196,10 +211,16 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
     runs = demo.runs
     total = sum(demo.budget(arm).image_passes for arm, _ in runs)
     todo = [run for run in runs if not (demo.run_folder(*run) / "result.json").exists()]
-    say(f"\n3. Training: {len(runs)} runs ({', '.join(LABELS[arm] for arm in demo.size.arms)}), {workers} at a time")
+    say(
+        f"\n3. Training: {len(runs)} runs ({', '.join(LABELS[arm] for arm in demo.size.arms)}),"
+        f" {workers} at a time"
+    )
     if len(todo) < len(runs):
         say(f"   {len(runs) - len(todo)} are there from an earlier demo, in {demo.folder}")
-    left = sum(demo.budget(a).steps * seconds_per_step[demo.config(a).method.name] for a, _ in todo) / workers
+    left = (
+        sum(demo.budget(a).steps * seconds_per_step[demo.config(a).method.name] for a, _ in todo)
+        / workers
+    )
     if todo:
         say(f"   about {minutes(left * 1.2)}; what each run says is in {demo.folder / 'logs'}")
     began, at_first = time.monotonic(), sum(passes_done(demo, *run) for run in runs)
@@ -216,7 +237,9 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
     in_parallel([partial(train, demo, *run) for run in todo], workers, progress)
 
 
-def in_parallel(calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]) -> None:
+def in_parallel(
+    calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]
+) -> None:
     """Make the calls, saying a line of progress now and then. The first failure ends them all."""
     with ThreadPoolExecutor(workers) as pool, stopping():
         jobs: list[Future[Any]] = [pool.submit(call) for call in calls]
@@ -241,19 +264,28 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
     size = demo.size
     say(f"\n4. Evaluation of {len(demo.runs)} networks")
     say(
-        f"   {size.test:,} clean test images; the same under {len(size.corrupt)} corruptions, severity 3 of 5; "
-        f"{size.attacked:,} under attack (PGD: {ATTACK_STEPS} steps of {STEP_255:g} grey level, at most {EPS_255} in all)"
+        f"   {size.test:,} clean test images; the same under {len(size.corrupt)} corruptions,"
+        f" severity 3 of 5; {size.attacked:,} under attack (PGD: {ATTACK_STEPS} steps of"
+        f" {STEP_255:g} grey level, at most {EPS_255} in all)"
     )
     out = demo.folder / "eval"
     out.mkdir(exist_ok=True)
     checkpoints = {run: last_checkpoint(demo.run_folder(*run)) for run in demo.runs}
-    under_attack = {(arm, seed): out / f"adversarial-{arm}-seed{seed}.json" for arm, seed in demo.runs}
+    under_attack = {
+        (arm, seed): out / f"adversarial-{arm}-seed{seed}.json" for arm, seed in demo.runs
+    }
     threads = max(1, workers // 2)  # of either kind of evaluation
 
     def corrupt_all() -> None:
         words = ["--data", str(demo.files["test"]), "--pipeline", demo.pipeline, "--out", str(out)]
         words += ["--keep", str(demo.folder / "sets"), "--corrupt", *size.corrupt]
-        fap("eval", *map(str, checkpoints.values()), *words, log=demo.folder / "logs" / "eval.log", threads=threads)
+        fap(
+            "eval",
+            *map(str, checkpoints.values()),
+            *words,
+            log=demo.folder / "logs" / "eval.log",
+            threads=threads,
+        )
 
     def attack(run: tuple[str, int]) -> None:
         found = adversarial_accuracy(checkpoints[run], demo.files["test"], size.attacked, EPS_255)
@@ -263,11 +295,13 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
 
     def progress() -> str:
         attacked = sum(file.exists() for file in under_attack.values())
-        measured = len(list((out / "results").glob("*.json")))  # fap-eval's, one for each network and set of images
+        measured = len(
+            list((out / "results").glob("*.json"))
+        )  # fap-eval's, one for each network and set of images
         sets = len(checkpoints) * (1 + len(size.corrupt))
         return (
-            f"   {attacked} of {len(checkpoints)} networks attacked, {measured} of {sets} accuracies measured; "
-            f"{minutes(time.monotonic() - began)} so far"
+            f"   {attacked} of {len(checkpoints)} networks attacked, {measured} of {sets}"
+            f" accuracies measured; {minutes(time.monotonic() - began)} so far"
         )
 
     attacks = [partial(attack, run) for run, file in under_attack.items() if not file.exists()]
@@ -290,28 +324,43 @@ def evaluate_all(demo: Demo, workers: int) -> dict[str, list[dict[str, Any]]]:
 def tell(demo: Demo, cost_found: Cost, rows: dict[str, list[dict[str, Any]]], fast: bool) -> None:
     """Figures, report.md and report.json; table and verdict on the screen."""
     folder = demo.folder
-    paper = {arm: load_config(f"configs/imagenet/{CONFIGS[arm]}.yaml").paper for arm in (BASE, EQUAL_COST)}
+    paper = {
+        arm: load_config(f"configs/imagenet/{CONFIGS[arm]}.yaml").paper
+        for arm in (BASE, EQUAL_COST)
+    }
     verdict = demo_words.verdict(cost_found, rows, demo.size.images, paper)
     if fast:
-        verdict.append("- This was the short version: run `make demo` before you believe any of it.")
+        verdict.append(
+            "- This was the short version: run `make demo` before you believe any of it."
+        )
     tables = [demo_words.main_table(rows), demo_words.seeds_table(rows)]
-    demo_figures.accuracy(rows, LABELS, demo_words.MEASURES, demo_words.value, folder / "accuracy.png")
+    demo_figures.accuracy(
+        rows, LABELS, demo_words.MEASURES, demo_words.value, folder / "accuracy.png"
+    )
     shown = examples(last_checkpoint(demo.run_folder(EQUAL_COST, 0)), demo.files["test"], EPS_255)
     demo_figures.triplets(shown, EPS_255, folder / "examples.png")
     parts = ["\n".join(verdict), *tables, demo_words.corruptions_table(rows)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
-    write_json(folder / "report.json", {"size": asdict(demo.size), "cost": asdict(cost_found), "runs": rows})
+    write_json(
+        folder / "report.json",
+        {"size": asdict(demo.size), "cost": asdict(cost_found), "runs": rows},
+    )
     say("\n5. Result\n")
     print("\n\n".join(tables))
     say("\nVerdict\n" + "\n".join(verdict))
     say(f"\nIn {folder}:")
     say("   accuracy.png   accuracy per way of training and per corruption, a dot per seed")
     say("   examples.png   clean, noisy and adversarial images, and what was added to them")
-    say("   report.md      the tables and the verdict, with every corruption; report.json: the numbers")
+    say(
+        "   report.md      the tables and the verdict, with every corruption; report.json: the"
+        " numbers"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="the short version: under 2 minutes")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
     args = parser.parse_args(argv)
@@ -325,13 +374,16 @@ def main(argv: list[str] | None = None) -> None:
             files = fetch(folder, size)
         demo = Demo(size, args.pipeline, folder, files)
         same_settings(folder, asdict(size) | {"eps_255": EPS_255}, files)
-        # One thread each: at this size that is faster than one run after the other. A GPU is not shared.
+        # One thread each: at this size that is faster than one run after the other. A GPU is not
+        # shared.
         workers = 1 if GPU else min(4, usable_cores())
         found = measured_cost(demo)
         train_all(demo, workers, found.seconds_per_step)
         tell(demo, found, evaluate_all(demo, workers), args.fast)
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; what is finished is kept, and the same command goes on from here") from None
+        raise SystemExit(
+            "\nstopped; what is finished is kept, and the same command goes on from here"
+        ) from None
 
 
 if __name__ == "__main__":

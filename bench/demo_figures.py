@@ -1,4 +1,6 @@
-"""The demo's figures, drawn without a display: bars of accuracy, and images with their perturbations."""
+"""The demo's figures, drawn without a display: bars of accuracy, and images with their
+perturbations.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +23,15 @@ def accuracy(
     file: Path,
 ) -> None:
     """Above the measures, below every corruption."""
-    corruptions = {name: name.replace("_", " ") for name in next(iter(rows.values()))[0]["corruptions"]}
+    corruptions = {
+        name: name.replace("_", " ") for name in next(iter(rows.values()))[0]["corruptions"]
+    }
     figure = Figure((11, 8), layout="constrained")
     for axes, of in zip(figure.subplots(2, 1), (measures, corruptions), strict=True):
         groups = {
-            label: {labels[arm]: [value(run, measure) for run in runs] for arm, runs in rows.items()}
+            label: {
+                labels[arm]: [value(run, measure) for run in runs] for arm, runs in rows.items()
+            }
             for measure, label in of.items()
         }
         bars(axes, groups)
@@ -37,14 +43,19 @@ def accuracy(
 
 
 def triplets(examples: Sequence[Example], eps_255: float, file: Path) -> None:
-    """A line per image: clean, noisy, adversarial, and what was added, amplified around middle grey."""
+    """A line per image: clean, noisy, adversarial, and what was added, amplified around middle
+    grey.
+    """
     figure = Figure((10, 0.8 + 2.1 * len(examples)), layout="constrained")
     figure.suptitle(
-        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels, and what the network of seed 0 calls them.\n"
-        f"The two columns on the right show what was added, {AMPLIFIED} times as strong."
+        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels, and what the"
+        " network of seed 0 calls them.\nThe two columns on the right show what was added,"
+        f" {AMPLIFIED} times as strong."
     )
     heads = ("clean", "with random noise", "adversarial", "the noise", "the adversarial part")
-    for i, (line, example) in enumerate(zip(figure.subplots(len(examples), 5, squeeze=False), examples, strict=True)):
+    for i, (line, example) in enumerate(
+        zip(figure.subplots(len(examples), 5, squeeze=False), examples, strict=True)
+    ):
         clean = example.images_255[0]
         added = [128 + AMPLIFIED * (image - clean) for image in example.images_255[1:]]
         for j, (axes, image) in enumerate(zip(line, (*example.images_255, *added), strict=True)):

@@ -1,4 +1,6 @@
-"""What the demo measures by itself: the cost of a run, accuracy under attack, and images to look at."""
+"""What the demo measures by itself: the cost of a run, accuracy under attack, and images to look
+at.
+"""
 
 import time
 from collections.abc import Mapping
@@ -16,11 +18,11 @@ import pipelines
 from bench.common import alternate, ratio
 from bench.demo_words import Cost
 from bench.step import AMPS, GPU, Contestant
-from fap import attack
 from fap.budget import budget
 from fap.config import Config, DataConfig
-from fap.load import load_model
-from pipelines.cifar10 import CLASSES
+from fap.evaluate.load import load_model
+from fap.step import attack
+from pipelines.sources.cifar10 import CLASSES
 
 ATTACK_STEPS = 5
 STEP_255 = 1.0
@@ -28,12 +30,17 @@ BATCH = 250  # images attacked at once
 
 
 def cost(configs: Mapping[str, Config], images: int, rounds: int, block: int) -> Cost:
-    """Blocks of `block` steps of the two arms `vanilla` and `fast_advprop` take turns in this process.
+    """Blocks of `block` steps of the two arms `vanilla` and `fast_advprop` take turns in this
+    process.
 
-    Seconds per step times the steps of each run's budget over `images` training images. One batch is used again and
-    again: loading and evaluation are left out, which are the same for both. Torch should have one thread, as in the runs.
+    Seconds per step times the steps of each run's budget over `images` training images. One batch
+    is used again and
+    again: loading and evaluation are left out, which are the same for both. Torch should have one
+    thread, as in the runs.
     """
-    pair = [Contestant(configs[arm], AMPS[0] if GPU else "off") for arm in ("fast_advprop", "vanilla")]
+    pair = [
+        Contestant(configs[arm], AMPS[0] if GPU else "off") for arm in ("fast_advprop", "vanilla")
+    ]
     times = alternate([partial(seconds_per_step, c, block) for c in pair], rounds)
     ours, base = (t * budget(c.config, images).steps for t, c in zip(times, pair, strict=True))
     per_step = {c.config.method.name: float(t.mean()) for t, c in zip(times, pair, strict=True)}
@@ -41,7 +48,9 @@ def cost(configs: Mapping[str, Config], images: int, rounds: int, block: int) ->
 
 
 def seconds_per_step(contestant: Contestant, steps: int) -> float:
-    """On a CPU seconds of the processor, which other programs of a busy machine lengthen less than those of a clock."""
+    """On a CPU seconds of the processor, which other programs of a busy machine lengthen less than
+    those of a clock.
+    """
     if GPU:
         return contestant.block(steps)[0]
     before = time.process_time()
@@ -50,10 +59,18 @@ def seconds_per_step(contestant: Contestant, steps: int) -> float:
 
 
 def first_images(file: Path, count: int, data: DataConfig) -> tuple[Tensor, Tensor]:
-    """The first `count` test images, or all, as evaluation sees them: float32 (n, 3, H, W) in 0..255; their labels."""
+    """The first `count` test images, or all, as evaluation sees them: float32 (n, 3, H, W) in
+    0..255; their labels.
+    """
     with closing(pipelines.open_store(file)) as store:
         count = min(count, len(store))
-        plan = pipelines.eval_plan(store.heights[:count], store.widths[:count], size=data.size, resize=data.resize, batch=count)
+        plan = pipelines.eval_plan(
+            store.heights[:count],
+            store.widths[:count],
+            size=data.size,
+            resize=data.resize,
+            batch=count,
+        )
         with closing(pipelines.open_loader("reference", store, size=data.size)) as loader:
             (batch,) = loader.load(plan)
             return batch.images.float(), batch.labels.clone()
@@ -87,7 +104,9 @@ def perturbed(
 
 
 def adversarial_accuracy(checkpoint: Path, test: Path, count: int, eps_255: float) -> float:
-    """Percent of the first `count` test images that are still right after PGD against the model itself."""
+    """Percent of the first `count` test images that are still right after PGD against the model
+    itself.
+    """
     trained = load_model(checkpoint)
     model, config = trained.model, trained.config
     images, labels = first_images(test, count, config.data)
@@ -101,15 +120,21 @@ def adversarial_accuracy(checkpoint: Path, test: Path, count: int, eps_255: floa
 
 @dataclass(frozen=True)
 class Example:
-    """One test image in three forms, uint8-like float (H, W, 3) in 0..255, and what the model calls each."""
+    """One test image in three forms, uint8-like float (H, W, 3) in 0..255, and what the model calls
+    each.
+    """
 
     label: str
     images_255: tuple[Any, Any, Any]  # clean, with noise, adversarial
     called: tuple[str, str, str]
 
 
-def examples(checkpoint: Path, test: Path, eps_255: float, count: int = 4, among: int = 100) -> list[Example]:
-    """The first `count` test images that the model gets right, made noisy and adversarial as the training makes its rows."""
+def examples(
+    checkpoint: Path, test: Path, eps_255: float, count: int = 4, among: int = 100
+) -> list[Example]:
+    """The first `count` test images that the model gets right, made noisy and adversarial as the
+    training makes its rows.
+    """
     trained = load_model(checkpoint)
     model, config = trained.model, trained.config
     images, labels = first_images(test, among, config.data)

@@ -1,7 +1,8 @@
 """The demo's numbers in words: a table, the single seeds, and a verdict that the numbers decide.
 
-A run is a dictionary: `seed`; `train_clean`, `clean`, `corrupted`, `adversarial` and `corruptions` (by name) in percent of
-images that are right; `steps`, `image_passes`, `cpu_seconds` (None if the run was interrupted).
+A run is a dictionary: `seed`; `train_clean`, `clean`, `corrupted`, `adversarial` and `corruptions`
+(by name) in percent of images that are right; `steps`, `image_passes`, `cpu_seconds` (None if the
+run was interrupted).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,11 @@ from scipy import stats
 Runs = Sequence[Mapping[str, Any]]
 Rows = Mapping[str, Runs]  # by arm, each arm's in the order of the seeds
 BASE, EQUAL_COST, EQUAL_STEPS = "vanilla", "fast_advprop", "fast_advprop_equal_steps"
-LABELS = {BASE: "vanilla", EQUAL_COST: "Fast AdvProp, equal cost", EQUAL_STEPS: "Fast AdvProp, equal steps"}
+LABELS = {
+    BASE: "vanilla",
+    EQUAL_COST: "Fast AdvProp, equal cost",
+    EQUAL_STEPS: "Fast AdvProp, equal steps",
+}
 MEASURES = {
     "clean": "clean images",
     "corrupted": "corrupted images",
@@ -41,7 +46,9 @@ def value(run: Mapping[str, Any], measure: str) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the seeds of one arm's accuracy minus another's, in points; limits of the paired t-test (95%)."""
+    """Mean over the seeds of one arm's accuracy minus another's, in points; limits of the paired
+    t-test (95%).
+    """
 
     n: int
     mean: float
@@ -50,7 +57,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `undecided`: the interval includes 0, as that of one seed, which has no limits, does."""
+        """`better`, `worse` or `undecided`: the interval includes 0, as that of one seed, which has
+        no limits, does.
+        """
         if self.low <= 0 <= self.high:
             return "undecided"
         return "better" if self.low > 0 else "worse"
@@ -64,7 +73,9 @@ class Difference:
 def difference(ours: Runs, base: Runs, measure: str) -> Difference:
     """Of runs of the same seeds."""
     assert [r["seed"] for r in ours] == [r["seed"] for r in base]
-    gaps = np.array([value(a, measure) - value(b, measure) for a, b in zip(ours, base, strict=True)])
+    gaps = np.array(
+        [value(a, measure) - value(b, measure) for a, b in zip(ours, base, strict=True)]
+    )
     n, mean = len(gaps), float(gaps.mean())
     if n < 2:
         return Difference(n, mean, -np.inf, np.inf)
@@ -82,14 +93,24 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     out = []
     for row in (rows[0], rule, *rows[1:]):
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 
 def main_table(rows: Rows) -> str:
     """A line per arm: mean accuracies and what a run took."""
-    head = ["percent right on", "training images", *MEASURES.values(), "steps", "image passes", "CPU seconds"]
+    head = [
+        "percent right on",
+        "training images",
+        *MEASURES.values(),
+        "steps",
+        "image passes",
+        "CPU seconds",
+    ]
     lines = []
     for arm, runs in rows.items():
         seconds = [r["cpu_seconds"] for r in runs if r["cpu_seconds"] is not None]
@@ -113,7 +134,12 @@ def seeds_table(rows: Rows) -> str:
     lines = []
     for i, run in enumerate(rows[BASE]):
         for arm, runs in rows.items():
-            lines.append([f"seed {run['seed']}, {LABELS[arm]}", *(f"{value(runs[i], m):.1f}" for m in MEASURES)])
+            lines.append(
+                [
+                    f"seed {run['seed']}, {LABELS[arm]}",
+                    *(f"{value(runs[i], m):.1f}" for m in MEASURES),
+                ]
+            )
     for arm, runs in rows.items():
         if arm != BASE:
             gaps = [str(difference(runs, rows[BASE], m)) for m in MEASURES]
@@ -124,7 +150,11 @@ def seeds_table(rows: Rows) -> str:
 def corruptions_table(rows: Rows) -> str:
     """A line per corruption: mean accuracies, then the differences to vanilla."""
     others = [arm for arm in rows if arm != BASE]
-    head = ["percent right under", *(LABELS[arm] for arm in rows), *(f"{LABELS[arm]} - vanilla" for arm in others)]
+    head = [
+        "percent right under",
+        *(LABELS[arm] for arm in rows),
+        *(f"{LABELS[arm]} - vanilla" for arm in others),
+    ]
     lines = []
     for name in rows[BASE][0]["corruptions"]:
         means = [f"{fmean(value(r, name) for r in runs):.1f}" for runs in rows.values()]
@@ -136,8 +166,12 @@ def corruptions_table(rows: Rows) -> str:
 # ------------------------------------------------------------------ the verdict
 
 
-def verdict(cost: Cost, rows: Rows, images: int, paper: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lines of Markdown that the numbers decide: in short, the cost, each comparison, what this size cannot show."""
+def verdict(
+    cost: Cost, rows: Rows, images: int, paper: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """Lines of Markdown that the numbers decide: in short, the cost, each comparison, what this
+    size cannot show.
+    """
     base, ours = rows[BASE], rows[EQUAL_COST]
     said = [f"- {headline(cost, rows)}", f"- {cost_sentence(cost, rows)}"]
     steps = f"{ours[0]['steps']:,} optimiser steps against {base[0]['steps']:,}"
@@ -155,7 +189,10 @@ def headline(cost: Cost, rows: Rows) -> str:
     for measure, name in MEASURES.items():
         found[difference(rows[EQUAL_COST], rows[BASE], measure).verdict].append(name)
     parts = [f"{answer} on {', '.join(names)}" for answer, names in found.items() if names]
-    return f"In short: Fast AdvProp, at {cost.ratio:.2f} times the cost of vanilla training, is here {'; '.join(parts)}."
+    return (
+        f"In short: Fast AdvProp, at {cost.ratio:.2f} times the cost of vanilla training, is here"
+        f" {'; '.join(parts)}."
+    )
 
 
 def cost_sentence(cost: Cost, rows: Rows) -> str:
@@ -170,8 +207,9 @@ def cost_sentence(cost: Cost, rows: Rows) -> str:
         answer = "whether that is at most 5% more is undecided"
     passes = rows[EQUAL_COST][0]["image_passes"] / rows[BASE][0]["image_passes"]
     return (
-        f"Cost: a Fast AdvProp run costs {cost.ratio:.2f} times what a vanilla run costs (95% interval {cost.low:.2f} to "
-        f"{cost.high:.2f}; {passes:.2f} times the image passes): {answer}. Steps of both took turns in one process."
+        f"Cost: a Fast AdvProp run costs {cost.ratio:.2f} times what a vanilla run costs (95%"
+        f" interval {cost.low:.2f} to {cost.high:.2f}; {passes:.2f} times the image passes):"
+        f" {answer}. Steps of both took turns in one process."
     )
 
 
@@ -207,7 +245,8 @@ def limits_sentence(rows: Rows, images: int, paper: Mapping[str, Mapping[str, fl
         wide = f" Intervals of {seeds} are wide, and chance alone decides one in twenty."
     ours, base = paper[EQUAL_COST], paper[BASE]
     return (
-        f"What this cannot show: results of {seeds} of a tiny network on {images} images say nothing about ImageNet.{wide} "
-        f"There, with a ResNet-50 at equal cost, the paper reports {base['top1']} -> {ours['top1']}% right on clean images and "
-        f"{base['imagenet_c']} -> {ours['imagenet_c']}% wrong under corruptions."
+        f"What this cannot show: results of {seeds} of a tiny network on {images} images say"
+        f" nothing about ImageNet.{wide} There, with a ResNet-50 at equal cost, the paper reports"
+        f" {base['top1']} -> {ours['top1']}% right on clean images and {base['imagenet_c']} ->"
+        f" {ours['imagenet_c']}% wrong under corruptions."
     )

@@ -1,8 +1,9 @@
 """ImageNet-like JPEGs for the benchmarks: `python -m bench.jpegs DST [--count 2000] [--beton]`.
 
-Random crops, flips and colour changes of photos that two packages ship (the wheels are fetched, not installed):
-foolbox's 20 ImageNet photos and deepforest's aerial ones. About 500 x 375 pixels and 95 KB each, the mean of
-ImageNet's training set being 110 KB; one class folder per photo, numbered files, the same for the same seed.
+Random crops, flips and colour changes of photos that two packages ship (the wheels are fetched, not
+installed): foolbox's 20 ImageNet photos and deepforest's aerial ones. About 500 x 375 pixels and 95
+KB each, the mean of ImageNet's training set being 110 KB; one class folder per photo, numbered
+files, the same for the same seed.
 """
 
 import argparse
@@ -31,14 +32,31 @@ def wheels(cache: Path = ROOT / "data" / "photos") -> list[Path]:
     for wheel in WHEELS:
         file = cache / f"{wheel.replace('==', '-')}-py3-none-any.whl"
         if not file.exists():
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--no-deps",
+                    "-d",
+                    str(cache),
+                    wheel,
+                ],
+                check=True,
+            )
         files.append(file)
     return files
 
 
 def members(wheel: zipfile.ZipFile) -> list[str]:
     """The photos in a wheel."""
-    return [m for m in sorted(wheel.namelist()) if m.startswith(PHOTOS) and m.lower().endswith(("jpg", "png"))]
+    return [
+        m
+        for m in sorted(wheel.namelist())
+        if m.startswith(PHOTOS) and m.lower().endswith(("jpg", "png"))
+    ]
 
 
 def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
@@ -51,10 +69,14 @@ def photos(cache: Path = ROOT / "data" / "photos") -> list[Image.Image]:
 
 
 def made_up(count: int = 4) -> list[Image.Image]:
-    """Smooth random colours of 640 x 480 pixels, for where nothing can be fetched and no figure matters."""
+    """Smooth random colours of 640 x 480 pixels, for where nothing can be fetched and no figure
+    matters.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
-    return [Image.fromarray(colours).resize((640, 480), Image.Resampling.BICUBIC) for colours in coarse]
+    return [
+        Image.fromarray(colours).resize((640, 480), Image.Resampling.BICUBIC) for colours in coarse
+    ]
 
 
 def _write(sources: list[Image.Image], dst: Path, seed: int, index: int) -> None:
@@ -74,26 +96,38 @@ def _write(sources: list[Image.Image], dst: Path, seed: int, index: int) -> None
     image.save(dst / name / f"{name}_{index}.JPEG", quality=QUALITY)
 
 
-def make(dst: str | Path, count: int = 2000, seed: int = 0, sources: list[Image.Image] | None = None) -> Path:
-    """`count` JPEGs in ImageNet's folder layout under `dst`, which is returned; existing files are replaced."""
+def make(
+    dst: str | Path, count: int = 2000, seed: int = 0, sources: list[Image.Image] | None = None
+) -> Path:
+    """`count` JPEGs in ImageNet's folder layout under `dst`, which is returned; existing files are
+    replaced.
+    """
     dst, sources = Path(dst), sources or photos()
     thread_map(partial(_write, sources, dst, seed), range(count), desc="jpegs", unit="img")
     return dst
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dst", type=Path)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--beton", action="store_true", help="convert them to DST.beton too")
-    parser.add_argument("--made-up", action="store_true", help="of random colours instead of photos; fetches nothing")
+    parser.add_argument(
+        "--made-up",
+        action="store_true",
+        help="of random colours instead of photos; fetches nothing",
+    )
     a = parser.parse_args()
     if not a.dst.exists():
         make(a.dst, a.count, sources=made_up() if a.made_up else None)
     beton = a.dst.with_suffix(".beton")
     if a.beton and not beton.exists():
         convert_folder(a.dst, beton)
-    print(f"{a.dst}: {sum(1 for _ in a.dst.rglob('*.JPEG'))} JPEGs{f', {beton}' if a.beton else ''}")
+    print(
+        f"{a.dst}: {sum(1 for _ in a.dst.rglob('*.JPEG'))} JPEGs{f', {beton}' if a.beton else ''}"
+    )
 
 
 if __name__ == "__main__":

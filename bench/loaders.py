@@ -2,10 +2,11 @@
 
     python -m bench.loaders --out DIR
 
-Training crops of 224 px as uint8. A round runs every contestant once. Throughput is steady state: the first batches are
-dropped, epochs follow each other without a pause. CPU time is that of all its processes; memory their proportional set
-size (mapped files included), the largest of five samples; start-up the time from the start of the interpreter to the
-first batch. With a GPU, decoding there joins in.
+Training crops of 224 px as uint8. A round runs every contestant once. Throughput is steady state:
+the first batches are dropped, epochs follow each other without a pause. CPU time is that of all its
+processes; memory their proportional set size (mapped files included), the largest of five samples;
+start-up the time from the start of the interpreter to the first batch. With a GPU, decoding there
+joins in.
 """
 
 import json
@@ -35,13 +36,19 @@ THREADS = usable_cores()
 Batches = Iterator[int]  # rows of each batch
 
 
-def ours(name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65) -> Batches:
+def ours(
+    name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65
+) -> Batches:
     """One of this project's pipelines on a `.beton` or a folder."""
     store = open_store(source)
-    heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
+    heights, widths = (
+        np.tile(sides, EPOCHS) for sides in (store.heights, store.widths)
+    )  # no pause between epochs
     plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group=batch), heights, widths, 0)
     loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
-    yield from (len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store))))
+    yield from (
+        len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store)))
+    )
 
 
 def stock_ffcv(beton: Path, batch: int) -> Batches:
@@ -53,7 +60,15 @@ def stock_ffcv(beton: Path, batch: int) -> Batches:
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
     pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
     indices = np.tile(np.arange(len(open_store(beton))), EPOCHS)
-    loader = Loader(str(beton), batch, THREADS, order=OrderOption.RANDOM, os_cache=True, indices=indices, pipelines=pipelines)
+    loader = Loader(
+        str(beton),
+        batch,
+        THREADS,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        indices=indices,
+        pipelines=pipelines,
+    )
     yield from (len(images) for images, _ in loader)
 
 
@@ -66,14 +81,18 @@ def torchvision_folder(images: Path, batch: int) -> Batches:
     steps = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     data = ImageFolder(str(images), steps)
     sampler = RandomSampler(data, num_samples=EPOCHS * len(data))
-    yield from (len(rows) for rows, _ in DataLoader(data, batch, sampler=sampler, num_workers=THREADS))
+    yield from (
+        len(rows) for rows, _ in DataLoader(data, batch, sampler=sampler, num_workers=THREADS)
+    )
 
 
 def stock_dali(images: Path, batch: int, device: str = "cpu") -> Batches:
     """NVIDIA's ImageNet example: readers.file, image_random_crop, resize, flip."""
     from nvidia.dali import Pipeline, fn
 
-    with Pipeline(batch, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3) as pipeline:
+    with Pipeline(
+        batch, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3
+    ) as pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
         x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
         pipeline.set_outputs(fn.flip(x, horizontal=fn.random.coin_flip()), labels)
@@ -88,19 +107,25 @@ def number(file: Path, key: str) -> int:
 
 
 def counters(memory: bool = False) -> np.ndarray:
-    """Wall seconds, CPU seconds and bytes from the disk of this process and all below it; with `memory` also its kB."""
+    """Wall seconds, CPU seconds and bytes from the disk of this process and all below it; with
+    `memory` also its kB.
+    """
     proc = [Path("/proc/self")]
     for process in proc:  # grows while it is read
         for task in process.glob("task/*/children"):
             proc += [Path("/proc", pid) for pid in task.read_text().split()]
-    ticks = sum(int(t) for p in proc for t in (p / "stat").read_text().rpartition(")")[2].split()[11:15])
+    ticks = sum(
+        int(t) for p in proc for t in (p / "stat").read_text().rpartition(")")[2].split()[11:15]
+    )
     disk = sum(number(p / "io", "read_bytes:") for p in proc)
     shares = [number(p / "smaps_rollup", "\nPss:") for p in proc] if memory else []
     return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), disk, sum(shares)])
 
 
 def forget(path: Path, limit_bytes: float) -> None:
-    """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no cgroup needed)."""
+    """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no
+    cgroup needed).
+    """
     file, done = os.open(path, os.O_RDONLY), -np.inf
     while True:
         if (read := counters()[2]) - done > limit_bytes:
@@ -127,38 +152,67 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
 
 def main() -> None:
     parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0, batch=256)
-    parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
+    parser.add_argument(
+        "--beton",
+        type=Path,
+        help="the images as .beton; default IMAGES.beton; what is missing is made",
+    )
     parser.add_argument("--only", nargs="+", help="contestants")
-    parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only"
+    )
     parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
-    every: dict[str, Any] = {name: partial(ours, name, a.beton, a.batch) for name in ("ffcv", "dali", "reference")}
+    every: dict[str, Any] = {
+        name: partial(ours, name, a.beton, a.batch) for name in ("ffcv", "dali", "reference")
+    }
     every["dali, folder"] = partial(ours, "dali", a.images, a.batch)
     every["torchvision"] = partial(torchvision_folder, a.images, a.batch)
     every["stock FFCV"] = partial(stock_ffcv, a.beton, a.batch)
     every["stock DALI"] = partial(stock_dali, a.images, a.batch)
     if torch.cuda.is_available():
-        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, a.batch, "cuda", load) for load in HW_LOADS}
+        every |= {
+            f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, a.batch, "cuda", load)
+            for load in HW_LOADS
+        }
         every["stock DALI, GPU"] = partial(stock_dali, a.images, a.batch, "mixed")
     if a.child:
         if a.memory_limit:
-            threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
+            threading.Thread(
+                target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True
+            ).start()
         name, launched = a.child
         print(json.dumps(measure(every[name](), a.seconds, float(launched))), flush=True)
         os._exit(0)  # some contestants never join their threads
     a.images.exists() or make(a.images)
     a.beton.exists() or convert_folder(a.images, a.beton)
     if a.memory_limit and a.beton.stat().st_size < 1e6 * a.memory_limit:
-        parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {a.beton.stat().st_size / 1e6:.0f} MB")
+        parser.error(
+            f"--memory-limit {a.memory_limit}: {a.beton} has {a.beton.stat().st_size / 1e6:.0f} MB"
+        )
     failed: dict[str, str] = {}
 
     def in_child(name: str) -> list[float]:
-        command = [sys.executable, "-m", "bench.loaders", *sys.argv[1:], "--child", name, str(time.time())]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.loaders",
+            *sys.argv[1:],
+            "--child",
+            name,
+            str(time.time()),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        found = [np.nan] * len(MEASURES) if done.returncode else json.loads(done.stdout.splitlines()[-1])
+            failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[
+                -1
+            ]
+        found = (
+            [np.nan] * len(MEASURES)
+            if done.returncode
+            else json.loads(done.stdout.splitlines()[-1])
+        )
         print(f"{name}: {failed.get(name, found)}", flush=True)
         return found
 
@@ -167,10 +221,20 @@ def main() -> None:
         parser.error(f"--only {unknown[0]!r}: must be of {', '.join(every)}")
     found = alternate([partial(in_child, name) for name in a.only], a.rounds, warm_up=0)
     results: list[dict[str, Any]] = [
-        {"loader": name, **({"error": failed[name]} if name in failed else dict(zip(MEASURES, map(spread, r), strict=True)))}
+        {
+            "loader": name,
+            **(
+                {"error": failed[name]}
+                if name in failed
+                else dict(zip(MEASURES, map(spread, r), strict=True))
+            ),
+        }
         for name, r in zip(a.only, found, strict=True)
     ]
-    print(*report("loaders_memory_limit" if a.memory_limit else "loaders", a, results, MEASURES[:2]), sep="\n")
+    print(
+        *report("loaders_memory_limit" if a.memory_limit else "loaders", a, results, MEASURES[:2]),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Does it work? Arms trained on CIFAR-10 by `fap-train`, evaluated by `fap-eval`, compared in one table and one plot.
+"""Does it work? Arms trained on CIFAR-10 by `fap-train`, evaluated by `fap-eval`, compared in one
+table and one plot.
 
-`python -m bench.study study --size small|full` runs every arm over several seeds; finished runs are kept, so an interrupted
-study goes on where it stopped. The short, explained version is `bench.demo`.
+`python -m bench.study study --size small|full` runs every arm over several seeds; finished runs are
+kept, so an interrupted study goes on where it stopped. The short, explained version is
+`bench.demo`.
 """
 
 import argparse
@@ -56,7 +58,9 @@ SIZES = {
 
 
 def convert(split: str, count: int, log: Path | None = None) -> Path:
-    """The first `count` images of CIFAR-10 as `.beton`, made once; what fap-convert says goes to `log`, if given."""
+    """The first `count` images of CIFAR-10 as `.beton`, made once; what fap-convert says goes to
+    `log`, if given.
+    """
     file = ROOT / "data" / f"cifar10_{split}_{count}.beton"
     if not file.exists():
         fap("convert", "cifar10", str(file), "--split", split, "--limit", str(count), log=log)
@@ -83,7 +87,11 @@ def train(arm: str, seed: int, size: Size, files: Files, runs: Path, pipeline: s
     if size.workers > 1:
         threads = 1
         decoding = max(1, usable_cores() // size.workers)
-        words += ["run.torch_threads=1", f"data.threads={decoding}", f"run.eval_every={size.epochs}"]
+        words += [
+            "run.torch_threads=1",
+            f"data.threads={decoding}",
+            f"run.eval_every={size.epochs}",
+        ]
         log = folder.parent / f"seed{seed}.log"
     print(f"\n{arm}, seed {seed}: training" + (f", see {log}" if log else ""), flush=True)
     fap("train", *words, log=log, threads=threads)
@@ -91,7 +99,9 @@ def train(arm: str, seed: int, size: Size, files: Files, runs: Path, pipeline: s
 
 
 def same_settings(runs: Path, settings: Mapping[str, Any], files: Files) -> None:
-    """Note in `runs` what its runs are made with, the content of the data included. SystemExit where that was other."""
+    """Note in `runs` what its runs are made with, the content of the data included. SystemExit
+    where that was other.
+    """
     content = {}
     for split, file in files.items():
         with closing(open_store(file)) as store:
@@ -99,7 +109,10 @@ def same_settings(runs: Path, settings: Mapping[str, Any], files: Files) -> None
     now = json.dumps({**settings, "data": content}, indent=1)
     note = runs / "settings.json"
     if note.exists() and note.read_text() != now:
-        raise SystemExit(f"{runs} holds runs with other settings or other data, see {note}; move it away to start anew")
+        raise SystemExit(
+            f"{runs} holds runs with other settings or other data, see {note}; move it away to"
+            " start anew"
+        )
     runs.mkdir(parents=True, exist_ok=True)
     note.write_text(now)
 
@@ -109,7 +122,9 @@ def last_checkpoint(folder: Path) -> Path:
     return sorted((folder / "checkpoints").glob("step_*.safetensors"))[-1]
 
 
-def evaluated(folders: list[Path], size: Size, files: Files, runs: Path, pipeline: str) -> list[dict[str, Any]]:
+def evaluated(
+    folders: list[Path], size: Size, files: Files, runs: Path, pipeline: str
+) -> list[dict[str, Any]]:
     """Summaries of the runs, with fap-eval's report on each one's last checkpoint."""
     last = [str(last_checkpoint(f)) for f in folders]
     words = ["--data", str(files["test"]), "--pipeline", pipeline, "--out", str(runs / "eval")]
@@ -119,9 +134,15 @@ def evaluated(folders: list[Path], size: Size, files: Files, runs: Path, pipelin
 
 
 def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """One run in numbers, accuracies in percent; `corruptions`, by name, are means over the severities."""
+    """One run in numbers, accuracies in percent; `corruptions`, by name, are means over the
+    severities.
+    """
     result = json.loads((folder / "result.json").read_text())
-    epochs = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "epoch_acc_clean" in r]
+    epochs = [
+        r
+        for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if "epoch_acc_clean" in r
+    ]
     by_name: dict[str, list[float]] = {}
     for key, found in report["results"].items():
         if key.startswith("computed/"):
@@ -141,10 +162,11 @@ def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence intervals.
+    """Markdown: mean +- std per arm, differences to vanilla paired by seed with 95% confidence
+    intervals.
 
-    Cost is compared by image passes. Seconds are those of a clock on the wall: runs that shared the machine with
-    different neighbours cannot be compared by them.
+    Cost is compared by image passes. Seconds are those of a clock on the wall: runs that shared the
+    machine with different neighbours cannot be compared by them.
     """
     head = ["arm", "n", "clean %", "corrupted %", "clean - vanilla", "corrupted - vanilla", "train adv / clean %",
             "image passes", "image passes / vanilla", "seconds"]  # fmt: skip
@@ -155,7 +177,10 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
     for arm, runs in rows.items():
         cells = [arm, str(len(runs)), *(mean_std(column(arm, k)) for k in ("clean", "corrupted"))]
-        cells += ["" if arm == "vanilla" else interval(column(arm, k) - column("vanilla", k)) for k in ("clean", "corrupted")]
+        cells += [
+            "" if arm == "vanilla" else interval(column(arm, k) - column("vanilla", k))
+            for k in ("clean", "corrupted")
+        ]
         adv, clean = column(arm, "train_adv"), column(arm, "train_clean")
         cells += ["" if np.isnan(adv).any() else f"{adv.mean():.1f} / {clean.mean():.1f}"]
         passes = runs[0]["image_passes"]
@@ -193,10 +218,18 @@ def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]]) -> None
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Accuracy on clean and on corrupted test images; what each corruption does is in fap-eval's plot."""
+    """Accuracy on clean and on corrupted test images; what each corruption does is in fap-eval's
+    plot.
+    """
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    bars(axes, {k: {arm: [run[k] for run in runs] for arm, runs in rows.items()} for k in ("clean", "corrupted")})
+    bars(
+        axes,
+        {
+            k: {arm: [run[k] for run in runs] for arm, runs in rows.items()}
+            for k in ("clean", "corrupted")
+        },
+    )
     axes.legend()
     figure.savefig(file, dpi=120)
 
@@ -211,7 +244,9 @@ def report(rows: dict[str, list[dict[str, Any]]], size: Size, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("study",))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
@@ -219,11 +254,18 @@ def main() -> None:
     survive()
     size, runs = SIZES[args.size], RUNS / f"study_{args.size}"
     files = {"train": convert("train", size.images), "test": convert("test", size.test)}
-    settings = {k: v for k, v in asdict(size).items() if k not in ("arms", "seeds", "workers", "corrupt")}
+    settings = {
+        k: v for k, v in asdict(size).items() if k not in ("arms", "seeds", "workers", "corrupt")
+    }
     same_settings(runs, settings, files)
-    with ThreadPoolExecutor(size.workers) as pool, stopping():  # of the first seed all arms, then of the next
+    with (
+        ThreadPoolExecutor(size.workers) as pool,
+        stopping(),
+    ):  # of the first seed all arms, then of the next
         order = [(arm, seed) for seed in range(size.seeds) for arm in size.arms]
-        jobs = [pool.submit(train, arm, seed, size, files, runs, args.pipeline) for arm, seed in order]
+        jobs = [
+            pool.submit(train, arm, seed, size, files, runs, args.pipeline) for arm, seed in order
+        ]
         folders = [job.result() for job in jobs]
     found = evaluated(folders, size, files, runs, args.pipeline)
     rows = {arm: found[i :: len(size.arms)] for i, arm in enumerate(size.arms)}

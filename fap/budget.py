@@ -1,8 +1,8 @@
 """The training budget: image passes, and the epochs and learning rate that spend it.
 
-The unit is the image pass, one image forward and backward once. Vanilla training costs 1 per image and
-epoch (eq. 1), AdvProp K + 2 (eq. 2), decoupled training and Fast AdvProp 1 + p_adv K (eq. 4). Section 4.1
-divides epochs and milestones by that cost.
+The unit is the image pass, one image forward and backward once. Vanilla training costs 1 per image
+and epoch (eq. 1), AdvProp K + 2 (eq. 2), decoupled training and Fast AdvProp 1 + p_adv K (eq. 4).
+Section 4.1 divides epochs and milestones by that cost.
 """
 
 import bisect
@@ -21,13 +21,17 @@ def cost_per_image(method: MethodConfig) -> Fraction:
 
 
 def divided(epochs: int, cost: Fraction) -> int:
-    """epochs / cost to the nearest whole epoch, ties down (105 / 1.2 = 87.5 -> 87, as in Table 4), at least 1."""
+    """epochs / cost to the nearest whole epoch, ties down (105 / 1.2 = 87.5 -> 87, as in Table 4),
+    at least 1.
+    """
     return max(1, nearest(epochs / cost))
 
 
 @dataclass(frozen=True)
 class Fall:
-    """A learning rate, and where it begins to hold: epoch and step are counted from 0 over the whole run."""
+    """A learning rate, and where it begins to hold: epoch and step are counted from 0 over the
+    whole run.
+    """
 
     lr: float
     epoch: int
@@ -57,9 +61,16 @@ class Budget:
 
     @property
     def falls(self) -> list[Fall]:
-        """Where the learning rate falls, apart from the warm-up; also where the run has ended before."""
+        """Where the learning rate falls, apart from the warm-up; also where the run has ended
+        before.
+        """
         return [
-            Fall(self._lr_in(epoch), epoch, epoch * self.steps_per_epoch, self.milestones.count(epoch))
+            Fall(
+                self._lr_in(epoch),
+                epoch,
+                epoch * self.steps_per_epoch,
+                self.milestones.count(epoch),
+            )
             for epoch in sorted(set(self.milestones))
         ]
 
@@ -75,21 +86,26 @@ class Budget:
 def budget(config: Config, images: int) -> Budget:
     """The budget of a run over a training set of `images` images.
 
-    Milestones may meet each other or the end of the run once they are divided by the cost. Raises ValueError if
-    there is no full batch, or if the warm-up is as long as the run.
+    Milestones may meet each other or the end of the run once they are divided by the cost. Raises
+    ValueError if there is no full batch, or if the warm-up is as long as the run.
     """
     method, rows = config.method, config.optim.clean_batch
     cost = cost_per_image(method)
     divisor = cost if config.budget.same_budget else Fraction(1)
     loaded = rows + config.loader_adv_rows
     if images < loaded:
-        raise ValueError(f"data.train has {images} images, fewer than one batch of {loaded}; lower optim.clean_batch")
+        raise ValueError(
+            f"data.train has {images} images, fewer than one batch of {loaded}; lower"
+            " optim.clean_batch"
+        )
     steps = images // loaded
     epochs = divided(config.budget.epochs, divisor)
     warmup_steps = round(config.optim.warmup_epochs * steps)
     if warmup_steps >= epochs * steps:
         warmup = f"optim.warmup_epochs = {config.optim.warmup_epochs:g}"
-        raise ValueError(f"{warmup} must be less than the {epochs} epoch(s) of this run (budget.epochs / cost)")
+        raise ValueError(
+            f"{warmup} must be less than the {epochs} epoch(s) of this run (budget.epochs / cost)"
+        )
     return Budget(
         epochs=epochs,
         milestones=tuple(divided(m, divisor) for m in config.budget.milestones),

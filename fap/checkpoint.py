@@ -1,9 +1,11 @@
 """Checkpoints: one `.safetensors` file each, complete or absent, never pickle.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the old files
-and at most a stale temporary one. A CRC32 of the whole file (its own digits read as zeros) stands in its
-header: a damaged file is noticed before any of it is used. The checksum is no signature, so what the file
-says is not trusted either: `run_meta` checks the metadata, `fap.load` the model's tensors.
+A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the old
+files and at most a stale temporary one. A CRC32 of the whole file (its own digits read as zeros)
+stands in its
+header: a damaged file is noticed before any of it is used. The checksum is no signature, so what
+the file says is not trusted either: `run_meta` checks the metadata, `fap.evaluate.load` the model's
+tensors.
 """
 
 import errno
@@ -22,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from fap.config import Config, make_config
-from fap.step import METRICS
+from fap.step.step import METRICS
 from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
 from pipelines.names import checked_names
 
@@ -37,42 +39,62 @@ _OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.ENXIO
 
 
 class DamagedCheckpoint(RuntimeError):  # noqa: N818
-    """A file that is truncated, garbled or not of this program; the message names it and what is wrong."""
+    """A file that is truncated, garbled or not of this program; the message names it and what is
+    wrong.
+    """
 
 
 # ---------------------------------------------------------------------- the file
 
 
 def save(
-    path: str | Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], *, overwrite: bool = True, **header: str
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    overwrite: bool = True,
+    **header: str,
 ) -> None:
-    """Write `tensors` (any shape, layout, device; views of one storage too) and `meta` (JSON) atomically.
+    """Write `tensors` (any shape, layout, device; views of one storage too) and `meta` (JSON)
+    atomically.
 
-    `header` stands beside `meta`, for other readers. Raises OSError (a full disk, say) after removing what it had
-    written; a file at `path` stays as it was. Once the file has its name, nothing is raised.
+    `header` stands beside `meta`, for other readers. Raises OSError (a full disk, say) after
+    removing what it had written; a file at `path` stays as it was. Once the file has its name,
+    nothing is raised.
     """
-    # One fresh contiguous copy each: safetensors refuses views of one storage, such as a flat buffer's.
+    # One fresh contiguous copy each: safetensors refuses views of one storage, such as a flat
+    # buffer's.
     copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for k, t in tensors.items()}
-    blob = safetensors.torch.save(copies, header | {"meta": json.dumps(meta), "crc32": _ZEROS.decode()})
+    blob = safetensors.torch.save(
+        copies, header | {"meta": json.dumps(meta), "crc32": _ZEROS.decode()}
+    )
     at = blob.index(_MARK) + len(_MARK)
-    parts: list[bytes | memoryview] = [blob[:at], b"%08x" % zlib.crc32(blob), memoryview(blob)[at + len(_ZEROS) :]]
+    parts: list[bytes | memoryview] = [
+        blob[:at],
+        b"%08x" % zlib.crc32(blob),
+        memoryview(blob)[at + len(_ZEROS) :],
+    ]
     write_whole(path, parts, overwrite=overwrite)
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (contiguous, on the CPU) and the metadata of a file that `save` wrote.
 
-    Raises DamagedCheckpoint for anything else, a folder or a named pipe too, and OSError where it cannot be
-    opened.
+    Raises DamagedCheckpoint for anything else, a folder or a named pipe too, and OSError where it
+    cannot be opened.
     """
     tensors, meta, _ = load_with_content(path)
     return tensors, meta
 
 
 def load_with_content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """As `load`, and what the file's content is: its checksum and size, which no copy or new date changes."""
+    """As `load`, and what the file's content is: its checksum and size, which no copy or new date
+    changes.
+    """
     try:
-        at, end = _header(path)  # first, so that of a huge file that is none of ours nothing more is read
+        at, end = _header(
+            path
+        )  # first, so that of a huge file that is none of ours nothing more is read
         blob = read_regular(path, MOST_BYTES)
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from None
@@ -81,22 +103,39 @@ def load_with_content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     try:
         header = json.loads(blob[8:end])
         if found != blob[at:rest]:
-            size = end + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            wrong = f"truncated, {len(blob)} of {shown(size)} bytes" if len(blob) < size else "wrong checksum"
+            size = end + max(
+                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
+            )
+            wrong = (
+                f"truncated, {len(blob)} of {shown(size)} bytes"
+                if len(blob) < size
+                else "wrong checksum"
+            )
             raise DamagedCheckpoint(f"{path}: {wrong}")
         text = header["__metadata__"]["meta"]
         if len(text) > MOST_META:
-            raise DamagedCheckpoint(f"{path}: {len(text):,} characters of metadata, at most {MOST_META:,} are read")
+            raise DamagedCheckpoint(
+                f"{path}: {len(text):,} characters of metadata, at most {MOST_META:,} are read"
+            )
         meta = json.loads(text)
         if not isinstance(meta, dict):
             raise DamagedCheckpoint(f"{path}: its metadata is no mapping but {shown(meta)}")
         return safetensors.torch.load(blob), meta, f"{found.decode()}-{len(blob)}"
-    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DamagedCheckpoint(f"{path}: garbled header ({brief(error)})") from error
 
 
 def _header(path: str | Path) -> tuple[int, int]:
-    """Where the checksum's digits stand in a file, and where its header ends. Raises as `load`; ValueError for no file."""
+    """Where the checksum's digits stand in a file, and where its header ends. Raises as `load`;
+    ValueError for no file.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -104,10 +143,14 @@ def _header(path: str | Path) -> tuple[int, int]:
         if len(head) == 8 and end <= min(size, MOST_HEADER):
             head += file.read(end - 8)
         if len(head) != end:
-            raise DamagedCheckpoint(f"{path}: truncated inside its header, or no safetensors file ({size} bytes)")
+            raise DamagedCheckpoint(
+                f"{path}: truncated inside its header, or no safetensors file ({size} bytes)"
+            )
     at = head.find(_MARK, 8) + len(_MARK)
     if at < len(_MARK):
-        raise DamagedCheckpoint(f"{path}: no checksum in its header, so it is no checkpoint of this program")
+        raise DamagedCheckpoint(
+            f"{path}: no checksum in its header, so it is no checkpoint of this program"
+        )
     return at, end
 
 
@@ -143,12 +186,13 @@ class RunMeta(_Strict):
     """The metadata of a training run's checkpoint, as `Run` writes it and everyone else reads it."""
 
     config: Annotated[dict[str, Any], Field(max_length=1000)]
-    """`Config.model_dump(mode="json")`; `make_config` accepts it, and `model.num_classes` is set."""
+    """`Config.model_dump(mode="json")`; `make_config` accepts it, and `model.num_classes` is set.
+    """
     step: _Count
     closed: _Count
     """Epochs evaluated and logged."""
     totals: _Numbers
-    """Sums over the steps of the epoch so far, by the names of `fap.step.METRICS`."""
+    """Sums over the steps of the epoch so far, by the names of `fap.step.step.METRICS`."""
     best: _Numbers
     last: _Numbers
     seconds: Annotated[float, Field(ge=0, le=1e12)]
@@ -169,22 +213,29 @@ class RunMeta(_Strict):
 
 
 def run_meta(path: str | Path, meta: dict[str, Any]) -> RunMeta:
-    """The metadata of the checkpoint at `path`, checked. Raises DamagedCheckpoint, or ValueError if it is none of a run."""
+    """The metadata of the checkpoint at `path`, checked. Raises DamagedCheckpoint, or ValueError if
+    it is none of a run.
+    """
     if not {"config", "step"} <= meta.keys():
-        raise ValueError(f"{path}: no checkpoint of a training run (its metadata has no config or step)")
+        raise ValueError(
+            f"{path}: no checkpoint of a training run (its metadata has no config or step)"
+        )
     try:
         found = RunMeta.model_validate(meta)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"][:4]))
-        raise DamagedCheckpoint(f"{path}: metadata: {shown(field)}: {brief(ValueError(first['msg']))}") from None
+        raise DamagedCheckpoint(
+            f"{path}: metadata: {shown(field)}: {brief(ValueError(first['msg']))}"
+        ) from None
     config = _config_of(path, found)
     names = found.train.classes
     if config.model.num_classes is None:
         raise DamagedCheckpoint(f"{path}: metadata: config.model.num_classes is not set")
     if names is not None and len(names) > config.model.num_classes:
         raise DamagedCheckpoint(
-            f"{path}: metadata: {len(names)} class names, but config.model.num_classes = {config.model.num_classes}"
+            f"{path}: metadata: {len(names)} class names, but config.model.num_classes ="
+            f" {config.model.num_classes}"
         )
     return found
 
@@ -192,8 +243,17 @@ def run_meta(path: str | Path, meta: dict[str, Any]) -> RunMeta:
 def _config_of(path: str | Path, meta: RunMeta) -> Config:
     try:
         return make_config(meta.config)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: metadata: its config is none of this version: {brief(error)}") from None
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise DamagedCheckpoint(
+            f"{path}: metadata: its config is none of this version: {brief(error)}"
+        ) from None
 
 
 # ---------------------------------------------------------------------- the checkpoints of a run
@@ -202,8 +262,12 @@ def _config_of(path: str | Path, meta: RunMeta) -> Config:
 class Checkpoints:
     """The checkpoints of a run, `folder/step_00001234.safetensors`: the last `keep` of them."""
 
-    def __init__(self, folder: str | Path, keep: int = 2, say: Callable[[str], Any] = warnings.warn) -> None:
-        """`say` is told about files that `newest` skips or `save` cannot remove. A save needs room for `keep` + 1 files."""
+    def __init__(
+        self, folder: str | Path, keep: int = 2, say: Callable[[str], Any] = warnings.warn
+    ) -> None:
+        """`say` is told about files that `newest` skips or `save` cannot remove. A save needs room
+        for `keep` + 1 files.
+        """
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least 1 checkpoint must be kept")
         self.folder = Path(folder)
@@ -216,19 +280,27 @@ class Checkpoints:
 
     def _named(self) -> list[Path]:
         """Whatever is named like a checkpoint: folders and dangling links too."""
-        return sorted((p for p in self.folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)), key=_step)
+        return sorted(
+            (p for p in self.folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)),
+            key=_step,
+        )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
-        """Save `step`; only once it is complete, remove what is no longer kept. Errors as `save`; one writer.
+        """Save `step`; only once it is complete, remove what is no longer kept. Errors as `save`;
+        one writer.
 
-        Files of later steps go as well: they are the damaged ones `newest` skipped when the run was resumed. What
-        cannot be removed is said, not raised: by then the checkpoint has been saved.
+        Files of later steps go as well: they are the damaged ones `newest` skipped when the run was
+        resumed. What cannot be removed is said, not raised: by then the checkpoint has been saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.safetensors"
         if path.is_dir():  # before gigabytes are written
-            raise IsADirectoryError(errno.EISDIR, "a folder has the name of the checkpoint", str(path))
-        self._remove([*self.folder.glob(".step_*.tmp")])  # a killed save's; first, since the room may be needed
+            raise IsADirectoryError(
+                errno.EISDIR, "a folder has the name of the checkpoint", str(path)
+            )
+        self._remove(
+            [*self.folder.glob(".step_*.tmp")]
+        )  # a killed save's; first, since the room may be needed
         save(path, tensors, meta)
         until = [p for p in self.paths() if _step(p) <= step]
         self._remove([old for old in self.paths() if old not in until[-self.keep :]])
@@ -244,8 +316,8 @@ class Checkpoints:
     def newest(self) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
         """The newest undamaged checkpoint; None where there is nothing of that name at all.
 
-        Raises DamagedCheckpoint where there are files and none is good: we do not start over unasked. Raises OSError
-        for what is not the file's own fault, such as a lack of permission.
+        Raises DamagedCheckpoint where there are files and none is good: we do not start over
+        unasked. Raises OSError for what is not the file's own fault, such as a lack of permission.
         """
         named = self._named()
         for path in reversed(named):
@@ -258,7 +330,9 @@ class Checkpoints:
                     raise
                 self.say(f"skipped a checkpoint that cannot be read: {path}: {error.strerror}")
         if named:
-            raise DamagedCheckpoint(f"{self.folder}: all {len(named)} are damaged; remove them to start over")
+            raise DamagedCheckpoint(
+                f"{self.folder}: all {len(named)} are damaged; remove them to start over"
+            )
         return None
 
 

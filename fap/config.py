@@ -1,8 +1,9 @@
 """The typed configuration of a run: defaults <- YAML file <- `key=value` on the command line.
 
-Every field is used; an unknown key, a wrong type or a combination without meaning is a `ValueError` that
-names the field, the value and what is allowed. A saved config is complete, so `diff a.yaml b.yaml` is the
-ablation. The semantics of each field are those of the paper and of its authors' code.
+Every field is used; an unknown key, a wrong type or a combination without meaning is a `ValueError`
+that names the field, the value and what is allowed. A saved config is complete, so `diff a.yaml
+b.yaml` is the ablation. The semantics of each field are those of the paper and of its authors'
+code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
-from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
+from pydantic.functional_validators import (
+    AfterValidator,
+    BeforeValidator,
+    field_validator,
+    model_validator,
+)
 
 from fap import strict_yaml
 from pipelines.files import read_regular, shown
@@ -52,7 +58,9 @@ def _fraction(value: Any) -> Fraction:
     elif isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}", value):
         ratio = Fraction(value)
     if not 0 < ratio < 1:
-        raise ValueError("must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0")
+        raise ValueError(
+            "must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0"
+        )
     return ratio
 
 
@@ -68,11 +76,15 @@ def _path(value: str) -> str:
         raise ValueError("must be a path, not empty and without NUL")
     full = os.path.expanduser(value)
     if full.startswith("~"):
-        raise ValueError(f"no home folder is known for it; give the full path, or ./{full[:40]} for a file of that name")
+        raise ValueError(
+            f"no home folder is known for it; give the full path, or ./{full[:40]} for a file of"
+            " that name"
+        )
     return full
 
 
-# Unlike pydantic's types of the same names these are bounded. All are strict: no text becomes a number or a truth value.
+# Unlike pydantic's types of the same names these are bounded. All are strict: no text becomes a
+# number or a truth value.
 PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=MOST_COUNT)]
 NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_COUNT)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST_SEED)]
@@ -91,27 +103,42 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: Text = "resnet50"
-    """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD` with D = 6n + 2."""
+    """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD`
+    with D = 6n + 2.
+    """
     num_classes: PositiveInt | None = None
     """Unset: the data's class count."""
     init: FilePath | None = None
-    """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the main ones."""
+    """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the
+    main ones.
+    """
 
     @property
     def classes(self) -> int:
-        """`num_classes` of a run whose data is open (`with_classes`), or of a checkpoint. Raises ValueError if unset."""
+        """`num_classes` of a run whose data is open (`with_classes`), or of a checkpoint. Raises
+        ValueError if unset.
+        """
         if self.num_classes is None:
-            raise ValueError("model.num_classes is not set, and there is no data here to take it from")
+            raise ValueError(
+                "model.num_classes is not set, and there is no data here to take it from"
+            )
         return self.num_classes
 
 
-# What an unset field of `method` means, per method. A field that is absent here is meaningless for that
-# method, and setting it is an error.
+# What an unset field of `method` means, per method. A field that is absent here is meaningless for
+# that method, and setting it is an error.
 _ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
-_REUSE = _ATTACK | {"p_adv": Fraction(1, 5), "schedule": "fused", "sync": True, "combine": "sum", "shuffle": "ranks"}
+_REUSE = _ATTACK | {
+    "p_adv": Fraction(1, 5),
+    "schedule": "fused",
+    "sync": True,
+    "combine": "sum",
+    "shuffle": "ranks",
+}
 _REUSE |= {"weight_clean": 1.0, "weight_noise": 0.5, "weight_adv": 0.5}
-# Read from section 3.2.2: Fast AdvProp must "switch the attack mode from targeted attack to untargeted", so the others
-# are targeted; and attackers "by default attack models using their testing mode", with the running statistics.
+# Read from section 3.2.2: Fast AdvProp must "switch the attack mode from targeted attack to
+# untargeted", so the others are targeted; and attackers "by default attack models using their
+# testing mode", with the running statistics.
 _SEPARATE = _ATTACK | {"targeted": True, "attack_bn": "running"}
 _SEPARATE |= {"weight_clean": 1.0, "weight_adv": 1.0, "sync": False, "shuffle": "off"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -119,20 +146,26 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "fast_advprop": _REUSE,
     "noise": _REUSE,
     "decoupled": _SEPARATE | {"p_adv": Fraction(1, 5)},
-    # AdvProp paper (Xie et al., 2020): eps 4, step 1, 5 steps; eps is assumed, Fast AdvProp states none.
+    # AdvProp paper (Xie et al., 2020): eps 4, step 1, 5 steps; eps is assumed, Fast AdvProp states
+    # none.
     "advprop": _SEPARATE | {"eps_255": 4.0, "attack_steps": 5},
 }
 
 
 class MethodConfig(Section):
     name: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"] = "fast_advprop"
-    """`noise` is the control: Fast AdvProp's passes with a random sign in place of the gradient's."""
+    """`noise` is the control: Fast AdvProp's passes with a random sign in place of the gradient's.
+    """
     group: PositiveInt = 64
-    """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p / (1 - p)."""
+    """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p /
+    (1 - p).
+    """
     p_adv: Annotated[Fraction, BeforeValidator(_fraction)] | None = None
     """n_adv / (n_clean + n_adv); `1/9`, `1/5`, `1/3`, `1/2` are the rows of Table 4."""
     schedule: Literal["sequential", "fused", "pipelined", "parallel"] | None = None
-    """`parallel` is `sequential` with the clean pass on a second stream of the GPU: for few clean rows."""
+    """`parallel` is `sequential` with the clean pass on a second stream of the GPU: for few clean
+    rows.
+    """
     eps_255: PositiveFloat | None = None
     """Radius of the ball in grey levels of 0..255, whatever the normalisation."""
     step_255: PositiveFloat | None = None
@@ -141,18 +174,28 @@ class MethodConfig(Section):
     random_start: bool | None = None
     """Start at U(-eps, eps); without it one step is FGSM (appendix A.1)."""
     targeted: bool | None = None
-    """Of a separate attack (advprop, decoupled): towards a random wrong label instead of away from the true one."""
+    """Of a separate attack (advprop, decoupled): towards a random wrong label instead of away from
+    the true one.
+    """
     attack_bn: Literal["batch", "running"] | None = None
-    """Statistics of the auxiliary batch norms during a separate attack; it moves the running ones in neither mode."""
+    """Statistics of the auxiliary batch norms during a separate attack; it moves the running ones
+    in neither mode.
+    """
     weight_clean: PositiveFloat | None = None
     weight_noise: PositiveFloat | None = None
     weight_adv: PositiveFloat | None = None
     sync: bool | None = None
-    """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters (section 3.2.2)."""
+    """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters
+    (section 3.2.2).
+    """
     combine: Literal["sum", "mean"] | None = None
-    """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1 to the letter."""
+    """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1
+    to the letter.
+    """
     shuffle: Literal["ranks", "groups", "off"] | None = None
-    """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or not at all."""
+    """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or
+    not at all.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +209,9 @@ class MethodConfig(Section):
         given = {k: v for k, v in given.items() if v is not None}
         for field in sorted(given.keys() & cls.model_fields.keys() - {"name", "group", *defaults}):
             value = shown(given[field])
-            raise ValueError(f"method.{field} = {value} has no meaning for method.name = {name!r}; leave it out")
+            raise ValueError(
+                f"method.{field} = {value} has no meaning for method.name = {name!r}; leave it out"
+            )
         return defaults | ({"sync": False} if given.get("combine") == "mean" else {}) | given
 
     @model_validator(mode="after")
@@ -177,11 +222,20 @@ class MethodConfig(Section):
                 n = max(3, round(rows))
                 near = ", ".join(str(Fraction(k, self.group + k)) for k in (n - 1, n, n + 1))
                 gives = f"gives {float(rows):.3f} adversarial rows per {self.group} clean ones"
-                raise ValueError(f"method.p_adv = {self.p_adv} {gives}; it must give a whole number >= 2, for example {near}")
+                raise ValueError(
+                    f"method.p_adv = {self.p_adv} {gives}; it must give a whole number >= 2, for"
+                    f" example {near}"
+                )
         if self.reuses_gradient and self.attack_steps != 1:
-            raise ValueError(f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so only 1")
+            raise ValueError(
+                f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, so"
+                " only 1"
+            )
         if self.combine == "mean" and self.sync:
-            raise ValueError("method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync must be false")
+            raise ValueError(
+                "method.sync = true with method.combine = 'mean': Algorithm 1 divides nothing; sync"
+                " must be false"
+            )
         return self
 
     @property
@@ -202,7 +256,8 @@ class MethodConfig(Section):
 
 class DataConfig(Section):
     train: FilePath | None = None
-    """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and `reference`)."""
+    """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and `reference`).
+    """
     val: FilePath | None = None
     pipeline: Literal["ffcv", "dali", "reference"] = "ffcv"
     size: PositiveInt = 224
@@ -246,7 +301,9 @@ def nearest(value: Fraction) -> int:
 
 
 def paper_milestones(epochs: int) -> tuple[int, ...]:
-    """The paper's 30/60/90/100 of 105, scaled to `epochs`; what would meet another one or the end is left out."""
+    """The paper's 30/60/90/100 of 105, scaled to `epochs`; what would meet another one or the end
+    is left out.
+    """
     milestones: list[int] = []
     last = 0
     for milestone in PAPER_MILESTONES:
@@ -260,9 +317,13 @@ def paper_milestones(epochs: int) -> tuple[int, ...]:
 class BudgetConfig(Section):
     epochs: PositiveInt = PAPER_EPOCHS
     """Epochs of vanilla training; other methods run epochs / cost (section 4.1)."""
-    milestones: Annotated[tuple[PositiveInt, ...], Field(strict=False, max_length=100, validate_default=True)] = UNSET
-    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for a constant rate.
-    Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`."""
+    milestones: Annotated[
+        tuple[PositiveInt, ...], Field(strict=False, max_length=100, validate_default=True)
+    ] = UNSET
+    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for a
+    constant rate.
+    Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`.
+    """
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     same_budget: bool = True
     """False: as many epochs as vanilla, at (K + 2) or (1 + p_adv K) times its cost."""
@@ -272,7 +333,9 @@ class BudgetConfig(Section):
     def _scale(cls, given: Any, info: ValidationInfo) -> Any:
         if given is not None:
             return given
-        epochs = info.data.get("epochs", PAPER_EPOCHS)  # absent only if it is wrong, which is an error of its own
+        epochs = info.data.get(
+            "epochs", PAPER_EPOCHS
+        )  # absent only if it is wrong, which is an error of its own
         return paper_milestones(epochs)
 
     @model_validator(mode="after")
@@ -281,8 +344,9 @@ class BudgetConfig(Section):
         if not ascending or any(milestone >= self.epochs for milestone in self.milestones):
             scaled = list(paper_milestones(self.epochs))
             raise ValueError(
-                f"budget.milestones = {shown(list(self.milestones))} with budget.epochs = {self.epochs}: must be strictly "
-                f"ascending and below budget.epochs; null means the paper's, scaled: {scaled}"
+                f"budget.milestones = {shown(list(self.milestones))} with budget.epochs ="
+                f" {self.epochs}: must be strictly ascending and below budget.epochs; null means"
+                f" the paper's, scaled: {scaled}"
             )
         return self
 
@@ -299,7 +363,9 @@ class RunConfig(Section):
     auto: on a GPU triton, and framework, with a warning, if that fails."""
     compile: bool = False
     torch_threads: PositiveInt | None = None
-    """CPU threads of the training process; unset: torch's default, or a container's CPU quota if that is less."""
+    """CPU threads of the training process; unset: torch's default, or a container's CPU quota if
+    that is less.
+    """
     max_steps: PositiveInt | None = None
     """Stop after so many steps in all; the schedule is that of the whole run."""
     log_every: PositiveInt = 50
@@ -315,8 +381,9 @@ class RunConfig(Section):
 
 class Config(Section):
     name: Annotated[str, AfterValidator(_name)] = UNSET
-    """Of the run's folder. Unset: the YAML file's stem, or the method's name where there is no file or where the command
-    line gives another method than the file."""
+    """Of the run's folder. Unset: the YAML file's stem, or the method's name where there is no file
+    or where the command line gives another method than the file.
+    """
     seed: Seed = 0
     resume: Literal["never", "auto"] = "never"
     paper: dict[Literal["top1", "imagenet_c", "imagenet_r", "stylized"], Percent] = {}
@@ -339,26 +406,42 @@ class Config(Section):
     def _check(self) -> Config:
         rows, group = self.optim.clean_batch, self.method.group
         if rows % group:
-            raise ValueError(f"optim.clean_batch = {rows} must be a multiple of method.group = {group}")
+            raise ValueError(
+                f"optim.clean_batch = {rows} must be a multiple of method.group = {group}"
+            )
         if self.data.mix and self.method.name == "advprop":
-            raise ValueError("data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed clean rows")
+            raise ValueError(
+                "data.mix with method.name = 'advprop': its adversarial rows are copies of unmixed"
+                " clean rows"
+            )
         for field in ("scale", "ratio"):
             low, high = getattr(self.data, field)
             if low > high or (field == "scale" and high > 1):
-                raise ValueError(f"data.{field} = ({low}, {high}) must be (low, high) with low <= high, scale at most 1")
+                raise ValueError(
+                    f"data.{field} = ({low}, {high}) must be (low, high) with low <= high, scale at"
+                    " most 1"
+                )
         if self.run.compile and self.run.norm_kernel == "triton":
             raise ValueError(
                 "run.norm_kernel = 'triton' with run.compile = true: what is compiled is the "
                 "framework's norm; use 'framework' or 'auto'"
             )
         if self.data.size > self.data.resize:
-            raise ValueError(f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}")
+            raise ValueError(
+                f"data.resize = {self.data.resize} must be at least data.size = {self.data.size}"
+            )
         return self
 
     @property
     def loader_adv_rows(self) -> int:
-        """Adversarial rows of one global batch that the loader delivers (plain AdvProp copies clean rows instead)."""
-        return 0 if self.method.name == "advprop" else self.optim.clean_batch // self.method.group * self.method.adv_group
+        """Adversarial rows of one global batch that the loader delivers (plain AdvProp copies clean
+        rows instead).
+        """
+        return (
+            0
+            if self.method.name == "advprop"
+            else self.optim.clean_batch // self.method.group * self.method.adv_group
+        )
 
     def to_yaml(self) -> str:
         return strict_yaml.dump(self.model_dump(mode="json"))
@@ -374,8 +457,8 @@ SECTIONS: dict[str, type[Section]] = {
 def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Config of a YAML file (or the defaults) with dotted `key=value` overrides.
 
-    A field that holds text takes the override as it stands, `#`, quotes and digits included (`null` unsets one that
-    may be unset); any other field takes it as a YAML value. Raises ValueError.
+    A field that holds text takes the override as it stands, `#`, quotes and digits included (`null`
+    unsets one that may be unset); any other field takes it as a YAML value. Raises ValueError.
     """
     if file is None:
         tree: dict[str, Any] = {}
@@ -387,7 +470,10 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     if file is not None and tree.get("name") is None and _method_of(tree) == method:
         stem = Path(file).stem
         if not SAFE_NAME.fullmatch(stem):
-            raise ValueError(f"config {_cut(str(file), 300)}: {shown(stem)} cannot name a run ({NAME_RULE}); give name=...")
+            raise ValueError(
+                f"config {_cut(str(file), 300)}: {shown(stem)} cannot name a run ({NAME_RULE});"
+                " give name=..."
+            )
         tree["name"] = stem
     return make_config(tree)
 
@@ -405,7 +491,9 @@ def make_config(tree: dict[str, Any]) -> Config:
 
 
 def with_classes(config: Config, n: int) -> Config:
-    """A copy of `config` whose `model.num_classes` is `n`. Raises ValueError if that is no possible number."""
+    """A copy of `config` whose `model.num_classes` is `n`. Raises ValueError if that is no possible
+    number.
+    """
     tree = config.model_dump()
     tree["model"]["num_classes"] = n
     return make_config(tree)
@@ -434,7 +522,9 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ValueError(f"{shown(item)}: expected key=value, for example optim.lr=0.2")
     *parents, leaf = key.split(".")
     if len(parents) > 1:
-        raise ValueError(f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2")
+        raise ValueError(
+            f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2"
+        )
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
@@ -447,7 +537,9 @@ def _override_value(key: str, text: str) -> Any:
     said = f"{_cut(key)} = {shown(text)}"
     section, _, leaf = key.rpartition(".")
     if key in SECTIONS:
-        raise ValueError(f"{said}: {key} is a section; set its fields: {', '.join(SECTIONS[key].model_fields)}")
+        raise ValueError(
+            f"{said}: {key} is a section; set its fields: {', '.join(SECTIONS[key].model_fields)}"
+        )
     fields = Config.model_fields
     if section:
         fields = SECTIONS[section].model_fields if section in SECTIONS else {}
@@ -496,7 +588,10 @@ def _describe(error: Any) -> str:
         near = difflib.get_close_matches(_cut(key), section.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(section.model_fields)}"
         return f"{field}: unknown key; {hint}"
-    message = MESSAGES.get(error["type"], error["msg"].removeprefix("Value error, ").replace("Input should be", "must be"))
+    message = MESSAGES.get(
+        error["type"],
+        error["msg"].removeprefix("Value error, ").replace("Input should be", "must be"),
+    )
     if error["type"] == "value_error" and message.split(" ")[0].count("."):
         return message
     try:
@@ -507,7 +602,9 @@ def _describe(error: Any) -> str:
 
 
 def _cut(text: str, most: int = 60) -> str:
-    """A key or a path for a message: as it is, unless it is very long or has characters that a terminal would act on."""
+    """A key or a path for a message: as it is, unless it is very long or has characters that a
+    terminal would act on.
+    """
     if not text.isprintable():
         text = ascii(text)[1:-1]
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,11 +1,12 @@
-"""Ranks: who we are under torchrun, the collectives that the step needs, and how ranks start and stop together.
+"""Ranks: who we are under torchrun, the collectives that the step needs, and how ranks start and
+stop together.
 
-DistributedDataParallel does not fit: its hooks expect one backward in which every parameter takes part, while
-a step here has several passes. All gradients are views of one flat buffer, so one explicit all-reduce after
-the last pass replaces it.
+DistributedDataParallel does not fit: its hooks expect one backward in which every parameter takes
+part, while a step here has several passes. All gradients are views of one flat buffer, so one
+explicit all-reduce after the last pass replaces it.
 
-On GPUs there are two back ends in one group: NCCL for the step's tensors, gloo for what ranks agree on.
-The latter are tensors of the host, so that no agreement waits for the device.
+On GPUs there are two back ends in one group: NCCL for the step's tensors, gloo for what ranks agree
+on. The latter are tensors of the host, so that no agreement waits for the device.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fap.layout import image_order, memory_order
+from fap.step.layout import image_order, memory_order
 from pipelines.files import shown
 
 
@@ -33,13 +34,21 @@ class Ranks:
         return self.rank == 0
 
     def device(self, wanted: str) -> torch.device:
-        """This rank's device for `run.device` = `wanted`. Raises ValueError for a GPU that is not there."""
+        """This rank's device for `run.device` = `wanted`. Raises ValueError for a GPU that is not
+        there.
+        """
         if wanted == "cuda" and not torch.cuda.is_available():
-            raise ValueError("run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls back to the CPU")
+            raise ValueError(
+                "run.device = 'cuda': torch sees no GPU here; fap-doctor says why, 'auto' falls"
+                " back to the CPU"
+            )
         if wanted == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
         if self.local_rank >= torch.cuda.device_count():
-            raise ValueError(f"LOCAL_RANK = {self.local_rank}, but torch sees {torch.cuda.device_count()} GPU(s) here")
+            raise ValueError(
+                f"LOCAL_RANK = {self.local_rank}, but torch sees {torch.cuda.device_count()} GPU(s)"
+                " here"
+            )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
@@ -58,7 +67,9 @@ class Ranks:
         return image_order(out)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one: for decisions that all must take alike. Waits for all."""
+        """True on every rank if `flag` is true on one: for decisions that all must take alike.
+        Waits for all.
+        """
         if self.world == 1:
             return flag
         votes = torch.tensor([int(flag)])
@@ -74,7 +85,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block without collectives that fails on every rank if it fails on one: none waits for another for ever.
+        """A block without collectives that fails on every rank if it fails on one: none waits for
+        another for ever.
 
         Raises the block's own error, on the other ranks ValueError with its text.
         """
@@ -99,10 +111,15 @@ class Ranks:
             for name in first.keys() | theirs.keys():
                 here, there = first.get(name), theirs.get(name)
                 if here != there:
-                    differ.append(f"  {name}: {shown(there)} on rank {rank}, {shown(here)} on rank 0")
+                    differ.append(
+                        f"  {name}: {shown(there)} on rank {rank}, {shown(here)} on rank 0"
+                    )
         if differ:
             listed = "\n".join(sorted(differ)[:20])
-            raise ValueError(f"the ranks would not train the same run (is the run folder or the data not shared?):\n{listed}")
+            raise ValueError(
+                "the ranks would not train the same run (is the run folder or the data not"
+                f" shared?):\n{listed}"
+            )
 
 
 ONE_RANK = Ranks()
@@ -112,8 +129,8 @@ class Votes:
     """For which signal do all ranks leave, after the same step?
 
     A vote is one all-reduce of a number on the host, and it is counted one call later, so that its
-    travel (some 100 microseconds) hides behind a step and neither host nor device waits for it. A rank
-    that dies closes its connections, so the others' next count raises instead of waiting.
+    travel (some 100 microseconds) hides behind a step and neither host nor device waits for it. A
+    rank that dies closes its connections, so the others' next count raises instead of waiting.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -121,7 +138,9 @@ class Votes:
         self._former: tuple[Tensor, Any] | None = None
 
     def cast(self, number: int) -> int:
-        """The largest `number` of any rank (0: none), as of the call before where there are several ranks."""
+        """The largest `number` of any rank (0: none), as of the call before where there are several
+        ranks.
+        """
         if self.ranks.world == 1:
             return number
         votes = torch.tensor([number])
@@ -134,21 +153,28 @@ class Votes:
         return int(votes)
 
     def drain(self) -> None:
-        """Wait for the vote that is still under way: a rank that leaves earlier resets the others' connections."""
+        """Wait for the vote that is still under way: a rank that leaves earlier resets the others'
+        connections.
+        """
         former, self._former = self._former, None
         if former is not None:
             former[1].wait()
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Is this what a collective raises because another rank is gone? The back ends have no error of their own."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    """Is this what a collective raises because another rank is gone? The back ends have no error of
+    their own.
+    """
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
 def connect() -> Ranks:
     """The ranks of this run: those of torchrun's environment, or a single one.
 
-    Raises ValueError for an environment that is no rank's, ConnectionError if the others are not met.
+    Raises ValueError for an environment that is no rank's, ConnectionError if the others are not
+    met.
     """
     world = _whole("WORLD_SIZE", 1, least=1)
     if world == 1:
@@ -157,36 +183,58 @@ def connect() -> Ranks:
     ranks = Ranks(_whole("RANK", None, most=world - 1), world, _local_rank())
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(f"WORLD_SIZE = {world}, but {name} is not set: start the ranks with torchrun, or set it")
+            raise ValueError(
+                f"WORLD_SIZE = {world}, but {name} is not set: start the ranks with torchrun, or"
+                " set it"
+            )
     both = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", rank=ranks.rank, world_size=world)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if both else "gloo", rank=ranks.rank, world_size=world
+        )
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = shown(str(error).split("\n")[0])
-        raise ConnectionError(f"rank {ranks.rank} of {world} did not meet the others at {where}: {reason}") from error
+        raise ConnectionError(
+            f"rank {ranks.rank} of {world} did not meet the others at {where}: {reason}"
+        ) from error
     return ranks
 
 
 def _local_rank() -> int:
-    if "LOCAL_RANK" not in os.environ and torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        raise ValueError("LOCAL_RANK is not set, so it is unknown which GPU is this rank's: start the ranks with torchrun")
+    if (
+        "LOCAL_RANK" not in os.environ
+        and torch.cuda.is_available()
+        and torch.cuda.device_count() > 1
+    ):
+        raise ValueError(
+            "LOCAL_RANK is not set, so it is unknown which GPU is this rank's: start the ranks with"
+            " torchrun"
+        )
     return _whole("LOCAL_RANK", 0)
 
 
 def _whole(name: str, unset: int | None, *, least: int = 0, most: int | None = None) -> int:
-    """A whole number of the environment. Raises ValueError for anything else; `unset` None: it must be there."""
+    """A whole number of the environment. Raises ValueError for anything else; `unset` None: it must
+    be there.
+    """
     text = os.environ.get(name)
     if text is None:
         if unset is None:
-            raise ValueError(f"WORLD_SIZE is set, but {name} is not: start the ranks with torchrun, or unset WORLD_SIZE")
+            raise ValueError(
+                f"WORLD_SIZE is set, but {name} is not: start the ranks with torchrun, or unset"
+                " WORLD_SIZE"
+            )
         return unset
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text)):
         raise ValueError(
-            f"{name} = {shown(text)} in the environment: must be a whole number >= {least}; unset it for one process"
+            f"{name} = {shown(text)} in the environment: must be a whole number >= {least}; unset"
+            " it for one process"
         )
     if most is not None and int(text) > most:
-        raise ValueError(f"{name} = {text} in the environment: must be below WORLD_SIZE = {most + 1}")
+        raise ValueError(
+            f"{name} = {text} in the environment: must be below WORLD_SIZE = {most + 1}"
+        )
     return int(text)
 
 

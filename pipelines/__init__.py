@@ -5,12 +5,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from .batch import Batch, Loader
-from .files import readable
-from .folder import FolderStore
-from .machine import settle_in
-from .plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
-from .store import BetonStore, DamagedData, Store
+from pipelines.files import readable
+from pipelines.loaders.base import Batch, Loader
+from pipelines.machine import settle_in
+from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.folder import FolderStore
+from pipelines.store import DamagedData, Store
 
 # fmt: off
 __all__ = [
@@ -39,17 +40,23 @@ def open_store(path: str | Path) -> Store:
     if path.is_dir():
         return FolderStore(path)
     if not path.exists():
-        raise ValueError(f"{readable(path)}: no such file or folder; expected a .beton file or an image folder")
+        raise ValueError(
+            f"{readable(path)}: no such file or folder; expected a .beton file or an image folder"
+        )
     return BetonStore(path)
 
 
 def open_loader(name: Literal["ffcv", "dali", "reference"], store: Store, **options: Any) -> Loader:
-    """Open a back end. `options` are those of `Loader`: size, device, threads, prefetch, hw_decoder_load."""
+    """Open a back end. `options` are those of `Loader`: size, device, threads, prefetch,
+    hw_decoder_load.
+    """
     if name not in BACK_ENDS:
         raise ValueError(f"pipeline = {name!r}: must be one of {', '.join(BACK_ENDS)}")
     cls, install = BACK_ENDS[name]
     try:
-        back_end: type[Loader] = getattr(import_module(f".{name}", __name__), cls)
+        back_end: type[Loader] = getattr(import_module(f"pipelines.loaders.{name}"), cls)
     except ImportError as error:
-        raise ImportError(f"pipeline = {name!r} needs a package that is missing ({error}): {install}") from error
+        raise ImportError(
+            f"pipeline = {name!r} needs a package that is missing ({error}): {install}"
+        ) from error
     return back_end(store, **options)

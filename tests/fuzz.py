@@ -3,15 +3,15 @@
     python tests/fuzz.py --seed N               replay one input
     python tests/fuzz.py --seed N --count 250   work through many; prints `start N`, then `ok N` or `bad N` and why
 
-A seed is one input: a `.beton`, its sidecar, an image folder (used directly, or converted), a checkpoint or a config, or
-what is whole and hostile: false metadata, folders full of traps, odd images, what is no file.
-What may happen: an error of a known type that names the file and the sample; or the data, where every sample whose
-bytes are intact is delivered as ever, and a damaged one never shows another sample's pixels. Where there are
-checksums, damage is always an error.
-Seeds below zero test the tester: a crash, a hang, another sample's pixels.
+A seed is one input: a `.beton`, its sidecar, an image folder (used directly, or converted), a
+checkpoint or a config, or what is whole and hostile: false metadata, folders full of traps, odd
+images, what is no file. What may happen: an error of a known type that names the file and the
+sample; or the data, where every sample whose bytes are intact is delivered as ever, and a damaged
+one never shows another sample's pixels. Where there are checksums, damage is always an error. Seeds
+below zero test the tester: a crash, a hang, another sample's pixels.
 """
 
-# ruff: noqa: E402, PT017
+# ruff: noqa: PT017
 
 from __future__ import annotations
 
@@ -38,32 +38,60 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import conftest
-from hostile_meta import mutated, valid_meta
-from test_folder import listed_slowly, random_tree
-from test_images import random_file
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import pipelines
-from fap import checkpoint, load, models
+from fap import checkpoint
 from fap.config import Config, load_config, make_config
+from fap.evaluate import load
+from fap.nets.build import build as build_model
 from pipelines import DamagedData, Store, convert
-from pipelines.folder import list_images
-from pipelines.store import FIELD, HEADER, BetonStore, read_sidecar, sidecar_path, write_sidecar
+from pipelines.sources.beton import (
+    FIELD,
+    HEADER,
+    BetonStore,
+    read_sidecar,
+    sidecar_path,
+    write_sidecar,
+)
+from pipelines.sources.folder import list_images
+from tests import conftest
+from tests.hostile_meta import mutated, valid_meta
+from tests.pipelines.test_folder import listed_slowly, random_tree
+from tests.pipelines.test_images import random_file
 
 conftest.PAGE = 1 << 14  # small files; a raw image still fits into a page
 KINDS = {"jpg": [0] * 12, "raw": [1] * 12, "mixed": [0, 1] * 6}
 ROW = 24  # bytes of a metadata row, and of an allocation
 TABLES = HEADER.itemsize + 2 * FIELD.itemsize
 ALLOWED = (ValueError, OSError, DamagedData, checkpoint.DamagedCheckpoint)
-EXTREME = [0, 1, 2, 3, 127, 128, 255, 32767, 32768, 65535, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
+EXTREME = [
+    0,
+    1,
+    2,
+    3,
+    127,
+    128,
+    255,
+    32767,
+    32768,
+    65535,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 40,
+    1 << 63,
+    (1 << 64) - 1,
+]
 ROOT = Path(__file__).parent.parent
 GROWTH_MB = 400  # of one input, the first of which also loads what loaders need
-SAME_ROW = 6  # grey levels between rows that show the same; the samples' own rows are twice as far apart
+SAME_ROW = (
+    6  # grey levels between rows that show the same; the samples' own rows are twice as far apart
+)
 
 
 def mosaic(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3): 5 x 5 coloured tiles. No row of one is like the same row of another (`alike`)."""
+    """uint8 (H, W, 3): 5 x 5 coloured tiles. No row of one is like the same row of another
+    (`alike`).
+    """
     tiles = rng.choice(np.array([20, 90, 165, 235], np.uint8), (5, 5, 3))
     image = np.asarray(Image.fromarray(tiles).resize((width, height), Image.Resampling.NEAREST))
     return (image + rng.normal(0, 2, image.shape)).clip(0, 255).astype(np.uint8)
@@ -85,7 +113,9 @@ def save(image: np.ndarray, kind: str, mode: str = "RGB", **options: object) -> 
 # ------------------------------------------------------------------ damage
 
 
-def mutate(rng: np.random.Generator, data: bytes, low: int = 0, high: int | None = None) -> tuple[bytes, str]:
+def mutate(
+    rng: np.random.Generator, data: bytes, low: int = 0, high: int | None = None
+) -> tuple[bytes, str]:
     """`data` with one kind of damage inside [low, high), and its name; half of it near the start."""
     bad = bytearray(data)
     high = len(bad) if high is None else high
@@ -94,9 +124,26 @@ def mutate(rng: np.random.Generator, data: bytes, low: int = 0, high: int | None
 
     def place(size: int) -> int:
         end = high - size + 1
-        return int(rng.integers(low, max(low + 1, min(end, low + 700) if rng.random() < 0.5 else end)))
+        return int(
+            rng.integers(low, max(low + 1, min(end, low + 700) if rng.random() < 0.5 else end))
+        )
 
-    kind = str(rng.choice(["flip", "flip", "truncate", "zero", "swap", "integer", "integer", "garbage", "replace", "insert"]))
+    kind = str(
+        rng.choice(
+            [
+                "flip",
+                "flip",
+                "truncate",
+                "zero",
+                "swap",
+                "integer",
+                "integer",
+                "garbage",
+                "replace",
+                "insert",
+            ]
+        )
+    )
     at = place(length)
     if kind == "flip":
         for _ in range(rng.integers(1, 9)):
@@ -105,34 +152,51 @@ def mutate(rng: np.random.Generator, data: bytes, low: int = 0, high: int | None
         del bad[at:]
     elif kind == "zero":
         bad[at : at + length] = bytes(length)
-    elif kind == "swap":  # short ones only: a whole image that changed places cannot be told from the right one
+    elif (
+        kind == "swap"
+    ):  # short ones only: a whole image that changed places cannot be told from the right one
         length = max(1, min(length, (high - low) // 2, 1000))
         at, other = place(length), place(length)
         if abs(at - other) >= length:
-            bad[at : at + length], bad[other : other + length] = bad[other : other + length], bad[at : at + length]
+            bad[at : at + length], bad[other : other + length] = (
+                bad[other : other + length],
+                bad[at : at + length],
+            )
     elif kind == "integer":
         size = int(rng.choice([1, 2, 4, 8]))
         near = [len(data) + d for d in (-1, 0, 1)]
         value = int(rng.choice(np.array(EXTREME + near, np.uint64))) & ((1 << 8 * size) - 1)
         at = place(size)
-        bad[at : at + size] = value.to_bytes(size, "little" if rng.random() < 0.6 else "big")[: len(bad) - at]
+        bad[at : at + size] = value.to_bytes(size, "little" if rng.random() < 0.6 else "big")[
+            : len(bad) - at
+        ]
     elif kind == "garbage":
         bad[at : at + length] = rng.bytes(length)
     elif kind == "insert":
         bad[at:at] = rng.bytes(length)
     else:
-        bad = bytearray(rng.bytes(int(rng.integers(0, 4000)))) if rng.random() < 0.5 else bytearray()
+        bad = (
+            bytearray(rng.bytes(int(rng.integers(0, 4000)))) if rng.random() < 0.5 else bytearray()
+        )
     return bytes(bad), kind
 
 
 def table_value(rng: np.random.Generator, data: bytes) -> bytes:
-    """A hostile integer exactly on a field of the header or of a table, or one field of two rows exchanged."""
+    """A hostile integer exactly on a field of the header or of a table, or one field of two rows
+    exchanged.
+    """
     bad, n = bytearray(data), 12
     if rng.random() < 0.25:
         table = int(rng.choice([TABLES, len(data) - ROW * n]))
         start, end = [(0, 5), (5, 13), (16, 24), (0, 8), (8, 16)][int(rng.integers(5))]
-        a, b = (table + ROW * int(i) for i in rng.choice(n if rng.random() < 0.5 else 6, 2, replace=False))
-        bad[a + start : a + end], bad[b + start : b + end] = data[b + start : b + end], data[a + start : a + end]
+        a, b = (
+            table + ROW * int(i)
+            for i in rng.choice(n if rng.random() < 0.5 else 6, 2, replace=False)
+        )
+        bad[a + start : a + end], bad[b + start : b + end] = (
+            data[b + start : b + end],
+            data[a + start : a + end],
+        )
         return bytes(bad)
     header = [(0, 2), (2, 2), (4, 4), (8, 8), (16, 8), (24, 1), (24 + FIELD.itemsize, 1)]
     row = TABLES + ROW * int(rng.integers(n))
@@ -156,16 +220,23 @@ def names(error: BaseException, path: Path, index: int | None = None) -> None:
     if not isinstance(error, ALLOWED):
         raise AssertionError(f"a {type(error).__name__}: {error}") from error
     assert str(path) in str(error), f"{path} is not named: {error!r}"
-    assert index is None or f"sample {index}:" in str(error), f"sample {index} is not named: {error!r}"
+    assert index is None or f"sample {index}:" in str(error), (
+        f"sample {index} is not named: {error!r}"
+    )
 
 
-def deliver(name: str, store: Store, size: int) -> Iterator[tuple[int, int, np.ndarray] | tuple[int, None, Exception]]:
-    """(index, label, image uint8 (size, size, 3)) or (index, None, error) of every sample, through a loader."""
+def deliver(
+    name: str, store: Store, size: int
+) -> Iterator[tuple[int, int, np.ndarray] | tuple[int, None, Exception]]:
+    """(index, label, image uint8 (size, size, 3)) or (index, None, error) of every sample, through
+    a loader.
+    """
     plan = pipelines.eval_plan(store.heights, store.widths, size=size, resize=size, batch=1)
     options = {} if name == "reference" else {"threads": 1, "prefetch": 1}
     try:
         loader = pipelines.open_loader(name, store, size=size, **options)
-    except ValueError as error:  # DALI takes no file of raw and JPEG samples, which one damaged mode byte makes of a raw one
+    # DALI takes no file of raw and JPEG samples, which one damaged mode byte makes of a raw one
+    except ValueError as error:
         yield 0, None, error
         return
     step = 0
@@ -173,12 +244,18 @@ def deliver(name: str, store: Store, size: int) -> Iterator[tuple[int, int, np.n
         while step < len(plan):
             try:
                 for batch in loader.load(plan, step):
-                    yield step, int(batch.labels[0]), batch.images[0].permute(1, 2, 0).numpy().copy()
+                    yield (
+                        step,
+                        int(batch.labels[0]),
+                        batch.images[0].permute(1, 2, 0).numpy().copy(),
+                    )
                     step += 1
             except ALLOWED as error:
                 yield step, None, error
                 step += 1
-                if name == "dali":  # reads ahead: which step the error meets is open, and a graph is slow to build
+                if (
+                    name == "dali"
+                ):  # reads ahead: which step the error meets is open, and a graph is slow to build
                     break
     finally:
         loader.close()
@@ -193,7 +270,9 @@ def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def twins(key: str, name: str, size: int) -> list[np.ndarray]:
     """What the loader makes of the intact source."""
     with tempfile.TemporaryDirectory() as folder:
-        store = pipelines.open_store(make_folder(Path(folder)) if key == "folder" else make_beton(Path(folder), key))
+        store = pipelines.open_store(
+            make_folder(Path(folder)) if key == "folder" else make_beton(Path(folder), key)
+        )
         found = [image for *_, image in deliver(name, store, size)]
         store.close()
     for i, a in enumerate(found):
@@ -211,7 +290,8 @@ def judge(
     *,
     tables: bool = False,  # damaged
     checksums: bool = False,
-    moved: bool = False,  # bytes were moved inside the file: some of another's pixels may lie in a sample's place
+    # bytes were moved inside the file: some of another's pixels may lie in a sample's place
+    moved: bool = False,
 ) -> set[int]:
     """Deliver everything; returns the samples that the first loader refused."""
     refused = set()
@@ -222,15 +302,23 @@ def judge(
             if isinstance(got, Exception):
                 at = None if name == "dali" else i
                 names(got, store.file(i) if at == i else store.path, at)
-                assert suspect or (name == "dali" and (tables or touched)), f"{name}: intact sample {i}: {got!r}"
+                assert suspect or (name == "dali" and (tables or touched)), (
+                    f"{name}: intact sample {i}: {got!r}"
+                )
                 refused |= {i} if name == loaders[0] else set()
                 continue
-            assert i not in touched or not checksums, f"{name}: damage of sample {i} was not noticed"
+            assert i not in touched or not checksums, (
+                f"{name}: damage of sample {i} was not noticed"
+            )
             if not suspect:
-                assert label == labels[i] and np.array_equal(got, expected[i]), f"{name}: intact sample {i} changed"
+                assert label == labels[i] and np.array_equal(got, expected[i]), (
+                    f"{name}: intact sample {i} changed"
+                )
             for j, other in enumerate(expected) if not np.array_equal(got, expected[i]) else ():
                 same = alike(got, other)
-                assert j == i or not (same.all() if moved else same.any()), f"{name}: sample {i} shows sample {j}"
+                assert j == i or not (same.all() if moved else same.any()), (
+                    f"{name}: sample {i} shows sample {j}"
+                )
     return refused
 
 
@@ -244,7 +332,10 @@ def pick_loaders(rng: np.random.Generator, key: str) -> list[str]:
 
 
 def make_beton(folder: Path, kind: str) -> Path:
-    samples = [a if raw else save(a, "JPEG", quality=90) for a, raw in zip(images(), KINDS[kind], strict=True)]
+    samples = [
+        a if raw else save(a, "JPEG", quality=90)
+        for a, raw in zip(images(), KINDS[kind], strict=True)
+    ]
     return conftest.write_beton(folder / f"{kind}.beton", samples, range(12))
 
 
@@ -273,17 +364,35 @@ def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
     if checksums:
         add_sidecar(path)
     good, owner = path.read_bytes(), owners(path)
-    where = str(rng.choice(["fields", "fields", "fields", "tables", "allocations", "sample", "sample", "sample", "anywhere"]))
+    where = str(
+        rng.choice(
+            [
+                "fields",
+                "fields",
+                "fields",
+                "tables",
+                "allocations",
+                "sample",
+                "sample",
+                "sample",
+                "anywhere",
+            ]
+        )
+    )
     sample = np.flatnonzero(owner == rng.integers(12))
     low, high = {
         "tables": (0, TABLES + ROW * 12),
         "allocations": (len(good) - ROW * 12, len(good)),
         "sample": (int(sample[0]), int(sample[-1]) + 1),
     }.get(where, (0, len(good)))
-    bad, how = (table_value(rng, good), "value") if where == "fields" else mutate(rng, good, low, high)
+    bad, how = (
+        (table_value(rng, good), "value") if where == "fields" else mutate(rng, good, low, high)
+    )
     path.write_bytes(bad)
 
-    differs = np.frombuffer(good.ljust(len(bad), b"\0"), np.uint8) != np.frombuffer(bad.ljust(len(good), b"\0"), np.uint8)
+    differs = np.frombuffer(good.ljust(len(bad), b"\0"), np.uint8) != np.frombuffer(
+        bad.ljust(len(good), b"\0"), np.uint8
+    )
     hit = set(owner[differs[: len(good)]].tolist())
     tables = -1 in hit or len(bad) != len(good)
     touched = hit - {-1, -2}
@@ -301,13 +410,20 @@ def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
     loaders = pick_loaders(rng, kind)
     refused = judge(store, loaders, size, kind, list(range(12)), touched, **options)
     store.close()
-    if not checksums and loaders[0] != "ffcv":  # --check decodes as ffcv does; Pillow is stricter here, laxer there
+    if (
+        not checksums and loaders[0] != "ffcv"
+    ):  # --check decodes as ffcv does; Pillow is stricter here, laxer there
         refused = set()
-    missed = (refused | touched if checksums else refused) - {int(f.split()[1].strip(":")) for f in faults}
+    missed = (refused | touched if checksums else refused) - {
+        int(f.split()[1].strip(":")) for f in faults
+    }
     assert not missed, f"--check does not name {missed}: {faults}"
     assert faults or not refused
     assert tables or touched or not faults, faults
-    return f"{kind} {where} {how} {size}: touched {touched or '-'}, tables {tables}, refused {refused or '-'}"
+    return (
+        f"{kind} {where} {how} {size}: touched {touched or '-'}, tables {tables}, refused"
+        f" {refused or '-'}"
+    )
 
 
 def fuzz_sidecar(rng: np.random.Generator, folder: Path) -> str:
@@ -320,7 +436,9 @@ def fuzz_sidecar(rng: np.random.Generator, folder: Path) -> str:
         tree = json.loads(side.read_text())
         how = str(rng.choice([*tree, "all"]))
         text = str(rng.choice(HOSTILE_JSON))
-        side.write_text(text if how == "all" else json.dumps(tree | {how: "@"}).replace('"@"', text))
+        side.write_text(
+            text if how == "all" else json.dumps(tree | {how: "@"}).replace('"@"', text)
+        )
     else:
         bad, how = mutate(rng, side.read_bytes())
         side.write_bytes(bad)
@@ -333,20 +451,44 @@ def fuzz_sidecar(rng: np.random.Generator, folder: Path) -> str:
     found = read_sidecar(path)
     assert found is not None
     touched = set(np.flatnonzero(found.crc32 != intact.crc32).tolist())
-    refused = judge(store, pick_loaders(rng, "jpg"), 40, "jpg", list(range(12)), touched, checksums=True)
+    refused = judge(
+        store, pick_loaders(rng, "jpg"), 40, "jpg", list(range(12)), touched, checksums=True
+    )
     store.close()
     assert refused == touched
     return f"{how}: {len(refused)} refused"
 
 
-HOSTILE_JSON = ["null", "-1", "0", "1e999", "NaN", "Infinity", '""', '"!"', "[]", "{}", "[1]", "9" * 40, "9" * 5000, "true"]
+HOSTILE_JSON = [
+    "null",
+    "-1",
+    "0",
+    "1e999",
+    "NaN",
+    "Infinity",
+    '""',
+    '"!"',
+    "[]",
+    "{}",
+    "[1]",
+    "9" * 40,
+    "9" * 5000,
+    "true",
+]
 HOSTILE_JSON += ["[" * 100_000, '"AAAA"', '"\\ud800"', '{"a": 1}', "12", "13", "1.5"]
 
-FILES = [("a", f"{i}.JPEG") for i in range(4)] + [("a", "4.png"), ("b", "0.JPEG"), ("b", "1.jpg"), ("b", "deep/2.JPEG")]
+FILES = [("a", f"{i}.JPEG") for i in range(4)] + [
+    ("a", "4.png"),
+    ("b", "0.JPEG"),
+    ("b", "1.jpg"),
+    ("b", "deep/2.JPEG"),
+]
 
 
 def make_folder(folder: Path) -> Path:
-    """Eight images in two classes: RGB JPEGs, a PNG, and under JPEG names a grey, a CMYK, a progressive one and a PNG."""
+    """Eight images in two classes: RGB JPEGs, a PNG, and under JPEG names a grey, a CMYK, a
+    progressive one and a PNG.
+    """
     root = folder / "images"
     kinds = {2: ("JPEG", "L"), 3: ("PNG", "RGB"), 4: ("PNG", "RGB"), 5: ("JPEG", "CMYK")}
     for i, (cls, name) in enumerate(FILES):
@@ -362,13 +504,19 @@ def damage_folder(rng: np.random.Generator, root: Path) -> tuple[set[int], str]:
     """Returns the samples that are damaged, in the order of their names, which no damage changes."""
     i = int(rng.integers(len(FILES)))
     file = root.joinpath(*FILES[i])
-    how = str(rng.choice(["bytes"] * 7 + ["sides"] * 4 + ["empty", "dangling", "folder", "text", "index"]))
+    how = str(
+        rng.choice(["bytes"] * 7 + ["sides"] * 4 + ["empty", "dangling", "folder", "text", "index"])
+    )
     if how == "bytes":
         bad, how = mutate(rng, file.read_bytes())
         file.write_bytes(bad)
     elif how == "sides":  # what the header says, up to 65535 x 65535
         data, (height, width) = file.read_bytes(), images()[i].shape[:2]
-        new = (30000, 30000) if rng.random() < 0.5 else rng.choice([1, height + 1, 30000, 65535], 2).tolist()
+        new = (
+            (30000, 30000)
+            if rng.random() < 0.5
+            else rng.choice([1, height + 1, 30000, 65535], 2).tolist()
+        )
         sides = [n.to_bytes(2, "big") for n in (height, width, *new)]
         file.write_bytes(data.replace(b"\x08" + sides[0] + sides[1], b"\x08" + sides[2] + sides[3]))
     elif how == "empty":
@@ -417,9 +565,16 @@ def fuzz_convert(rng: np.random.Generator, folder: Path) -> str:
     root, dst = make_folder(folder), folder / "out.beton"
     touched, how = damage_folder(rng, root)
     skip = bool(rng.random() < 0.5)
-    encodings = [convert.Encoding(), convert.Encoding(), convert.Encoding(max_side=48), convert.Encoding(raw=True)]
+    encodings = [
+        convert.Encoding(),
+        convert.Encoding(),
+        convert.Encoding(max_side=48),
+        convert.Encoding(raw=True),
+    ]
     try:
-        done = convert.convert_folder(root, dst, encodings[int(rng.integers(4))], skip_bad=skip, threads=1)
+        done = convert.convert_folder(
+            root, dst, encodings[int(rng.integers(4))], skip_bad=skip, threads=1
+        )
     except ALLOWED as error:
         names(error, root)
         named = {i for i, names_ in enumerate(FILES) if str(root.joinpath(*names_)) in str(error)}
@@ -432,7 +587,9 @@ def fuzz_convert(rng: np.random.Generator, folder: Path) -> str:
     kept = [i for i, names_ in enumerate(FILES) if os.path.join(*names_) not in done["skipped"]]
     if how == "folder":
         kept = [i for i in kept if i not in touched]
-    assert len(kept) == len(store) == done["count"] and set(range(len(FILES))) - set(kept) <= touched
+    assert (
+        len(kept) == len(store) == done["count"] and set(range(len(FILES))) - set(kept) <= touched
+    )
     loader = pick_loaders(rng, "mixed")[0]
     expected = twins("folder", loader, 16)
     for k, label, got in deliver(loader, store, 16):
@@ -449,16 +606,26 @@ def fuzz_convert(rng: np.random.Generator, folder: Path) -> str:
 def fuzz_checkpoint(rng: np.random.Generator, folder: Path) -> str:
     keeper = checkpoint.Checkpoints(folder, say=(said := []).append)
     for step in (1, 2):
-        tensors = {"model.w": torch.full((5, 7), float(step)), "model.b": torch.arange(step), "loss": torch.tensor(0.5).half()}
+        tensors = {
+            "model.w": torch.full((5, 7), float(step)),
+            "model.b": torch.arange(step),
+            "loss": torch.tensor(0.5).half(),
+        }
         path = keeper.save(step, tensors, {"config": {"seed": 1}, "step": step})
     good = path.read_bytes()
-    bad, how = mutate(rng, good, 0, len(good) if rng.random() < 0.5 else 8 + int.from_bytes(good[:8], "little"))
+    bad, how = mutate(
+        rng, good, 0, len(good) if rng.random() < 0.5 else 8 + int.from_bytes(good[:8], "little")
+    )
     if rng.random() < 0.3:
         end = 8 + int.from_bytes(good[:8], "little")
         tree = json.loads(good[8:end])
         node = tree[str(rng.choice(list(tree)))] if rng.random() < 0.7 else tree
         node[str(rng.choice(list(node)))] = "@"
-        text = json.dumps(tree, separators=(",", ":")).replace('"@"', str(rng.choice(HOSTILE_JSON))).encode()
+        text = (
+            json.dumps(tree, separators=(",", ":"))
+            .replace('"@"', str(rng.choice(HOSTILE_JSON)))
+            .encode()
+        )
         bad, how = len(text).to_bytes(8, "little") + text + good[end:], "value"
     if rng.random() < 0.6:  # with a checksum that is right, as another program might write it
         at = bad.find(b'"crc32":"') + 9
@@ -478,7 +645,22 @@ def fuzz_checkpoint(rng: np.random.Generator, folder: Path) -> str:
     return how
 
 
-HOSTILE_YAML = ["null", "-1", "0", "1e999", ".nan", ".inf", "''", "[]", "{}", "[1]", "{1: 2}", "9" * 40, "yes", "&a [*a]"]
+HOSTILE_YAML = [
+    "null",
+    "-1",
+    "0",
+    "1e999",
+    ".nan",
+    ".inf",
+    "''",
+    "[]",
+    "{}",
+    "[1]",
+    "{1: 2}",
+    "9" * 40,
+    "yes",
+    "&a [*a]",
+]
 HOSTILE_YAML += [
     "!!python/object/apply:os.system [echo]",
     "? [1]\n: 2",
@@ -499,11 +681,20 @@ HOSTILE_YAML += [
 
 def fuzz_config(rng: np.random.Generator, folder: Path) -> str:
     shipped = sorted((ROOT / "configs").rglob("*.yaml"))
-    text = shipped[int(rng.integers(len(shipped)))].read_text() if rng.random() < 0.5 else Config().to_yaml()
+    text = (
+        shipped[int(rng.integers(len(shipped)))].read_text()
+        if rng.random() < 0.5
+        else Config().to_yaml()
+    )
     path, overrides = folder / "config.yaml", []
     hostile = str(rng.choice(HOSTILE_YAML))
     how = str(rng.choice(["bytes", "value", "override"]))
-    fields = [f"{k}.{leaf}" for k, v in Config() if hasattr(v, "__pydantic_fields__") for leaf in type(v).model_fields]
+    fields = [
+        f"{k}.{leaf}"
+        for k, v in Config()
+        if hasattr(v, "__pydantic_fields__")
+        for leaf in type(v).model_fields
+    ]
     fields += list(Config.model_fields)
     field = str(rng.choice(fields))
     if how == "bytes":
@@ -513,14 +704,18 @@ def fuzz_config(rng: np.random.Generator, folder: Path) -> str:
         overrides = [f"{field}={hostile}"] if how == "override" else []
     if how == "value":
         lines = text.splitlines()
-        at = int(rng.choice([i for i, line in enumerate(lines) if ":" in line and "name:" not in line]))
+        at = int(
+            rng.choice([i for i, line in enumerate(lines) if ":" in line and "name:" not in line])
+        )
         lines[at] = f"{lines[at].partition(':')[0]}: {hostile}"
         path.write_text("\n".join(lines))
     try:
         config = load_config(path, overrides)
     except ValueError as error:
         known = [str(path), *overrides, *(f.rpartition(".")[2] for f in fields), "unknown key"]
-        assert any(word in str(error) for word in known), f"neither file nor field is named: {error!r}"
+        assert any(word in str(error) for word in known), (
+            f"neither file nor field is named: {error!r}"
+        )
         return f"{how} {field}: {str(error)[:150]}"
     path.write_text(config.to_yaml())
     assert load_config(path) == config, f"{how} {overrides}: read back differently"
@@ -532,8 +727,10 @@ def fuzz_config(rng: np.random.Generator, folder: Path) -> str:
 
 @cache
 def tiny_run() -> tuple[Config, dict[str, torch.Tensor]]:
-    config = make_config({"model": {"name": "cifar_resnet8", "num_classes": 3}, "data": {"size": 32, "resize": 32}})
-    model = models.build("cifar_resnet8", 3, size=32)
+    config = make_config(
+        {"model": {"name": "cifar_resnet8", "num_classes": 3}, "data": {"size": 32, "resize": 32}}
+    )
+    model = build_model("cifar_resnet8", 3, size=32)
     return config, {f"model.{k}": v for k, v in model.state_dict().items()}
 
 
@@ -541,7 +738,11 @@ def fuzz_metadata(rng: np.random.Generator, folder: Path) -> str:
     """A checkpoint whose checksum is right and whose metadata are not a run's."""
     config, state = tiny_run()
     path = folder / "step_00000005.safetensors"
-    checkpoint.save(path, state, mutated(valid_meta(config, ["a", "b", "c"]), random.Random(int(rng.integers(1 << 30)))))
+    checkpoint.save(
+        path,
+        state,
+        mutated(valid_meta(config, ["a", "b", "c"]), random.Random(int(rng.integers(1 << 30)))),
+    )
     try:
         load.load_model(path)
         load.export(path, folder / "plain.safetensors")
@@ -561,7 +762,9 @@ def fuzz_tree(rng: np.random.Generator, folder: Path) -> str:
 
 
 def fuzz_images(rng: np.random.Generator, folder: Path) -> str:
-    """Kinds, modes and orientations, some damaged: a folder and its `.beton` agree, or both refuse the same files."""
+    """Kinds, modes and orientations, some damaged: a folder and its `.beton` agree, or both refuse
+    the same files.
+    """
     source, kinds = folder / "source", []
     for i in range(6):
         kind, data = random_file(rng)
@@ -587,7 +790,9 @@ def fuzz_images(rng: np.random.Generator, folder: Path) -> str:
 
 
 def fuzz_no_file(rng: np.random.Generator, folder: Path) -> str:
-    """A named pipe, a device, a folder or a dangling link where the program reads a file: an error at once."""
+    """A named pipe, a device, a folder or a dangling link where the program reads a file: an error
+    at once.
+    """
     config, state = tiny_run()
     beton = make_beton(folder, "jpg")
     add_sidecar(beton)
@@ -636,11 +841,15 @@ def hang(rng: np.random.Generator, folder: Path) -> str:
 
 
 def exchange(rng: np.random.Generator, folder: Path) -> str:
-    """Samples 0 and 1 change places in both tables: nothing that a file without checksums could betray."""
+    """Samples 0 and 1 change places in both tables: nothing that a file without checksums could
+    betray.
+    """
     path = make_beton(folder, "raw")
     good = path.read_bytes()
     first, second = (good[at : at + 8] for at in (TABLES + 5, TABLES + ROW + 5))  # their pointers
-    path.write_bytes(good.replace(first, b"\xff" * 8).replace(second, first).replace(b"\xff" * 8, second))
+    path.write_bytes(
+        good.replace(first, b"\xff" * 8).replace(second, first).replace(b"\xff" * 8, second)
+    )
     store = pipelines.open_store(path)
     judge(store, ["reference"], 40, "raw", list(range(12)), set(), tables=True)
     return "not noticed"
@@ -661,15 +870,20 @@ def one(seed: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--hang", type=float, default=60, metavar="S", help="an input that takes longer is a hang")
+    parser.add_argument(
+        "--hang", type=float, default=60, metavar="S", help="an input that takes longer is a hang"
+    )
     a = parser.parse_args()
     faulthandler.enable()
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    # Memory beyond reason is an error, not a full machine; a pool of threads alone may reserve 2 GiB for stacks and arenas.
+    # Memory beyond reason is an error, not a full machine; a pool of threads alone may reserve 2
+    # GiB for stacks and arenas.
     resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30),) * 2)
     wrong = 0
     for seed in range(a.seed, a.seed + a.count):
@@ -680,7 +894,12 @@ def main() -> int:
             what = one(seed)
             grown_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 - peak_mb
             assert grown_mb < GROWTH_MB, f"took {grown_mb:.0f} MB"
-            print("ok", seed, what.replace("\n", " | ").encode("ascii", "replace").decode()[:300], flush=True)
+            print(
+                "ok",
+                seed,
+                what.replace("\n", " | ").encode("ascii", "replace").decode()[:300],
+                flush=True,
+            )
         except BaseException:
             wrong += 1
             print("bad", seed, repr(traceback.format_exc()), flush=True)

@@ -1,4 +1,6 @@
-"""Metadata as an attacker, or another version of the program, might leave it in a checkpoint: a generator."""
+"""Metadata as an attacker, or another version of the program, might leave it in a checkpoint: a
+generator.
+"""
 
 import copy
 import random
@@ -6,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fap.config import Config
-from fap.step import METRICS
+from fap.step.step import METRICS
 
 # What a value may become: other types, extremes, and what parsers and messages choke on.
 VALUES: list[Any] = [
@@ -19,9 +21,15 @@ VALUES: list[Any] = [
 DEPTH = 400  # of nested lists; json itself gives up at about a thousand
 
 
-def valid_meta(config: Config, classes: Sequence[str] | None = None, step: int = 5) -> dict[str, Any]:
+def valid_meta(
+    config: Config, classes: Sequence[str] | None = None, step: int = 5
+) -> dict[str, Any]:
     """What a run writes beside its tensors; the mutations start from it."""
-    data = {"count": 40, "classes": None if classes is None else list(classes), "content": "0123abcd"}
+    data = {
+        "count": 40,
+        "classes": None if classes is None else list(classes),
+        "content": "0123abcd",
+    }
     return {
         "config": config.model_dump(mode="json"), "step": step, "closed": 1, "totals": dict.fromkeys(METRICS, 0.0),
         "best": {"top1": 0.25, "epoch": 1}, "last": {"top1": 0.25, "top5": 1.0, "loss": 1.5}, "seconds": 2.5, "world": 1,
@@ -53,7 +61,9 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def mutated(valid: Any, rng: random.Random) -> Any:
-    """A copy of a JSON tree with one to three changes: a value, its type, its place, or its absence."""
+    """A copy of a JSON tree with one to three changes: a value, its type, its place, or its
+    absence.
+    """
     tree = copy.deepcopy(valid)
     for _ in range(rng.randint(1, 3)):
         at = places(tree)
@@ -65,7 +75,9 @@ def mutated(valid: Any, rng: random.Random) -> Any:
                 del container[key]
             case 1:
                 other, other_key = rng.choice(at)
-                container[key] = copy.deepcopy(other.get(other_key) if isinstance(other, dict) else rng.choice(VALUES))
+                container[key] = copy.deepcopy(
+                    other.get(other_key) if isinstance(other, dict) else rng.choice(VALUES)
+                )
             case 2:
                 container[key] = nested(rng)
             case 3 if isinstance(container, dict):
@@ -73,7 +85,9 @@ def mutated(valid: Any, rng: random.Random) -> Any:
                 container[name] = rng.choice(VALUES)
             case 4:
                 container[key] = [container[key]]
-            case 5 if isinstance(container[key], int | float) and not isinstance(container[key], bool):
+            case 5 if isinstance(container[key], int | float) and not isinstance(
+                container[key], bool
+            ):
                 factor = rng.choice([-1, 10, 10**6, 0.5])
                 container[key] = container[key] * factor
             case _:

@@ -11,7 +11,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fap.config import Config, MethodConfig, load_config, make_config, paper_milestones, with_classes
+from fap.config import (
+    Config,
+    MethodConfig,
+    load_config,
+    make_config,
+    paper_milestones,
+    with_classes,
+)
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
 
@@ -33,7 +40,10 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
         ("method.targeted=true", "no meaning"),
         ("method.attack_bn=running", "no meaning"),
         ("method.name=fgsm", "method.name = 'fgsm'"),
-        ("run.norm_kernel=split", "run.norm_kernel = 'split': must be 'auto', 'triton' or 'framework'"),
+        (
+            "run.norm_kernel=split",
+            "run.norm_kernel = 'split': must be 'auto', 'triton' or 'framework'",
+        ),
         ("optim.clean_batch=100", "multiple of method.group"),
         ("data.resize=100", "data.resize"),
         ("data.scale=[1,0.1]", "data.scale"),
@@ -46,7 +56,10 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
         ("seed=[", "not a YAML value"),
         ("seed=", "seed = '': no value; null means unset"),
         ("seed=null", "seed = None: must be a whole number"),
-        ("seed=010", "seed = '010': must be a whole number such as 10; no quotes, no leading zeros"),
+        (
+            "seed=010",
+            "seed = '010': must be a whole number such as 10; no quotes, no leading zeros",
+        ),
         ("seed='10'", "no quotes"),
         ("seed=1:30", "seed = '1:30'"),
         ("seed=0x10", "seed = '0x10'"),
@@ -76,7 +89,10 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
         ("run.compile=1", "run.compile = 1"),
         ("run.compile='true'", "run.compile = 'true'"),
         ("run.graph=true", "run.graph = True: must be 'auto', 'on' or 'off'"),
-        ("paper.top=1", "paper.top = 'top': must be 'top1', 'imagenet_c', 'imagenet_r' or 'stylized'"),
+        (
+            "paper.top=1",
+            "paper.top = 'top': must be 'top1', 'imagenet_c', 'imagenet_r' or 'stylized'",
+        ),
         ("paper.top1=101", "paper.top1 = 101"),
         ("paper={top1: x}", "paper.top1 = 'x': must be a number"),
         ("data.train=", "data.train = '': must be a path, not empty"),
@@ -88,9 +104,15 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
         ("data.train=bad\udce9", "data.train = 'bad\\udce9': must be text that UTF-8 can express"),
         ("model.name=", "model.name = ''"),
         ("model.num_classes=0", "model.num_classes = 0"),
-        ("budget.milestones=[30, 30]", "budget.milestones = [30, 30] with budget.epochs = 105: must be strictly ascending"),
+        (
+            "budget.milestones=[30, 30]",
+            "budget.milestones = [30, 30] with budget.epochs = 105: must be strictly ascending",
+        ),
         ("budget.milestones=[60, 30]", "strictly ascending"),
-        ("budget.milestones=[30, 105]", "below budget.epochs; null means the paper's, scaled: [30, 60, 90, 100]"),
+        (
+            "budget.milestones=[30, 105]",
+            "below budget.epochs; null means the paper's, scaled: [30, 60, 90, 100]",
+        ),
         ("budget.milestones=30,60", "must be a list"),
     ],
 )
@@ -107,7 +129,10 @@ def test_combinations_without_meaning_are_refused() -> None:
         (["method.name=advprop", "method.p_adv=1/5"], "no meaning"),
         (["method.name=decoupled", "method.schedule=fused"], "no meaning"),
         (["method.name=advprop", "data.mix=mixup"], "unmixed"),
-        (["run.compile=true", "run.norm_kernel=triton"], "run.norm_kernel = 'triton' with run.compile = true"),
+        (
+            ["run.compile=true", "run.norm_kernel=triton"],
+            "run.norm_kernel = 'triton' with run.compile = true",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             load_config(None, overrides)
@@ -115,7 +140,10 @@ def test_combinations_without_meaning_are_refused() -> None:
 
 def test_numbers_and_words_that_yaml_misreads(tmp_path: Path) -> None:
     file = tmp_path / "my_run.yaml"
-    file.write_text("optim: {weight_decay: 1e-4, clean_batch: 1.28e2}\nmethod: {p_adv: 1/9, shuffle: off}\nrun: {graph: on}\n")
+    file.write_text(
+        "optim: {weight_decay: 1e-4, clean_batch: 1.28e2}\nmethod: {p_adv: 1/9, shuffle: off}\nrun:"
+        " {graph: on}\n"
+    )
     config = load_config(file, ["seed=3", "run.amp=off"])
     assert config.optim.weight_decay == 1e-4
     assert config.optim.clean_batch == 128
@@ -126,7 +154,9 @@ def test_numbers_and_words_that_yaml_misreads(tmp_path: Path) -> None:
 
 
 TEXT_FIELDS = ["model.name", "model.init", "data.train", "data.val", "run.dir"]
-PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=50)
+PLAIN = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=50
+)
 PATHS = PLAIN.filter(lambda text: not text.startswith("~") and text != "null")
 NAMES = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", fullmatch=True)
 
@@ -171,7 +201,9 @@ def test_text_arrives_from_the_command_line_as_it_stands(key: str, text: str) ->
         ("seed=4294967295", 4294967295),
     ],
 )
-def test_an_override_means_what_it_says(override: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_override_means_what_it_says(
+    override: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config(None, [override])
     assert field(config, override.partition("=")[0]) == value
@@ -208,7 +240,9 @@ def test_home_folders_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("name:\nmethod: {name: vanilla}", [], "stem"),
     ],
 )
-def test_the_name_says_what_the_run_is(tmp_path: Path, text: str | None, overrides: list[str], name: str) -> None:
+def test_the_name_says_what_the_run_is(
+    tmp_path: Path, text: str | None, overrides: list[str], name: str
+) -> None:
     file = None
     if text is not None:
         file = tmp_path / "stem.yaml"
@@ -223,7 +257,26 @@ def test_a_config_made_in_python_is_named_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "/x", "a/b", "a\\b", ".x", "a b", "a\n", "ü", "a" * 101, "~", "\0", 7, None, []]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "/x",
+        "a/b",
+        "a\\b",
+        ".x",
+        "a b",
+        "a\n",
+        "ü",
+        "a" * 101,
+        "~",
+        "\0",
+        7,
+        None,
+        [],
+    ],
 )
 def test_a_name_leads_nowhere_else(name: Any, tmp_path: Path) -> None:
     """Wherever it comes from: the command line, a file, a file's stem, a checkpoint."""
@@ -328,7 +381,8 @@ def test_no_value_fills_the_screen(tree: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", [f"seed={LONG}", f"{LONG}=1", LONG, f"model.{LONG}=1", f"{LONG}.x=1", "x." * 25_000 + "x=1"]
+    "override",
+    [f"seed={LONG}", f"{LONG}=1", LONG, f"model.{LONG}=1", f"{LONG}.x=1", "x." * 25_000 + "x=1"],
 )
 def test_no_override_fills_the_screen(override: str) -> None:
     with pytest.raises(ValueError) as error:
@@ -353,7 +407,12 @@ COUNT = st.integers(1, 2**31 - 1)
 NUMBER = st.floats(-1e30, 1e30)
 POSITIVE = st.floats(0, 1e30, exclude_min=True)
 SHARE = st.floats(0, 1)
-SEPARATE = {"eps_255": POSITIVE, "attack_steps": st.integers(1, 9), "random_start": st.booleans(), "weight_adv": POSITIVE}
+SEPARATE = {
+    "eps_255": POSITIVE,
+    "attack_steps": st.integers(1, 9),
+    "random_start": st.booleans(),
+    "weight_adv": POSITIVE,
+}
 METHODS = st.one_of(
     st.fixed_dictionaries({"name": st.just("vanilla")}),
     st.fixed_dictionaries(
@@ -368,7 +427,8 @@ METHODS = st.one_of(
     ),
     st.fixed_dictionaries({"name": st.just("decoupled")}, optional=SEPARATE),
     st.fixed_dictionaries(
-        {"name": st.just("advprop")}, optional=SEPARATE | {"attack_bn": st.sampled_from(["batch", "running"])}
+        {"name": st.just("advprop")},
+        optional=SEPARATE | {"attack_bn": st.sampled_from(["batch", "running"])},
     ),
 )
 
@@ -378,7 +438,9 @@ def budgets(draw: st.DrawFn) -> dict[str, Any]:
     epochs = draw(st.integers(1, 2000))
     tree: dict[str, Any] = {"epochs": epochs}
     if draw(st.booleans()):
-        tree["milestones"] = sorted(draw(st.sets(st.integers(1, max(1, epochs - 1)), max_size=8)) - {epochs})
+        tree["milestones"] = sorted(
+            draw(st.sets(st.integers(1, max(1, epochs - 1)), max_size=8)) - {epochs}
+        )
     return tree
 
 
@@ -388,9 +450,12 @@ CONFIGS_OF_ANY_KIND = st.fixed_dictionaries(
         "name": NAMES,
         "seed": st.integers(0, 2**32 - 1),
         "resume": st.sampled_from(["never", "auto"]),
-        "paper": st.dictionaries(st.sampled_from(["top1", "imagenet_c", "imagenet_r", "stylized"]), st.floats(0, 100)),
+        "paper": st.dictionaries(
+            st.sampled_from(["top1", "imagenet_c", "imagenet_r", "stylized"]), st.floats(0, 100)
+        ),
         "model": st.fixed_dictionaries(
-            {}, optional={"name": PLAIN, "num_classes": COUNT | st.none(), "init": PATHS | st.none()}
+            {},
+            optional={"name": PLAIN, "num_classes": COUNT | st.none(), "init": PATHS | st.none()},
         ),
         "method": METHODS,
         "data": st.fixed_dictionaries(
@@ -405,10 +470,17 @@ CONFIGS_OF_ANY_KIND = st.fixed_dictionaries(
                 "threads": COUNT | st.none(),
             },
         ),
-        "optim": st.fixed_dictionaries({}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1), "warmup_epochs": SHARE}),
+        "optim": st.fixed_dictionaries(
+            {}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1), "warmup_epochs": SHARE}
+        ),
         "budget": budgets(),
         "run": st.fixed_dictionaries(
-            {}, optional={"dir": PATHS, "graph": st.sampled_from(["auto", "on", "off"]), "compile": st.booleans()}
+            {},
+            optional={
+                "dir": PATHS,
+                "graph": st.sampled_from(["auto", "on", "off"]),
+                "compile": st.booleans(),
+            },
         ),
     },
 )
@@ -428,11 +500,24 @@ def test_any_config_survives_its_file_and_its_checkpoint(
 
 def test_unset_milestones_are_the_papers_scaled() -> None:
     assert Config().budget.milestones == (30, 60, 90, 100)
-    for epochs, milestones in ((210, (60, 120, 180, 200)), (50, (14, 29, 43, 48)), (12, (3, 7, 10, 11)), (3, (1, 2)), (1, ())):
+    for epochs, milestones in (
+        (210, (60, 120, 180, 200)),
+        (50, (14, 29, 43, 48)),
+        (12, (3, 7, 10, 11)),
+        (3, (1, 2)),
+        (1, ()),
+    ):
         assert make_config({"budget": {"epochs": epochs}}).budget.milestones == milestones
-    with pytest.raises(ValueError, match=r"\[30, 60, 90, 100\] with budget.epochs = 50.*scaled: \[14, 29, 43, 48\]"):
+    with pytest.raises(
+        ValueError, match=r"\[30, 60, 90, 100\] with budget.epochs = 50.*scaled: \[14, 29, 43, 48\]"
+    ):
         load_config("configs/imagenet/vanilla.yaml", ["budget.epochs=50"])
-    assert load_config("configs/imagenet/vanilla.yaml", ["budget.epochs=50", "budget.milestones=null"]).budget.epochs == 50
+    assert (
+        load_config(
+            "configs/imagenet/vanilla.yaml", ["budget.epochs=50", "budget.milestones=null"]
+        ).budget.epochs
+        == 50
+    )
 
 
 @given(st.integers(1, 10**6))
@@ -463,8 +548,19 @@ def test_shipped_configs_are_complete_and_survive_a_round_trip(file: Path) -> No
 
 def test_an_unset_field_means_the_paper() -> None:
     method = Config().method
-    assert (method.name, method.schedule, method.combine, method.shuffle) == ("fast_advprop", "fused", "sum", "ranks")
-    assert (method.eps_255, method.step_size_255, method.weight_noise, method.weight_adv, method.sync) == (1, 1, 0.5, 0.5, True)
+    assert (method.name, method.schedule, method.combine, method.shuffle) == (
+        "fast_advprop",
+        "fused",
+        "sum",
+        "ranks",
+    )
+    assert (
+        method.eps_255,
+        method.step_size_255,
+        method.weight_noise,
+        method.weight_adv,
+        method.sync,
+    ) == (1, 1, 0.5, 0.5, True)
     assert (method.group, method.adv_group) == (64, 16)
     assert make_config({"method": {"name": "advprop"}}).method.step_size_255 == 1
     assert make_config({"method": {"name": "advprop", "attack_steps": 1}}).method.step_size_255 == 4

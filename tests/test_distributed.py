@@ -1,4 +1,6 @@
-"""Ranks: 1, 2 and 4 processes train alike, the shuffle across them loses nothing, and they start and stop together."""
+"""Ranks: 1, 2 and 4 processes train alike, the shuffle across them loses nothing, and they start
+and stop together.
+"""
 
 import json
 import os
@@ -14,22 +16,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import write_beton
 from safetensors.torch import save_file
 
 import pipelines
 from fap.config import Config, load_config
 from fap.distributed import ONE_RANK, Ranks, Votes, connect
-from fap.models import build, plain
-from fap.step import Step
-from fap.train import Run, plan_spec
+from fap.nets.build import build, plain
+from fap.run.train import Run, plan_spec
+from fap.step.step import Step
+from tests.conftest import write_beton
 
 CLEAN, GROUP, ADV = 32, 8, 4  # rows: 4 groups of 8 clean and 4 groups of 4 adversarial
 
 
 def config(method: list[str]) -> Config:
     sizes = ["data.size=8", "data.resize=8", "data.crop=pad", "data.pad=2", "model.num_classes=5"]
-    return load_config(None, [*sizes, f"optim.clean_batch={CLEAN}", f"method.group={GROUP}", "optim.lr=0.8", *method])
+    return load_config(
+        None,
+        [*sizes, f"optim.clean_batch={CLEAN}", f"method.group={GROUP}", "optim.lr=0.8", *method],
+    )
 
 
 def train(rank: int, world: int, port: int, method: list[str], seed: int, out: Path) -> None:
@@ -39,7 +44,9 @@ def train(rank: int, world: int, port: int, method: list[str], seed: int, out: P
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=world)
     c = config(method)
-    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (250, 3, 8, 8), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (250, 3, 8, 8), dtype=np.uint8)
+    )
     labels = torch.from_numpy(np.random.default_rng(seed + 1).integers(0, 5, 250))
     torch.manual_seed(seed)
     model = build("cifar_resnet8", 5, aux=c.method.name != "vanilla", size=8).double()
@@ -51,12 +58,17 @@ def train(rank: int, world: int, port: int, method: list[str], seed: int, out: P
         rows = torch.from_numpy(plan.index[k].astype(np.int64))
         draws = {}
         if step.n_adv:
-            shuffle = torch.from_numpy(plan.shuffle[k, rank * step.n_adv : (rank + 1) * step.n_adv].copy())
+            shuffle = torch.from_numpy(
+                plan.shuffle[k, rank * step.n_adv : (rank + 1) * step.n_adv].copy()
+            )
             draws = {"shuffle": shuffle, "noise_key": torch.from_numpy(plan.noise_key[k].copy())}
         step.feed(images[rows], labels[rows], 0.05, **draws)
         step()
     dist_metrics = step.take_metrics()
-    torch.save({"state": step.state(), "stats": step.flat.stats, "metrics": dist_metrics}, out / f"{world}_{rank}.pt")
+    torch.save(
+        {"state": step.state(), "stats": step.flat.stats, "metrics": dist_metrics},
+        out / f"{world}_{rank}.pt",
+    )
     if world > 1:
         dist.destroy_process_group()
 
@@ -77,7 +89,9 @@ def free_port() -> int:
     ],
     ids=["fused", "pipelined", "vanilla"],
 )
-def test_one_two_and_four_ranks_train_alike(method: list[str], worlds: tuple[int, ...], tmp_path: Path) -> None:
+def test_one_two_and_four_ranks_train_alike(
+    method: list[str], worlds: tuple[int, ...], tmp_path: Path
+) -> None:
     seed = int(np.random.default_rng().integers(1 << 30))
     train(0, 1, 0, method, seed, tmp_path)
     for world in worlds:
@@ -88,7 +102,11 @@ def test_one_two_and_four_ranks_train_alike(method: list[str], worlds: tuple[int
             other = torch.load(tmp_path / f"{world}_{rank}.pt")
             for name, value in one["state"].items():
                 if name.startswith(("model.", "momentum.")) and value.is_floating_point():
-                    assert torch.allclose(other["state"][name], value, rtol=1e-9, atol=1e-11), (seed, world, name)
+                    assert torch.allclose(other["state"][name], value, rtol=1e-9, atol=1e-11), (
+                        seed,
+                        world,
+                        name,
+                    )
         assert other["metrics"]["rows_clean"] == one["metrics"]["rows_clean"]
         assert other["metrics"]["loss_clean"] == pytest.approx(one["metrics"]["loss_clean"])
 
@@ -110,17 +128,23 @@ def exchange(rank: int, world: int, port: int, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_group(tmp_path: Path) -> None:
+def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_group(
+    tmp_path: Path,
+) -> None:
     mp.spawn(exchange, (4, free_port(), tmp_path), nprocs=4)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     labels = torch.cat([p[1] for p in parts])
     assert sorted(labels.tolist()) == list(range(16))  # none lost, none doubled
-    assert torch.equal(torch.cat([p[0] for p in parts])[:, 0, 0, 0], labels.float())  # images went with their labels
+    assert torch.equal(
+        torch.cat([p[0] for p in parts])[:, 0, 0, 0], labels.float()
+    )  # images went with their labels
     assert ((labels // ADV) != (torch.arange(16) // ADV)).all()
 
 
 @pytest.mark.slow
-def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(tiny_beton: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
     words = [
         f"data.train={tiny_beton}", f"data.val={tiny_beton}",
         "data.size=32", "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8",
@@ -130,19 +154,36 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(ti
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     one = [sys.executable, "-m", "fap.cli.train", *words, f"run.dir={tmp_path}/one"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     two = [*launch, "-m", "fap.cli.train", *words, f"run.dir={tmp_path}/two"]
     results = []
     for cmd in (one, two):
         done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-        results.append(next((tmp_path / ("one" if cmd is one else "two")).rglob("metrics.jsonl")).read_text().splitlines())
+        results.append(
+            next((tmp_path / ("one" if cmd is one else "two")).rglob("metrics.jsonl"))
+            .read_text()
+            .splitlines()
+        )
     for a, b in zip(*results, strict=True):
         a, b = json.loads(a), json.loads(b)
         for key in ("epoch_loss_clean", "epoch_acc_adv", "val_loss", "val_top1"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), key
-    again = subprocess.run([*one[:-1], f"run.dir={tmp_path}/two", "resume=auto"], env=env, capture_output=True, text=True)
+    again = subprocess.run(
+        [*one[:-1], f"run.dir={tmp_path}/two", "resume=auto"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert again.returncode == 1
     assert "2 ranks" in again.stderr
 
@@ -161,11 +202,19 @@ def small(data: Path, runs: Path, *more: str) -> list[str]:
 
 # What both ranks say, by case: settings of both, settings of rank 1, and what both errors contain.
 DIFFERENT_RANKS = {
-    "folder": (["resume=auto"], ["run.dir=unshared"], "checkpoint: 'none' on rank 1, 'step_00000002, checksum "),
+    "folder": (
+        ["resume=auto"],
+        ["run.dir=unshared"],
+        "checkpoint: 'none' on rank 1, 'step_00000002, checksum ",
+    ),
     "config": (["run.dir=new"], ["optim.lr=0.3"], "optim.lr: 0.3 on rank 1, 0.1 on rank 0"),
     "schedule": (["run.dir=new"], ["run.eval_every=3"], "run.eval_every: 3 on rank 1, 1 on rank 0"),
     "data": (["run.dir=new"], ["data.val=other.beton"], "data.val: {'count': 64"),
-    "weights": (["run.dir=new", "model.init=a/w.safetensors"], ["model.init=b/w.safetensors"], "weights: '"),
+    "weights": (
+        ["run.dir=new", "model.init=a/w.safetensors"],
+        ["model.init=b/w.safetensors"],
+        "weights: '",
+    ),
     "missing": (["run.dir=new"], ["data.val=/nowhere.beton"], "/nowhere.beton: no such file"),
     "earlier": (["resume=never"], [], "holds an earlier run"),
 }
@@ -175,7 +224,12 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
     """Every case in one process group, which must be as good as new after each."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+    }
     ranks = connect()
     Run(load_config(None, small(data, Path("runs"), "run.max_steps=2")), ranks).train()
     said = {}
@@ -190,7 +244,9 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
 
 
 @pytest.mark.slow
-def test_ranks_that_would_not_train_the_same_run_all_say_why(tiny_beton: Path, tmp_path: Path) -> None:
+def test_ranks_that_would_not_train_the_same_run_all_say_why(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
     images = list(np.random.default_rng(3).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
     write_beton(tmp_path / "other.beton", images, [i % 10 for i in range(64)])
     for folder in ("a", "b"):  # other weights under one name
@@ -228,7 +284,9 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Pat
     processes[1].send_signal(signal.SIGUSR2)
     said = [p.communicate(timeout=60)[0] for p in processes]
     assert [p.returncode for p in processes] == [128 + signal.SIGUSR2] * 2, said
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]["step"]
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1][
+        "step"
+    ]
     assert f"saved at step {last}; continue with resume=auto" in said[0]
     assert (folder / "checkpoints" / f"step_{last:08d}.safetensors").is_file()
     assert "Traceback" not in said[0] + said[1]
@@ -236,9 +294,17 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_sigterm_ends_a_rank_while_another_one_hangs(tiny_beton: Path, tmp_path: Path, where: str) -> None:
-    """Rank 1 is stopped, so rank 0 waits for it in a collective: it ends by itself within its patience."""
-    more = [] if where == "training" else ["run.eval_batch=2", "optim.clean_batch=64", "method.group=32"]  # 48 batches a step
+def test_sigterm_ends_a_rank_while_another_one_hangs(
+    tiny_beton: Path, tmp_path: Path, where: str
+) -> None:
+    """Rank 1 is stopped, so rank 0 waits for it in a collective: it ends by itself within its
+    patience.
+    """
+    more = (
+        []
+        if where == "training"
+        else ["run.eval_batch=2", "optim.clean_batch=64", "method.group=32"]
+    )  # 48 batches a step
     processes, _ = start_two(tiny_beton, tmp_path, *more)
     time.sleep(0.3)
     processes[1].send_signal(signal.SIGSTOP)
@@ -278,15 +344,23 @@ def test_a_rank_that_dies_ends_the_others_at_once(tiny_beton: Path, tmp_path: Pa
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE = '²' in the environment"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2 in the environment: must be below WORLD_SIZE = 2"),
-        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK = '-1' in the environment: must be a whole number >= 0"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            "RANK = 2 in the environment: must be below WORLD_SIZE = 2",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "-1"},
+            "RANK = '-1' in the environment: must be a whole number >= 0",
+        ),
         ({"RANK": "1"}, "RANK = 1 in the environment: must be below WORLD_SIZE = 1"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "a"}, "LOCAL_RANK = 'a'"),
     ],
 )
-def test_an_environment_of_no_rank_is_one_clear_error(environment: dict[str, str], says: str, monkeypatch) -> None:
+def test_an_environment_of_no_rank_is_one_clear_error(
+    environment: dict[str, str], says: str, monkeypatch
+) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert connect() is ONE_RANK
@@ -298,9 +372,16 @@ def test_an_environment_of_no_rank_is_one_clear_error(environment: dict[str, str
 
 
 def test_others_that_are_not_met_are_a_clear_error(monkeypatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "no",
+    }.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionError, match=r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:no: "):
+    with pytest.raises(
+        ConnectionError, match=r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:no: "
+    ):
         connect()
 
 

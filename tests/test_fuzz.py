@@ -1,4 +1,6 @@
-"""Damaged input of every kind, worked through in subprocesses: see fuzz.py for what may happen and what may not."""
+"""Damaged input of every kind, worked through in subprocesses: see fuzz.py for what may happen and
+what may not.
+"""
 
 import re
 import secrets
@@ -8,28 +10,53 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_soak import record
 
 from fap.config import load_config
+from tests.test_soak import record
 
 WORKER = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
 BATCH = 500  # inputs of one process
-TARGETS = {"beton", "sidecar", "folder", "convert", "checkpoint", "config", "metadata", "tree", "images", "no_file"}
+TARGETS = {
+    "beton",
+    "sidecar",
+    "folder",
+    "convert",
+    "checkpoint",
+    "config",
+    "metadata",
+    "tree",
+    "images",
+    "no_file",
+}
 
 
 def work_through(first: int, count: int, hang_s: int = 60) -> tuple[Counter[str], list[str]]:
-    """How often each target passed, and what went wrong; after a crash or a hang the next process takes over."""
+    """How often each target passed, and what went wrong; after a crash or a hang the next process
+    takes over.
+    """
     passed, wrong, seed = Counter[str](), [], first
     while seed < first + count and len(wrong) < 10:
-        cmd = [*WORKER, "--seed", str(seed), "--count", str(min(BATCH, first + count - seed)), "--hang", str(hang_s)]
+        cmd = [
+            *WORKER,
+            "--seed",
+            str(seed),
+            "--count",
+            str(min(BATCH, first + count - seed)),
+            "--hang",
+            str(hang_s),
+        ]
         done = subprocess.run(cmd, capture_output=True, text=True, timeout=3600)
         lines = done.stdout.splitlines()
         passed.update(re.findall(r"^ok \S+ fuzz_(\w+)", done.stdout, re.M))
-        wrong += [line.encode().decode("unicode_escape") for line in lines if line.startswith("bad")]
+        wrong += [
+            line.encode().decode("unicode_escape") for line in lines if line.startswith("bad")
+        ]
         assert lines, done.stderr
         seed = int(lines[-1].split()[1])
         if lines[-1].startswith("start"):
-            wrong.append(f"crash or hang, exit code {done.returncode}: {done.stderr[-2000:]}\nbad {seed}")
+            wrong.append(
+                f"crash or hang, exit code {done.returncode}: {done.stderr[-2000:]}\nbad {seed}"
+            )
         seed += 1
     return passed, wrong
 
@@ -47,14 +74,23 @@ def test_500_damaged_inputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "says"), [(-1, "Aborted"), (-2, "Timeout"), (-3, "reference: sample 0 shows sample 1")])
+@pytest.mark.parametrize(
+    ("seed", "says"), [(-1, "Aborted"), (-2, "Timeout"), (-3, "reference: sample 0 shows sample 1")]
+)
 def test_the_fuzzer_notices(seed: int, says: str) -> None:
     _, (wrong,) = work_through(seed, 1, hang_s=2)
     assert says in wrong
     assert f"bad {seed}" in wrong
 
 
-HOSTILE_OVERRIDES = ["seed=!!bool x", "seed=!!int x", "seed=!!timestamp x", "seed=2001-99-99", "seed=0x_", "seed=" + "9" * 5000]
+HOSTILE_OVERRIDES = [
+    "seed=!!bool x",
+    "seed=!!int x",
+    "seed=!!timestamp x",
+    "seed=2001-99-99",
+    "seed=0x_",
+    "seed=" + "9" * 5000,
+]
 HOSTILE_OVERRIDES += ["method.p_adv=1e99999999", "method.p_adv=" + "9" * 5000, "method.group=yes"]
 HOSTILE_OVERRIDES += ["seed=" + "[" * 5000, "method.name=[1]", "method.name={}"]
 
@@ -69,6 +105,13 @@ def test_every_value_is_an_error_that_names_its_field(override: str) -> None:
 def test_10000_damaged_inputs() -> None:
     first = secrets.randbelow(1 << 40)
     passed, wrong = work_through(first, 10_000)
-    record("fuzz", {"first_seed": first, "passed": dict(sorted(passed.items())), "wrong": [w[-300:] for w in wrong]})
+    record(
+        "fuzz",
+        {
+            "first_seed": first,
+            "passed": dict(sorted(passed.items())),
+            "wrong": [w[-300:] for w in wrong],
+        },
+    )
     assert not wrong, explain(wrong)
     assert passed.total() == 10_000

@@ -20,8 +20,8 @@ from pathlib import Path
 from bench import jpegs
 from bench.common import ROOT
 from bench.gpu import sheets
-from fap.log import versions
-from pipelines import cifar10
+from fap.versions import versions
+from pipelines.sources import cifar10
 
 FIRST, SECOND = ".gpu", ".gpu2"
 LIMIT_MIB = 60.0  # an upload holds 64 MiB, the working tree included

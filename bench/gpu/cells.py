@@ -1,8 +1,9 @@
-"""What the suite measures, in order of value: one process per cell, so that no failure reaches the next one.
+"""What the suite measures, in order of value: one process per cell, so that no failure reaches the
+next one.
 
-First contact and the GPU tests come first, since without them no figure means anything. Then every cell that a target
-hangs on (`bench.gpu.table.TARGETS`), then the rest: whole-batch norm, bfloat16, the other schedules, the peers, each of our
-ingredients taken away, the loaders, the study.
+First contact and the GPU tests come first, since without them no figure means anything. Then every
+cell that a target hangs on (`bench.gpu.table.TARGETS`), then the rest: whole-batch norm, bfloat16,
+the other schedules, the peers, each of our ingredients taken away, the loaders, the study.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class Sizes:
 
     model: str
     px: int
-    rows: dict[int, int]  # clean rows, by those of the real thing: a large step, and one batch-norm group
+    rows: dict[
+        int, int
+    ]  # clean rows, by those of the real thing: a large step, and one batch-norm group
     amp: dict[str, str]  # precision, by that of the real thing
     half: str  # precision of what exists in half precision only
     rounds: int
@@ -87,7 +90,9 @@ TOY = Sizes(
 
 
 def cells(sizes: Sizes, images: Path) -> list[Cell]:
-    """Every cell in the order in which it runs. `images`: folder of the loaders' JPEGs, made by the first wave."""
+    """Every cell in the order in which it runs. `images`: folder of the loaders' JPEGs, made by the
+    first wave.
+    """
     first = [*_smoke(sizes), _photos(sizes, images), _tests(sizes)]
     targets = [
         _parity(sizes, "fp16", 256, "fused", "groups"),
@@ -104,10 +109,18 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
     # At toy size one of each is enough: the others differ in a value that other cells try.
     batch_sizes = (64,) if sizes is TOY else (256, 64)
     both = ("fused",) if sizes is TOY else ("fused", "pipelined")
-    whole_batch_norm = [_parity(sizes, "fp16", rows, schedule, "whole") for rows in batch_sizes for schedule in both]
-    bfloat16 = [_parity(sizes, "bf16", rows, schedule, "groups") for rows in batch_sizes for schedule in both]
+    whole_batch_norm = [
+        _parity(sizes, "fp16", rows, schedule, "whole") for rows in batch_sizes for schedule in both
+    ]
+    bfloat16 = [
+        _parity(sizes, "bf16", rows, schedule, "groups")
+        for rows in batch_sizes
+        for schedule in both
+    ]
     schedules = [
-        _parity(sizes, "fp16", rows, schedule, "groups") for rows in batch_sizes for schedule in ("sequential", "parallel")
+        _parity(sizes, "fp16", rows, schedule, "groups")
+        for rows in batch_sizes
+        for schedule in ("sequential", "parallel")
     ]
     peers = [_step(sizes, 64, "three passes: fp32"), _step(sizes, 64, "three passes: AMP")]
     if sizes is not TOY:
@@ -117,17 +130,38 @@ def cells(sizes: Sizes, images: Path) -> list[Cell]:
             _step(sizes, 64, "timm-like, compiled", limit_s=240, usual_s=90),
         ]
     on_gpu_only = () if sizes is TOY else ("norm kernel", "graph")
-    ingredients = [_step(sizes, 64, f"ours without {name}") for name in (*on_gpu_only, "stem function", "channels_last")]
-    ingredients += [_step(sizes, 64, f"ours without {name}", amp=sizes.half) for name in ("half-precision copy", "AMP")]
+    ingredients = [
+        _step(sizes, 64, f"ours without {name}")
+        for name in (*on_gpu_only, "stem function", "channels_last")
+    ]
+    ingredients += [
+        _step(sizes, 64, f"ours without {name}", amp=sizes.half)
+        for name in ("half-precision copy", "AMP")
+    ]
     return [*first, *targets, *whole_batch_norm, *bfloat16, *schedules, *peers, *ingredients, *_loaders(sizes, images),
             _study(sizes)]  # fmt: skip
 
 
 def _smoke(sizes: Sizes) -> list[Cell]:
     schedules = ("vanilla", "fused", "pipelined", "sequential", "parallel")
-    size = ("--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[64]), "--amp", "fp16")
+    size = (
+        "--model",
+        sizes.model,
+        "--size",
+        str(sizes.px),
+        "--rows",
+        str(sizes.rows[64]),
+        "--amp",
+        "fp16",
+    )
     return [
-        Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size, *sizes.smoke), 120, 20, at_once=True)
+        Cell(
+            f"smoke/{name}",
+            ("bench.gpu.smoke", "--schedule", name, *size, *sizes.smoke),
+            120,
+            20,
+            at_once=True,
+        )
         for name in schedules
     ]
 
@@ -153,11 +187,17 @@ def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: st
     return Cell(f"{name}/{amp}/{rows}/{schedule}/{bn}", words + block, 120, 30)
 
 
-def _step(sizes: Sizes, rows: int, contender: str, amp: str = "", limit_s: int = 120, usual_s: int = 30) -> Cell:
+def _step(
+    sizes: Sizes, rows: int, contender: str, amp: str = "", limit_s: int = 120, usual_s: int = 30
+) -> Cell:
     amp = amp or sizes.amp["fp16"]
     words = ("bench.step", "--amp", amp, "--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[rows]),
              "--rounds", str(sizes.rounds), "--block", str(sizes.block), "--only", contender)  # fmt: skip
-    compiled = ("--compile", "--compile-backend", sizes.compile_backend) if "compiled" in contender else ("--no-compile",)
+    compiled = (
+        ("--compile", "--compile-backend", sizes.compile_backend)
+        if "compiled" in contender
+        else ("--no-compile",)
+    )
     return Cell(f"step/{rows}/{contender}", words + compiled, limit_s, usual_s)
 
 
@@ -169,7 +209,15 @@ def _profile(method: str, sizes: Sizes) -> Cell:
 
 def _loaders(sizes: Sizes, images: Path) -> list[Cell]:
     beton = images.with_suffix(".beton")
-    bench = ("bench.loaders", "--images", str(images), "--beton", str(beton), *sizes.loader, "--only")
+    bench = (
+        "bench.loaders",
+        "--images",
+        str(images),
+        "--beton",
+        str(beton),
+        *sizes.loader,
+        "--only",
+    )
     on_gpu = () if sizes is TOY else ("dali, GPU, hw 0.65", "stock DALI, GPU")
     found = [
         Cell("loaders/ffcv", (*bench, "ffcv"), 60, 25, needs=("ffcv",)),

@@ -13,7 +13,7 @@ from bench.common import ROOT
 VERSIONS = ("torch", "torchvision", "triton", "numpy", "numba", "pydantic")
 # DALI is no part of the kit; conversion is not measured on a GPU machine, and FFCV's own writer
 # compiles for ten seconds.
-NOT_NEEDED = {"pipelines.dali", "bench.convert"}
+NOT_NEEDED = {"pipelines.loaders.dali", "bench.convert"}
 
 
 def modules() -> list[str]:

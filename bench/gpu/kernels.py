@@ -1,10 +1,12 @@
-"""Kernels beside what the card can do: memory bandwidth, our batch norm against cuDNN's, the stem's data gradient.
+"""Kernels beside what the card can do: memory bandwidth, our batch norm against cuDNN's, the stem's
+data gradient.
 
     python -m bench.gpu.kernels
 
-Every call is captured ten times in one CUDA graph and the replay is timed, so that launches from Python do not count.
-Bandwidth counts the bytes that must move, reads and writes: what the kernel really moves may be more. Small layers fit
-into the L2 cache and can exceed the memory's bandwidth, in the bench as in a network.
+Every call is captured ten times in one CUDA graph and the replay is timed, so that launches from
+Python do not count. Bandwidth counts the bytes that must move, reads and writes: what the kernel
+really moves may be more. Small layers fit into the L2 cache and can exceed the memory's bandwidth,
+in the bench as in a network.
 """
 
 import time
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 
 from bench.common import options, spread, write_json
 from bench.step import DEVICE, GPU
-from fap.models import build
-from fap.norm import DualBatchNorm2d, Group, RowGroups, norms
+from fap.nets.build import build
+from fap.nets.norm import DualBatchNorm2d, Group, RowGroups, norms
 
 CALLS = 10  # of a kernel in one captured graph
 HALF_BYTES = 2
@@ -71,7 +73,9 @@ def bandwidth(megabytes: int, rounds: int) -> dict[str, Any]:
     target = torch.empty_like(source)
     host = torch.zeros(megabytes << 18, dtype=torch.uint8, pin_memory=GPU)
     copies = np.array(milliseconds(lambda: target.copy_(source), rounds))
-    uploads = np.array(milliseconds(lambda: target[: len(host)].copy_(host, non_blocking=True), rounds))
+    uploads = np.array(
+        milliseconds(lambda: target[: len(host)].copy_(host, non_blocking=True), rounds)
+    )
     return {
         "copy_gb_per_s": spread(2 * len(source) / copies / 1e6),
         "host_to_device_gb_per_s": spread(len(host) / uploads / 1e6),
@@ -98,23 +102,31 @@ def layers_of(model: str, size: int) -> Counter[Layer]:
 
 
 def bytes_moved(layer: Layer, elements: int) -> tuple[int, int]:
-    """Forward: x twice, y, the residual. Backward: gradient and x twice (with a residual y too), the gradients written."""
+    """Forward: x twice, y, the residual. Backward: gradient and x twice (with a residual y too),
+    the gradients written.
+    """
     if layer.residual:
         return 4 * HALF_BYTES * elements, 8 * HALF_BYTES * elements
     return 3 * HALF_BYTES * elements, 5 * HALF_BYTES * elements
 
 
 def compare_norms(layer: Layer, rows: tuple[Group, ...], rounds: int) -> dict[str, Any]:
-    """Milliseconds of our kernel and of cuDNN's batch norm + add + ReLU over the whole batch, forward and backward."""
+    """Milliseconds of our kernel and of cuDNN's batch norm + add + ReLU over the whole batch,
+    forward and backward.
+    """
     n_rows = sum(group.rows for group in rows)
     ours = DualBatchNorm2d(nn.BatchNorm2d(layer.channels), RowGroups(), True).to(DEVICE)
     ours.relu = layer.relu
     ours.shared.groups = rows
-    ours.shared.kernel = "triton" if GPU else "split"  # tests/test_norm_kernel.py has Triton's interpreter run the kernel
+    ours.shared.kernel = (
+        "triton" if GPU else "split"
+    )  # tests/test_norm_kernel.py has Triton's interpreter run the kernel
     plain = nn.BatchNorm2d(layer.channels).to(DEVICE)
 
     def images() -> Tensor:
-        x = torch.randn(n_rows, layer.channels, layer.side, layer.side, device=DEVICE, dtype=torch.half)
+        x = torch.randn(
+            n_rows, layer.channels, layer.side, layer.side, device=DEVICE, dtype=torch.half
+        )
         return x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
     x = images()
@@ -130,13 +142,25 @@ def compare_norms(layer: Layer, rows: tuple[Group, ...], rounds: int) -> dict[st
 
     result: dict[str, Any] = layer._asdict() | {"rows": n_rows}
     forward_bytes, backward_bytes = bytes_moved(layer, x.numel())
-    for name, norm, parameters in (("ours", ours, ours.parameters()), ("cudnn", theirs, plain.parameters())):
+    for name, norm, parameters in (
+        ("ours", ours, ours.parameters()),
+        ("cudnn", theirs, plain.parameters()),
+    ):
         wanted = [*inputs, *parameters]
         forward = np.median(milliseconds(lambda norm=norm: norm(*inputs), rounds))
         both = np.median(
-            milliseconds(lambda norm=norm, wanted=wanted: torch.autograd.grad(norm(*inputs), wanted, gradient), rounds)
+            milliseconds(
+                lambda norm=norm, wanted=wanted: torch.autograd.grad(
+                    norm(*inputs), wanted, gradient
+                ),
+                rounds,
+            )
         )
-        result[name] = {"forward_ms": float(forward), "backward_ms": float(both - forward), "ms": float(both)}
+        result[name] = {
+            "forward_ms": float(forward),
+            "backward_ms": float(both - forward),
+            "ms": float(both),
+        }
     result["bytes"] = forward_bytes + backward_bytes
     result["ours"]["gb_per_s"] = result["bytes"] / result["ours"]["ms"] / 1e6
     return result
@@ -168,7 +192,9 @@ STEMS = (  # name, input channels, channels_last, half precision
 )
 
 
-def stem(name: str, channels: int, nhwc: bool, half: bool, rows: int, size: int, rounds: int) -> dict[str, Any]:
+def stem(
+    name: str, channels: int, nhwc: bool, half: bool, rows: int, size: int, rounds: int
+) -> dict[str, Any]:
     """ResNet-50's first convolution: forward, data gradient, weight gradient in ms."""
     layout = torch.channels_last if nhwc else torch.contiguous_format
     kind: dict[str, Any] = {"device": DEVICE, "dtype": torch.half if half else torch.float}
@@ -185,8 +211,12 @@ def stem(name: str, channels: int, nhwc: bool, half: bool, rows: int, size: int,
         "stem": name,
         "rows": rows,
         "forward_ms": median(lambda: torch.ops.aten.convolution(x, weight, None, *geometry)),
-        "data_gradient_ms": median(lambda: backward(gradient, x, weight, None, *geometry, [True, False, False])),
-        "weight_gradient_ms": median(lambda: backward(gradient, x, weight, None, *geometry, [False, True, False])),
+        "data_gradient_ms": median(
+            lambda: backward(gradient, x, weight, None, *geometry, [True, False, False])
+        ),
+        "weight_gradient_ms": median(
+            lambda: backward(gradient, x, weight, None, *geometry, [False, True, False])
+        ),
     }
 
 
@@ -214,13 +244,17 @@ def main(argv: Any = None) -> int:
         found.append(compare_norms(layer, tuple(groups), a.rounds) | {"count": count})
         one = found[-1]
         print(
-            f"norm {layer.channels} x {layer.side}{' + residual' if layer.residual else ''}, {count} times: "
-            f"{one['ours']['ms']:.3f} ms, {one['ours']['gb_per_s']:.0f} GB/s; cuDNN {one['cudnn']['ms']:.3f} ms",
+            f"norm {layer.channels} x {layer.side}{' + residual' if layer.residual else ''},"
+            f" {count} times: {one['ours']['ms']:.3f} ms, {one['ours']['gb_per_s']:.0f} GB/s; cuDNN"
+            f" {one['cudnn']['ms']:.3f} ms",
             flush=True,
         )
     result["norms"] = found
     result["norm"] = summary_of_norms(found, copy)
-    print("all norms of a pass: " + ", ".join(f"{k} {v:.3g}" for k, v in result["norm"].items()), flush=True)
+    print(
+        "all norms of a pass: " + ", ".join(f"{k} {v:.3g}" for k, v in result["norm"].items()),
+        flush=True,
+    )
 
     result["stems"] = []
     for arguments in STEMS:

@@ -35,9 +35,17 @@ def kernels_of(contestant: Contestant) -> tuple[Counter[str], Counter[str]]:
 
 def main(argv: Any = None) -> int:
     parser = options(
-        __doc__, model="resnet50" if GPU else "cifar_resnet8", size=224 if GPU else 32, rows=256 if GPU else 64, steps=10
+        __doc__,
+        model="resnet50" if GPU else "cifar_resnet8",
+        size=224 if GPU else 32,
+        rows=256 if GPU else 64,
+        steps=10,
     )
-    parser.add_argument("--method", choices=("vanilla", "fused", "pipelined", "sequential", "parallel"), default="fused")
+    parser.add_argument(
+        "--method",
+        choices=("vanilla", "fused", "pipelined", "sequential", "parallel"),
+        default="fused",
+    )
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
     method = {"name": "vanilla"} if a.method == "vanilla" else {"schedule": a.method}
@@ -60,17 +68,30 @@ def main(argv: Any = None) -> int:
         "small_kernels_ms": sum(total[name] for name in small) / 1e3,
         "small_kernels_launches": sum(count[name] for name in small),
         "kernels": [
-            {"name": name[:200], "ms": us / 1e3, "share": us / busy if busy else math.nan, "calls": count[name]}
+            {
+                "name": name[:200],
+                "ms": us / 1e3,
+                "share": us / busy if busy else math.nan,
+                "calls": count[name],
+            }
             for name, us in total.most_common()
         ],
     }
     lines = [
-        f"{a.method}, {a.rows} rows, AMP {a.amp}, {contestant.how}: {result['ms_per_step']:.2f} ms per step, "
-        f"{result['ms_in_kernels']:.2f} ms in {result['launches']} kernels, {result['tflop_per_s']:.0f} TFLOP/s",
-        f"kernels under {SMALL_US:.0f} us on average: {result['small_kernels_ms']:.2f} ms, "
-        f"{result['small_kernels_launches']} launches",
+        (
+            f"{a.method}, {a.rows} rows, AMP {a.amp}, {contestant.how}: {result['ms_per_step']:.2f}"
+            f" ms per step, {result['ms_in_kernels']:.2f} ms in {result['launches']} kernels,"
+            f" {result['tflop_per_s']:.0f} TFLOP/s"
+        ),
+        (
+            f"kernels under {SMALL_US:.0f} us on average: {result['small_kernels_ms']:.2f} ms, "
+            f"{result['small_kernels_launches']} launches"
+        ),
     ]
-    lines += [f"{k['ms']:9.3f} ms {k['share']:6.1%} {k['calls']:5d} x  {k['name'][:150]}" for k in result["kernels"][:SHOWN]]
+    lines += [
+        f"{k['ms']:9.3f} ms {k['share']:6.1%} {k['calls']:5d} x  {k['name'][:150]}"
+        for k in result["kernels"][:SHOWN]
+    ]
     write_json(a.out / "profile.json", {"results": [result]})
     (a.out / "profile.txt").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n", flush=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines import cifar10
 from pipelines.convert import convert_arrays
 from pipelines.machine import usable_cores
+from pipelines.sources import cifar10
 
 COLUMNS = 50
 IMAGES_PER_SHEET = 2500

@@ -1,9 +1,10 @@
-"""First contact: does a schedule's step capture, is its loss finite, what does it cost, how much memory does it take?
+"""First contact: does a schedule's step capture, is its loss finite, what does it cost, how much
+memory does it take?
 
     python -m bench.gpu.smoke --schedule fused
 
-Small and quick: five blocks of a few steps. It fails (exit status 1) where a step is skipped, a loss is not finite, or a
-GPU runs the step without a CUDA graph or without the norm kernel.
+Small and quick: five blocks of a few steps. It fails (exit status 1) where a step is skipped, a
+loss is not finite, or a GPU runs the step without a CUDA graph or without the norm kernel.
 """
 
 import math
@@ -47,14 +48,24 @@ def faults(found: dict[str, Any]) -> list[str]:
     if not math.isfinite(found["loss_clean"]):
         wrong.append(f"the loss of the clean rows is {found['loss_clean']}")
     if found["skipped"] > 5:  # the first steps in float16 may halve the loss scale
-        wrong.append(f"{found['skipped']:.0f} of {found['steps']:.0f} steps were not finite and were skipped")
+        wrong.append(
+            f"{found['skipped']:.0f} of {found['steps']:.0f} steps were not finite and were skipped"
+        )
     if GPU and found["how"] != "CUDA graph":
-        wrong.append(f"the step ran as '{found['how']}', not as one CUDA graph with the norm kernel")
+        wrong.append(
+            f"the step ran as '{found['how']}', not as one CUDA graph with the norm kernel"
+        )
     return wrong
 
 
 def main(argv: Any = None) -> int:
-    parser = options(__doc__, model="resnet50" if GPU else "cifar_resnet8", size=224 if GPU else 32, rows=64, steps=5)
+    parser = options(
+        __doc__,
+        model="resnet50" if GPU else "cifar_resnet8",
+        size=224 if GPU else 32,
+        rows=64,
+        steps=5,
+    )
     parser.add_argument("--schedule", choices=SCHEDULES, default="fused")
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
@@ -63,9 +74,10 @@ def main(argv: Any = None) -> int:
     write_json(a.out / "smoke.json", {"results": [found | {"faults": wrong}]})
     step_ms = 1e3 * found["s_per_step"]["median"]
     print(
-        f"{a.schedule}, {a.rows} rows on {DEVICE}: {found['how']}, {step_ms:.2f} ms per step, start-up "
-        f"{found['startup_s']:.1f} s, loss {found['loss_clean']:.3f}, {found['skipped']:.0f} skipped, "
-        f"loss scale {found['loss_scale']:.0f}, {found['memory_gb'] or 0:.1f} GB"
+        f"{a.schedule}, {a.rows} rows on {DEVICE}: {found['how']}, {step_ms:.2f} ms per step,"
+        f" start-up {found['startup_s']:.1f} s, loss {found['loss_clean']:.3f},"
+        f" {found['skipped']:.0f} skipped, loss scale {found['loss_scale']:.0f},"
+        f" {found['memory_gb'] or 0:.1f} GB"
     )
     for sentence in wrong:
         print(f"WRONG: {sentence}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""CIFAR-10 on a GPU in the time there is: vanilla training, Fast AdvProp and the noise control, as many seeds as fit.
+"""CIFAR-10 on a GPU in the time there is: vanilla training, Fast AdvProp and the noise control, as
+many seeds as fit.
 
     python -m bench.gpu.study --seconds 600
 
-The seconds decide how many seeds run, never which results are shown: a seed counts when all its arms are done. Several
-runs share the GPU, so their seconds compare nothing; accuracies do. `--kit` names a folder of sheets (`bench.gpu.sheets`)
-where nothing can be fetched.
+The seconds decide how many seeds run, never which results are shown: a seed counts when all its
+arms are done. Several runs share the GPU, so their seconds compare nothing; accuracies do. `--kit`
+names a folder of sheets (`bench.gpu.sheets`) where nothing can be fetched.
 """
 
 import sys
@@ -20,8 +21,8 @@ import numpy as np
 from bench.common import ROOT, options
 from bench.gpu import sheets
 from bench.study import Files, Size, convert, evaluated, report, train
-from pipelines import cifar10
 from pipelines.convert import convert_arrays
+from pipelines.sources import cifar10
 
 SIZE = Size(
     arms=("vanilla", "fast_advprop", "noise"),
@@ -55,7 +56,9 @@ class Clock:
 
 
 def data(size: Size, kit: Path | None, runs: Path, toy: bool) -> Files:
-    """CIFAR-10 as `.beton`: from a kit's sheets, else from the copy under `data/`, which is fetched; a toy is noise."""
+    """CIFAR-10 as `.beton`: from a kit's sheets, else from the copy under `data/`, which is
+    fetched; a toy is noise.
+    """
     runs.mkdir(parents=True, exist_ok=True)
     files = {split: runs / f"{split}.beton" for split in ("train", "test")}
     if not toy and kit is None:
@@ -73,8 +76,12 @@ def data(size: Size, kit: Path | None, runs: Path, toy: bool) -> Files:
     return files
 
 
-def trained(size: Size, files: Files, runs: Path, pipeline: str, clock: Clock) -> dict[tuple[str, int], Path]:
-    """The folders of the runs that were done in time, by arm and seed: of the first seed all arms, then of the next."""
+def trained(
+    size: Size, files: Files, runs: Path, pipeline: str, clock: Clock
+) -> dict[tuple[str, int], Path]:
+    """The folders of the runs that were done in time, by arm and seed: of the first seed all arms,
+    then of the next.
+    """
     done: dict[tuple[str, int], Path] = {}
 
     def one(job: tuple[int, str]) -> None:
@@ -95,9 +102,13 @@ def trained(size: Size, files: Files, runs: Path, pipeline: str, clock: Clock) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = options(__doc__, seconds=600.0, runs=ROOT / "runs" / "gpu_study")
-    parser.add_argument("--kit", type=Path, help="folder of CIFAR-10 in sheets, for a machine without a network")
+    parser.add_argument(
+        "--kit", type=Path, help="folder of CIFAR-10 in sheets, for a machine without a network"
+    )
     parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
-    parser.add_argument("--toy", action="store_true", help="noise instead of CIFAR-10, one short run per arm")
+    parser.add_argument(
+        "--toy", action="store_true", help="noise instead of CIFAR-10, one short run per arm"
+    )
     a: Any = parser.parse_args(argv)
     size = TOY if a.toy else SIZE
     runs = a.out / "runs" if a.toy else a.runs
@@ -108,7 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = trained(size, files, runs, a.pipeline, clock)
     seeds = [seed for seed in range(size.seeds) if all((arm, seed) in done for arm in size.arms)]
     if not seeds:
-        print(f"no seed had all its arms done in {a.seconds:.0f} s: {len(done)} runs were", file=sys.stderr)
+        print(
+            f"no seed had all its arms done in {a.seconds:.0f} s: {len(done)} runs were",
+            file=sys.stderr,
+        )
         return 1
     jobs = [(arm, seed) for arm in size.arms for seed in seeds]
     found = evaluated([done[job] for job in jobs], size, files, runs, a.pipeline)

@@ -5,8 +5,9 @@
     python -m bench.gpu.suite --only parity/ kernels    # cells whose names hold one of these
     python -m bench.gpu.suite --dry-run                 # every part at toy size, on a CPU
 
-Each cell (`bench.gpu.cells`) is a process with a time limit. After each one `suite.json` and `table.md` are written anew,
-so an interruption loses one cell. A cell that fails says why, and stops nothing.
+Each cell (`bench.gpu.cells`) is a process with a time limit. After each one `suite.json` and
+`table.md` are written anew, so an interruption loses one cell. A cell that fails says why, and
+stops nothing.
 """
 
 import argparse
@@ -34,7 +35,12 @@ from bench.gpu.table import table
 GRACE_S = 5  # between SIGTERM and SIGKILL
 SHOWN_LINES = 4  # of a cell's log
 TOY_PROCESSES = 3  # cells of a dry run at the same time
-PRELOADED = ("fap.train", "pipelines.convert", "matplotlib.figure", "matplotlib.backends.backend_agg")  # for a dry run's forks
+PRELOADED = (
+    "fap.run.train",
+    "pipelines.convert",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+)  # for a dry run's forks
 
 
 class Interrupted(BaseException):
@@ -71,7 +77,9 @@ class Running:
 class Suite:
     """Runs cells and keeps the record of what they found."""
 
-    def __init__(self, chosen: Sequence[Cell], out: Path, seconds: float, dry_run: bool, folder: Path) -> None:
+    def __init__(
+        self, chosen: Sequence[Cell], out: Path, seconds: float, dry_run: bool, folder: Path
+    ) -> None:
         self.cells, self.out, self.dry_run = chosen, out, dry_run
         self.deadline = time.monotonic() + seconds
         self.folder = folder  # of the cells' logs and results
@@ -101,7 +109,12 @@ class Suite:
         """What suite.json holds."""
         ordered = [self.records[c.name] for c in self.cells if c.name in self.records]
         missing = [c.name for c in self.cells if c.name not in self.records]
-        return {"environment": self.environment, "dry_run": self.dry_run, "cells": ordered, "not_reached": missing}
+        return {
+            "environment": self.environment,
+            "dry_run": self.dry_run,
+            "cells": ordered,
+            "not_reached": missing,
+        }
 
     def tables(self) -> str:
         try:
@@ -117,13 +130,17 @@ class Suite:
             try:
                 part.write_text(text + "\n")
                 part.replace(self.out / name)
-            except OSError as error:  # a full disk costs this record; the next cell may find room again
+            except (
+                OSError
+            ) as error:  # a full disk costs this record; the next cell may find room again
                 say(f"WARNING: {self.out / name} was not written: {error}")
 
     # ------------------------------------------------------------------ one cell
 
     def _may_start(self, cell: Cell) -> bool:
-        """Timed cells run alone, those marked `at_once` beside each other; at toy size a few of either."""
+        """Timed cells run alone, those marked `at_once` beside each other; at toy size a few of
+        either.
+        """
         if any(r.cell.at_once != cell.at_once for r in self.running):
             return False
         if self.dry_run:
@@ -136,10 +153,15 @@ class Suite:
         absent = [package for package in cell.needs if not importable(package)]
         if absent or left < cell.usual_s:
             why = f"{max(0, left):.0f} s left, it takes about {cell.usual_s} s"
-            self._record(cell, "not measured", 0.0, why=f"{absent[0]} is not installed" if absent else why)
+            self._record(
+                cell, "not measured", 0.0, why=f"{absent[0]} is not installed" if absent else why
+            )
             return
         limit = min(cell.limit_s, left)
-        say(f"== {self.begun}/{len(self.cells)} {cell.name} (at most {limit:.0f} s, {left:.0f} s left)")
+        say(
+            f"== {self.begun}/{len(self.cells)} {cell.name} (at most {limit:.0f} s, {left:.0f} s"
+            " left)"
+        )
         folder = self.folder / cell.name.replace(" ", "_").replace(":", "").replace(",", "")
         folder.mkdir(parents=True, exist_ok=True)
         for former in folder.glob("*.json"):  # of an earlier suite
@@ -166,7 +188,12 @@ class Suite:
         self._record(one.cell, "failed" if why else "measured", one.seconds, **more)
 
     def _record(self, cell: Cell, state: str, seconds: float, **more: Any) -> None:
-        self.records[cell.name] = {"cell": cell.name, "state": state, "seconds": round(seconds, 1), **more}
+        self.records[cell.name] = {
+            "cell": cell.name,
+            "state": state,
+            "seconds": round(seconds, 1),
+            **more,
+        }
         if state != "measured":
             say(f"-- {cell.name}: {state}: {more['why']}")
         self.write()
@@ -178,7 +205,9 @@ class Suite:
             return f"ended after {one.limit:.0f} s: {last}"
         if code != 0:
             return f"exit status {code}: {last}"
-        errors = [r["error"] for part in found.values() for r in part.get("results", []) if "error" in r]
+        errors = [
+            r["error"] for part in found.values() for r in part.get("results", []) if "error" in r
+        ]
         if errors:
             return str(errors[0])
         if one.cell.results and not any(found.values()):
@@ -229,7 +258,9 @@ def spawned(words: list[str], log: Path) -> "subprocess.Popen[bytes] | Fork":
 
 
 def forked(words: list[str], log: Path) -> "subprocess.Popen[bytes] | Fork":
-    """The same in a fork of this process, which has torch imported: seconds saved per cell. Not where CUDA is in use."""
+    """The same in a fork of this process, which has torch imported: seconds saved per cell. Not
+    where CUDA is in use.
+    """
     pid = os.fork()
     if pid:
         return Fork(pid)
@@ -280,17 +311,34 @@ def kill(group: int, number: signal.Signals) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu")
-    parser.add_argument("--seconds", type=float, default=7200.0, help="in all; default: %(default)s")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="cells whose names hold one of these")
+    parser.add_argument(
+        "--seconds", type=float, default=7200.0, help="in all; default: %(default)s"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="WORD",
+        help="cells whose names hold one of these",
+    )
     parser.add_argument("--skip", nargs="+", default=[], metavar="WORD", help="cells to leave out")
     parser.add_argument("--images", type=Path, help="folder of the loaders' JPEGs; made if missing")
-    parser.add_argument("--dry-run", action="store_true", help="every part at toy size, on a CPU; figures mean nothing")
-    parser.add_argument("--list", action="store_true", help="print the cells and their commands, run nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="every part at toy size, on a CPU; figures mean nothing",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the cells and their commands, run nothing"
+    )
     a = parser.parse_args(argv)
     if a.dry_run:
-        # Before torch is imported: cells are forks, which must find neither CUDA nor threads in use.
+        # Before torch is imported: cells are forks, which must find neither CUDA nor threads in
+        # use.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) if a.dry_run else a.out / "cells"
@@ -298,7 +346,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         every = cells(TOY if a.dry_run else REAL, images)
         if a.dry_run:  # the longest first: then the dry run is over soonest
             every.sort(key=lambda cell: cell.name != "study")
-        chosen = [c for c in every if any(w in c.name for w in a.only) and not any(w in c.name for w in a.skip)]
+        chosen = [
+            c
+            for c in every
+            if any(w in c.name for w in a.only) and not any(w in c.name for w in a.skip)
+        ]
         if a.list:
             for cell in chosen:
                 print(f"{cell.name:45s} <= {cell.limit_s:4d} s  python -m {shlex.join(cell.words)}")
@@ -315,13 +367,21 @@ def measure(chosen: Sequence[Cell], a: argparse.Namespace, logs: Path) -> int:
     import torch
 
     if not a.dry_run and not torch.cuda.is_available():
-        print("bench.gpu.suite: torch sees no GPU here, so nothing is measured (fap-doctor says why).", file=sys.stderr)
+        print(
+            "bench.gpu.suite: torch sees no GPU here, so nothing is measured (fap-doctor says"
+            " why).",
+            file=sys.stderr,
+        )
         print("--dry-run runs every part at toy size on the CPU.", file=sys.stderr)
         return 1
     try:
         a.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"bench.gpu.suite: --out {a.out}: {error.strerror}; give a folder that can be written to", file=sys.stderr)
+        print(
+            f"bench.gpu.suite: --out {a.out}: {error.strerror}; give a folder that can be"
+            " written to",
+            file=sys.stderr,
+        )
         return 2
     suite = Suite(chosen, a.out, a.seconds, a.dry_run, logs)
     signal.signal(signal.SIGTERM, _leave)
@@ -332,7 +392,10 @@ def measure(chosen: Sequence[Cell], a: argparse.Namespace, logs: Path) -> int:
         say(f"\nstopped; what was measured is in {a.out}")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     say(f"\n{suite.tables()}\n")
-    say(f"{len(chosen) - missing} of {len(chosen)} cells in {time.monotonic() - begun:.0f} s; {a.out / 'table.md'}")
+    say(
+        f"{len(chosen) - missing} of {len(chosen)} cells in {time.monotonic() - begun:.0f} s;"
+        f" {a.out / 'table.md'}"
+    )
     return int(missing > 0)
 
 

@@ -1,4 +1,5 @@
-"""The suite's last table: each target and its figure, throughput beside MLPerf's, and all else that was measured.
+"""The suite's last table: each target and its figure, throughput beside MLPerf's, and all else that
+was measured.
 
 python -m bench.gpu.table bench/results/gpu/suite.json
 """
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MLPERF_IMAGES_PER_S = {"H200": 7950, "H100": 7160}
-"""ResNet-50 training per GPU: MLPerf Training v4.0, closed division, 8 GPUs (MXNet, fused convolution + batch norm + ReLU)."""
+"""ResNet-50 training per GPU: MLPerf Training v4.0, closed division, 8 GPUs (MXNet, fused
+convolution + batch norm + ReLU).
+"""
 
 Found = dict[str, dict[str, Any]]  # by cell
 Interval = tuple[float, float, float]  # figure, low, high
@@ -31,7 +34,9 @@ class Target:
         middle, low, high = figure
         if low < self.bound < high:
             return "open: the interval includes the target"
-        return "met" if (middle >= self.bound if self.at_least else middle <= self.bound) else "missed"
+        return (
+            "met" if (middle >= self.bound if self.at_least else middle <= self.bound) else "missed"
+        )
 
 
 def whole_run(found: dict[str, Any]) -> Interval:
@@ -51,10 +56,34 @@ def norm_share(found: dict[str, Any]) -> Interval:
 
 
 TARGETS = (
-    Target("`fused` / vanilla, whole run, 256 rows", 1.02, False, ("parity/fp16/256/fused/groups",), whole_run),
-    Target("`fused` / vanilla, whole run, 64 rows", 1.10, False, ("parity/fp16/64/fused/groups",), whole_run),
-    Target("`pipelined` / vanilla, whole run, 256 rows", 1.00, False, ("parity/fp16/256/pipelined/groups",), whole_run),
-    Target("`pipelined` / vanilla, whole run, 64 rows", 1.00, False, ("parity/fp16/64/pipelined/groups",), whole_run),
+    Target(
+        "`fused` / vanilla, whole run, 256 rows",
+        1.02,
+        False,
+        ("parity/fp16/256/fused/groups",),
+        whole_run,
+    ),
+    Target(
+        "`fused` / vanilla, whole run, 64 rows",
+        1.10,
+        False,
+        ("parity/fp16/64/fused/groups",),
+        whole_run,
+    ),
+    Target(
+        "`pipelined` / vanilla, whole run, 256 rows",
+        1.00,
+        False,
+        ("parity/fp16/256/pipelined/groups",),
+        whole_run,
+    ),
+    Target(
+        "`pipelined` / vanilla, whole run, 64 rows",
+        1.00,
+        False,
+        ("parity/fp16/64/pipelined/groups",),
+        whole_run,
+    ),
     Target(
         "vanilla against the best eager peer, 256 rows",
         1.2,
@@ -62,7 +91,13 @@ TARGETS = (
         ("step/256/timm-like: AMP", "step/256/torchvision reference"),
         against_peer,
     ),
-    Target("vanilla against the best compiled peer, 256 rows", 1.0, True, ("step/256/timm-like, compiled",), against_peer),
+    Target(
+        "vanilla against the best compiled peer, 256 rows",
+        1.0,
+        True,
+        ("step/256/timm-like, compiled",),
+        against_peer,
+    ),
     Target("norm kernel / bandwidth of a copy", 0.85, True, ("kernels",), norm_share),
 )
 
@@ -87,7 +122,9 @@ def parity(found: dict[str, Any]) -> dict[str, Any]:
 def table(suite: dict[str, Any]) -> str:
     """Markdown of a whole suite.json; what is missing says why."""
     environment = suite["environment"]
-    measured: Found = {c["cell"]: c["found"] for c in suite["cells"] if c["state"] == "measured" and "found" in c}
+    measured: Found = {
+        c["cell"]: c["found"] for c in suite["cells"] if c["state"] == "measured" and "found" in c
+    }
     why = {c["cell"]: c["why"] for c in suite["cells"] if c["state"] != "measured"}
     why |= dict.fromkeys(suite["not_reached"], "not reached")
     device = environment["device"]
@@ -129,7 +166,10 @@ def _target_line(target: Target, measured: Found, why: dict[str, str]) -> str:
     missing = [c for c in target.cells if c not in measured]
     bound = f"{'>=' if target.at_least else '<='} {target.bound:.2f}"
     if missing:
-        return f"| {target.what} | {bound} | not measured | {why.get(missing[0], 'not among the chosen cells')} |"
+        return (
+            f"| {target.what} | {bound} | not measured |"
+            f" {why.get(missing[0], 'not among the chosen cells')} |"
+        )
     figures = [target.figure(measured[c]) for c in target.cells]
     worst = min(figures) if target.at_least else max(figures)
     return f"| {target.what} | {bound} | {_shown(worst)} | {target.verdict(worst)} |"
@@ -164,10 +204,14 @@ def _parities(measured: Found) -> Iterator[str]:
         if cell.startswith(("parity/", "loader/")):
             result = parity(found)
             ours, vanilla = result["ours"], result["vanilla"]
-            waiting = f", waiting for data {ours['waiting_share']:.0%} / {vanilla['waiting_share']:.0%}"
+            waiting = (
+                f", waiting for data {ours['waiting_share']:.0%} / {vanilla['waiting_share']:.0%}"
+            )
             yield (
-                f"| {cell}{waiting if cell.startswith('loader/') else ''} | {_shown(interval(result['whole_run']))} | "
-                f"{1e3 * ours['s_per_step']['median']:.2f} | {1e3 * vanilla['s_per_step']['median']:.2f} |"
+                f"| {cell}{waiting if cell.startswith('loader/') else ''} |"
+                f" {_shown(interval(result['whole_run']))} |"
+                f" {1e3 * ours['s_per_step']['median']:.2f} |"
+                f" {1e3 * vanilla['s_per_step']['median']:.2f} |"
             )
 
 
@@ -175,7 +219,10 @@ def _steps(measured: Found) -> Iterator[str]:
     for cell, found in measured.items():
         if cell.startswith("step/"):
             result = single(found, "step_")
-            yield f"| {cell} ({result['ours']}) | {_shown(against_peer(found))} | {result['our rows/s']:,.0f} |"
+            yield (
+                f"| {cell} ({result['ours']}) | {_shown(against_peer(found))} |"
+                f" {result['our rows/s']:,.0f} |"
+            )
 
 
 def _kernels(measured: Found) -> Iterator[str]:
@@ -184,9 +231,9 @@ def _kernels(measured: Found) -> Iterator[str]:
     found = measured["kernels"]["kernels"]
     norm = found["norm"]
     yield (
-        f"Copy on the device {found['bandwidth']['copy_gb_per_s']['median']:,.0f} GB/s; all batch norms of a pass "
-        f"{norm['ours_ms']:.2f} ms, {norm['gb_per_s']:,.0f} GB/s; cuDNN's with ReLU and add {norm['cudnn_ms']:.2f} ms "
-        f"({norm['cudnn_over_ours']:.2f}x)."
+        f"Copy on the device {found['bandwidth']['copy_gb_per_s']['median']:,.0f} GB/s; all batch"
+        f" norms of a pass {norm['ours_ms']:.2f} ms, {norm['gb_per_s']:,.0f} GB/s; cuDNN's with"
+        f" ReLU and add {norm['cudnn_ms']:.2f} ms ({norm['cudnn_over_ours']:.2f}x)."
     )
     yield ""
 
@@ -200,7 +247,10 @@ def _loaders(measured: Found) -> Iterator[str]:
         yield "| loader | images/s | CPU-ms per image |"
         yield "|---|--:|--:|"
         for r in rows:
-            yield f"| {r['loader']} | {r['images/s']['median']:,.0f} | {r['CPU-ms per image']['median']:.2f} |"
+            yield (
+                f"| {r['loader']} | {r['images/s']['median']:,.0f} |"
+                f" {r['CPU-ms per image']['median']:.2f} |"
+            )
         yield ""
 
 

@@ -13,27 +13,61 @@ from fap.cli.signals import Stopped, importing, raising_stopped
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("fap-convert", description=__doc__)
     add = parser.add_argument
-    add("src", nargs="?", type=expanduser, help="image folder in ImageNet's layout (one folder per class), or cifar10")
-    add("dst", nargs="?", type=expanduser, help="file to write; one that exists is never overwritten")
-    add("--check", metavar="FILE", type=expanduser, help="verify structure and every checksum of a .beton, writing nothing")
-    add("--max-side", type=int, metavar="N", help="shrink larger images so that the longer side is N pixels")
+    add(
+        "src",
+        nargs="?",
+        type=expanduser,
+        help="image folder in ImageNet's layout (one folder per class), or cifar10",
+    )
+    add(
+        "dst",
+        nargs="?",
+        type=expanduser,
+        help="file to write; one that exists is never overwritten",
+    )
+    add(
+        "--check",
+        metavar="FILE",
+        type=expanduser,
+        help="verify structure and every checksum of a .beton, writing nothing",
+    )
+    add(
+        "--max-side",
+        type=int,
+        metavar="N",
+        help="shrink larger images so that the longer side is N pixels",
+    )
     add("--quality", type=int, metavar="Q", help="re-encode every image as a JPEG of this quality")
     add("--raw", action="store_true", help="store decoded RGB pixels")
     add("--skip-bad", action="store_true", help="leave damaged images out instead of failing")
-    add("--allow-odd-classes", action="store_true", help="take a single class, and classes called train, val or test")
+    add(
+        "--allow-odd-classes",
+        action="store_true",
+        help="take a single class, and classes called train, val or test",
+    )
     add("--threads", type=int, metavar="T", help="default: all cores")
     add("--split", choices=("train", "test"), help="cifar10 only; default: train")
     add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
     a = parser.parse_args(argv)
     if (a.check is None) == (a.src is None) or (a.src is None) != (a.dst is None):
         parser.error("give SRC and DST, or --check FILE")
-    for_folders = a.max_side is not None or a.quality is not None or a.raw or a.skip_bad or a.allow_odd_classes
+    for_folders = (
+        a.max_side is not None
+        or a.quality is not None
+        or a.raw
+        or a.skip_bad
+        or a.allow_odd_classes
+    )
     if (a.check or a.src == "cifar10") and for_folders:
-        parser.error("--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders")
+        parser.error(
+            "--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders"
+        )
     if a.src != "cifar10" and (a.split or a.limit is not None):
         parser.error("--split and --limit are for cifar10")
     if a.threads is not None and (a.threads < 1 or a.src == "cifar10"):
-        parser.error(f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded")
+        parser.error(
+            f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded"
+        )
     return a
 
 
@@ -66,8 +100,8 @@ def check(a: argparse.Namespace) -> int:
 def convert(a: argparse.Namespace) -> int:
     from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
     from pipelines.files import readable
-    from pipelines.folder import Listing
-    from pipelines.store import BetonStore, sidecar_path
+    from pipelines.sources.beton import BetonStore, sidecar_path
+    from pipelines.sources.folder import Listing
 
     if a.src == "cifar10":
         done = convert_cifar10(a.dst, a.split or "train", a.limit)

@@ -1,4 +1,6 @@
-"""fap-doctor [PATH]: what this machine lacks for training, one line each, with the command that mends it."""
+"""fap-doctor [PATH]: what this machine lacks for training, one line each, with the command that
+mends it.
+"""
 
 import argparse
 import contextlib
@@ -23,10 +25,26 @@ from typing import Any
 from fap.cli.output import survive
 from fap.cli.signals import Stopped, end, raising_stopped
 
-MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tensorboard", "tqdm", "PIL", "cv2", "numba", "scipy")
+MODULES = (
+    "numpy",
+    "timm",
+    "pydantic",
+    "yaml",
+    "safetensors",
+    "tensorboard",
+    "tqdm",
+    "PIL",
+    "cv2",
+    "numba",
+    "scipy",
+)
 DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"
-SHARE_MEMORY = "docker run --shm-size=1g  # Kubernetes: an emptyDir of medium Memory, mounted at /dev/shm"
-MORE_THREADS = "docker run --pids-limit=4096  # Kubernetes: podPidsLimit of the kubelet; systemd: TasksMax"
+SHARE_MEMORY = (
+    "docker run --shm-size=1g  # Kubernetes: an emptyDir of medium Memory, mounted at /dev/shm"
+)
+MORE_THREADS = (
+    "docker run --pids-limit=4096  # Kubernetes: podPidsLimit of the kubelet; systemd: TasksMax"
+)
 MORE_MEMORY = "docker run --memory=16g  # Kubernetes: resources.limits.memory; Slurm: --mem=16G"
 CLOCK = "timedatectl set-ntp true  # or chronyc makestep, on the file server too"
 SIDE, COLOUR = 64, (200, 100, 50)  # of the test image
@@ -58,8 +76,12 @@ def require(good: bool, text: str, mend: str = "") -> str:
 
 
 def leaf(name: str) -> Any:
-    """A module of `pipelines` from its file: importing the package needs torch, which may be what is missing."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "pipelines" / f"{name}.py")
+    """A module of `pipelines` from its file: importing the package needs torch, which may be what
+    is missing.
+    """
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[2] / "pipelines" / f"{name}.py"
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -79,7 +101,10 @@ def check_python(path: Path) -> str:
 def check_torch(path: Path) -> str:
     machine.settle_in()  # as every command does
     torch, torchvision = importlib.import_module("torch"), importlib.import_module("torchvision")
-    return f"{torch.__version__}, torchvision {torchvision.__version__}, built for CUDA {torch.version.cuda}"
+    return (
+        f"{torch.__version__}, torchvision {torchvision.__version__}, built for CUDA"
+        f" {torch.version.cuda}"
+    )
 
 
 def check_packages(path: Path) -> str:
@@ -89,12 +114,21 @@ def check_packages(path: Path) -> str:
 def check_gpu(path: Path) -> str:
     torch: Any = importlib.import_module("torch")
     query = "nvidia-smi --query-gpu=driver_version,name,memory.total --format=csv,noheader"
-    found = subprocess.run(query, shell=True, capture_output=True, errors="replace", timeout=60).stdout.strip()
+    found = subprocess.run(
+        query, shell=True, capture_output=True, errors="replace", timeout=60
+    ).stdout.strip()
     if torch.cuda.is_available():
         torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (driver, name, memory: {found or 'unknown'})"
-    here = found or any(v.read_text() == "0x10de\n" for v in Path("/sys/bus/pci/devices").glob("*/vendor"))
-    return require(not here, f"{found or ('NVIDIA, no driver' if here else 'none')}; torch trains on the CPU")
+        return (
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (driver, name, memory:"
+            f" {found or 'unknown'})"
+        )
+    here = found or any(
+        v.read_text() == "0x10de\n" for v in Path("/sys/bus/pci/devices").glob("*/vendor")
+    )
+    return require(
+        not here, f"{found or ('NVIDIA, no driver' if here else 'none')}; torch trains on the CPU"
+    )
 
 
 def check_decoding(path: Path, back_end: str, device: str = "cpu") -> str:
@@ -140,13 +174,17 @@ def check_memory(path: Path) -> str:
         free = limit / 1e9
         text = f"{free:,.1f} GB for processes and page cache, the limit of this container or job"
         too_little = f"{text}: a process that goes beyond it is killed (exit code 137)"
-        require(free >= LEAST_MEMORY_GB, f"{too_little}; a run needs {LEAST_MEMORY_GB} GB", MORE_MEMORY)
+        require(
+            free >= LEAST_MEMORY_GB, f"{too_little}; a run needs {LEAST_MEMORY_GB} GB", MORE_MEMORY
+        )
     size = path.stat().st_size / 1e9 if path.is_file() else 0
     return require(free >= max(LEAST_MEMORY_GB, size), f"{text}; {path}: {size:,.1f} GB")
 
 
 def check_user(path: Path) -> str:
-    """An account, a home and a place for caches; without them `pipelines.machine.settle_in` makes up for it."""
+    """An account, a home and a place for caches; without them `pipelines.machine.settle_in` makes
+    up for it.
+    """
     lacks = [] if has_account() else ["has no account"]
     home, cache = machine.home_folder(), machine.cache_folder()
     if home is None:
@@ -163,13 +201,23 @@ def check_user(path: Path) -> str:
 
 
 def check_folders(path: Path) -> str:
-    """The folder of temporary files and the current one, where a run's folder is made unless run.dir says otherwise."""
+    """The folder of temporary files and the current one, where a run's folder is made unless
+    run.dir says otherwise.
+    """
     temporary = Path(tempfile.gettempdir())  # raises where none can be written
     free = shutil.disk_usage(temporary).free / 1e6
-    require(free >= 100, f"{temporary} for temporary files has {free:,.0f} MB left", "export TMPDIR=A_FOLDER_WITH_ROOM")
+    require(
+        free >= 100,
+        f"{temporary} for temporary files has {free:,.0f} MB left",
+        "export TMPDIR=A_FOLDER_WITH_ROOM",
+    )
     here = Path.cwd()
     runs = "cd A_FOLDER_YOU_MAY_WRITE  # or: fap-train run.dir=A_FOLDER_YOU_MAY_WRITE"
-    require(machine.writable(here), f"the current folder {here} cannot be written: there is no place for runs/", runs)
+    require(
+        machine.writable(here),
+        f"the current folder {here} cannot be written: there is no place for runs/",
+        runs,
+    )
     return f"{temporary} and {here} can be written"
 
 
@@ -178,7 +226,9 @@ def check_shared_memory(path: Path) -> str:
     try:
         multiprocessing.get_context("fork").Lock()
     except (OSError, ImportError) as error:
-        raise Finding(f"/dev/shm: no semaphore can be made ({error}): work stays in one process") from error
+        raise Finding(
+            f"/dev/shm: no semaphore can be made ({error}): work stays in one process"
+        ) from error
     free = shutil.disk_usage("/dev/shm").free / 1e6
     return require(free >= LEAST_SHARED_MB, f"/dev/shm: semaphores work, {free:,.0f} MB free")
 
@@ -190,14 +240,24 @@ def check_limits(path: Path) -> str:
         require(good, f"at most {limit:,} {what}; a run needs {least:,}", command)
     threads = machine.thread_limit()
     enough = threads is None or threads >= LEAST_THREADS
-    require(enough, f"at most {threads} threads in this container; a run needs {LEAST_THREADS}", MORE_THREADS)
+    require(
+        enough,
+        f"at most {threads} threads in this container; a run needs {LEAST_THREADS}",
+        MORE_THREADS,
+    )
     return f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files"
 
 
 def check_text(path: Path) -> str:
-    """With another encoding than UTF-8 file names and messages with other letters than ASCII fail or are mangled."""
+    """With another encoding than UTF-8 file names and messages with other letters than ASCII fail
+    or are mangled.
+    """
     found = {"file names": sys.getfilesystemencoding(), "files": locale.getpreferredencoding(False)}
-    wrong = [f"{what} are {name}" for what, name in found.items() if name.lower().replace("-", "") != "utf8"]
+    wrong = [
+        f"{what} are {name}"
+        for what, name in found.items()
+        if name.lower().replace("-", "") != "utf8"
+    ]
     return require(not wrong, " and ".join(wrong) or "UTF-8")
 
 
@@ -210,7 +270,9 @@ def check_disk(path: Path) -> str:
         file.write(block)
         with contextlib.suppress(OSError):  # the check of the file system tells
             os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read the disk, not the cache
+        os.posix_fadvise(
+            file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+        )  # read the disk, not the cache
         file.seek(0)
         start = time.perf_counter()
         file.read()
@@ -219,12 +281,18 @@ def check_disk(path: Path) -> str:
     text = f"{folder}: reads {speed:,.0f} MB/s, {free:,.0f} GB free"
     counted = inodes.f_files > 0  # some file systems count none
     few = counted and inodes.f_favail < LEAST_FILES
-    require(not few, f"{text}, room for only {inodes.f_favail:,} more files", f"df -i {folder}  # remove small files")
+    require(
+        not few,
+        f"{text}, room for only {inodes.f_favail:,} more files",
+        f"df -i {folder}  # remove small files",
+    )
     return require(speed >= 100 and free >= 2, text)
 
 
 def check_file_system(path: Path) -> str:
-    """Locks keep two conversions or runs of one name apart; syncing a folder lets a new checkpoint survive a power cut."""
+    """Locks keep two conversions or runs of one name apart; syncing a folder lets a new checkpoint
+    survive a power cut.
+    """
     folder = folder_of(path)
     with tempfile.TemporaryFile(dir=folder) as file:
         lacks = [] if files.lock(file) else ["no locks (start nothing twice)"]
@@ -250,13 +318,18 @@ def check_clock(path: Path) -> str:
         file.flush()
         ahead = os.fstat(file.fileno()).st_mtime - time.time()
     off = abs(ahead) > CLOCK_SECONDS
-    return require(not off, text + off * f"; the clock of {folder_of(path)} differs by {ahead:,.0f} s")
+    return require(
+        not off, text + off * f"; the clock of {folder_of(path)} differs by {ahead:,.0f} s"
+    )
 
 
 def folder_of(path: Path) -> Path:
     """`path`, or the folder that it lies in. Finding where no file can be made."""
     folder = path if path.is_dir() else path.parent
-    mend = "fap-doctor A_FOLDER_YOU_MAY_WRITE  # data may be read-only; runs need run.dir=A_FOLDER_YOU_MAY_WRITE"
+    mend = (
+        "fap-doctor A_FOLDER_YOU_MAY_WRITE  # data may be read-only; runs need"
+        " run.dir=A_FOLDER_YOU_MAY_WRITE"
+    )
     require(folder.is_dir(), f"{folder}: no such folder", "fap-doctor A_FOLDER_THAT_EXISTS")
     require(machine.writable(folder), f"{folder}: no file can be made there", mend)
     return folder
@@ -279,21 +352,51 @@ def syncs(descriptor: int) -> bool:
 
 
 CHECKS = (  # name, needed for training on a CPU, check, what mends it
-    ("Python", True, check_python, "apt-get install python3 python3-venv python3-dev && make setup"),
+    (
+        "Python",
+        True,
+        check_python,
+        "apt-get install python3 python3-venv python3-dev && make setup",
+    ),
     ("cores", False, check_cores, "unset OMP_NUM_THREADS"),
-    ("memory", False, check_memory, "fap-convert --max-side 512 SRC DST.beton  # or more memory, or a fast SSD"),
-    ("user", False, check_user, "export HOME=A_FOLDER_YOU_MAY_WRITE LOGNAME=fap  # or docker run --user of an account"),
+    (
+        "memory",
+        False,
+        check_memory,
+        "fap-convert --max-side 512 SRC DST.beton  # or more memory, or a fast SSD",
+    ),
+    (
+        "user",
+        False,
+        check_user,
+        "export HOME=A_FOLDER_YOU_MAY_WRITE LOGNAME=fap  # or docker run --user of an account",
+    ),
     ("folders", False, check_folders, "export TMPDIR=A_FOLDER_YOU_MAY_WRITE"),
     ("shared memory", False, check_shared_memory, SHARE_MEMORY),
     ("limits", False, check_limits, "ulimit -a"),
     ("text", False, check_text, "export PYTHONUTF8=1  # or LC_ALL=C.UTF-8"),
     ("disk", False, check_disk, "df -h  # a local SSD with room for data and checkpoints"),
-    ("file system", False, check_file_system, "mount  # a local disk, NFS 4, or Lustre mounted with -o flock"),
+    (
+        "file system",
+        False,
+        check_file_system,
+        "mount  # a local disk, NFS 4, or Lustre mounted with -o flock",
+    ),
     ("clock", False, check_clock, CLOCK),
     ("torch", True, check_torch, "pip install -c constraints.txt torch torchvision"),
     ("packages", True, check_packages, "pip install -c constraints.txt -e ."),
-    ("GPU", False, check_gpu, "nvidia-smi  # fails: install the driver; works: a torch built for its CUDA"),
-    ("FFCV", False, partial(check_decoding, back_end="ffcv"), "bash setup.sh  # until then: --pipeline dali or reference"),
+    (
+        "GPU",
+        False,
+        check_gpu,
+        "nvidia-smi  # fails: install the driver; works: a torch built for its CUDA",
+    ),
+    (
+        "FFCV",
+        False,
+        partial(check_decoding, back_end="ffcv"),
+        "bash setup.sh  # until then: --pipeline dali or reference",
+    ),
     ("DALI", False, partial(check_decoding, back_end="dali"), DALI),
     ("GPU decoding", False, partial(check_decoding, back_end="dali", device="cuda"), DALI),
 )
@@ -303,7 +406,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1 if something is missing that training on a CPU needs."""
     survive()
     parser = argparse.ArgumentParser(prog="fap-doctor", description=__doc__)
-    parser.add_argument("path", nargs="?", default=".", help="a .beton, or the folder of data and runs; default: this one")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        default=".",
+        help="a .beton, or the folder of data and runs; default: this one",
+    )
     path = Path(os.path.expanduser(parser.parse_args(argv).path))
     try:
         with raising_stopped():

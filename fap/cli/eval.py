@@ -1,4 +1,6 @@
-"""fap-eval: exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."""
+"""fap-eval: exact accuracy of checkpoints on clean images and under corruptions, beside the paper's
+numbers.
+"""
 
 import sys
 from collections.abc import Sequence

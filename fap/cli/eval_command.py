@@ -15,16 +15,20 @@ import torch
 from tqdm import tqdm
 
 import pipelines
-from fap import report
-from fap.benchmarks import Wanted
 from fap.checkpoint import DamagedCheckpoint
 from fap.cli.output import told
-from fap.evaluation import carry_out, look
-from fap.results import Results
-from fap.session import limit_threads
-from pipelines.corrupt import NAMES, QUICK, SMALL, Workers
+from fap.evaluate import report
+from fap.evaluate.benchmarks import Wanted
+from fap.evaluate.results import Results
+from fap.evaluate.work import carry_out, look
+from fap.run.session import limit_threads
+from pipelines.corrupt import NAMES, QUICK, SMALL
+from pipelines.corrupt_batches import Workers
 
-DESCRIPTION = "Exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."
+DESCRIPTION = (
+    "Exact accuracy of checkpoints on clean images and under corruptions, beside the paper's"
+    " numbers."
+)
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -56,20 +60,37 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     add("--data", required=True, help="clean images: a .beton file or an image folder")
     add("--corrupt", nargs="*", choices=["all", *NAMES],
         help=f"corrupt --data on the fly; alone: {', '.join(QUICK)}; all: 19 at 5 severities")  # fmt: skip
-    add("--keep", metavar="DIR", help="build each corrupted set once, as a .beton of raw images in this folder")
+    add(
+        "--keep",
+        metavar="DIR",
+        help="build each corrupted set once, as a .beton of raw images in this folder",
+    )
     add("--severity", nargs="+", type=int, choices=range(1, 6), help="of --corrupt; default 3")
-    add("--imagenet-c", metavar="DIR", help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop")
+    add(
+        "--imagenet-c",
+        metavar="DIR",
+        help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop",
+    )
     add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
     add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
     add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
     add("--labels-by-position", action="store_true",
         help="compare labels by position where only the checkpoint or only the data has class names")  # fmt: skip
     add("--bn", choices=("main", "aux"), default="main")
-    add("--pipeline", choices=list(pipelines.BACK_ENDS), help="default: ffcv for a .beton, reference for a folder")
+    add(
+        "--pipeline",
+        choices=list(pipelines.BACK_ENDS),
+        help="default: ffcv for a .beton, reference for a folder",
+    )
     add("--batch", type=int, default=256)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the corruptions computed here")
-    add("--out", metavar="DIR", default="eval", help="for tables, plot and each set's result, which is not computed again")
+    add(
+        "--out",
+        metavar="DIR",
+        default="eval",
+        help="for tables, plot and each set's result, which is not computed again",
+    )
     args = parser.parse_args(argv)
     if args.corrupt is None:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
@@ -97,7 +118,9 @@ def evaluate(args: Namespace) -> int:
         if not many:
             workers.n = 0  # seconds of work, which is what processes take to start
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written costs no hours of work
+        with tempfile.TemporaryFile(
+            dir=out
+        ):  # a folder that cannot be written costs no hours of work
             pass
         reports = [carry_out(work, wanted, workers, results, say) for work in works]
     print(report.markdown(reports), end="", flush=True)
@@ -106,7 +129,7 @@ def evaluate(args: Namespace) -> int:
 
 
 def wishes(args: Namespace) -> Wanted:
-    """The arguments as `fap.benchmarks.Wanted`. Raises ValueError."""
+    """The arguments as `fap.evaluate.benchmarks.Wanted`. Raises ValueError."""
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.seed < 0:
@@ -124,7 +147,9 @@ def wishes(args: Namespace) -> Wanted:
     severities = args.severity or (range(1, 6) if everything else [3])
     return Wanted(
         data=_path(args.data),
-        computed=tuple((n, s) for n in NAMES for s in range(1, 6) if n in names and s in severities),
+        computed=tuple(
+            (n, s) for n in NAMES for s in range(1, 6) if n in names and s in severities
+        ),
         keep=_optional(args.keep),
         imagenet_c=_optional(args.imagenet_c),
         imagenet_r=_optional(args.imagenet_r),

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", help="the .safetensors file to write; it must not exist")
     args = parser.parse_args(argv)
     with importing("fap-export"):
-        from fap import load
+        from fap.evaluate import load
     out = os.path.expanduser(args.out)
     try:
         with raising_stopped():
@@ -30,8 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fap-export: {args.checkpoint}: not enough memory for it", file=sys.stderr)
         return 1
     name = meta["model"].removeprefix("timm/")
-    print(f"wrote {out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run {meta['run']}")
-    print(f"input: RGB in 0..1, {meta['size']} px, minus mean {meta['mean']}, divided by std {meta['std']}")
+    print(
+        f"wrote {out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run"
+        f" {meta['run']}"
+    )
+    print(
+        f"input: RGB in 0..1, {meta['size']} px, minus mean {meta['mean']}, divided by std"
+        f" {meta['std']}"
+    )
     print(f"load:  model.load_state_dict(safetensors.torch.load_file({out!r}), strict=True)")
     return 0
 

@@ -1,4 +1,6 @@
-"""Standard output and error that may fail: a full disk or a closed pipe costs lines, never the work."""
+"""Standard output and error that may fail: a full disk or a closed pipe costs lines, never the
+work.
+"""
 
 import contextlib
 import os
@@ -45,7 +47,11 @@ class Surviving:
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
         if self is sys.stdout:
-            print(f"warning: standard output is lost ({error}); the work goes on", file=sys.stderr, flush=True)
+            print(
+                f"warning: standard output is lost ({error}); the work goes on",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def told(error: BaseException) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 
 from fap.cli.output import told
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as fap.session.SIGNALS
+STOPPING = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # as fap.run.session.SIGNALS
 SECONDS_TO_END = 5
 
 
@@ -36,7 +42,10 @@ def importing(command: str) -> Iterator[None]:
     """
 
     def leave(number: int, _: Any) -> None:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: {_said(number)}\n".encode())
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            f"{command}: {_said(number)}\n".encode(),
+        )
         os._exit(128 + number)
 
     with _handled_by(leave):

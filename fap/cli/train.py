@@ -3,8 +3,9 @@
 Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml
 data.train=train.beton data.val=val.beton --pipeline dali resume=auto
 
-SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 128 + the signal's number; a Ctrl-C
-two seconds after that ends at once. Exit code 0 means that the last checkpoint and result.json are on the disk.
+SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 128 + the
+signal's number; a Ctrl-C two seconds after that ends at once. Exit code 0 means that the last
+checkpoint and result.json are on the disk.
 """
 
 import argparse
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     survive()
     try:
         _train(argv)
-    except KeyboardInterrupt:  # between those that handle the signals: after the imports, after the run
+    except (
+        KeyboardInterrupt
+    ):  # between those that handle the signals: after the imports, after the run
         _end(130, "stopped by SIGINT")
 
 
@@ -31,13 +34,20 @@ def _train(argv: Sequence[str] | None) -> None:
         from fap.checkpoint import DamagedCheckpoint
         from fap.config import load_config
         from fap.distributed import ONE_RANK, connect, disconnect, lost_a_rank
-        from fap.graph import FreshProcessNeeded, out_of_memory
-        from fap.session import Interrupted, StopSignal
-        from fap.train import NonFinite, NotSaved, Run
+        from fap.run.session import Interrupted, StopSignal
+        from fap.run.train import NonFinite, NotSaved, Run
+        from fap.step.graph import FreshProcessNeeded, out_of_memory
 
     parser = argparse.ArgumentParser(prog="fap-train", description=__doc__)
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="e.g. optim.lr=0.2; any config field")
-    parser.add_argument("--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=...")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml | key=value",
+        help="e.g. optim.lr=0.2; any config field",
+    )
+    parser.add_argument(
+        "--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=..."
+    )
     args = parser.parse_intermixed_args(argv)
     overrides = [word for word in args.words if "=" in word]
     files = [word for word in args.words if "=" not in word]
@@ -50,7 +60,10 @@ def _train(argv: Sequence[str] | None) -> None:
             ranks = connect()
             with ranks.together():
                 if len(files) > 1:
-                    raise ValueError(f"one CONFIG.yaml at most, found {', '.join(files)}; other words must be key=value")
+                    raise ValueError(
+                        f"one CONFIG.yaml at most, found {', '.join(files)}; other words must be"
+                        " key=value"
+                    )
                 config = load_config(files[0] if files else None, overrides)
             result = Run(config, ranks, stop).train()
             disconnect()
@@ -60,17 +73,36 @@ def _train(argv: Sequence[str] | None) -> None:
             if ranks.world > 1:  # torchrun started us, and the other ranks are where they are
                 _end(1, str(e), ranks.world)
             _start_again(argv, e.reason, e.settings)
-        except (ValueError, OSError, ImportError, NonFinite, NotSaved, DamagedCheckpoint, pipelines.DamagedData) as e:
+        except (
+            ValueError,
+            OSError,
+            ImportError,
+            NonFinite,
+            NotSaved,
+            DamagedCheckpoint,
+            pipelines.DamagedData,
+        ) as e:
             _end(1, str(e), ranks.world)
         except (RuntimeError, MemoryError) as e:
             if lost_a_rank(e):
-                _end(1, f"another rank is gone, its own output says why ({str(e).splitlines()[0][:200]})", ranks.world)
+                _end(
+                    1,
+                    "another rank is gone, its own output says why"
+                    f" ({str(e).splitlines()[0][:200]})",
+                    ranks.world,
+                )
             if out_of_memory(e):
-                smaller = "fewer optim.clean_batch rows, a smaller model or data.size, or fewer data.threads"
+                smaller = (
+                    "fewer optim.clean_batch rows, a smaller model or data.size, or fewer"
+                    " data.threads"
+                )
                 _end(1, f"out of memory: {str(e)[:300]}\nremedies: {smaller}", ranks.world)
             raise
     if ranks.first:
-        done = "done: top-1 {top1:.2%}, top-5 {top5:.2%} after {image_passes:,} image passes in {seconds:.0f} s"
+        done = (
+            "done: top-1 {top1:.2%}, top-5 {top5:.2%} after {image_passes:,} image passes in"
+            " {seconds:.0f} s"
+        )
         print(done.format(**result | result["last"]))
 
 

@@ -1,0 +1,95 @@
+"""The labels of an evaluation set as the model's: by class names, or by position where that is
+allowed.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.files import shown
+
+
+def match_classes(names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """int64 (len(names),): where each of the data's class names stands among the model's. Raises
+    ValueError.
+    """
+    position = {name: i for i, name in enumerate(classes)}
+    if len(position) < len(classes) or len(set(names)) < len(names):
+        raise ValueError("a class name is there twice, so classes cannot be told apart by name")
+    if unknown := [name for name in names if name not in position]:
+        raise ValueError(
+            f"{len(unknown)} of the {len(names)} class folders are none of the model's"
+            f" {len(classes)} classes, the first being {shown(unknown[0])}; the model has"
+            f" {_first(classes)}"
+        )
+    return torch.tensor([position[name] for name in names])
+
+
+class Labels(NamedTuple):
+    """How the data's labels become the model's."""
+
+    map: (
+        Tensor | None
+    )  # int64 (K,): the model's class of each of the data's labels; None: they are the same
+    how: str  # for the report
+
+
+def match_labels(
+    names: Sequence[str] | None,  # the data's classes, in the order of its labels
+    labels: tuple[int, int],  # the least and the greatest label
+    classes: Sequence[str] | None,  # the model's
+    n_classes: int,  # logits of the model
+    *,
+    by_position: bool = False,
+    restrict: bool = False,
+) -> Labels:
+    """Match labels by class names, or by position where that is all there is. Raises ValueError.
+
+    Where only one side has names, nothing shows whether the orders agree (folders 0, 1, 10, 100, 2
+    are sorted as text), so `by_position` must allow it, and the counts must be equal. `restrict`
+    (ImageNet-R) needs names.
+    """
+    known = n_classes if names is None else len(names)
+    if labels[0] < 0 or labels[1] >= known:
+        whose = "the model has" if names is None else "there are names for"
+        raise ValueError(f"its labels are {labels[0]} to {labels[1]}, but {whose} {known} classes")
+    if names and classes:
+        label_map = match_classes(names, classes)
+        if tuple(names) == tuple(classes):
+            return Labels(label_map, "by name")
+        return Labels(label_map, f"by name ({len(names)} of {len(classes)} classes)")
+
+    lacking = "the checkpoint" if names else "the data"
+    if restrict:
+        both = (
+            "neither the checkpoint nor the data has class names"
+            if not (names or classes)
+            else f"{lacking} has none"
+        )
+        raise ValueError(
+            "only the logits of its own classes count, and class names say which those are:"
+            f" {both}; train and evaluate on data with class names, as fap-convert writes it"
+        )
+    if not names and not classes:
+        return Labels(None, "by position (neither side has class names)")
+    if not by_position:
+        raise ValueError(
+            f"{lacking} has no class names, so labels could only be compared by position, and a"
+            " wrong order gives a wrong number without a word; use data with class names, or"
+            " --labels-by-position if the orders are the same"
+        )
+    if names and len(names) != n_classes:
+        raise ValueError(
+            f"it has {len(names)} classes and the model {n_classes}: labels by position need the"
+            " same classes on both sides"
+        )
+    return Labels(
+        None, f"by position (allowed by --labels-by-position; {lacking} has no class names)"
+    )
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
+    listed = ", ".join(shown(name, 60) for name in names[:most])
+    return listed + (" ..." if len(names) > most else "")

@@ -1,0 +1,85 @@
+"""One half-precision copy of the weights per step, which all passes read.
+
+Under autocast every pass casts every weight anew, and casts its gradient back: two small kernels
+per weight and pass. Here one kernel casts the weights of a whole step, and
+`fap.step.flat.GradientSum` brings a pass's gradients back. The numbers are the same bit for bit.
+Twin: autocast's own casts.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fap.nets.stem import StemConv2d
+from fap.step.flat import Flat
+
+# Layers that hand weight and bias as they are to an operator which autocast runs in half precision.
+PLAIN = (
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+    nn.Linear.forward,
+    StemConv2d.forward,
+)
+
+
+def castable(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that autocast would cast in every pass, and that nothing reads in full
+    precision.
+    """
+    cast: set[nn.Parameter] = set()
+    read_otherwise: set[nn.Parameter] = set()
+    for module in model.modules():
+        full_precision = isinstance(module, StemConv2d) and module.full_precision
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(module).forward in PLAIN and name in ("weight", "bias") and not full_precision:
+                cast.add(parameter)
+            else:
+                read_otherwise.add(parameter)
+    return cast - read_otherwise
+
+
+class HalfWeights:
+    """Copies of `parameters`, all of them in `flat.first`, that stand in for them while a pass
+    runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, flat: Flat, parameters: Collection[nn.Parameter], dtype: torch.dtype
+    ) -> None:
+        self.source = flat.param.data[flat.first]
+        self.values = torch.zeros_like(self.source, dtype=dtype)
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        for name, parameter in flat.parameters.items():
+            if parameter in parameters:
+                view = self.values[flat.slices[name]].as_strided(
+                    parameter.shape, parameter.stride()
+                )
+                copies[parameter] = nn.Parameter(view)
+        self.leaves: list[Tensor] = [copies.get(p, p) for p in flat.parameters.values()]
+        """What a pass differentiates: the copy, or the parameter that has none, in the order of
+        `flat.parameters`.
+        """
+        self.places = [
+            (module, name, parameter, copies[parameter])
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter in copies
+        ]
+
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        self.values.copy_(self.source)
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Within the block the model computes with the copies."""
+        for module, name, _, copy in self.places:
+            module._parameters[name] = copy
+        try:
+            yield
+        finally:
+            for module, name, parameter, _ in self.places:
+                module._parameters[name] = parameter

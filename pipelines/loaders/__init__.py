@@ -1,0 +1,1 @@
+"""Back ends that execute an epoch plan."""

@@ -1,0 +1,389 @@
+import contextlib
+import ctypes
+import gc
+import io
+import os
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="pip install -e '.[dali]'")
+
+from nvidia.dali import Pipeline, fn
+from nvidia.dali.types import _raw_cuda_stream_ptr
+
+from pipelines import DamagedData, PlanSpec, draw_epoch, eval_plan, open_loader
+from pipelines.plan import PADDING
+from pipelines.sources.folder import FolderStore
+from pipelines.store import JPG, RAW, Store
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+class MemoryStore(Store):
+    """Images held in memory, so that each test says what it decodes."""
+
+    path, classes = "memory.beton", None
+
+    def __init__(self, images: list[np.ndarray], modes: list[int], **save) -> None:
+        self.heights, self.widths = np.array([image.shape[:2] for image in images], np.int32).T
+        self.labels = np.arange(len(images), dtype=np.int64) % 7
+        self.modes = np.array(modes, np.uint8)
+        self.images, self.data = (
+            images,
+            [self.encode(i, m, save) for i, m in zip(images, modes, strict=True)],
+        )
+        self.sizes = np.array([d.size for d in self.data])
+
+    @staticmethod
+    def encode(image: np.ndarray, mode: int, save: dict) -> np.ndarray:
+        if mode == RAW:
+            return image.reshape(-1)
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "JPEG", **({"quality": 92} | save))
+        return np.frombuffer(out.getvalue(), np.uint8)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.data[index]
+
+    def _content_crc32(self) -> int:
+        return zlib.crc32(b"".join(self.data))
+
+    def close(self) -> None:
+        pass
+
+
+def photo(seed: int, height: int, width: int) -> np.ndarray:
+    """Something with smooth regions, edges and texture."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for cells, strength in ((4, 90), (24, 30), (96, 8)):
+        noise = rng.integers(0, 256, (cells, cells, 3), np.uint8)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        layers.append(strength / 128 * (np.asarray(layer, float) - 128))
+    return (128 + sum(layers)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photos() -> MemoryStore:
+    sides = [(375, 500), (500, 375), (200, 180), (333, 500), (120, 400), (480, 640)]
+    return MemoryStore([photo(i, *sides[i % 6]) for i in range(24)], [JPG] * 24)
+
+
+@pytest.fixture(scope="module")
+def cifar() -> MemoryStore:
+    rng = np.random.default_rng(0)
+    return MemoryStore([rng.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(50)], [RAW] * 50)
+
+
+def run(loader, plan, start_step=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every batch of a plan: images (rows, 3, H, W) and labels, on the CPU."""
+    batches = [
+        (b.images.cpu().clone(), b.labels.cpu(), b.step) for b in loader.load(plan, start_step)
+    ]
+    assert [step for *_, step in batches] == list(range(start_step, len(plan)))
+    return torch.cat([i for i, *_ in batches]), torch.cat([y for _, y, _ in batches])
+
+
+def assert_agree(a: torch.Tensor, b: torch.Tensor, mean: float = 2, most: int = 12) -> None:
+    difference = (a.int() - b.int()).abs()
+    assert difference.float().mean() <= mean
+    assert (difference <= most).float().mean() >= 0.99
+
+
+FFCV = pytest.param(
+    "ffcv", 2, marks=pytest.mark.skipif(find_spec("ffcv") is None, reason="no FFCV")
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("twin", "mean"), [("reference", 1.2), FFCV])
+def test_same_images_as_the_other_back_ends(photos, device, twin, mean):
+    """Decoders agree exactly on a CPU (reference) or within a fast inverse DCT (ffcv); a triangle
+    filter is no box.
+    """
+    plan = draw_epoch(
+        PlanSpec(3, 224, 8, 4, clean_group=4, adv_group=2), photos.heights, photos.widths, 1
+    )
+    images, labels = run(open_loader("dali", photos, size=224, device=device), plan)
+    expected, same = run(open_loader(twin, photos, size=224), plan)
+    assert (
+        images.shape == (24, 3, 224, 224)
+        and images.dtype == torch.uint8
+        and torch.equal(labels, same)
+    )
+    assert labels.tolist() == photos.labels[plan.index.reshape(-1)].tolist()
+    assert_agree(images, expected, mean)
+    mirrored = replace(plan, flip=~plan.flip)
+    assert_agree(
+        run(open_loader("dali", photos, size=224, device=device), mirrored)[0].flip(-1),
+        images,
+        0.1,
+        1,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_are_channels_last_on_the_device_without_a_copy(photos, device):
+    plan = draw_epoch(PlanSpec(3, 64, 8, clean_group=8), photos.heights, photos.widths, 0)
+    for batch in open_loader("dali", photos, size=64, device=device).load(plan):
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.images.device.type == batch.labels.device.type == device
+        assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_window_of_the_output_size_is_the_decoded_region(photos, device):
+    """No resize: what is left is the decoder, exact on a CPU and within a rounding on a GPU."""
+    plan = draw_epoch(
+        PlanSpec(5, 96, 8, clean_group=8, crop="pad", pad=40), photos.heights, photos.widths, 0
+    )
+    images, _ = run(open_loader("dali", photos, size=96, device=device), plan)
+    window = plan.window.reshape(-1, 4).astype(int)
+    assert (window[:, :2] < 0).any() and (
+        window[:, 0] + 96 > photos.heights[plan.index.reshape(-1)]
+    ).any()
+    for got, index, (top, left, *_), flip in zip(
+        images, plan.index.reshape(-1), window, plan.flip.reshape(-1), strict=True
+    ):
+        whole = np.asarray(Image.open(io.BytesIO(photos.data[index].tobytes())).convert("RGB"))
+        padded = np.pad(whole, ((40, 40), (40, 40), (0, 0)))[top + 40 :, left + 40 :][:96, :96]
+        expected = torch.from_numpy(padded[:, ::-1].copy() if flip else padded).permute(2, 0, 1)
+        if device == "cpu":
+            assert torch.equal(got, expected)
+        else:
+            assert_agree(got, expected, 1, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_raw_cifar_is_exact(cifar, device):
+    plan = draw_epoch(PlanSpec(1, 32, 16, 4, 8, 2, crop="pad"), cifar.heights, cifar.widths, 0)
+    images, _ = run(open_loader("dali", cifar, size=32, device=device), plan)
+    for got, index, window, flip in zip(
+        images,
+        plan.index.reshape(-1),
+        plan.window.reshape(-1, 4).astype(int),
+        plan.flip.reshape(-1),
+        strict=True,
+    ):
+        padded = np.pad(cifar.images[index], ((4, 4), (4, 4), (0, 0)))
+        expected = padded[window[0] + 4 :, window[1] + 4 :][:32, :32]
+        assert np.array_equal(got.permute(1, 2, 0), expected[:, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["photos", "cifar"])
+def test_validation_is_exact_with_a_partial_last_batch(name, device, request):
+    store = request.getfixturevalue(name)
+    size, resize = (224, 256) if name == "photos" else (32, 32)
+    plan = eval_plan(store.heights, store.widths, size=size, resize=resize, batch=9)
+    n, rows = len(store), plan.index.size
+    assert rows > n
+    images, labels = run(open_loader("dali", store, size=size, device=device), plan)
+    assert labels.tolist() == store.labels.tolist() + [-1] * (rows - n) and not images[n:].any()
+    expected, _ = run(open_loader("reference", store, size=size), plan)
+    assert_agree(images, expected, *((2, 12) if name == "photos" else (0, 0)))
+    empty = replace(
+        plan, index=np.full_like(plan.index, PADDING)
+    )  # what a rank may get as its last slice
+    assert not run(open_loader("dali", store, size=size, device=device), empty)[0].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["photos", "cifar"])
+def test_resume_and_thread_count_change_nothing(name, device, request):
+    store = request.getfixturevalue(name)
+    plan = draw_epoch(PlanSpec(2, 32, 4, clean_group=4), store.heights, store.widths, 3)
+    whole, labels = run(
+        open_loader("dali", store, size=32, device=device, threads=1, prefetch=1), plan
+    )
+    loader = open_loader("dali", store, size=32, device=device, threads=2)
+    for start in (0, 2, len(plan) - 1, len(plan)):
+        batches = [(b.images.cpu().clone(), b.labels.cpu()) for b in loader.load(plan, start)]
+        assert len(batches) == len(plan) - start
+        for step, (images, y) in enumerate(batches, start):
+            rows = slice(4 * step, 4 * step + 4)
+            assert torch.equal(images, whole[rows]) and torch.equal(y, labels[rows])
+    loader.close()
+
+
+def test_exif_orientation_is_ignored():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = photo(0, 80, 120)
+    plain, turned = MemoryStore([image], [JPG]), MemoryStore([image], [JPG], exif=exif)
+    plan = eval_plan(plain.heights, plain.widths, size=64, resize=64, batch=1)
+    assert turned.sizes[0] > plain.sizes[0]
+    a, b = (run(open_loader("dali", s, size=64), plan)[0] for s in (plain, turned))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_jpeg_that_does_not_decode_names_file_and_index(photos, device):
+    broken = MemoryStore(photos.images[:8], [JPG] * 8)
+    broken.data[5] = np.zeros_like(broken.data[5])
+    plan = eval_plan(broken.heights, broken.widths, size=64, resize=64, batch=2)
+    steps: list[int] = []
+    batches = open_loader("dali", broken, size=64, device=device).load(plan)
+    with pytest.raises(DamagedData, match=r"memory\.beton: sample 5: "):
+        steps.extend(batch.step for batch in batches)
+    assert steps == [0, 1]
+    assert (
+        len(run(open_loader("dali", photos, size=64, device=device), plan)[0]) == 8
+    )  # nothing is left behind
+
+
+def test_damage_found_by_the_store_and_in_a_folder(photos, tmp_path):
+    class Checked(MemoryStore):
+        def read(self, index):
+            if index == 3:
+                raise DamagedData("sample 3: wrong checksum")
+            return super().read(index)
+
+    store = Checked(photos.images[:6], [JPG] * 6)
+    plan = eval_plan(store.heights, store.widths, size=64, resize=64, batch=2)
+    with pytest.raises(DamagedData, match=r"^sample 3: wrong checksum$"):
+        run(open_loader("dali", store, size=64), plan)
+    for i in range(3):
+        (tmp_path / "k").mkdir(exist_ok=True)
+        (tmp_path / "k" / f"{i}.JPEG").write_bytes(photos.data[i].tobytes())
+    folder = FolderStore(tmp_path)
+    plan = eval_plan(folder.heights, folder.widths, size=64, resize=64, batch=2)
+    assert torch.equal(
+        run(open_loader("dali", folder, size=64), plan)[0][:3],
+        run(open_loader("dali", photos, size=64), plan)[0][:3],
+    )
+    header = photos.data[1].tobytes()
+    header = header[: header.index(b"\xff\xda") + 14]  # whole, but no pixels follow
+    (tmp_path / "k" / "1.JPEG").write_bytes(header)
+    with pytest.raises(DamagedData, match=r"k/1\.JPEG: sample 1: "):
+        run(open_loader("dali", FolderStore(tmp_path), size=64), plan)
+
+
+def test_mistakes_are_errors_that_help(photos):
+    mixed = MemoryStore(photos.images[:3], [JPG, RAW, JPG])
+    with pytest.raises(ValueError, match=r"raw samples \(1\) with JPEG ones \(2\).*fap-convert"):
+        open_loader("dali", mixed, size=64)
+    for option in ({"threads": 0}, {"prefetch": 0}, {"hw_decoder_load": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} = "):
+            open_loader("dali", photos, size=64, **option)
+    plan = eval_plan(photos.heights, photos.widths, size=64, resize=64, batch=2)
+    with pytest.raises(ValueError, match="size = 32"):
+        next(open_loader("dali", photos, size=32).load(plan))
+
+
+@pytest.mark.slow
+def test_leaving_early_leaks_neither_threads_nor_memory(photos):
+    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
+    loader = open_loader("dali", photos, size=224, threads=2)
+
+    def leave() -> tuple[int, int]:
+        for batch in loader.load(plan):
+            assert batch.step == 0
+            break
+        gc.collect()
+        with open("/proc/self/statm") as f:
+            return len(os.listdir("/proc/self/task")), int(f.read().split()[1]) * os.sysconf(
+                "SC_PAGE_SIZE"
+            )
+
+    threads, memory = [leave() for _ in range(8)][-1]
+    later = [leave() for _ in range(12)][-1]
+    assert later[0] == threads
+    assert later[1] - memory < 24e6  # a leaked pipeline holds 5 MB, twelve would be 60
+
+
+def test_missing_dali_names_the_install_command():
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None\nimport pipelines\nassert not {'ffcv',"
+        " 'numba', 'pipelines.loaders.dali', 'pipelines.loaders.ffcv'} & set(sys.modules)\ntry:"
+        " pipelines.open_loader('dali', None, size=8)\nexcept ImportError as error: print(error)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "pip install -e '.[dali]'" in told and ".[dali12]" in told
+
+
+class DefaultStream:
+    """torch's default stream as DALI sees it; a real one needs a GPU."""
+
+    cuda_stream = 0
+    __cuda_stream__ = torch.cuda.Stream.__cuda_stream__
+
+
+def test_torchs_default_stream_is_no_missing_stream_to_dali():
+    """Its handle is 0, which is false; a None would end the order of decoding and training."""
+    assert DefaultStream().__cuda_stream__()[1] == 0
+    pointer = _raw_cuda_stream_ptr(DefaultStream())
+    assert isinstance(pointer, ctypes.c_void_p)
+    assert not pointer.value
+    assert _raw_cuda_stream_ptr(None) is None
+    side = DefaultStream()
+    side.cuda_stream = 0x55D0
+    assert _raw_cuda_stream_ptr(side).value == 0x55D0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that of a missing driver")
+def test_dalis_binding_looks_the_default_stream_up():
+    """Without a driver that fails; without a stream it does not: so 0 is one to the binding."""
+    pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        pipeline.set_outputs(fn.external_source(source=lambda: [np.zeros(1, np.uint8)], batch=True))
+    pipeline.build()
+    pipeline.run(None)
+    with pytest.raises(RuntimeError, match="CUDA runtime API error"):
+        pipeline.run(DefaultStream())
+
+
+def test_the_stream_is_the_current_one_of_the_loaders_device(photos, monkeypatch):
+    """The handle 0 means the default stream of whatever device is current."""
+    devices, streams = [0], []
+
+    @contextlib.contextmanager
+    def device(chosen):
+        devices.append(chosen.index)
+        yield
+        devices.pop()
+
+    class Recorder:
+        def run(self, stream):
+            streams.append(stream)
+
+    loader = open_loader("dali", photos, size=64)
+    loader._run(Recorder())
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"current of {devices[-1]}")
+    loader.device = torch.device("cuda", 1)
+    loader._run(Recorder())
+    assert streams == [None, "current of 1"]
+    assert devices == [0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("stream", ["default", "side"])  # training runs on the default one
+def test_images_are_ordered_on_the_current_stream(photos, stream):
+    """Batches read on a stream that is kept busy equal those read after a full synchronisation."""
+    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
+    loader = open_loader("dali", photos, size=224, device="cuda")
+    expected, _ = run(loader, plan)
+    got = []
+    chosen = torch.cuda.default_stream() if stream == "default" else torch.cuda.Stream()
+    assert (chosen.cuda_stream == 0) == (stream == "default")
+    with torch.cuda.stream(chosen):
+        for batch in loader.load(plan):
+            torch.cuda._sleep(20_000_000)
+            got.append(
+                batch.images.clone()
+            )  # runs long after the host has asked for the next batch
+    torch.cuda.synchronize()
+    assert torch.equal(torch.cat(got).cpu(), expected)
