@@ -44,11 +44,13 @@ def compare(
     the `whole` batch.
     """
     ours = config_of(model, rows, a.size, p_adv=p_adv, schedule=schedule)
-    blocks = passes(schedule, rows, ours.loader_adv_rows, ours.loader_adv_rows, ours.method.group)
+    blocks = passes(
+        schedule, rows, ours.loader_adv_rows, ours.loader_adv_rows, ours.method.group_rows
+    )
     largest = max(sum(b.stop - b.start for b in p) for p in blocks)
     base_rows = max(64, round(largest / 64) * 64) if a.equal_rows else rows
     base = config_of(
-        model, base_rows, a.size, name="vanilla", group=64 if bn == "groups" else base_rows
+        model, base_rows, a.size, name="vanilla", group_rows=64 if bn == "groups" else base_rows
     )
     pair = [Contestant(c, amp, store, a.pipeline) for c in (ours, base)]
     train, val = (
@@ -73,7 +75,7 @@ def compare(
         fixed.append(evaluations + c.startup)
         whole = median * b.steps + fixed[-1]
         result[name] = {
-            "rows": c.config.optim.clean_batch, "bn_group": c.config.method.group, "how": c.how, "steps": b.steps,
+            "rows": c.config.optim.clean_batch, "bn_group": c.config.method.group_rows, "how": c.how, "steps": b.steps,
             "s_per_step": spread(seconds), "whole_run_s": whole, "evaluation_share": evaluations / whole,
             "startup_s": c.startup, "waiting_share": float(np.median(waited / seconds)),
             "passes_per_s": b.image_passes_per_step / median, "tflop_per_s": c.flops / median / 1e12,

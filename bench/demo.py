@@ -100,7 +100,7 @@ class Demo:
         words = [] if arm == BASE else [f"method.eps_255={EPS_255}", "budget.same_budget=false"]
         return [
             *words, f"name={arm}", f"seed={seed}", f"model.name={MODEL}", "model.num_classes=10",
-            f"method.group={GROUP}", f"optim.clean_batch={CLEAN_BATCH}", f"budget.epochs={epochs}",
+            f"method.group_rows={GROUP}", f"optim.clean_batch={CLEAN_BATCH}", f"budget.epochs={epochs}",
             f"budget.milestones={milestones}", f"data.train={self.files['train']}",
             f"data.val={self.files['test']}", f"data.pipeline={self.pipeline}", "data.threads=1", f"run.dir={self.folder}",
             f"run.eval_every={epochs}", "run.torch_threads=1", "resume=auto",

@@ -21,7 +21,7 @@ from bench.step import AMPS, GPU, Contestant
 from fap.budget import budget
 from fap.config import Config, DataConfig
 from fap.evaluate.load import load_model
-from fap.step import attack
+from fap.step.step import attack
 from pipelines.sources.cifar10 import CLASSES
 
 ATTACK_STEPS = 5

@@ -44,7 +44,7 @@ def ours(
     heights, widths = (
         np.tile(sides, EPOCHS) for sides in (store.heights, store.widths)
     )  # no pause between epochs
-    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group=batch), heights, widths, 0)
+    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
     loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
     yield from (
         len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store)))

@@ -21,7 +21,7 @@ import pipelines
 from bench.common import alternate, options, ratio, report, spread
 from fap.config import Config, make_config
 from fap.nets.build import build, plain
-from fap.nets.norm import Group, set_groups, shared_groups
+from fap.nets.norm import Group, norm_state, set_groups
 from fap.nets.stem import stem_of
 from fap.run.session import Stopwatch, set_up_torch
 from fap.run.train import plan_spec
@@ -106,12 +106,12 @@ class Contestant:
             pipelines.open_loader(pipeline, store, size=size, device=DEVICE) if store else None
         )
         self.run = self.step
-        norm = shared_groups(self.model)
-        norm.kernel = "split"  # counts alike; a kernel that fails is for the runner to replace
+        norm = norm_state(self.model)
+        norm.kernel = "framework"  # counts alike; a kernel that fails is for the runner to replace
         with FlopCounterMode(display=False) as counter:
             self.train(self.sample)
         self.flops, watch = counter.get_total_flops(), Stopwatch()
-        norm.kernel = "split" if compiled or without == "norm kernel" else "auto"
+        norm.kernel = "framework" if compiled or without == "norm kernel" else "auto"
         if compiled:
             self.step.forward = torch.compile(self.model, backend=compiled)
         self.run, self.how = runner(self.step, "on" if GPU and without != "graph" else "off")
@@ -170,7 +170,7 @@ class Peer(Contestant):
             plain(name, classes) if self.vanilla else build(name, classes, size=config.data.size)
         )
         if not self.vanilla:
-            shared_groups(model).kernel = "split"  # theirs is the framework's
+            norm_state(model).kernel = "framework"  # theirs is the framework's
         self.model = model.to(DEVICE, memory_format=layout).train()
         self.forward = torch.compile(self.model, backend=compiled) if compiled else self.model
         self.optimizer = torch.optim.SGD(

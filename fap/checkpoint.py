@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from fap.config import Config, make_config
+from fap.config import Config, make_config, with_current_names
 from fap.step.step import METRICS
 from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
 from pipelines.names import checked_names
@@ -185,7 +185,7 @@ class DataIdentity(_Strict):
 class RunMeta(_Strict):
     """The metadata of a training run's checkpoint, as `Run` writes it and everyone else reads it."""
 
-    config: Annotated[dict[str, Any], Field(max_length=1000)]
+    config: Annotated[dict[str, Any], BeforeValidator(with_current_names), Field(max_length=1000)]
     """`Config.model_dump(mode="json")`; `make_config` accepts it, and `model.num_classes` is set.
     """
     step: _Count

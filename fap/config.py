@@ -156,7 +156,7 @@ class MethodConfig(Section):
     name: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"] = "fast_advprop"
     """`noise` is the control: Fast AdvProp's passes with a random sign in place of the gradient's.
     """
-    group: PositiveInt = 64
+    group_rows: PositiveInt = 64
     """Rows of one main batch-norm group (section 4.1: 64 per GPU); an auxiliary one has group * p /
     (1 - p).
     """
@@ -207,7 +207,9 @@ class MethodConfig(Section):
             return given
         defaults = METHOD_DEFAULTS[name]
         given = {k: v for k, v in given.items() if v is not None}
-        for field in sorted(given.keys() & cls.model_fields.keys() - {"name", "group", *defaults}):
+        for field in sorted(
+            given.keys() & cls.model_fields.keys() - {"name", "group_rows", *defaults}
+        ):
             value = shown(given[field])
             raise ValueError(
                 f"method.{field} = {value} has no meaning for method.name = {name!r}; leave it out"
@@ -217,11 +219,11 @@ class MethodConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> MethodConfig:
         if self.p_adv is not None:
-            rows = self.group * self.p_adv / (1 - self.p_adv)
+            rows = self.group_rows * self.p_adv / (1 - self.p_adv)
             if rows.denominator != 1 or rows < 2:
                 n = max(3, round(rows))
-                near = ", ".join(str(Fraction(k, self.group + k)) for k in (n - 1, n, n + 1))
-                gives = f"gives {float(rows):.3f} adversarial rows per {self.group} clean ones"
+                near = ", ".join(str(Fraction(k, self.group_rows + k)) for k in (n - 1, n, n + 1))
+                gives = f"gives {float(rows):.3f} adversarial rows per {self.group_rows} clean ones"
                 raise ValueError(
                     f"method.p_adv = {self.p_adv} {gives}; it must give a whole number >= 2, for"
                     f" example {near}"
@@ -243,10 +245,10 @@ class MethodConfig(Section):
         return self.name in ("fast_advprop", "noise")
 
     @property
-    def adv_group(self) -> int:
+    def adv_group_rows(self) -> int:
         """Rows of one auxiliary batch-norm group, before `pipelined` joins noise and carry in one."""
         share = Fraction(1, 2) if self.name == "advprop" else self.p_adv or Fraction(0)
-        return int(self.group * share / (1 - share))
+        return int(self.group_rows * share / (1 - share))
 
     @property
     def step_size_255(self) -> float:
@@ -404,10 +406,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        rows, group = self.optim.clean_batch, self.method.group
+        rows, group = self.optim.clean_batch, self.method.group_rows
         if rows % group:
             raise ValueError(
-                f"optim.clean_batch = {rows} must be a multiple of method.group = {group}"
+                f"optim.clean_batch = {rows} must be a multiple of method.group_rows = {group}"
             )
         if self.data.mix and self.method.name == "advprop":
             raise ValueError(
@@ -440,7 +442,7 @@ class Config(Section):
         return (
             0
             if self.method.name == "advprop"
-            else self.optim.clean_batch // self.method.group * self.method.adv_group
+            else self.optim.clean_batch // self.method.group_rows * self.method.adv_group_rows
         )
 
     def to_yaml(self) -> str:
@@ -566,6 +568,23 @@ def _method_of(tree: dict[str, Any]) -> str:
     return DEFAULT_METHOD
 
 
+# Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
+RENAMED = {"method.group": "method.group_rows"}
+
+
+def with_current_names(tree: Any) -> Any:
+    """A copy of a config that an earlier version wrote, with the names that its fields have now."""
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for old, new in RENAMED.items():
+        section, _, field = old.partition(".")
+        node = tree.get(section)
+        if isinstance(node, dict) and field in node:
+            node[new.partition(".")[2]] = node.pop(field)
+    return tree
+
+
 # What pydantic says, in the words of a config.
 MESSAGES = {
     "int_type": "must be a whole number such as 10; no quotes, no leading zeros",
@@ -582,6 +601,8 @@ MESSAGES = {
 def _describe(error: Any) -> str:
     place = [str(part) for part in error["loc"] if part != "[key]"]
     field = ".".join(_cut(part) for part in place)
+    if field in RENAMED:
+        return f"{field}: is now called {RENAMED[field]}"
     if error["type"] == "extra_forbidden":
         *parents, key = place
         section = SECTIONS[parents[0]] if parents else Config

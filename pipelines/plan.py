@@ -29,8 +29,8 @@ class PlanSpec:
     size: int
     clean_rows: int
     adv_rows: int = 0
-    clean_group: int = 64
-    adv_group: int = 16
+    clean_group_rows: int = 64
+    adv_group_rows: int = 16
     crop: Literal["random_resized", "pad", "center"] = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -39,14 +39,14 @@ class PlanSpec:
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
     shuffle_groups: int = 0
-    paired: bool = False
+    adv_are_copies: bool = False
     """The adversarial rows are made from the clean ones (AdvProp): they are drawn for, but not
     loaded.
     """
 
     @property
     def loaded_rows(self) -> int:
-        return self.clean_rows + (0 if self.paired else self.adv_rows)
+        return self.clean_rows + (0 if self.adv_are_copies else self.adv_rows)
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -59,10 +59,10 @@ class PlanSpec:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
         for part in ("clean", "adv"):
-            rows, group = getattr(self, f"{part}_rows"), getattr(self, f"{part}_group")
+            rows, group = getattr(self, f"{part}_rows"), getattr(self, f"{part}_group_rows")
             if group < 1 or rows % group:
                 raise ValueError(
-                    f"{part}_rows = {rows}: must be a multiple of {part}_group = {group}"
+                    f"{part}_rows = {rows}: must be a multiple of {part}_group_rows = {group}"
                 )
         if self.crop not in ("random_resized", "pad", "center") or self.mix not in (
             None,
@@ -105,7 +105,7 @@ class EpochPlan:
 
     @property
     def n_adv(self) -> int:
-        return self.noise_key.shape[1] * self.spec.adv_group
+        return self.noise_key.shape[1] * self.spec.adv_group_rows
 
     @property
     def n_clean(self) -> int:
@@ -115,7 +115,10 @@ class EpochPlan:
         """The clean groups and the adversarial groups of one rank; only `shuffle` stays in global
         numbers.
         """
-        clean_groups, adv_groups = self.n_clean // self.spec.clean_group, self.noise_key.shape[1]
+        clean_groups, adv_groups = (
+            self.n_clean // self.spec.clean_group_rows,
+            self.noise_key.shape[1],
+        )
         if not 0 <= rank < world or clean_groups % world or adv_groups % world:
             groups = f"{clean_groups} clean and {adv_groups} adversarial groups"
             raise ValueError(f"rank {rank} of {world}: {groups} must divide evenly")
@@ -123,7 +126,7 @@ class EpochPlan:
         rows = np.r_[
             rank * n : (rank + 1) * n, self.n_clean + rank * m : self.n_clean + (rank + 1) * m
         ]
-        rows = rows[:n] if self.spec.paired else rows
+        rows = rows[:n] if self.spec.adv_are_copies else rows
         own = {name: getattr(self, name)[:, rows] for name in ("index", "window", "flip")}
         partner = self.mix_partner[:, rank * n : (rank + 1) * n] - rank * n
         return replace(
@@ -169,7 +172,7 @@ def eval_plan(
     index = np.pad(np.arange(len(heights), dtype=np.uint32), (0, missing), constant_values=PADDING)
     side = np.maximum(np.minimum(heights, widths).astype(np.int64) * size // resize, 1)
     window = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
-    spec = PlanSpec(0, size, batch, clean_group=1, crop="center", flip=0.0)
+    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop="center", flip=0.0)
     return _complete(spec, 0, index.reshape(-1, batch), np.pad(window, ((0, missing), (0, 0))))
 
 
@@ -187,7 +190,7 @@ def _complete(spec: PlanSpec, epoch: int, index: np.ndarray, window: np.ndarray)
     flip = _stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip
     shuffle = _shuffle(_stream(spec, epoch, SHUFFLE), steps, spec)
     noise = _stream(spec, epoch, NOISE).integers(
-        0, 2**31, (steps, spec.adv_rows // spec.adv_group), dtype=np.int32
+        0, 2**31, (steps, spec.adv_rows // spec.adv_group_rows), dtype=np.int32
     )
     window = window.astype(np.int16).reshape(*index.shape, 4)
     return EpochPlan(
@@ -252,7 +255,7 @@ def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray
     Every row leaves its BN group. Two groups exchange every other row: moving all would shuffle
     nothing.
     """
-    groups, rows = spec.adv_rows // spec.adv_group, spec.adv_group
+    groups, rows = spec.adv_rows // spec.adv_group_rows, spec.adv_group_rows
     take = np.arange(spec.adv_rows)  # place -> row, before the permutations inside the groups
     if spec.shuffle_groups < 2:
         return np.broadcast_to(take, (steps, spec.adv_rows))
@@ -286,5 +289,5 @@ def _mix(
     return (
         lam.astype(np.float32),
         box,
-        _permute(rng, steps, spec.clean_rows // spec.clean_group, spec.clean_group),
+        _permute(rng, steps, spec.clean_rows // spec.clean_group_rows, spec.clean_group_rows),
     )

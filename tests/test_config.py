@@ -44,7 +44,7 @@ CONFIGS = sorted(Path("configs").rglob("*.yaml"))
             "run.norm_kernel=split",
             "run.norm_kernel = 'split': must be 'auto', 'triton' or 'framework'",
         ),
-        ("optim.clean_batch=100", "multiple of method.group"),
+        ("optim.clean_batch=100", "multiple of method.group_rows"),
         ("data.resize=100", "data.resize"),
         ("data.scale=[1,0.1]", "data.scale"),
         ("model=3", "model = '3': model is a section; set its fields: name, num_classes, init"),
@@ -147,7 +147,7 @@ def test_numbers_and_words_that_yaml_misreads(tmp_path: Path) -> None:
     config = load_config(file, ["seed=3", "run.amp=off"])
     assert config.optim.weight_decay == 1e-4
     assert config.optim.clean_batch == 128
-    assert config.method.adv_group == 8
+    assert config.method.adv_group_rows == 8
     assert config.method.shuffle == "off"
     assert (config.run.graph, config.run.amp) == ("on", "off")
     assert (config.name, config.seed) == ("my_run", 3)
@@ -561,6 +561,6 @@ def test_an_unset_field_means_the_paper() -> None:
         method.weight_adv,
         method.sync,
     ) == (1, 1, 0.5, 0.5, True)
-    assert (method.group, method.adv_group) == (64, 16)
+    assert (method.group_rows, method.adv_group_rows) == (64, 16)
     assert make_config({"method": {"name": "advprop"}}).method.step_size_255 == 1
     assert make_config({"method": {"name": "advprop", "attack_steps": 1}}).method.step_size_255 == 4

@@ -33,7 +33,13 @@ def config(method: list[str]) -> Config:
     sizes = ["data.size=8", "data.resize=8", "data.crop=pad", "data.pad=2", "model.num_classes=5"]
     return load_config(
         None,
-        [*sizes, f"optim.clean_batch={CLEAN}", f"method.group={GROUP}", "optim.lr=0.8", *method],
+        [
+            *sizes,
+            f"optim.clean_batch={CLEAN}",
+            f"method.group_rows={GROUP}",
+            "optim.lr=0.8",
+            *method,
+        ],
     )
 
 
@@ -148,7 +154,7 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
     words = [
         f"data.train={tiny_beton}", f"data.val={tiny_beton}",
         "data.size=32", "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8",
-        "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3", "budget.epochs=3",
+        "model.num_classes=10", "optim.clean_batch=8", "method.group_rows=4", "method.p_adv=1/3", "budget.epochs=3",
         "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1", "run.eval_batch=8",
         "data.pipeline=reference",
     ]  # fmt: skip
@@ -194,7 +200,7 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
 def small(data: Path, runs: Path, *more: str) -> list[str]:
     return [
         f"data.train={data}", f"data.val={data}", f"run.dir={runs}", "data.size=32", "data.resize=32", "data.crop=pad",
-        "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3",
+        "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=8", "method.group_rows=4", "method.p_adv=1/3",
         "budget.epochs=600", "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1",
         "data.pipeline=reference", "run.log_every=1", *more,
     ]  # fmt: skip
@@ -303,7 +309,7 @@ def test_sigterm_ends_a_rank_while_another_one_hangs(
     more = (
         []
         if where == "training"
-        else ["run.eval_batch=2", "optim.clean_batch=64", "method.group=32"]
+        else ["run.eval_batch=2", "optim.clean_batch=64", "method.group_rows=32"]
     )  # 48 batches a step
     processes, _ = start_two(tiny_beton, tmp_path, *more)
     time.sleep(0.3)

@@ -91,7 +91,11 @@ HOSTILE_OVERRIDES = [
     "seed=0x_",
     "seed=" + "9" * 5000,
 ]
-HOSTILE_OVERRIDES += ["method.p_adv=1e99999999", "method.p_adv=" + "9" * 5000, "method.group=yes"]
+HOSTILE_OVERRIDES += [
+    "method.p_adv=1e99999999",
+    "method.p_adv=" + "9" * 5000,
+    "method.group_rows=yes",
+]
 HOSTILE_OVERRIDES += ["seed=" + "[" * 5000, "method.name=[1]", "method.name={}"]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.common import options, spread, write_json
 from bench.step import DEVICE, GPU
 from fap.nets.build import build
-from fap.nets.norm import DualBatchNorm2d, Group, RowGroups, norms
+from fap.nets.norm import DualBatchNorm2d, Group, NormState, norms
 
 CALLS = 10  # of a kernel in one captured graph
 HALF_BYTES = 2
@@ -115,11 +115,11 @@ def compare_norms(layer: Layer, rows: tuple[Group, ...], rounds: int) -> dict[st
     forward and backward.
     """
     n_rows = sum(group.rows for group in rows)
-    ours = DualBatchNorm2d(nn.BatchNorm2d(layer.channels), RowGroups(), True).to(DEVICE)
+    ours = DualBatchNorm2d(nn.BatchNorm2d(layer.channels), NormState(), True).to(DEVICE)
     ours.relu = layer.relu
     ours.shared.groups = rows
     ours.shared.kernel = (
-        "triton" if GPU else "split"
+        "triton" if GPU else "framework"
     )  # tests/test_norm_kernel.py has Triton's interpreter run the kernel
     plain = nn.BatchNorm2d(layer.channels).to(DEVICE)
 

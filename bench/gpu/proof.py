@@ -38,7 +38,9 @@ def write_jpegs(folder: Path) -> None:
 def images(back_end: str, beton: Path) -> np.ndarray:
     """One epoch of random crops, uint8 (N, 96, 96, 3); the same plan everywhere."""
     store = open_store(beton)
-    spec = PlanSpec(size=SIZE, clean_rows=8, adv_rows=4, clean_group=4, adv_group=2, seed=1)
+    spec = PlanSpec(
+        size=SIZE, clean_rows=8, adv_rows=4, clean_group_rows=4, adv_group_rows=2, seed=1
+    )
     plan = draw_epoch(spec, store.heights, store.widths, 0)
     loader = open_loader(back_end, store, size=SIZE)  # type: ignore[arg-type]
     try:

@@ -3,7 +3,7 @@
 
 A batch is a sequence of row groups. Each group is normalised by its own statistics, through the
 main or the auxiliary parameters, as if it were alone on a GPU. The groups of the next forward are
-set once per pass on the `RowGroups` object that all norms of a model share. Without groups a
+set once per pass on the `NormState` object that all norms of a model share. Without groups a
 converted model is the plain one: every batch goes through the main norms as one group.
 """
 
@@ -23,7 +23,7 @@ from pipelines.files import shown
 Bn = Literal["main", "aux"]
 NO_SYNC = (
     "the statistics of Fast AdvProp are those of row groups on one device, so leave"
-    " convert_sync_batchnorm out: method.group sets how many rows are normalised together"
+    " convert_sync_batchnorm out: method.group_rows sets how many rows are normalised together"
 )
 
 
@@ -41,7 +41,7 @@ class Group(NamedTuple):
     """Normalise with the running statistics instead of the group's own."""
 
 
-class RowGroups:
+class NormState:
     """What the norms of one model share: the groups of the next forward, and which norm evaluation
     uses.
     """
@@ -50,8 +50,8 @@ class RowGroups:
         self.groups: tuple[Group, ...] = ()
         """None: any batch is one main group, normalised and counted as the plain model does it."""
         self.eval_bn: Bn = "main"
-        self.kernel: Literal["auto", "triton", "split"] = "auto"
-        """`triton`: `fap.nets.norm_kernel`; `split`: the framework's batch norm per group, which is
+        self.kernel: Literal["auto", "triton", "framework"] = "auto"
+        """`triton`: `fap.nets.norm_kernel`; `framework`: the framework's batch norm per group, which is
         also the twin and what torch.compile fuses. auto: triton for channels_last batches on a GPU,
         else split.
         """
@@ -79,7 +79,7 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
     momentum: float
 
-    def __init__(self, norm: nn.BatchNorm2d, shared: RowGroups, aux: bool) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, shared: NormState, aux: bool) -> None:
         if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
             raise ValueError(
                 f"{norm}: only affine batch norms with running statistics and a momentum can be"
@@ -101,7 +101,7 @@ class DualBatchNorm2d(nn.BatchNorm2d):
             self.act = nn.Identity()
         self.train(norm.training)
 
-    def side(self, bn: Bn) -> nn.BatchNorm2d:
+    def branch(self, bn: Bn) -> nn.BatchNorm2d:
         if bn == "main":
             return self
         if self.aux is None:
@@ -124,12 +124,12 @@ class DualBatchNorm2d(nn.BatchNorm2d):
                 and x.is_contiguous(memory_format=torch.channels_last)
             )
             # Without groups the framework's own batch norm: bit for bit the plain model.
-            kernel = "triton" if suits and self.shared.groups else "split"
+            kernel = "triton" if suits and self.shared.groups else "framework"
         if kernel == "triton" and not any(g.running for g in groups):
             return self.act(self.drop(self._on_grid(x, residual, groups)))
         parts = x.split([g.rows for g in groups]) if len(groups) > 1 else (x,)
         normalised = [
-            _normalise_group(part, self.side(g.bn), g)
+            _normalise_group(part, self.branch(g.bn), g)
             for part, g in zip(parts, groups, strict=True)
         ]
         y = torch.cat(normalised) if len(groups) > 1 else normalised[0]
@@ -230,7 +230,7 @@ def convert(model: nn.Module, aux: bool = True) -> nn.Module:
     starts as a copy. Raises ValueError for a batch norm of another class, and for a model without
     any.
     """
-    shared = RowGroups()
+    shared = NormState()
     found = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -291,8 +291,8 @@ def norms(model: nn.Module) -> list[DualBatchNorm2d]:
     return found
 
 
-def shared_groups(model: nn.Module) -> RowGroups:
-    """The one `RowGroups` object of a converted model. Raises ValueError for any other."""
+def norm_state(model: nn.Module) -> NormState:
+    """The one `NormState` object of a converted model. Raises ValueError for any other."""
     found = norms(model)
     if not found:
         raise ValueError(
@@ -308,7 +308,7 @@ def set_groups(model: nn.Module, groups: Sequence[Group]) -> None:
 
     Raises ValueError for a model that is not converted.
     """
-    shared_groups(model).groups = tuple(groups)
+    norm_state(model).groups = tuple(groups)
 
 
 @contextlib.contextmanager
@@ -317,8 +317,8 @@ def evaluate_with(model: nn.Module, bn: Bn) -> Iterator[None]:
     ValueError.
     """
     for norm in norms(model):
-        norm.side(bn)
-    shared = shared_groups(model)
+        norm.branch(bn)
+    shared = norm_state(model)
     former, shared.eval_bn = shared.eval_bn, bn
     try:
         yield

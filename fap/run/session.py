@@ -214,11 +214,11 @@ def set_up_torch(device: torch.device) -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def norm_kernel(config: Config, device: torch.device) -> Literal["auto", "triton", "split"]:
-    """`run.norm_kernel` as `fap.nets.norm.RowGroups` says it. ValueError where Triton cannot run."""
+def norm_kernel(config: Config, device: torch.device) -> Literal["auto", "triton", "framework"]:
+    """`run.norm_kernel` as `fap.nets.norm.NormState` says it. ValueError where Triton cannot run."""
     wanted = config.run.norm_kernel
     if wanted == "framework" or config.run.compile:  # the framework's is what a compiler fuses
-        return "split"
+        return "framework"
     if wanted == "triton":
         lacks = ""
         if device.type != "cuda":

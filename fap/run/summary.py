@@ -8,7 +8,7 @@ from fap.step.step import Step
 def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) -> str:
     """A few lines: method, passes, effective eps, batch-norm groups, budget, parameters, shuffle."""
     m, data, cost = config.method, config.data, float(cost_per_image(config.method))
-    groups = config.optim.clean_batch // m.group
+    groups = config.optim.clean_batch // m.group_rows
     shown = " | ".join(
         " + ".join(f"{b.kind} {b.stop - b.start}" for b in blocks) for blocks in step.passes
     )
@@ -17,8 +17,8 @@ def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) ->
         f"model      {config.model.name}, {config.model.classes} classes, {data.size} px",
         "parameters shared {:,}, main BN {:,}, aux BN {:,}".format(*step.flat.counts),
         f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}",
-        f"BN groups  {groups} main of {m.group} rows"
-        + (f", {groups} auxiliary of {m.adv_group}" if m.adv_group else ""),
+        f"BN groups  {groups} main of {m.group_rows} rows"
+        + (f", {groups} auxiliary of {m.adv_group_rows}" if m.adv_group_rows else ""),
     ]
     if m.eps_255 is not None:
         per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)

@@ -121,7 +121,7 @@ class Run:
         self.weights = checksum_of(self.model.state_dict())
         self.model.to(self.device)
         self.step = Step(self.model, config, self.ranks, amp=self.amp)
-        self.step.row_groups.kernel = self.norm_kernel
+        self.step.norm_state.kernel = self.norm_kernel
         if config.run.compile:
             self.step.forward = torch.compile(self.model)
 
@@ -466,10 +466,10 @@ def rates(metrics: dict[str, float]) -> dict[str, float]:
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     """The plan of a run: global rows per step, groups, augmentation and the scope of the shuffle."""
     method, data, rows = config.method, config.data, config.optim.clean_batch
-    groups = rows // method.group if method.adv_group else 0
+    groups = rows // method.group_rows if method.adv_group_rows else 0
     return pipelines.PlanSpec(
         **data.model_dump(include={"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}), seed=config.seed,
-        clean_rows=rows, adv_rows=groups * method.adv_group, clean_group=method.group, adv_group=method.adv_group or 1,
-        paired=method.name == "advprop",
+        clean_rows=rows, adv_rows=groups * method.adv_group_rows, clean_group_rows=method.group_rows, adv_group_rows=method.adv_group_rows or 1,
+        adv_are_copies=method.name == "advprop",
         shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
     )  # fmt: skip

@@ -80,7 +80,7 @@ def runner(step: Step, mode: Literal["auto", "on", "off"]) -> tuple[Callable[[],
             raise ValueError("run.graph = 'on': CUDA graphs need a GPU; use 'auto' or 'off'")
         return step, "eager"
     _settle_the_norm(step)
-    norm = ", framework norm" if step.row_groups.kernel == "split" else ""
+    norm = ", framework norm" if step.norm_state.kernel == "framework" else ""
     if mode == "off":
         return step, f"eager{norm}"
     try:
@@ -107,7 +107,7 @@ def _settle_the_norm(step: Step) -> None:
     The kernel's errors have no base in common: Triton's CompilationError is no RuntimeError, a
     missing compiler a CalledProcessError, a missing Triton an ImportError. So any error counts.
     """
-    choice = step.row_groups
+    choice = step.norm_state
     try:
         warm_up(step)
         return
@@ -119,7 +119,7 @@ def _settle_the_norm(step: Step) -> None:
     if not answers(step):
         raise FreshProcessNeeded(reason, "run.norm_kernel=framework")
     _give_memory_back()
-    choice.kernel = "split"
+    choice.kernel = "framework"
     try:
         warm_up(step)
     except Exception as error:  # not the kernel's fault, or too large without it

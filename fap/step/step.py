@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
-from fap.nets.norm import Group, shared_groups
+from fap.nets.norm import Group, norm_state
 from fap.nets.stem import stem_of
 from fap.step import attack
 from fap.step.flat import Flat, GradientSum
@@ -101,13 +101,13 @@ class Step:
     def __init__(
         self, model: nn.Module, config: Config, ranks: Ranks = ONE_RANK, *, amp: Amp = "off"
     ):
-        self.row_groups = shared_groups(model)  # first of all: no other model can be trained
+        self.norm_state = norm_state(model)  # first of all: no other model can be trained
         method, data = config.method, config.data
-        if config.optim.clean_batch % (ranks.world * method.group):
+        if config.optim.clean_batch % (ranks.world * method.group_rows):
             raise ValueError(
                 f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups"
-                f" of {method.group} rows on each of {ranks.world} ranks; use a multiple of"
-                f" {ranks.world * method.group}"
+                f" of {method.group_rows} rows on each of {ranks.world} ranks; use a multiple of"
+                f" {ranks.world * method.group_rows}"
             )
         classes = config.model.num_classes
         if classes is None or classes < 2:
@@ -128,12 +128,12 @@ class Step:
         self.forward: Callable[[Tensor], Tensor] = model
 
         self.n_clean = config.optim.clean_batch // ranks.world
-        self.n_adv = self.n_clean // method.group * method.adv_group
+        self.n_adv = self.n_clean // method.group_rows * method.adv_group_rows
         n_loaded = config.loader_adv_rows // ranks.world
         n_noise = self.n_adv if method.reuses_gradient else 0
         schedule = method.schedule or "joint"
-        self.passes = passes(schedule, self.n_clean, n_noise, self.n_adv, method.group)
-        self.aux_groups = self.n_adv // method.adv_group if self.n_adv else 0
+        self.passes = passes(schedule, self.n_clean, n_noise, self.n_adv, method.group_rows)
+        self.aux_groups = self.n_adv // method.adv_group_rows if self.n_adv else 0
 
         # Weights (section 3.2.2). `mean` is Algorithm 1: means over each kind, added with beta.
         weight = {
@@ -293,7 +293,7 @@ class Step:
             if block.kind in ("noise", "mixed"):
                 probe_rows = slice(row, row + n)
             row += n
-        self.row_groups.groups = tuple(groups)
+        self.norm_state.groups = tuple(groups)
 
         with self._probing(x, probe_rows) as (x_in, probe):
             logits = self._forward(x_in)
@@ -319,9 +319,9 @@ class Step:
         """
         method = self.config.method
         bn: Literal["main", "aux"] = "main" if block.kind == "clean" else "aux"
-        sequence = self.n_clean // method.group if bn == "main" else self.aux_groups
-        size = {"clean": method.group, "mixed": 2 * method.adv_group}.get(
-            block.kind, method.adv_group
+        sequence = self.n_clean // method.group_rows if bn == "main" else self.aux_groups
+        size = {"clean": method.group_rows, "mixed": 2 * method.adv_group_rows}.get(
+            block.kind, method.adv_group_rows
         )
         count = (block.stop - block.start) // size
         calls[bn] += count
@@ -466,9 +466,9 @@ class Step:
         # No `calls`: an attack crafts, it does not train, so the running statistics stay alone in
         # both modes.
         if method.attack_bn == "running":
-            self.row_groups.groups = (Group("aux", self.n_adv, running=True),)
+            self.norm_state.groups = (Group("aux", self.n_adv, running=True),)
         else:
-            self.row_groups.groups = (Group("aux", method.adv_group),) * self.aux_groups
+            self.norm_state.groups = (Group("aux", method.adv_group_rows),) * self.aux_groups
         x = torch.empty_like(current, memory_format=torch.channels_last)
         for _ in range(method.attack_steps):
             self._normalise(current, out=x)

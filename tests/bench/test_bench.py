@@ -14,7 +14,7 @@ from bench import cost_parity
 from bench import step as bench_step
 from bench.common import alternate, ratio
 from bench.step import Contestant, Peer, config_of
-from fap.nets.norm import shared_groups
+from fap.nets.norm import norm_state
 
 SMALL = [
     "--models",
@@ -198,7 +198,7 @@ def test_taking_an_ingredient_away_takes_it_away():
 
     whole = made("")
     assert made("stem function").flops > whole.flops  # the clean rows' data gradient
-    assert shared_groups(made("norm kernel").model).kernel == "split"
+    assert norm_state(made("norm kernel").model).kernel == "framework"
     step = made("channels_last").step
     assert all(x.is_contiguous() for x in step.pass_input)
     assert step.model.blocks[0].conv1.weight.is_contiguous()

@@ -230,9 +230,11 @@ def test_limits_of_a_process(which: int, monkeypatch: pytest.MonkeyPatch) -> Non
     real = doctor.resource.getrlimit
     unlimited = doctor.resource.RLIM_INFINITY
     for limit in (least, unlimited):
-        monkeypatch.setattr(
-            doctor.resource, "getrlimit", lambda r: (limit, -1) if r == resource else real(r)
-        )
+
+        def fake(asked: int, limit: int = limit) -> tuple[int, int]:
+            return (limit, -1) if asked == resource else real(asked)
+
+        monkeypatch.setattr(doctor.resource, "getrlimit", fake)
         assert "open files" in doctor.check_limits(Path())
     monkeypatch.setattr(
         doctor.resource, "getrlimit", lambda r: (least - 1, -1) if r == resource else real(r)

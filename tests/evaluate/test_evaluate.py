@@ -78,7 +78,7 @@ def model() -> nn.Module:
     )
     dual = convert(plain)
     for norm in norms(dual):
-        for side in (norm, norm.side("aux")):
+        for side in (norm, norm.branch("aux")):
             side.running_mean.normal_()
             side.running_var.uniform_(0.5, 2)
     return dual
@@ -93,7 +93,7 @@ def naive(
 ) -> tuple:
     """One image at a time, in float64: the loss, and the place of the label's logit among all."""
     model = model.double().eval()
-    norm = next(m for m in model.modules() if isinstance(m, DualBatchNorm2d)).side(bn)
+    norm = next(m for m in model.modules() if isinstance(m, DualBatchNorm2d)).branch(bn)
     losses, places = [], []
     for image, label in zip(images, labels.tolist(), strict=True):
         x = (image.double() / 255 - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(

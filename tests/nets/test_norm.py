@@ -21,15 +21,15 @@ from fap.evaluate.exact import evaluate
 from fap.nets.norm import (
     DualBatchNorm2d,
     Group,
-    RowGroups,
+    NormState,
     convert,
     evaluate_with,
     export,
     momentum_of,
+    norm_state,
     norms,
     running_weights,
     set_groups,
-    shared_groups,
 )
 from fap.nets.pretrained import load_plain
 from fap.step.step import Step
@@ -60,7 +60,7 @@ def random_norm() -> nn.BatchNorm2d:
 def dual() -> tuple[DualBatchNorm2d, dict[str, nn.BatchNorm2d]]:
     """A dual norm with different main and auxiliary sets, and plain copies of both."""
     plain = {"main": random_norm(), "aux": random_norm()}
-    norm = DualBatchNorm2d(plain["main"], RowGroups(), aux=True).double()
+    norm = DualBatchNorm2d(plain["main"], NormState(), aux=True).double()
     norm.load_state_dict(plain["main"].state_dict(), strict=False)  # in float64
     assert norm.aux is not None
     norm.aux.load_state_dict(plain["aux"].state_dict())
@@ -68,7 +68,7 @@ def dual() -> tuple[DualBatchNorm2d, dict[str, nn.BatchNorm2d]]:
 
 
 def side(norm: DualBatchNorm2d, bn: str) -> nn.BatchNorm2d:
-    return norm.side("main" if bn == "main" else "aux")
+    return norm.branch("main" if bn == "main" else "aux")
 
 
 # Passes of one step: (bn, rows of each group) per block. Groups of one norm over all passes are one
@@ -225,7 +225,7 @@ def test_rows_that_do_not_fill_the_groups_are_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype) -> None:
     plain = random_norm().float()
-    norm = DualBatchNorm2d(plain, RowGroups(), aux=True)
+    norm = DualBatchNorm2d(plain, NormState(), aux=True)
     norm.shared.groups = (Group("main", 8, 0, 1), Group("aux", 4, 0, 2), Group("aux", 4, 1, 2))
     x = (torch.randn(16, CHANNELS, 6, 6) * 2 + 3).to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
@@ -307,7 +307,7 @@ def test_convert_keeps_names_and_export_undoes_it() -> None:
     assert set(state) == {k for k in converted if ".aux." not in k}
     assert all(torch.equal(converted[k.replace(".aux.", ".")], v) for k, v in converted.items())
     assert len(norms(model)) == 2
-    assert all(n.shared is shared_groups(model) for n in norms(model))
+    assert all(n.shared is norm_state(model) for n in norms(model))
     out = export(converted, steps=7)
     assert out.keys() == state.keys()
     assert all(v == 7 for k, v in out.items() if k.endswith("num_batches_tracked"))
@@ -385,7 +385,7 @@ USES: dict[str, Callable[[nn.Module], object]] = {
     "forward": lambda model: model(torch.randn(2, 3, 6, 6)),
     "forward in evaluation": lambda model: model.eval()(torch.randn(2, 3, 6, 6)),
     "set_groups": lambda model: set_groups(model, [Group("main", 2, 0, 1)]),
-    "shared_groups": shared_groups,
+    "norm_state": norm_state,
     "evaluate_with": lambda model: evaluate_with(model, "main").__enter__(),
     "evaluate": lambda model: evaluate(model, [], mean=(0.5,) * 3, std=(0.5,) * 3),
     "Step": lambda model: Step(model, Config()),
@@ -420,10 +420,12 @@ def test_a_plain_model_with_synchronised_norms_is_nobodys_mistake() -> None:
 
 
 @pytest.mark.parametrize(
-    "use", [shared_groups, lambda model: set_groups(model, ())], ids=["shared_groups", "set_groups"]
+    "use", [norm_state, lambda model: set_groups(model, ())], ids=["norm_state", "set_groups"]
 )
 def test_a_plain_model_has_no_groups(use: Callable[[nn.Module], object]) -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no dual batch norms; fap\.norm\.convert"):
+    with pytest.raises(
+        ValueError, match=r"Sequential has no dual batch norms; fap\.nets\.norm\.convert"
+    ):
         use(small_model())
 
 

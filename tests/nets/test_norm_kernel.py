@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fap.config import make_config
 from fap.nets.build import build
-from fap.nets.norm import DualBatchNorm2d, Group, RowGroups, shared_groups
+from fap.nets.norm import DualBatchNorm2d, Group, NormState, norm_state
 from fap.step.step import Step
 from tests.conftest import interpreter_mismatch, needs_the_norm_kernel
 
@@ -41,16 +41,16 @@ def pair(
 ) -> tuple[DualBatchNorm2d, DualBatchNorm2d]:
     """The same random norm twice: with the kernel, and the twin in float64."""
     needs_the_norm_kernel()
-    norm = DualBatchNorm2d(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), RowGroups(), aux)
+    norm = DualBatchNorm2d(nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), NormState(), aux)
     norm.relu = relu
     for name, value in norm.state_dict().items():
         if value.is_floating_point():
             nn.init.uniform_(value, 0.5 if "var" in name or "weight" in name else -1, 2)
     twin = DualBatchNorm2d(
-        nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), RowGroups(), aux
+        nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3), NormState(), aux
     ).double()
     twin.load_state_dict({k: v.double() for k, v in norm.state_dict().items()})
-    twin.relu, twin.shared.kernel, norm.shared.kernel = relu, "split", "triton"
+    twin.relu, twin.shared.kernel, norm.shared.kernel = relu, "framework", "triton"
     return norm.to(DEVICE), twin.to(DEVICE)
 
 
@@ -217,7 +217,7 @@ def test_statistics_at_rest_are_not_written(called: Literal["main", "aux"], call
     for value in norm.buffers():
         if value.is_floating_point():
             value[:2] = torch.tensor([-0.0, float("nan")])
-    main, aux = norm.side("main"), norm.side("aux")
+    main, aux = norm.branch("main"), norm.branch("aux")
     before = {"main": bits(main), "aux": bits(aux)}
     norm.shared.groups = tuple(Group(called, 2, i if calls else 0, calls) for i in range(3))
     x = images(6, 8, 3, 3, torch.float32)
@@ -290,7 +290,7 @@ def states_after_one_step(schedule: str) -> list[dict[str, Tensor]]:
     """
     config = make_config({
         "model": {"name": "cifar_resnet8", "num_classes": 10}, "optim": {"clean_batch": 16},
-        "method": {"name": "noise", "schedule": schedule, "group": 8, "p_adv": "1/3"},
+        "method": {"name": "noise", "schedule": schedule, "group_rows": 8, "p_adv": "1/3"},
         "data": {"size": 8, "resize": 8, "crop": "pad"},
     })  # fmt: skip
     images, labels = (
@@ -299,10 +299,10 @@ def states_after_one_step(schedule: str) -> list[dict[str, Tensor]]:
     )
     init = build("cifar_resnet8", 10, size=8).state_dict()
     states = []
-    for kernel in ("split", "triton"):
+    for kernel in ("framework", "triton"):
         model = build("cifar_resnet8", 10, size=8)
         model.load_state_dict(init)
-        shared_groups(model).kernel = kernel  # type: ignore[assignment]
+        norm_state(model).kernel = kernel  # type: ignore[assignment]
         step = Step(model.to(DEVICE), config)
         step.feed(images, labels, 0.1)
         step()
@@ -352,7 +352,7 @@ def test_what_the_interpreter_cannot_do_is_told_apart() -> None:
 
 
 COMPILE = """
-import fap.norm_kernel as kernels, pathlib, subprocess, sys, triton
+import fap.nets.norm_kernel as kernels, pathlib, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 constants = {"RESIDUAL": True, "RELU": True, "BLOCK_P": 64, "BLOCK_C": 64}

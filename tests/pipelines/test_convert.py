@@ -25,7 +25,7 @@ from pipelines import convert as convert_module
 from pipelines import open_store
 from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
 from pipelines.jpeg import check_jpeg
-from pipelines.sources import cifar10
+from pipelines.sources import beton, cifar10
 from pipelines.sources.beton import BetonWriter, read_sidecar, sidecar_path
 from pipelines.store import JPG, RAW
 
@@ -438,7 +438,7 @@ def without_locks(file) -> bool:
 
 
 def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(convert_module, "lock", without_locks)
+    monkeypatch.setattr(beton, "lock", without_locks)
     dst, part = tmp_path / "out.beton", tmp_path / "out.beton.part"
     part.write_bytes(b"another conversion's")
     assert main([str(folder), str(dst)]) == 1
@@ -469,7 +469,7 @@ def test_a_part_that_its_writer_has_renamed_is_left_alone(
         part.rename(dst)
         return True
 
-    monkeypatch.setattr(convert_module, "lock", finished_since)
+    monkeypatch.setattr(beton, "lock", finished_since)
     with pytest.raises(ValueError, match="another conversion was writing it"):
         convert_folder(folder, dst)
     assert dst.read_bytes() == b"complete"
@@ -532,7 +532,7 @@ def test_a_folder_that_cannot_be_made_durable_is_no_success(
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(convert_module, "sync_folder", fail)
+    monkeypatch.setattr(beton, "sync_folder", fail)
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     told = capfd.readouterr()
     assert "out.beton'" in told.err

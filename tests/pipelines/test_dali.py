@@ -111,7 +111,10 @@ def test_same_images_as_the_other_back_ends(photos, device, twin, mean):
     filter is no box.
     """
     plan = draw_epoch(
-        PlanSpec(3, 224, 8, 4, clean_group=4, adv_group=2), photos.heights, photos.widths, 1
+        PlanSpec(3, 224, 8, 4, clean_group_rows=4, adv_group_rows=2),
+        photos.heights,
+        photos.widths,
+        1,
     )
     images, labels = run(open_loader("dali", photos, size=224, device=device), plan)
     expected, same = run(open_loader(twin, photos, size=224), plan)
@@ -133,7 +136,7 @@ def test_same_images_as_the_other_back_ends(photos, device, twin, mean):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_are_channels_last_on_the_device_without_a_copy(photos, device):
-    plan = draw_epoch(PlanSpec(3, 64, 8, clean_group=8), photos.heights, photos.widths, 0)
+    plan = draw_epoch(PlanSpec(3, 64, 8, clean_group_rows=8), photos.heights, photos.widths, 0)
     for batch in open_loader("dali", photos, size=64, device=device).load(plan):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert batch.images.device.type == batch.labels.device.type == device
@@ -144,7 +147,7 @@ def test_batches_are_channels_last_on_the_device_without_a_copy(photos, device):
 def test_a_window_of_the_output_size_is_the_decoded_region(photos, device):
     """No resize: what is left is the decoder, exact on a CPU and within a rounding on a GPU."""
     plan = draw_epoch(
-        PlanSpec(5, 96, 8, clean_group=8, crop="pad", pad=40), photos.heights, photos.widths, 0
+        PlanSpec(5, 96, 8, clean_group_rows=8, crop="pad", pad=40), photos.heights, photos.widths, 0
     )
     images, _ = run(open_loader("dali", photos, size=96, device=device), plan)
     window = plan.window.reshape(-1, 4).astype(int)
@@ -201,7 +204,7 @@ def test_validation_is_exact_with_a_partial_last_batch(name, device, request):
 @pytest.mark.parametrize("name", ["photos", "cifar"])
 def test_resume_and_thread_count_change_nothing(name, device, request):
     store = request.getfixturevalue(name)
-    plan = draw_epoch(PlanSpec(2, 32, 4, clean_group=4), store.heights, store.widths, 3)
+    plan = draw_epoch(PlanSpec(2, 32, 4, clean_group_rows=4), store.heights, store.widths, 3)
     whole, labels = run(
         open_loader("dali", store, size=32, device=device, threads=1, prefetch=1), plan
     )
@@ -282,7 +285,7 @@ def test_mistakes_are_errors_that_help(photos):
 
 @pytest.mark.slow
 def test_leaving_early_leaks_neither_threads_nor_memory(photos):
-    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
+    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group_rows=8), photos.heights, photos.widths, 0)
     loader = open_loader("dali", photos, size=224, threads=2)
 
     def leave() -> tuple[int, int]:
@@ -373,7 +376,7 @@ def test_the_stream_is_the_current_one_of_the_loaders_device(photos, monkeypatch
 @pytest.mark.parametrize("stream", ["default", "side"])  # training runs on the default one
 def test_images_are_ordered_on_the_current_stream(photos, stream):
     """Batches read on a stream that is kept busy equal those read after a full synchronisation."""
-    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group=8), photos.heights, photos.widths, 0)
+    plan = draw_epoch(PlanSpec(0, 224, 8, clean_group_rows=8), photos.heights, photos.widths, 0)
     loader = open_loader("dali", photos, size=224, device="cuda")
     expected, _ = run(loader, plan)
     got = []

@@ -15,7 +15,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
-from pipelines import images, open_loader, open_store
+from pipelines import images, jpeg, open_loader, open_store
 from pipelines.convert import Encoding, convert_folder, encode
 from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
 from pipelines.jpeg import jpeg_header
@@ -380,7 +380,7 @@ def test_a_big_jpeg_is_shrunk_while_it_is_decoded_and_hardly_differs(
 def test_of_big_images_one_at_a_time_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(picture(np.random.default_rng(0)), "PNG")
     monkeypatch.setattr(images, "BIG_PIXELS", 100)
-    with images._one_big_image:
+    with jpeg._one_big_image:
         thread = threading.Thread(target=decode, args=[data])
         thread.start()
         thread.join(0.3)

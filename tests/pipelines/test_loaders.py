@@ -39,7 +39,13 @@ SEED = random.SystemRandom().randrange(2**31)  # plans are fresh at every run
 
 
 def draw(store: Store, epoch: int = 0, **change: object) -> EpochPlan:
-    spec = {"size": 64, "clean_rows": 8, "adv_rows": 4, "clean_group": 4, "adv_group": 2} | change
+    spec = {
+        "size": 64,
+        "clean_rows": 8,
+        "adv_rows": 4,
+        "clean_group_rows": 4,
+        "adv_group_rows": 2,
+    } | change
     return draw_epoch(PlanSpec(seed=SEED, **spec), store.heights, store.widths, epoch)  # type: ignore[arg-type]
 
 

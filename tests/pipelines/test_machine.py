@@ -213,7 +213,8 @@ def test_this_machine() -> None:
 def test_threads_follow_the_quota(
     jpeg_store: Any, jpeg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import convert, corrupt, open_loader
+    from pipelines import convert, open_loader
+    from pipelines import corrupt_batches as corrupt
     from pipelines.loaders import base as batch
     from pipelines.sources import folder
 
@@ -515,7 +516,7 @@ def test_a_user_without_account_in_a_read_only_tree(
 
     tiny = (
         "model.name=cifar_resnet8 model.num_classes=4 data.size=32 data.resize=36"
-        " optim.clean_batch=8 method.group=4 method.p_adv=1/3 run.device=cpu run.torch_threads=1"
+        " optim.clean_batch=8 method.group_rows=4 method.p_adv=1/3 run.device=cpu run.torch_threads=1"
         " budget.epochs=1 budget.milestones=[] data.train=data data.val=data name=x"
     )
     trained = inside("train", *tiny.split(), "--pipeline", "ffcv")

@@ -37,7 +37,7 @@ def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) ->
     theirs = np.array(
         [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
     )
-    plan = draw_epoch(PlanSpec(seed, 32, n, clean_group=n), *sides(n, height, width), epoch=0)
+    plan = draw_epoch(PlanSpec(seed, 32, n, clean_group_rows=n), *sides(n, height, width), epoch=0)
     ours = plan.window.reshape(n, 4).astype(float)
     for name, of in {
         "area": lambda w: w[:, 2] * w[:, 3],
@@ -62,7 +62,7 @@ def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) ->
 @settings(max_examples=50, deadline=None)
 def test_windows_lie_inside_any_image(shapes: list[tuple[int, int]], seed: int) -> None:
     heights, widths = np.array(shapes, np.int32).T
-    plan = draw_epoch(PlanSpec(seed, 32, len(shapes), clean_group=1), heights, widths, epoch=0)
+    plan = draw_epoch(PlanSpec(seed, 32, len(shapes), clean_group_rows=1), heights, widths, epoch=0)
     top, left, height, width = plan.window[0].T.astype(int)
     assert (np.stack([top, left, height - 1, width - 1]) >= 0).all()
     assert (top + height <= heights[plan.index[0]]).all()
@@ -71,7 +71,9 @@ def test_windows_lie_inside_any_image(shapes: list[tuple[int, int]], seed: int) 
 
 def test_pad_windows_are_uniform() -> None:
     n = 8100
-    plan = draw_epoch(PlanSpec(2, 32, n, clean_group=n, crop="pad"), *sides(n, 32, 32), epoch=0)
+    plan = draw_epoch(
+        PlanSpec(2, 32, n, clean_group_rows=n, crop="pad"), *sides(n, 32, 32), epoch=0
+    )
     corner = plan.window[0, :, :2] + 4
     assert (plan.window[..., 2:] == 32).all()
     assert chisquare(np.bincount(corner[:, 0] * 9 + corner[:, 1], minlength=81)).pvalue > 1e-6
@@ -184,7 +186,7 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clean_rows": 100}, "clean_rows = 100: must be a multiple of clean_group = 64"),
+        ({"clean_rows": 100}, "clean_rows = 100: must be a multiple of clean_group_rows = 64"),
         ({"adv_rows": 8}, "adv_rows = 8"),
         ({"size": 0}, "size = 0: must be at least 1"),
         ({"scale": (0.5, 1.5)}, "scale = "),

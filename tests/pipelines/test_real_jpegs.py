@@ -35,7 +35,7 @@ def test_resnet18_trains_on_real_jpegs(
         [
             f"data.train={data}", f"data.val={photos_beton[0].parent / 'val'}", f"data.pipeline={pipeline}",
             "data.threads=2", "model.name=resnet18",
-            "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3", "run.max_steps=10", "run.device=cpu",
+            "optim.clean_batch=8", "method.group_rows=4", "method.p_adv=1/3", "run.max_steps=10", "run.device=cpu",
             f"run.dir={tmp_path}", "run.log_every=1", "run.eval_batch=50",
         ],
     )  # fmt: skip

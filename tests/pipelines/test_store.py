@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import open_store, store
+from pipelines import open_store
 from pipelines.jpeg import jpeg_sides
+from pipelines.sources import beton
 from pipelines.sources.beton import (
     ALLOCATION,
     FIELD,
@@ -295,7 +296,7 @@ def test_class_names_are_texts_unique_and_enough(
     add_sidecar(small)
     content = json.loads(sidecar_path(small).read_text()) | {"classes": classes}
     sidecar_path(small).write_text(
-        json.dumps(content | {"checksum": store._content_checksum(content)})
+        json.dumps(content | {"checksum": beton._content_checksum(content)})
     )
     with pytest.raises(DamagedData, match=message):
         BetonStore(small)
@@ -324,7 +325,7 @@ def test_a_sidecar_that_is_too_large_is_neither_read_nor_written(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_sidecar(small)
-    monkeypatch.setattr(store, "SIDECAR_BYTES", 100)
+    monkeypatch.setattr(beton, "SIDECAR_BYTES", 100)
     with pytest.raises(DamagedData, match=r"small\.beton\.json.*more than 100 bytes"):
         BetonStore(small)
     sidecar_path(small).unlink()

@@ -138,7 +138,7 @@ def test_validation_scores_the_class_of_the_name(folders: dict[str, Path], tmp_p
     images.
     """
     small = ["data.size=32", "data.resize=36", "data.pipeline=reference", "model.name=cifar_resnet8", "optim.clean_batch=8",
-             "method.group=4", "method.p_adv=1/3", "budget.epochs=2", "budget.milestones=[1]", "run.device=cpu"]  # fmt: skip
+             "method.group_rows=4", "method.p_adv=1/3", "budget.epochs=2", "budget.milestones=[1]", "run.device=cpu"]  # fmt: skip
     run = Run(config(folders["train"], folders["rare"], None, f"run.dir={tmp_path}", *small))
     assert run.config.model.num_classes == 4
     *_, head = (m for m in run.model.modules() if isinstance(m, torch.nn.Linear))

@@ -163,7 +163,7 @@ def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
     child = """
 import resource, sys
 from pathlib import Path
-from fap.log import Log
+from fap.run.log import Log
 log = Log(sys.argv[1], 0, 3000)
 log.step(1, {"a": 1.0})
 size = Path(log.file.name).stat().st_size

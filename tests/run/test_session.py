@@ -159,7 +159,7 @@ def test_signals_and_files_are_given_back() -> None:
 
 HANGS = """
 import ctypes, sys
-from fap.session import StopSignal
+from fap.run.session import StopSignal
 with StopSignal(patience=0.5) as stop:
     stop.run_begins()
     print("ready", flush=True)

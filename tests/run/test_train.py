@@ -35,7 +35,7 @@ STEPS = 20  # five epochs of four steps
 def words(data: Path, runs: Path, *more: str) -> list[str]:
     return [
         f"data.train={data}", f"data.val={data}", "data.size=32", "data.resize=32", "data.crop=pad", "data.pipeline=reference",
-        "data.threads=1", "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=16", "method.group=8",
+        "data.threads=1", "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=16", "method.group_rows=8",
         "budget.epochs=6", "budget.milestones=[3,5]", "run.device=cpu", "run.log_every=1", f"run.dir={runs}", *more,
     ]  # fmt: skip
 
@@ -627,7 +627,7 @@ def test_mistakes_are_one_clear_error(
         run(tiny_beton, tmp_path, override)
 
 
-@pytest.mark.parametrize(("wanted", "kernel"), [("auto", "auto"), ("framework", "split")])
+@pytest.mark.parametrize(("wanted", "kernel"), [("auto", "auto"), ("framework", "framework")])
 def test_the_norm_that_was_asked_for_is_the_steps(
     tiny_beton: Path, tmp_path: Path, wanted: str, kernel: str
 ) -> None:
@@ -636,9 +636,9 @@ def test_the_norm_that_was_asked_for_is_the_steps(
             None, words(tiny_beton, tmp_path, f"run.norm_kernel={wanted}", "run.max_steps=1")
         )
     )
-    assert training.step.row_groups.kernel == kernel
+    assert training.step.norm_state.kernel == kernel
     training.train()
-    assert training.step.row_groups.kernel == kernel
+    assert training.step.norm_state.kernel == kernel
 
 
 def test_a_kernel_that_cannot_be_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +655,7 @@ def test_a_kernel_that_cannot_be_there_is_refused(monkeypatch: pytest.MonkeyPatc
             session.norm_kernel(
                 load_config(None, [f"run.norm_kernel={kernel}", "run.compile=true"]), gpu
             )
-            == "split"
+            == "framework"
         )
 
 
@@ -682,15 +682,15 @@ FAILS_ONCE = """
 import os, sys
 from pathlib import Path
 
-import fap.train
+import fap.run.train
 from fap.cli.train import main
-from fap.graph import FreshProcessNeeded
+from fap.step.graph import FreshProcessNeeded
 
 starts, runner = Path(sys.argv.pop(1)), fap.run.train.runner
 
 def failing(step, mode):
     with starts.open("a") as file:
-        print(os.getpid(), mode, step.row_groups.kernel, file=file)
+        print(os.getpid(), mode, step.norm_state.kernel, file=file)
     if mode == "auto":
         raise FreshProcessNeeded("the capture failed (made up)", "run.graph=off", "run.norm_kernel=framework")
     return runner(step, mode)
@@ -719,7 +719,7 @@ def test_a_run_goes_on_in_a_fresh_process(tiny_beton: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     first, second = (line.split() for line in starts.read_text().splitlines())
     assert first[1:] == ["auto", "auto"]
-    assert second[1:] == ["off", "split"]
+    assert second[1:] == ["off", "framework"]
     assert first[0] == second[0]  # replaced, not a child
     settings = "run.graph=off run.norm_kernel=framework resume=auto"
     said = [line for line in done.stderr.splitlines() if "fap-train" in line]

@@ -108,7 +108,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 BASE = [
     "data.train={data}", "data.val={data}", "data.pipeline=reference", "data.threads=1", "data.size=8", "data.resize=10",
-    "model.name=cifar_resnet8", f"model.num_classes={CLASSES}", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3",
+    "model.name=cifar_resnet8", f"model.num_classes={CLASSES}", "optim.clean_batch=8", "method.group_rows=4", "method.p_adv=1/3",
     "budget.epochs=6", "budget.milestones=[3]", "run.device=cpu", "run.amp=off", "run.dir={runs}", "run.log_every=1",
     "run.torch_threads=1", "run.keep=50", "run.eval_every=4",
 ]  # fmt: skip
@@ -205,7 +205,7 @@ class Seen:
             shown["model"] = {k: tuple(v.shape) for k, v in step.model.state_dict().items()}
             shown["passes"] = [[tuple(b) for b in blocks] for blocks in step.passes]
             shown["row weights"] = (step.row_weight, step.main_factor, step.aux_factor)
-            shown["kernel"] = step.row_groups.kernel
+            shown["kernel"] = step.norm_state.kernel
             shown["device"] = str(step.device)
             shown["checkpoints"] = sorted(
                 p.name for p in (self.run.folder / "checkpoints").glob("*")
@@ -310,7 +310,7 @@ def observe(words: Sequence[str], files: dict[str, Path], runs: Path) -> Seen:
 COMMON: dict[str, Any] = {
     "name": "every_field", "seed": 11, "resume": "auto", "paper": {"top1": 12.5},
     "model.name": "cifar_resnet14", "model.num_classes": 5, "model.init": "{init}",
-    "method.group": 4, "method.p_adv": "1/3", "method.eps_255": 3.0, "method.step_255": 2.0, "method.random_start": False,
+    "method.group_rows": 4, "method.p_adv": "1/3", "method.eps_255": 3.0, "method.step_255": 2.0, "method.random_start": False,
     "method.weight_clean": 2.0, "method.weight_adv": 0.25,
     "data.train": "{five}", "data.val": "{other_five}", "data.pipeline": "dali", "data.size": 8, "data.resize": 11,
     "data.scale": [0.3, 0.9], "data.ratio": [0.8, 1.2], "data.flip": 0.3, "data.mean": [0.4, 0.5, 0.6],
@@ -377,8 +377,8 @@ def test_the_two_runs_have_no_field_at_its_default() -> None:
 def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> None:
     seen = everything(name)
     assert seen.error == ""
-    adv = {"adv_rows": 4, "adv_group": 2}
-    expected = PlanSpec(seed=11, size=8, clean_rows=8, clean_group=4, **adv, scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.3,
+    adv = {"adv_rows": 4, "adv_group_rows": 2}
+    expected = PlanSpec(seed=11, size=8, clean_rows=8, clean_group_rows=4, **adv, scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.3,
                         shuffle_groups=2)  # fmt: skip
     own: dict[str, Any] = {
         "reuse": {"mix": "cutmix", "mix_alpha": 0.7},
@@ -429,7 +429,7 @@ def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> 
     assert seen.seeds == [dropout_seed(11, k, 0) for k in range(7)]
     assert seen.threads == [2]
     assert seen.compiled == 1
-    assert seen.run.step.row_groups.kernel == "split"
+    assert seen.run.step.norm_state.kernel == "framework"
     assert seen.runner == "off"
     assert seen.run.step.amp == ("bf16" if name == "reuse" else "off")
     keys = torch.cat([i["noise_key"] for i in seen.inputs])
@@ -557,7 +557,7 @@ CASES = {
     "model.num_classes": Case("model.num_classes=4", ("error",), FIVE, error="num_classes"),
     "model.init": Case("model.init={weights}", ("start", "weights")),
     "method.name": Case("method.name=noise", ("adversarial", "weights")),
-    "method.group": Case("method.group=8", ("plan.noise_key", "adversarial", "weights")),
+    "method.group_rows": Case("method.group_rows=8", ("plan.noise_key", "adversarial", "weights")),
     "method.p_adv": Case("method.p_adv=1/2", ("passes", "row weights", "plan.shuffle", "steps")),
     "method.schedule": Case("method.schedule=pipelined", ("passes", "weights")),
     "method.eps_255": Case("method.eps_255=4", ("adversarial", "weights")),
@@ -759,7 +759,7 @@ class ThreadRanks(Ranks):
 
 def ranks_config(shuffle: str, schedule: str) -> Config:
     words = ["model.name=cifar_resnet8", "model.num_classes=5", "data.size=8", "data.resize=8", "data.crop=pad", "optim.lr=0.8",
-             "optim.clean_batch=32", "method.group=4", "method.p_adv=1/3", f"method.shuffle={shuffle}",
+             "optim.clean_batch=32", "method.group_rows=4", "method.p_adv=1/3", f"method.shuffle={shuffle}",
              f"method.schedule={schedule}"]  # fmt: skip
     return load_config(None, words)  # 8 clean and 8 adversarial groups, of 4 and 2 rows
 

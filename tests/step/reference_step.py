@@ -45,8 +45,8 @@ class Draws:
 @dataclass(frozen=True)
 class Rules:
     method: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"]
-    clean_group: int
-    adv_group: int = 0  # rows of one auxiliary BN group
+    clean_group_rows: int
+    adv_group_rows: int = 0  # rows of one auxiliary BN group
     n_adv: int = 0
     pipelined: bool = False  # fast_advprop, noise: one pass, adversarial rows trained a step later
     weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # clean, noise, adversarial
@@ -132,7 +132,7 @@ class Twin:
 
         if rules.method == "vanilla":
             self._count(n_clean, 0, 0)
-            self._train(self.main, [clean], rules.clean_group)
+            self._train(self.main, [clean], rules.clean_group_rows)
 
         elif rules.method in ("fast_advprop", "noise"):
             x, labels = self._attacked_rows(draws, n_clean)
@@ -141,24 +141,26 @@ class Twin:
             parts = [Rows("noise", noise, labels)]
             if rules.pipelined:  # the first step has nothing to carry
                 parts.append(self._shuffled("adv", *(self.carry or (noise, labels)), draws))
-            self._train(self.main, [clean], rules.clean_group)
-            gradient = self._train(self.aux, parts, rules.adv_group)[0]
+            self._train(self.main, [clean], rules.clean_group_rows)
+            gradient = self._train(self.aux, parts, rules.adv_group_rows)[0]
             direction = draws.direction if rules.method == "noise" else gradient
             assert direction is not None
             adversarial = self._project(x, noise + self._step_size() * self._sign(direction))
             self.carry = (adversarial, labels)
             if not rules.pipelined:
                 self._train(
-                    self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group
+                    self.aux,
+                    [self._shuffled("adv", adversarial, labels, draws)],
+                    rules.adv_group_rows,
                 )
 
         else:  # decoupled, advprop: an attack without reuse, then one training pass
             x, labels = self._attacked_rows(draws, n_clean)
             self._count(n_clean, 0, len(x))
             adversarial = self._pgd(x, labels, draws)
-            self._train(self.main, [clean], rules.clean_group)
+            self._train(self.main, [clean], rules.clean_group_rows)
             self._train(
-                self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group
+                self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group_rows
             )
 
         return Result(self._synchronised(), adversarial, self.losses)
@@ -303,8 +305,8 @@ class Twin:
         current = x + self._delta0(draws)
         for _ in range(self.rules.attack_steps):
             pieces = []
-            for start in range(0, len(x), self.rules.adv_group):
-                rows = slice(start, start + self.rules.adv_group)
+            for start in range(0, len(x), self.rules.adv_group_rows):
+                rows = slice(start, start + self.rules.adv_group_rows)
                 grey = current[rows].clone().requires_grad_()
                 if self.rules.attack_bn == "batch":
                     logits, _ = forward_alone(self.aux, self._normalise(grey))

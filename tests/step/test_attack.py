@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fap.step import attack
+from fap.step.step import attack
 
 
 def keys(n: int) -> torch.Tensor:

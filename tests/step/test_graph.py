@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fap.config import make_config
 from fap.nets.build import build
-from fap.nets.norm import DualBatchNorm2d, norms, shared_groups
+from fap.nets.norm import DualBatchNorm2d, norm_state, norms
 from fap.step.graph import WARM_UP_STEPS, FreshProcessNeeded, answers, runner
 from fap.step.step import Step
 from tests.step.layout_copies import layout_copies
@@ -28,7 +28,7 @@ ALL = [*KINDS, "advprop", "decoupled"]
 def make(kind, *, device="cpu", amp="off", size=8, seed=0, **sections):
     """A step of 16 clean rows in two groups, fed; `kind` is a method or a schedule of Fast AdvProp."""
     method = {"name": kind} if kind in ("vanilla", "advprop", "decoupled") else {"schedule": kind}
-    method |= {"group": 8} | ({} if kind in ("vanilla", "advprop") else {"p_adv": "1/3"})
+    method |= {"group_rows": 8} | ({} if kind in ("vanilla", "advprop") else {"p_adv": "1/3"})
     if kind == "advprop":
         method["attack_steps"] = 2
     method |= sections.get("method", {})
@@ -127,7 +127,7 @@ class StandIn:
     @staticmethod
     def on_grid(norm, x, residual, groups):
         """The twin in place of the kernel, which takes seconds in Triton's interpreter."""
-        kernel, norm.shared.kernel = norm.shared.kernel, "split"
+        kernel, norm.shared.kernel = norm.shared.kernel, "framework"
         try:
             return norm.forward(x, residual)
         finally:
@@ -172,9 +172,9 @@ def failing_kernel(step, error, gpu=None, norms=("auto", "triton")):
     whole, calls = step.forward, []
 
     def forward(x):
-        calls.append(step.row_groups.kernel)
+        calls.append(step.norm_state.kernel)
         torch.cuda.set_rng_state("moved on", None)
-        if step.row_groups.kernel in norms and len(calls) > len(step.passes):
+        if step.norm_state.kernel in norms and len(calls) > len(step.passes):
             if gpu is not None:
                 gpu.dead = True
             raise error
@@ -266,7 +266,7 @@ def test_a_kernel_that_fails_gives_way_to_the_framework(stand_in, mode, error, r
     run, how = runner(step, mode)
     assert how == ("eager" if mode == "off" else "CUDA graph") + ", framework norm"
     assert (run is step) == (mode == "off")
-    assert step.row_groups.kernel == "split"
+    assert step.norm_state.kernel == "framework"
     stand_in.assert_untouched(step)
     (warning,) = said(recwarn)
     assert warning.startswith(f"the Triton norm kernel failed ({type(error).__name__}: ")
@@ -281,19 +281,19 @@ def test_a_kernel_that_fails_gives_way_to_the_framework(stand_in, mode, error, r
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 def test_a_kernel_asked_for_by_name_does_not_give_way(stand_in, mode):
     step = stand_in.step()
-    step.row_groups.kernel = "triton"
+    step.norm_state.kernel = "triton"
     error = ImportError("No module named 'triton'")
     failing_kernel(step, error)
     with pytest.raises(ImportError) as raised:
         runner(step, mode)
     assert raised.value is error
-    assert step.row_groups.kernel == "triton"
+    assert step.norm_state.kernel == "triton"
     stand_in.assert_untouched(step)
 
 
 def test_the_frameworks_norm_asked_for_by_name_is_said(stand_in):
     step = stand_in.step()
-    step.row_groups.kernel = "split"
+    step.norm_state.kernel = "framework"
     failing_kernel(step, RuntimeError("never"))
     assert runner(step, "auto")[1] == "CUDA graph, framework norm"
     assert runner(step, "off")[1] == "eager, framework norm"
@@ -302,7 +302,7 @@ def test_the_frameworks_norm_asked_for_by_name_is_said(stand_in):
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 def test_an_error_that_is_not_the_kernels_is_raised(stand_in, mode, recwarn):
     step, error = stand_in.step(), AssertionError("a bug of ours")
-    failing_kernel(step, error, norms=("auto", "split"))
+    failing_kernel(step, error, norms=("auto", "framework"))
     with pytest.raises(AssertionError, match="a bug of ours") as raised:
         runner(step, mode)
     assert "the Triton norm kernel failed" in raised.value.__notes__[0]
@@ -310,16 +310,16 @@ def test_an_error_that_is_not_the_kernels_is_raised(stand_in, mode, recwarn):
     stand_in.assert_untouched(step)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "split"])
+@pytest.mark.parametrize("kernel", ["auto", "framework"])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=names)
 def test_out_of_memory_in_the_warm_up_is_raised(stand_in, error, kernel):
     step = stand_in.step()
-    step.row_groups.kernel = kernel
-    failing_kernel(step, error, norms=("auto", "split"))
+    step.norm_state.kernel = kernel
+    failing_kernel(step, error, norms=("auto", "framework"))
     with pytest.raises(type(error)) as raised:
         runner(step, "auto")
     assert raised.value is error
-    assert step.row_groups.kernel == kernel
+    assert step.norm_state.kernel == kernel
     stand_in.assert_untouched(step)
 
 
@@ -345,10 +345,10 @@ def test_a_kernel_that_kills_the_device_needs_a_fresh_process(stand_in, mode):
     assert stand_in.streams == [stand_in.stream]
 
 
-@pytest.mark.parametrize("kernel", ["triton", "split"])
+@pytest.mark.parametrize("kernel", ["triton", "framework"])
 def test_a_device_that_dies_of_what_was_asked_for_is_that_error(stand_in, kernel):
     step, error = stand_in.step(), RuntimeError(ILLEGAL_ACCESS)
-    step.row_groups.kernel = kernel
+    step.norm_state.kernel = kernel
     failing_kernel(step, error, stand_in, norms=(kernel,))
     with pytest.raises(RuntimeError) as raised:
         runner(step, "auto")
@@ -386,20 +386,20 @@ def test_a_failed_capture_leaves_the_step_as_it_was(stand_in, mode, error, recwa
 @pytest.mark.parametrize(
     "version", ["2.11.0+cu130", "2.12.1", "2.13.0", "2.14.0", "2.20.0.dev20270101", "3.0.0"]
 )
-@pytest.mark.parametrize("kernel", ["auto", "triton", "split"])
+@pytest.mark.parametrize("kernel", ["auto", "triton", "framework"])
 def test_a_torch_that_believes_in_the_capture_needs_a_fresh_process(
     stand_in, monkeypatch, version, kernel
 ):
     monkeypatch.setattr(torch, "__version__", version)
     step = stand_in.step()
-    step.row_groups.kernel = kernel
+    step.norm_state.kernel = kernel
     stand_in.capture_error = RuntimeError("operation failed due to a previous error during capture")
     if version in ("2.11.0+cu130", "2.12.1", "2.13.0"):
         with pytest.raises(
             FreshProcessNeeded, match=r"could not be captured.*previous error"
         ) as raised:
             runner(step, "auto")
-        kept = ("run.norm_kernel=framework",) if kernel == "split" else ()
+        kept = ("run.norm_kernel=framework",) if kernel == "framework" else ()
         assert raised.value.settings == ("run.graph=off", *kept)
     else:
         with pytest.warns(UserWarning, match="could not be captured"):
@@ -867,7 +867,7 @@ def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one(amp, tolerance
     # Noise, not an attack: in bfloat16 rounding turns signs of small gradients.
     noise = {"name": "noise", "schedule": "fused"} if amp != "off" else {}
     eager, compiled = (make("fused", amp=amp, method=noise) for _ in range(2))
-    shared_groups(compiled.model).kernel = "split"
+    norm_state(compiled.model).kernel = "framework"
     compiled.forward = torch.compile(compiled.model, backend="aot_eager")
     counters.clear()
     for seed in range(3):

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from fap.config import Config, load_config, make_config
 from fap.nets.norm import convert, norms
 from fap.nets.stem import install_stem, stem_of
-from fap.step import attack
-from fap.step.step import Step, dropout_seed
+from fap.step.step import Step, attack, dropout_seed
 from tests.step.reference_step import Draws, Result, Rules, Twin, forward_alone
 
 SIZE, CLASSES, GROUP = 16, 5, 8
@@ -79,7 +78,7 @@ def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
     return make_config(
         {
             "model": {"num_classes": CLASSES},
-            "method": {"group": GROUP, "p_adv": "1/3"} | method,
+            "method": {"group_rows": GROUP, "p_adv": "1/3"} | method,
             "data": {"size": SIZE} | data,
             "optim": {"clean_batch": GROUP * groups, "label_smoothing": smoothing},
         }
@@ -89,10 +88,10 @@ def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
 def rules_of(config: Config) -> Rules:
     """The twin's reading of a config."""
     m = config.method
-    n_adv = 0 if m.name == "vanilla" else config.optim.clean_batch // GROUP * m.adv_group
+    n_adv = 0 if m.name == "vanilla" else config.optim.clean_batch // GROUP * m.adv_group_rows
     common: dict[str, Any] = {
         "method": m.name, "pipelined": m.schedule == "pipelined",
-        "clean_group": GROUP, "adv_group": m.adv_group, "n_adv": n_adv,
+        "clean_group_rows": GROUP, "adv_group_rows": m.adv_group_rows, "n_adv": n_adv,
         "label_smoothing": config.optim.label_smoothing, "mean": config.data.mean, "std": config.data.std,
     }  # fmt: skip
     if m.name == "vanilla":
@@ -138,7 +137,7 @@ def draw(config: Config) -> tuple[dict[str, Any], Draws]:
     """One step's random input, as `Step.feed` and as the twin take it."""
     m, n_clean = config.method, config.optim.clean_batch
     groups = n_clean // GROUP
-    n_adv, rows = groups * m.adv_group, n_clean + config.loader_adv_rows
+    n_adv, rows = groups * m.adv_group_rows, n_clean + config.loader_adv_rows
     images = torch.randint(0, 256, (rows, 3, SIZE, SIZE), dtype=torch.uint8)
     images[torch.rand(images.shape) < 0.1] = 255  # the ends of the pixel range, where clipping acts
     images[torch.rand(images.shape) < 0.1] = 0
@@ -495,7 +494,9 @@ def test_pgd_stays_in_the_ball_and_moves_the_loss(targeted: bool) -> None:
 
     def loss(grey: Tensor, target: Tensor) -> float:
         parts = zip(
-            grey.split(config.method.adv_group), target.split(config.method.adv_group), strict=True
+            grey.split(config.method.adv_group_rows),
+            target.split(config.method.adv_group_rows),
+            strict=True,
         )
         each = [
             nn.functional.cross_entropy(forward_alone(twin.aux, twin._normalise(g))[0], t)
