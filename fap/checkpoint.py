@@ -207,8 +207,8 @@ class RunMeta(_Strict):
             raise ValueError(f"closed = {self.closed} epochs in step = {self.step} steps")
         if self.totals.keys() != set(METRICS):
             raise ValueError("totals has other names than this version's metrics")
-        if not {"top1", "epoch"} <= self.best.keys():
-            raise ValueError("best must hold top1 and epoch")
+        if "epoch" not in self.best or len(self.best) != 2:
+            raise ValueError("best must hold one metric and epoch")
         return self
 
 

@@ -27,6 +27,7 @@ from pydantic.functional_validators import (
 )
 
 from fap import strict_yaml
+from fap.tasks import TASKS
 from pipelines.files import read_regular, shown
 
 MOST_BYTES = 1 << 16  # of a YAML file; a complete config has 2,000
@@ -68,6 +69,12 @@ def _name(value: str) -> str:
     """The name becomes a folder and part of file names, so it must lead nowhere else."""
     if not SAFE_NAME.fullmatch(value):
         raise ValueError(f"must be a plain file name: {NAME_RULE}")
+    return value
+
+
+def _task(value: str) -> str:
+    if value not in TASKS:
+        raise ValueError(f"must be one of {', '.join(TASKS)}")
     return value
 
 
@@ -387,6 +394,8 @@ class Config(Section):
     or where the command line gives another method than the file.
     """
     seed: Seed = 0
+    task: Annotated[str, AfterValidator(_task)] = "classification"
+    """What is learned: one of `fap.tasks.TASKS`."""
     resume: Literal["never", "auto"] = "never"
     paper: dict[Literal["top1", "imagenet_c", "imagenet_r", "stylized"], Percent] = {}
     """The paper's numbers for this run (percent), shown beside ours by the evaluation."""

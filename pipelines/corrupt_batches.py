@@ -203,7 +203,7 @@ def corrupted(
         )
 
     nhwc = ((b, b.images.permute(0, 2, 3, 1).cpu().numpy().copy()) for b in batches)
-    calls = (partial(work, replace(b, labels=b.labels.clone()), images) for b, images in nhwc)
+    calls = (partial(work, batch, images) for batch, images in nhwc)
     with closing(
         run_ahead(calls, 3, 3)
     ) as done:  # one is with the model, the work of two is under way
@@ -211,7 +211,7 @@ def corrupted(
 
 
 def build(
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],  # images, and labels with -1 for padding
     dst: Path,
     *,
     capacity: int,
@@ -222,10 +222,9 @@ def build(
     says what they are.
     """
     with BetonWriter(dst, capacity) as writer:
-        for batch in batches:
-            for image, label in zip(
-                batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels.tolist(), strict=True
-            ):
+        for images, labels in batches:
+            nhwc = images.permute(0, 2, 3, 1).cpu().numpy()
+            for image, label in zip(nhwc, labels.tolist(), strict=True):
                 if label >= 0:
                     writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
         writer.commit(classes, encoding)

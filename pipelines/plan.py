@@ -111,6 +111,13 @@ class EpochPlan:
     def n_clean(self) -> int:
         return self.mix_partner.shape[1]
 
+    def look_up(self, values: np.ndarray, padding: float) -> np.ndarray:
+        """(steps, B, ...): what `values` (N, ...) hold for each row's sample; `padding` for no sample."""
+        empty = self.index == PADDING
+        found = values[np.where(empty, 0, self.index)]
+        found[empty] = padding
+        return found
+
     def for_rank(self, rank: int, world: int) -> EpochPlan:
         """The clean groups and the adversarial groups of one rank; only `shuffle` stays in global
         numbers.

@@ -456,7 +456,7 @@ def test_run_meta_round_trip(tiny: tuple[Config, dict[str, Tensor]], tmp_path: P
     ("seconds", float("nan"), "'seconds'"),
     ("world", 0, "'world'"),
     ("totals", {"loss": 1.0}, "totals"),
-    ("best", {"epoch": 1.0}, "top1 and epoch"),
+    ("best", {"epoch": 1.0}, "one metric and epoch"),
     ("last", {"top1": "x"}, "'last.top1'"),
     ("versions", ["torch"], "'versions'"),
     ("train.count", -1, "'train.count'"),

@@ -19,12 +19,14 @@ import numpy as np
 import PIL
 import scipy
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import pipelines
 from fap.evaluate.results import digest, safe_name
 from fap.nets.norm import Bn
-from pipelines import Batch, Store
+from fap.tasks.base import Task
+from pipelines import Store
 from pipelines.corrupt import NAMES
 from pipelines.corrupt_batches import build, corrupted
 from pipelines.files import lock, shown
@@ -38,7 +40,7 @@ PIXELS = {
     "numpy": np.__version__,
 }
 BackEnd = Literal["ffcv", "dali", "reference"]
-Batches = Generator[Batch, None, None]
+Batches = Generator[tuple[Tensor, Tensor], None, None]  # images, and targets
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class EvalSet(NamedTuple):
 
 
 def eval_sets(
-    wanted: Wanted, data: Store, size: int, resize: int, workers: Executor
+    task: Task, wanted: Wanted, data: Store, size: int, resize: int, workers: Executor
 ) -> tuple[list[EvalSet], list[str]]:
     """The sets in the order of the report, and what in the benchmarks' folders belongs to none of
     them.
@@ -112,7 +114,7 @@ def eval_sets(
     known = data.identity()  # once for all that is computed from it
 
     def from_data(change: _Change | None = None) -> AbstractContextManager[Opened]:
-        return nullcontext(_read(wanted, data, known, stamps, size, resize, change, workers))
+        return nullcontext(_read(task, wanted, data, known, stamps, size, resize, change, workers))
 
     sets = [EvalSet("clean", wanted.data, from_data)]
     for name, severity in wanted.computed:
@@ -121,7 +123,7 @@ def eval_sets(
             from_data, _Change(name, severity, wanted.seed)
         )
         if wanted.keep is not None:
-            opening = partial(_kept, wanted, data, size, resize, key, opening())
+            opening = partial(_kept, task, wanted, data, size, resize, key, opening())
         sets.append(EvalSet(key, wanted.data, opening))
     unused: list[str] = []
     if wanted.imagenet_c is not None:
@@ -132,7 +134,7 @@ def eval_sets(
                 EvalSet(
                     f"imagenet_c/{name}/{severity}",
                     folder,
-                    partial(_stored, wanted, size, size, folder),
+                    partial(_stored, task, wanted, size, size, folder),
                 )
             )
         unused += rest
@@ -145,7 +147,7 @@ def eval_sets(
         unused += rest
     for key, path in (("imagenet_r", wanted.imagenet_r), ("stylized", wanted.stylized)):
         if path is not None:
-            sets.append(EvalSet(key, path, partial(_stored, wanted, size, resize, path)))
+            sets.append(EvalSet(key, path, partial(_stored, task, wanted, size, resize, path)))
     return sets, unused
 
 
@@ -161,13 +163,14 @@ class _Change(NamedTuple):
 
 
 @contextmanager
-def _stored(wanted: Wanted, size: int, resize: int, path: Path) -> Iterator[Opened]:
+def _stored(task: Task, wanted: Wanted, size: int, resize: int, path: Path) -> Iterator[Opened]:
     with closing(pipelines.open_store(path)) as store:
         stamps = _stamps(_files(store))
-        yield _read(wanted, store, store.identity(), stamps, size, resize)
+        yield _read(task, wanted, store, store.identity(), stamps, size, resize)
 
 
 def _read(
+    task: Task,
     wanted: Wanted,
     store: Store,
     identity: dict[str, Any],
@@ -192,13 +195,15 @@ def _read(
     if change is not None:
         how["corrupted"] = change._asdict()
 
+    targets = task.targets(store, plan)
+
     def batches() -> Batches:
-        stored = loader.load(plan)
-        if change is None:
-            yield from stored
-        else:
+        shown = loader.load(plan)
+        if change is not None:
             assert workers is not None
-            yield from corrupted(stored, plan.index, pool=workers, **change._asdict())
+            shown = corrupted(shown, plan.index, pool=workers, **change._asdict())
+        for batch in shown:
+            yield batch.images, targets[batch.step]
 
     return Opened(
         classes=store.classes,
@@ -315,7 +320,7 @@ def _array(wanted: Wanted, size: int, file: Path, severity: int) -> Iterator[Ope
         for step in range(steps):
             rows = slice(step * wanted.batch, (step + 1) * wanted.batch)
             images = torch.from_numpy(part.images[rows].copy()).permute(0, 3, 1, 2)
-            yield Batch(images, labels[rows], step)
+            yield images, labels[rows]
 
     yield Opened(
         classes=cifar10.CLASSES,
@@ -338,6 +343,7 @@ def _array(wanted: Wanted, size: int, file: Path, severity: int) -> Iterator[Ope
 
 @contextmanager
 def _kept(
+    task: Task,
     wanted: Wanted,
     data: Store,
     size: int,
@@ -362,7 +368,7 @@ def _kept(
             yield replace(computed, build=partial(_build, file, said, computed, wanted.batch))
             return
     as_stored = replace(wanted, back_end=_back_end(wanted, wanted.data))
-    with _stored(as_stored, size, size, file) as stored:
+    with _stored(task, as_stored, size, size, file) as stored:
         yield replace(stored, identity=stored.identity | {"built from": said})
 
 

@@ -20,7 +20,8 @@ from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint, RunMeta, brief, run_meta
 from fap.config import Config, make_config
 from fap.nets import norm
-from fap.nets.build import plain as plain_model
+from fap.tasks import make_task
+from fap.tasks.base import Task
 from pipelines.files import shown
 
 SUFFIX = ".safetensors"
@@ -38,9 +39,8 @@ class Trained:
     content: str  # the file's checksum and size
 
     @property
-    def n_classes(self) -> int:
-        """Logits of the model."""
-        return self.config.model.classes
+    def task(self) -> Task:
+        return make_task(self.config)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -78,7 +78,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
     text = {"model": config.model.name, "run": config.name} | {
         k: json.dumps(v) for k, v in header.items()
     }
-    plain = plain_model(config.model.name, n_classes)
+    plain = make_task(config).plain_model()
     weights = norm.export(state, meta.step)
     _load_strictly(plain, weights, path)
     try:
@@ -187,4 +187,4 @@ def _converted(config: Config, state: dict[str, Tensor]) -> nn.Module:
     is not needed here.
     """
     aux = any(name.endswith("aux.running_mean") for name in state)
-    return norm.convert(plain_model(config.model.name, config.model.classes), aux)
+    return norm.convert(make_task(config).plain_model(), aux)

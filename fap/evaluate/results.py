@@ -4,14 +4,12 @@ from.
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fap.evaluate.exact import Result
+from fap.tasks.base import Result, Task
 from pipelines.files import read_regular, write_whole
 
 MOST_BYTES = 1 << 16  # of one result
@@ -37,13 +35,13 @@ class Results:
         self.folder = folder
         self.say = say
 
-    def find(self, name: str, of: dict[str, Any], count: int) -> Result | None:
+    def find(self, name: str, of: dict[str, Any], count: int, task: Task) -> Result | None:
         """The result computed from exactly `of`, on `count` images; None where there is none, or a
         damaged one.
         """
         file = self._file(name, of)
         try:
-            return _checked(json.loads(read_regular(file, MOST_BYTES)), digest(of), count)
+            return _checked(json.loads(read_regular(file, MOST_BYTES)), digest(of), count, task)
         except FileNotFoundError:
             return None
         except (
@@ -60,7 +58,7 @@ class Results:
             return None
 
     def keep(self, name: str, of: dict[str, Any], result: Result) -> None:
-        content = {"of": digest(of), "set": name, "result": asdict(result)}
+        content = {"of": digest(of), "set": name, "result": result}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._file(name, of), [json.dumps(content, indent=1).encode()])
@@ -71,23 +69,11 @@ class Results:
         return self.folder / f"{safe_name(name.replace('/', '-'))}-{digest(of)[:16]}.json"
 
 
-def _checked(tree: Any, of: str, count: int) -> Result:
+def _checked(tree: Any, of: str, count: int, task: Task) -> Result:
     """A result out of a file. Raises ValueError, TypeError or LookupError for anything else."""
     if tree["of"] != of:
         raise ValueError("it was computed from something else")
-    found = tree["result"]
-    if (
-        found.keys() != Result.__annotations__.keys()
-        or type(found["count"]) is not int
-        or found["count"] != count
-    ):
-        raise ValueError("other fields, or another number of images")
-    loss, top1, top5 = (found[name] for name in ("loss", "top1", "top5"))
-    if (
-        not all(type(number) in (int, float) for number in (loss, top1, top5))
-        or not 0 <= top1 <= top5 <= 1
-    ):
-        raise ValueError("no loss, or no accuracies")
-    if not math.isnan(loss) and loss < 0:
-        raise ValueError("a negative loss")
-    return Result(float(loss), float(top1), float(top5), count)
+    found = task.check_result(tree["result"])
+    if type(found["count"]) is not int or found["count"] != count:
+        raise ValueError("another number of images")
+    return found

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL
+import torch
 from tqdm import tqdm
 
 from fap.config import Config
 from fap.evaluate.benchmarks import EvalSet, Opened, Wanted, eval_sets
-from fap.evaluate.exact import Result, evaluate
-from fap.evaluate.labels import Labels, match_labels
+from fap.evaluate.exact import evaluate
 from fap.evaluate.load import Trained, load_model
 from fap.evaluate.results import Results
+from fap.tasks.base import Result
+from fap.tasks.labels import Matching
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
@@ -61,17 +63,17 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
             f"--bn aux: {path} was trained without auxiliary batch norms; only main is there"
         )
     config = trained.config
-    sets, unused = eval_sets(wanted, data, config.data.size, config.data.resize, workers)
+    size = config.data.size
+    sets, unused = eval_sets(trained.task, wanted, data, size, config.data.resize, workers)
     items = []
     for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1):
         with one.open() as opened:
-            labels = _match(one, opened, trained, wanted)
+            matching = _match(one, opened, trained, wanted)
             known = None
             if opened.build is None:
-                known = results.find(
-                    *_name_and_origin(one, opened, trained, labels, wanted), opened.count
-                )
-            items.append(Item(one, opened.count, labels.how, known))
+                name, origin = _name_and_origin(one, opened, trained, matching, wanted)
+                known = results.find(name, origin, opened.count, trained.task)
+            items.append(Item(one, opened.count, matching.how, known))
     return Work(
         path, trained.content, config, trained.meta.step, trained.meta.train.classes, items, unused
     )
@@ -93,7 +95,9 @@ def carry_out(
             raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
         for one in tqdm(todo, work.config.name, unit="set", disable=None):
             found[one.key] = result = _evaluate(one, trained, wanted, workers, results)
-            say(f"  {one.key}: top-1 {result.top1:.2%} of {result.count:,} images")
+            words = trained.task.percents[trained.task.primary]
+            reached = result[trained.task.primary]
+            say(f"  {one.key}: {words} {reached:.2%} of {result['count']:,} images")
     return {
         "checkpoint": str(work.path),
         "name": work.config.name,
@@ -109,7 +113,7 @@ def carry_out(
         },
         "labels": {item.set.key: item.labels for item in work.items},
         "unused": work.unused,
-        "results": {item.set.key: asdict(found[item.set.key]) for item in work.items},
+        "results": {item.set.key: found[item.set.key] for item in work.items},
     }
 
 
@@ -117,33 +121,34 @@ def _evaluate(
     one: EvalSet, trained: Trained, wanted: Wanted, workers: Workers, results: Results
 ) -> Result:
     with _built(one) as opened:
-        labels = _match(one, opened, trained, wanted)
+        matching = _match(one, opened, trained, wanted)
         data = trained.config.data
+        evaluator = trained.task.evaluator(torch.device(wanted.device), matching)
         with closing(opened.batches()) as batches:
             try:
                 result = evaluate(
                     trained.model,
                     tqdm(batches, one.key, opened.steps, leave=False, disable=None),
+                    evaluator,
                     mean=data.mean,
                     std=data.std,
                     bn=wanted.bn,
                     device=wanted.device,
-                    label_map=labels.map,
-                    restrict=one.restrict,
                 )
             except BaseException:
                 # else closing the batches waits for corruptions that nobody wants any more
                 workers.stop()
                 raise
-        if result.count != opened.count:
+        if result["count"] != opened.count:
             raise ValueError(
-                f"{one.key}: {one.source}: {opened.count} images, but {result.count} were evaluated"
+                f"{one.key}: {one.source}: {opened.count} images, but {result['count']} were"
+                " evaluated"
             )
         if opened.stamps() != opened.identity["files"]:
             raise ValueError(
                 f"{one.key}: {one.source}: files changed while they were evaluated; start again"
             )
-        results.keep(*_name_and_origin(one, opened, trained, labels, wanted), result)
+        results.keep(*_name_and_origin(one, opened, trained, matching, wanted), result)
     return result
 
 
@@ -159,13 +164,12 @@ def _built(one: EvalSet) -> Iterator[Opened]:
         yield opened
 
 
-def _match(one: EvalSet, opened: Opened, trained: Trained, wanted: Wanted) -> Labels:
+def _match(one: EvalSet, opened: Opened, trained: Trained, wanted: Wanted) -> Matching:
     try:
-        return match_labels(
+        return trained.task.match(
             opened.classes,
             opened.labels,
             trained.meta.train.classes,
-            trained.n_classes,
             by_position=wanted.by_position,
             restrict=one.restrict,
         )
@@ -174,7 +178,7 @@ def _match(one: EvalSet, opened: Opened, trained: Trained, wanted: Wanted) -> La
 
 
 def _name_and_origin(
-    one: EvalSet, opened: Opened, trained: Trained, labels: Labels, wanted: Wanted
+    one: EvalSet, opened: Opened, trained: Trained, matching: Matching, wanted: Wanted
 ) -> tuple[str, dict[str, Any]]:
     """A result's name, and all that it depends on. Rather too much than too little: it is soon
     computed again.
@@ -183,7 +187,7 @@ def _name_and_origin(
         "set": one.key,
         "images": opened.identity,
         "checkpoint": trained.content,
-        "labels": labels.how,
+        "labels": matching.how,
         "bn": wanted.bn,
         "device": wanted.device,
         "versions": versions() | {"pillow": PIL.__version__},

@@ -81,10 +81,13 @@ def near_names(name: str) -> list[str]:
 
 
 def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
-    """A converted, channels_last model whose logits are (B, num_classes) for (B, 3, size, size)
-    images.
-    """
-    model = convert(plain(name, num_classes), aux)
+    """A prepared model whose logits are (B, num_classes) for (B, 3, size, size) images."""
+    return prepare(plain(name, num_classes), aux=aux, size=size)
+
+
+def prepare(model: nn.Module, *, aux: bool = True, size: int = 224) -> nn.Module:
+    """A plain model, changed in place into one that the step trains: dual norms, channels_last."""
+    convert(model, aux)
     fuse_blocks(model)
     install_stem(model, size)
     return model.to(memory_format=torch.channels_last)

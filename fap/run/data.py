@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 import pipelines
 from fap.config import Config
-from fap.evaluate.labels import match_classes
+from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
 
 NAMES_SHOWN = 3  # class names at either end of the list
@@ -25,9 +23,7 @@ class RunData:
     train_identity: dict[str, Any]
     val_identity: dict[str, Any]
     n_classes: int  # of the model
-    val_classes: (
-        Tensor | None
-    )  # int64 (classes of val,): the model's class of each; None: they are the model's
+    matching: Matching  # of val's classes with the model's
     lines: list[str]  # what a reader would check before a long run
 
 
@@ -43,14 +39,14 @@ def open_data(config: Config) -> RunData:
     train.check_classes()  # data.val may hold few classes, and its names must be among these
     val = _open("val", config)
     n_classes = _class_count(config, train)
-    val_classes = _match(train, val, n_classes)
+    matching = _match(train, val, n_classes)
     lines = [*_lines("train", train), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
         lines.append(
             f"classes    {n_classes}: data.train has no class names, its largest label is"
             f" {n_classes - 1}"
         )
-    return RunData(train, val, train.identity(), val.identity(), n_classes, val_classes, lines)
+    return RunData(train, val, train.identity(), val.identity(), n_classes, matching, lines)
 
 
 def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
@@ -99,7 +95,7 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
     return found
 
 
-def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tensor | None:
+def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Matching:
     """By name where both have names, so that data.val may lack classes; by number where neither
     has.
     """
@@ -114,9 +110,9 @@ def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tens
         )
     if train.classes is not None and val.classes is not None:
         if val.classes == train.classes:
-            return None
+            return SAME_CLASSES
         try:
-            return match_classes(val.classes, train.classes)
+            return Matching("by name", match_classes(val.classes, train.classes))
         except ValueError as error:
             raise ValueError(
                 f"{where} does not fit data.train = {readable(train.path)}: {error}"
@@ -126,7 +122,7 @@ def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Tens
         raise ValueError(
             f"{where} holds labels up to {most}, but the model has {n_classes} classes"
         )
-    return None
+    return SAME_CLASSES
 
 
 def _lines(field: str, store: pipelines.Store) -> list[str]:

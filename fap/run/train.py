@@ -21,7 +21,7 @@ from fap.checkpoint import Checkpoints, run_meta
 from fap.config import Config, make_config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.evaluate.exact import evaluate
-from fap.nets.build import build
+from fap.nets.build import prepare
 from fap.nets.pretrained import load_init
 from fap.run.data import open_data
 from fap.run.folder import RunFolder
@@ -38,14 +38,16 @@ from fap.run.session import (
 from fap.run.summary import describe
 from fap.step.graph import out_of_memory, runner
 from fap.step.step import KINDS, METRICS, Amp, Step, dropout_seed
+from fap.tasks import make_task
+from fap.tasks.base import Result, Task
 from fap.versions import versions
 from pipelines.ahead import run_ahead
 from pipelines.files import write_whole
 
-PER_RANK = {
-    "carry.images_255",
-    "carry.labels",
-}  # of the step's state: every rank holds its own rows
+# Of the step's state: every rank holds its own rows.
+PER_RANK = {"carry.images_255", "carry.targets"}
+# Of an earlier version's checkpoints.
+RENAMED_TENSORS = {"carry.labels": "carry.targets"}
 
 
 class NonFinite(RuntimeError):  # noqa: N818
@@ -81,7 +83,6 @@ class Run:
         self.done = 0  # optimiser steps
         self.closed = 0  # epochs evaluated and logged
         self.totals = dict.fromkeys(METRICS, 0.0)  # of the epoch so far
-        self.best: dict[str, float] = {"top1": -1.0, "epoch": 0}
         self.last: dict[str, float] = {}
         self.resumed: Path | None = None
         self.saved: int | None = None  # step of the newest good checkpoint
@@ -111,16 +112,18 @@ class Run:
         self.config = config = with_classes(config, self.data.n_classes)
         self.budget = budget(config, len(self.data.train))
         self.steps = min(self.budget.steps, config.run.max_steps or self.budget.steps)
+        self.task = make_task(config)
+        self.best: dict[str, float] = {self.task.primary: -1.0, "epoch": 0}
         self.spec = plan_spec(config, self.ranks)
 
         torch.manual_seed(config.seed)
-        wanted, aux = config.model, config.method.name != "vanilla"
-        self.model = build(wanted.name, self.data.n_classes, aux=aux, size=config.data.size)
-        if wanted.init:
-            load_init(self.model, wanted.init, config, self._say)
+        aux = config.method.name != "vanilla"
+        self.model = prepare(self.task.plain_model(), aux=aux, size=config.data.size)
+        if config.model.init:
+            load_init(self.model, config.model.init, config, self._say)
         self.weights = checksum_of(self.model.state_dict())
         self.model.to(self.device)
-        self.step = Step(self.model, config, self.ranks, amp=self.amp)
+        self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
         self.step.norm_state.kernel = self.norm_kernel
         if config.run.compile:
             self.step.forward = torch.compile(self.model)
@@ -170,14 +173,15 @@ class Run:
             first = plan.epoch * per_epoch
             todo = range(self.done, min(first + per_epoch, self.steps))
             draws, waiting = self._draws(plan), Stopwatch()
+            # Once per epoch: no step waits for a copy to the device.
+            targets = self.task.targets(self.data.train, plan).to(self.device)
             for step, batch in zip(
                 todo, waiting.on(loader.load(plan, self.done - first)), strict=False
             ):
                 lr = self.budget.lr_at(step)
                 torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
-                self.step.feed(
-                    batch.images, batch.labels, lr, **{k: v[batch.step] for k, v in draws.items()}
-                )
+                row = {name: values[batch.step] for name, values in draws.items()}
+                self.step.feed(batch.images, targets[batch.step], lr, **row)
                 run_step()
                 self.log = self.log or self._begin()  # the first step is done: the run can start
                 self.done = step + 1
@@ -212,38 +216,42 @@ class Run:
         if self.done == self.steps or epoch % self.config.run.eval_every == 0:
             self.last = last = self._evaluate()
             record |= {f"val_{k}": v for k, v in last.items()}
-            self.best = max(
-                self.best, {"top1": last["top1"], "epoch": epoch}, key=lambda best: best["top1"]
-            )
-            self._say(
-                f"epoch {epoch}: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}, loss"
-                f" {last['loss']:.4f}"
-            )
+            reached = last[self.task.primary]
+            if reached > self.best[self.task.primary]:
+                self.best = {self.task.primary: reached, "epoch": epoch}
+            self._say(f"epoch {epoch}: {in_words(last, self.task)}")
         log.record(self.done, record | {"epoch": epoch})
         if not begun:
             self.closed, self.totals = epoch, dict.fromkeys(METRICS, 0.0)
         self._save()
 
-    def _evaluate(self) -> dict[str, float]:
-        data, store, world = self.config.data, self.data.val, self.ranks.world
-        batch = max(1, self.config.run.eval_batch // world) * world
+    def _evaluate(self) -> Result:
+        data = self.config.data
+        store = self.data.val
+        world = self.ranks.world
+        rows = max(1, self.config.run.eval_batch // world) * world
         plan = pipelines.eval_plan(
-            store.heights, store.widths, size=data.size, resize=data.resize, batch=batch
-        )
+            store.heights, store.widths, size=data.size, resize=data.resize, batch=rows
+        ).for_rank(self.ranks.rank, world)
+        targets = self.task.targets(store, plan).to(self.device)
         with self._closing(self._open_loader(store)) as loader:
 
-            def batches() -> Iterator[pipelines.Batch]:
-                for batch in loader.load(
-                    plan.for_rank(self.ranks.rank, world)
-                ):  # as many on every rank
+            def batches() -> Iterator[tuple[Tensor, Tensor]]:
+                for batch in loader.load(plan):  # as many on every rank
                     self._leave_if_asked()
-                    yield batch
+                    yield batch.images, targets[batch.step]
 
             result = evaluate(
-                self.model, batches(), mean=data.mean, std=data.std, device=self.device, amp=self.amp,
-                label_map=self.data.val_classes,
-            )  # fmt: skip
-        return {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+                self.model,
+                batches(),
+                self.task.evaluator(self.device, self.data.matching),
+                mean=data.mean,
+                std=data.std,
+                device=self.device,
+                amp=self.amp,
+            )
+        del result["count"]  # that of data.val
+        return result
 
     # ------------------------------------------------------------------ the data
 
@@ -439,6 +447,7 @@ class Run:
                 f"run.max_steps = {self.config.run.max_steps}, but {path} is already at step"
                 f" {meta.step}"
             )
+        tensors = {RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()}
         for name in PER_RANK & tensors.keys():
             tensors[name] = tensors[name][self.ranks.rank * self.step.n_adv :][: self.step.n_adv]
         if not self.ranks.first:  # saved as sums over all ranks
@@ -449,6 +458,13 @@ class Run:
         self.started -= meta.seconds  # of the run's earlier processes
         self.resumed, self.saved = path, self.done
         self._say(f"resuming {path} at step {self.done}")
+
+
+def in_words(result: Result, task: Task) -> str:
+    """`top-1 76.20%, top-5 93.00%, loss 0.9612`: percentages first."""
+    parts = [f"{words} {result[name]:.2%}" for name, words in task.percents.items()]
+    parts += [f"{name} {v:.4f}" for name, v in result.items() if name not in task.percents]
+    return ", ".join(parts)
 
 
 def rates(metrics: dict[str, float]) -> dict[str, float]:

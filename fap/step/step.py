@@ -27,17 +27,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
+from fap.draws import uniform
 from fap.nets.norm import Group, norm_state
 from fap.nets.stem import stem_of
 from fap.step import attack
 from fap.step.flat import Flat, GradientSum
 from fap.step.half import HalfWeights, castable
 from fap.step.layout import image_order, memory_order
+from fap.tasks import make_task
+from fap.tasks.base import Task
 
 Kind = Literal["clean", "noise", "adv", "mixed"]
 Amp = Literal["off", "fp16", "bf16"]
@@ -99,8 +101,14 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, ranks: Ranks = ONE_RANK, *, amp: Amp = "off"
-    ):
+        self,
+        model: nn.Module,
+        config: Config,
+        ranks: Ranks = ONE_RANK,
+        *,
+        amp: Amp = "off",
+        task: Task | None = None,  # None: the config's
+    ) -> None:
         self.norm_state = norm_state(model)  # first of all: no other model can be trained
         method, data = config.method, config.data
         if config.optim.clean_batch % (ranks.world * method.group_rows):
@@ -109,13 +117,7 @@ class Step:
                 f" of {method.group_rows} rows on each of {ranks.world} ranks; use a multiple of"
                 f" {ranks.world * method.group_rows}"
             )
-        classes = config.model.num_classes
-        if classes is None or classes < 2:
-            raise ValueError(
-                f"model.num_classes = {classes}: a classifier needs at least 2 classes, "
-                "and a targeted attack a wrong one to aim at"
-            )
-        self.num_classes: int = classes
+        self.task = task or make_task(config)
         self.model, self.config, self.ranks, self.amp = model.train(), config, ranks, amp
         self.stem = stem_of(model)
         if self.stem is not None:
@@ -360,7 +362,6 @@ class Step:
 
     def _loss(self, block: Block, logits: Tensor, labels: Tensor) -> Tensor:
         """Weighted sum of a block's losses; also counts its metrics."""
-        smoothing = self.config.optim.label_smoothing
         if block.kind == "mixed":
             noise, adv = self._unmix(logits)
             noise_labels, adv_labels = self._unmix(labels)
@@ -368,18 +369,16 @@ class Step:
                 Block("adv", 0, len(adv)), adv, adv_labels
             )
         target = labels[block.start : block.stop]
-        each = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        each = self.task.losses(logits, target)
         if block.kind == "clean" and self.config.data.mix:
             partner = labels[self.inputs.mix_partner[block.start : block.stop]]
             lam = self.inputs.mix_lam.to(each.dtype)
-            each = lam * each + (1 - lam) * F.cross_entropy(
-                logits, partner, reduction="none", label_smoothing=smoothing
-            )
+            each = lam * each + (1 - lam) * self.task.losses(logits, partner)
         with torch.no_grad():
             finite = each.isfinite()
             k = 4 * KINDS.index(block.kind)
             self.metrics[k] += torch.where(finite, each, 0).double().sum()
-            self.metrics[k + 1] += (logits.argmax(1) == target).sum()
+            self.metrics[k + 1] += self.task.hits(logits, target).sum()
             self.metrics[k + 2] += len(target)
             self.metrics[k + 3] += (~finite).sum()
         return each.sum() * self.row_weight[block.kind]
@@ -440,7 +439,7 @@ class Step:
         eps_255 = self.config.method.eps_255
         assert eps_255 is not None
         return torch.add(
-            source, attack.uniform(self.inputs.noise_key, source.shape, self.dtype), alpha=eps_255
+            source, uniform(self.inputs.noise_key, source.shape, self.dtype), alpha=eps_255
         )
 
     def _ascend(self, current: Tensor, source: Tensor, gradient: Tensor) -> Tensor:
@@ -448,9 +447,7 @@ class Step:
         assert method.eps_255 is not None
         direction = attack.sign(gradient)
         if method.name == "noise":
-            direction = attack.uniform(
-                self.inputs.noise_key ^ 0x5BD1E995, source.shape, self.dtype
-            ).sign()
+            direction = uniform(self.inputs.noise_key ^ 0x5BD1E995, source.shape, self.dtype).sign()
         self.metrics[-5] += (direction == 0).sum()
         self.metrics[-4] += direction.numel()
         if method.targeted:
@@ -462,7 +459,7 @@ class Step:
         method = self.config.method
         assert method.attack_steps is not None
         if method.targeted:
-            labels = attack.other_label(self.inputs.noise_key, labels, self.num_classes)
+            labels = self.task.wrong_targets(self.inputs.noise_key, labels)
         # No `calls`: an attack crafts, it does not train, so the running statistics stay alone in
         # both modes.
         if method.attack_bn == "running":
@@ -474,9 +471,7 @@ class Step:
             self._normalise(current, out=x)
             leaf = x.detach().requires_grad_()
             logits = self._forward(leaf.view_as(leaf))  # no leaf, as in `_probing`
-            loss = F.cross_entropy(
-                logits, labels, label_smoothing=self.config.optim.label_smoothing
-            )
+            loss = self.task.losses(logits, labels).mean()
             (gradient,) = torch.autograd.grad(loss * self.scale, leaf)
             current = self._ascend(current, source, gradient)
         return current
@@ -535,7 +530,7 @@ class Step:
         if self.config.method.schedule == "pipelined":
             state |= {
                 "carry.images_255": self.adv_255,
-                "carry.labels": self.adv_labels,
+                "carry.targets": self.adv_labels,
                 "carry.filled": self.carries,
             }
         return state

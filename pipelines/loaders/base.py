@@ -15,14 +15,13 @@ from pipelines.store import Store
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: rows [0, n_clean) clean, the rest adversarial. Valid until the next is
-    asked for.
+    """One step's images: rows [0, n_clean) clean, the rest adversarial.
+
+    Valid until the next one is asked for. What the rows should come to is looked up by the plan.
     """
 
-    images: (
-        torch.Tensor
-    )  # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run
-    labels: torch.Tensor  # int64 (B,), same device; -1 = padding row of an evaluation plan
+    # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run.
+    images: torch.Tensor
     step: int  # row of the plan
 
 
@@ -90,14 +89,9 @@ class Loader(ABC):
         """Nothing outlives the iterators of `load`."""
 
     def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
-        padding = plan.index == PADDING
-        labels = np.where(padding, -1, self.store.labels[np.where(padding, 0, plan.index)])
-        on_device = torch.from_numpy(labels).to(
-            self.device
-        )  # once, so that no step waits for a copy
         with closing(self._images(plan, start_step)) as steps:
             for step, images in enumerate(steps, start_step):
-                yield Batch(images.permute(0, 3, 1, 2), on_device[step], step)
+                yield Batch(images.permute(0, 3, 1, 2), step)
 
     @abstractmethod
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:

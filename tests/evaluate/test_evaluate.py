@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fap.evaluate.labels import match_classes, match_labels
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from fap.config import make_config
 from fap.evaluate import benchmarks, report
 from fap.evaluate import work as evaluation
 from fap.evaluate.exact import Result, evaluate
-from fap.evaluate.labels import match_classes, match_labels
 from fap.evaluate.mce import ALEXNET_ERRORS, EXTRA, lacking, mce, summarise
 from fap.evaluate.results import Results, safe_name
 from fap.nets.build import build as build_model

@@ -54,7 +54,7 @@ def test_the_class_count_is_that_of_the_named_classes(
 ) -> None:
     data = open_data(config(folders["train"], folders["train"], wanted))
     assert data.n_classes == 4
-    assert data.val_classes is None
+    assert data.matching.label_map is None
     assert data.lines == [
         f"{field:10} 32 images, 4 class(es) ant to dog, 8 images per class"
         for field in ("train", "val")
@@ -92,8 +92,8 @@ def test_data_val_may_lack_classes_where_names_map(
     folders: dict[str, Path], nameless: Path
 ) -> None:
     data = open_data(config(folders["train"], folders["rare"], None))
-    assert data.val_classes is not None
-    assert data.val_classes.tolist() == [1, 3]
+    assert data.matching.label_map is not None
+    assert data.matching.label_map.tolist() == [1, 3]
     assert data.lines[1] == "val        16 images, 2 class(es) bee to dog, 8 images per class"
     with pytest.raises(ValueError, match=r"data\.val = .*other does not fit data\.train = .*'eel'"):
         open_data(config(folders["train"], folders["other"], None))
@@ -109,7 +109,7 @@ def test_names_on_one_side_only_are_refused(folders: dict[str, Path], nameless: 
 def test_without_names_data_val_may_hold_no_larger_labels(nameless: Path, tmp_path: Path) -> None:
     images = list(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
     few = write_beton(tmp_path / "few.beton", images, [i % 2 for i in range(16)])
-    assert open_data(config(nameless, few, None)).val_classes is None
+    assert open_data(config(nameless, few, None)).matching.label_map is None
     with pytest.raises(
         ValueError, match=r"data\.val = .* holds labels up to 3, but the model has 2 classes"
     ):

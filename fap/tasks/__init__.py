@@ -1,0 +1,21 @@
+"""What is learned from the data. `TASKS` is the registry; base.py has the contract."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fap.config import Config
+    from fap.tasks.base import Task
+
+# `config.task`: where its class is. The modules need torch and models, this one nothing, so that a
+# config can be checked without them.
+TASKS = {"classification": "fap.tasks.classification:Classification"}
+
+
+def make_task(config: Config) -> Task:
+    """The task of a run whose data is open, so that `model.num_classes` is known."""
+    module, _, name = TASKS[config.task].partition(":")
+    made: Task = getattr(import_module(module), name)(config)
+    return made
