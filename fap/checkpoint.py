@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor
 
 from fap.config import Config, make_config, with_current_names
-from fap.step.step import METRICS
+from fap.step.metrics import METRICS
 from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
 from pipelines.names import checked_names
 

@@ -4,6 +4,7 @@ A number is a function of its key and its position alone: the same bits on a CPU
 captured graph, after a resume and on any number of ranks.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,3 +49,14 @@ def uniform(
     bits = random_bits(keys, rows_per_key * channels * height * width)
     values = bits.to(torch.float32).mul_(2.0**-31).clamp_(max=BELOW_ONE).to(dtype)
     return values.view(rows, height, width, channels).permute(0, 3, 1, 2)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """64 well spread bits for the generator behind a model's own random layers (dropout, stochastic
+    depth).
+
+    A function of its arguments alone, the same in every process, so that resuming repeats the step.
+    The spawn key keeps it apart from the plan's streams, whose seeds have none.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=(step, rank))
+    return int(sequence.generate_state(1, np.uint64)[0])

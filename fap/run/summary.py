@@ -10,12 +10,12 @@ def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) ->
     m, data, cost = config.method, config.data, float(cost_per_image(config.method))
     groups = config.optim.clean_batch // m.group_rows
     shown = " | ".join(
-        " + ".join(f"{b.kind} {b.stop - b.start}" for b in blocks) for blocks in step.passes
+        " + ".join(f"{block.kind} {block.n_rows}" for block in one.blocks) for one in step.passes
     )
     lines = [
         f"run        {config.name}, seed {config.seed}: {m.name} {m.schedule or ''}".rstrip(),
         f"model      {config.model.name}, {config.model.classes} classes, {data.size} px",
-        "parameters shared {:,}, main BN {:,}, aux BN {:,}".format(*step.flat.counts),
+        "parameters shared {:,}, main BN {:,}, aux BN {:,}".format(*step.network.flat.counts),
         f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}",
         f"BN groups  {groups} main of {m.group_rows} rows"
         + (f", {groups} auxiliary of {m.adv_group_rows}" if m.adv_group_rows else ""),

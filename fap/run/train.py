@@ -20,7 +20,9 @@ from fap.budget import budget
 from fap.checkpoint import Checkpoints, run_meta
 from fap.config import Config, make_config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
+from fap.draws import dropout_seed
 from fap.evaluate.exact import evaluate
+from fap.methods import KINDS
 from fap.nets.build import prepare
 from fap.nets.pretrained import load_init
 from fap.run.data import open_data
@@ -37,7 +39,9 @@ from fap.run.session import (
 )
 from fap.run.summary import describe
 from fap.step.graph import out_of_memory, runner
-from fap.step.step import KINDS, METRICS, Amp, Step, dropout_seed
+from fap.step.half import Amp
+from fap.step.metrics import METRICS, rates
+from fap.step.step import Step
 from fap.tasks import make_task
 from fap.tasks.base import Result, Task
 from fap.versions import versions
@@ -117,16 +121,16 @@ class Run:
         self.spec = plan_spec(config, self.ranks)
 
         torch.manual_seed(config.seed)
-        aux = config.method.name != "vanilla"
+        aux = config.method.entry.has_aux
         self.model = prepare(self.task.plain_model(), aux=aux, size=config.data.size)
         if config.model.init:
             load_init(self.model, config.model.init, config, self._say)
         self.weights = checksum_of(self.model.state_dict())
         self.model.to(self.device)
         self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
-        self.step.norm_state.kernel = self.norm_kernel
+        self.step.network.norm_state.kernel = self.norm_kernel
         if config.run.compile:
-            self.step.forward = torch.compile(self.model)
+            self.step.network.forward = torch.compile(self.model)
 
         self._say(
             "\n".join(
@@ -302,7 +306,7 @@ class Run:
     # ------------------------------------------------------------------ the record
 
     def _log_step(self, log: Log, lr: float, waiting: Stopwatch) -> None:
-        metrics, (seconds, waited) = self.step.take_metrics(), waiting.lap()
+        metrics, (seconds, waited) = self.step.metrics.take(self.ranks), waiting.lap()
         self.totals = {name: self.totals[name] + value for name, value in metrics.items()}
         steps, skipped, in_a_row = metrics["steps"], metrics["skipped"], metrics["skipped_in_a_row"]
         passes = steps * self.budget.image_passes_per_step
@@ -398,7 +402,7 @@ class Run:
             "best": self.best, "last": self.last, "seconds": time.perf_counter() - self.started, "world": self.ranks.world,
             "versions": versions(), "train": self.data.train_identity, "val": self.data.val_identity,
         }  # fmt: skip
-        state = self.step.state() | {"metrics": self.step.metrics_of_all_ranks()}
+        state = self.step.state() | {"metrics": self.step.metrics.of_all_ranks(self.ranks)}
         for name in sorted(PER_RANK & state.keys()):  # in the same order on every rank
             state[name] = self.ranks.gather_rows(state[name])
         failed = False
@@ -467,18 +471,6 @@ def in_words(result: Result, task: Task) -> str:
     return ", ".join(parts)
 
 
-def rates(metrics: dict[str, float]) -> dict[str, float]:
-    """Mean loss and accuracy per kind of row, and the share of exactly zero gradient signs."""
-    out = {"zero_signs": metrics["zero_signs"] / metrics["signs"]} if metrics["signs"] else {}
-    for kind in KINDS:
-        if rows := metrics[f"rows_{kind}"]:
-            out |= {
-                f"loss_{kind}": metrics[f"loss_{kind}"] / rows,
-                f"acc_{kind}": metrics[f"correct_{kind}"] / rows,
-            }
-    return out
-
-
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     """The plan of a run: global rows per step, groups, augmentation and the scope of the shuffle."""
     method, data, rows = config.method, config.data, config.optim.clean_batch
@@ -486,6 +478,6 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     return pipelines.PlanSpec(
         **data.model_dump(include={"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}), seed=config.seed,
         clean_rows=rows, adv_rows=groups * method.adv_group_rows, clean_group_rows=method.group_rows, adv_group_rows=method.adv_group_rows or 1,
-        adv_are_copies=method.name == "advprop",
+        adv_are_copies=method.entry.attacked == "copies",
         shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
     )  # fmt: skip

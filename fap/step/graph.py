@@ -80,7 +80,7 @@ def runner(step: Step, mode: Literal["auto", "on", "off"]) -> tuple[Callable[[],
             raise ValueError("run.graph = 'on': CUDA graphs need a GPU; use 'auto' or 'off'")
         return step, "eager"
     _settle_the_norm(step)
-    norm = ", framework norm" if step.norm_state.kernel == "framework" else ""
+    norm = ", framework norm" if step.network.norm_state.kernel == "framework" else ""
     if mode == "off":
         return step, f"eager{norm}"
     try:
@@ -107,7 +107,7 @@ def _settle_the_norm(step: Step) -> None:
     The kernel's errors have no base in common: Triton's CompilationError is no RuntimeError, a
     missing compiler a CalledProcessError, a missing Triton an ImportError. So any error counts.
     """
-    choice = step.norm_state
+    choice = step.network.norm_state
     try:
         warm_up(step)
         return

@@ -7,13 +7,19 @@ Twin: autocast's own casts.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fap.nets.stem import StemConv2d
 from fap.step.flat import Flat
+
+Amp = Literal["off", "fp16", "bf16"]
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BF16_BITS = 8  # significant ones
 
 # Layers that hand weight and bias as they are to an operator which autocast runs in half precision.
 PLAIN = (
@@ -83,3 +89,14 @@ class HalfWeights:
         finally:
             for module, name, parameter, _ in self.places:
                 module._parameters[name] = parameter
+
+
+def grey_level_survives_bf16(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Is one grey level at least 2 ulp of bfloat16 at the largest normalised input?"""
+    for m, s in zip(mean, std, strict=True):
+        grey_level = 1 / (255 * s)
+        largest = max(m, 1 - m) / s
+        ulp = 2.0 ** (math.ceil(math.log2(largest)) - BF16_BITS)
+        if grey_level < 2 * ulp:
+            return False
+    return True
