@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic.functional_validators import AfterValidator, model_validator
 
 from fap import strict_yaml
@@ -38,6 +38,9 @@ MOST_LINES = 10  # of one error
 RENAMED = {"method.group": "method.group_rows"}
 
 
+PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized"]
+
+
 class Config(Section):
     name: SafeName = UNSET
     """Of the run's folder. Unset: the YAML file's stem, or the method's name where there is no file
@@ -46,7 +49,7 @@ class Config(Section):
     task: Annotated[str, AfterValidator(key_of(TASKS))] = "classification"
     """What is learned: one of `fap.tasks.TASKS`."""
     resume: Literal["never", "auto"] = "never"
-    paper: dict[Literal["top1", "imagenet_c", "imagenet_r", "stylized"], Percent] = {}
+    paper: dict[PaperNumber, Percent] = Field(default_factory=dict)
     """The paper's numbers for this run (percent), shown beside ours by the evaluation."""
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig.model_validate({})
@@ -150,7 +153,7 @@ def make_config(tree: dict[str, Any]) -> Config:
 
 
 def with_classes(config: Config, n: int) -> Config:
-    """A copy of `config` whose `model.num_classes` is `n`. ValueError if that is no number of it."""
+    """A copy of `config` with `model.num_classes` = n. ValueError if it cannot be."""
     tree = config.model_dump()
     tree["model"]["num_classes"] = n
     return make_config(tree)
@@ -248,7 +251,7 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _types_of(key: str) -> set[Any]:
-    """The types that a field's value may have: {str, NoneType} for `model.init`. None if unknown."""
+    """The types that a field's value may have: {str, NoneType} for `model.init`; else none."""
     section, _, name = key.rpartition(".")
     if section and section not in SECTIONS:
         return set()

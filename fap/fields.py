@@ -38,7 +38,7 @@ def whole(value: Any) -> Any:
 
 
 def fraction(value: Any) -> Fraction:
-    """1/5, also where it is given as text or as 0.2. Raises ValueError for what is not in (0, 1)."""
+    """1/5, also where it is given as text or as 0.2. ValueError for what is not in (0, 1)."""
     ratio = Fraction(0)
     if isinstance(value, Fraction):
         ratio = value

@@ -154,7 +154,7 @@ class MethodConfig(Section):
 
     @property
     def adv_group_rows(self) -> int:
-        """Rows of one group of adversarial rows, before `pipelined` joins noise and carry in one."""
+        """Rows of one group of adversarial rows; `pipelined` joins two of them in one."""
         return int(self.group_rows * self.entry.adv_per_clean(self.p_adv))
 
     @property

@@ -1,4 +1,4 @@
-"""The model as the passes of a step run it: in half precision, in groups, with a probe at its stem."""
+"""The model as a step runs it: in half precision, in groups, with a probe at its stem."""
 
 from __future__ import annotations
 
@@ -35,10 +35,24 @@ class Network:
         # After the stem's precision is known: its weights are cast only if it runs in half.
         cast = castable(model)
         self.flat = Flat(model, first=cast)
+        self.mean_255 = self._per_channel(config.data.mean).mul_(255)
+        self.std_255 = self._per_channel(config.data.std).mul_(255)
         self.half_dtype = HALF.get(amp)
         self.half: HalfWeights | None = None
         if self.half_dtype is not None:
             self.half = HalfWeights(model, self.flat, cast, self.half_dtype)
+
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
+        like = self.flat.param
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
+
+    def normalise(
+        self,
+        images_255: Tensor,  # (B, 3, H, W) grey levels
+        out: Tensor,  # as images_255
+    ) -> None:
+        torch.sub(images_255, self.mean_255, out=out)
+        out.div_(self.std_255)
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -47,7 +47,7 @@ def shuffled(
     scope: Literal["ranks", "groups", "off"],
     ranks: Ranks,
 ) -> Rows:
-    """Shuffling BN (section 3.2.2): adversarial rows change places, and so meet other statistics."""
+    """Shuffling BN (section 3.2.2): adversarial rows change places, to meet other statistics."""
     if scope == "off":
         return rows
     if scope == "ranks":

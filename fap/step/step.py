@@ -9,9 +9,6 @@ Twin: tests/step/reference_step.py.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +16,7 @@ from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
 from fap.methods import Kind
 from fap.nets.norm import Group
+from fap.step.adversarial import AdversarialRows
 from fap.step.attack import Attack
 from fap.step.flat import GradientSum
 from fap.step.half import Amp
@@ -26,7 +24,8 @@ from fap.step.inputs import Inputs, image_buffer
 from fap.step.metrics import Metrics
 from fap.step.network import Network
 from fap.step.passes import Block, BlockKind, Pass, passes_of, rows_of
-from fap.step.rows import Rows, join_by_group, shuffled, split_by_group
+from fap.step.rows import Rows, split_by_group
+from fap.step.streams import Streams
 from fap.step.update import Update
 from fap.step.weights import weights_of
 from fap.tasks import make_task
@@ -50,7 +49,6 @@ class Step:
         self.task = task or make_task(config)
         self.method = config.method
         self.mix = config.data.mix
-        self.ranks = ranks
 
         n_clean = _clean_rows_per_rank(config, ranks)
         n_rows = rows_of(self.method, n_clean)
@@ -61,7 +59,6 @@ class Step:
         if self.n_adv:
             self.n_adv_groups = self.n_adv // self.method.adv_group_rows
 
-        # Everything that a captured graph reads and writes.
         flat = self.network.flat
         self.device = flat.param.device
         self.dtype = flat.param.dtype
@@ -74,36 +71,25 @@ class Step:
             self.n_adv,
             self.n_adv_groups,
         )
-        self.pass_input = [self._images(one.n_rows, config) for one in self.passes]
-        self.mean_255 = self._per_channel(config.data.mean).mul_(255)
-        self.std_255 = self._per_channel(config.data.std).mul_(255)
-        # The adversarial rows made last; with `pipelined` the carry to the next step.
-        self.adv = Rows(
-            self._images(self.n_adv, config), self.task.empty_targets(self.n_adv, self.device)
+        size = config.data.size
+        self.pass_input = [
+            image_buffer(one.n_rows, size, self.dtype, self.device) for one in self.passes
+        ]
+        adv = Rows(
+            image_buffer(self.n_adv, size, self.dtype, self.device),
+            self.task.empty_targets(self.n_adv, self.device),
         )
-        self.carries = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.gradients = GradientSum(flat, flat.grad, self.network.half_dtype)
-        # parallel: the clean pass has gradients of its own, since two streams must not add to the
-        # same ones.
-        self.clean_gradients: GradientSum | None = None
-        self.clean_stream: torch.cuda.Stream | None = None
-        if self.method.schedule == "parallel":
-            own = torch.zeros_like(flat.grad)
-            self.clean_gradients = GradientSum(flat, own, self.network.half_dtype)
-            if self.device.type == "cuda":
-                self.clean_stream = torch.cuda.Stream(self.device)
-
+        self.adv = AdversarialRows(adv, self.method, ranks, self.inputs.shuffle)
+        self.streams = Streams(
+            flat, self.network.half_dtype, parallel=self.method.schedule == "parallel"
+        )
         self.metrics = Metrics(self.device)
-        self.attack = Attack(self.method, self.metrics) if self.n_adv else None
+        self.attack: Attack | None = None
+        if self.n_adv:
+            self.attack = Attack(self.method, self.metrics)
         self.update = Update(
             flat, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
         )
-
-    def _images(self, n: int, config: Config) -> Tensor:
-        return image_buffer(n, config.data.size, self.dtype, self.device)
-
-    def _per_channel(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, dtype=self.dtype, device=self.device).view(1, 3, 1, 1)
 
     def feed(self, images: Tensor, targets: Tensor, lr: float, **draws: Tensor) -> None:
         """Fill the static inputs: a batch of the loader, its targets, and the plan's draws for this
@@ -123,7 +109,7 @@ class Step:
         self.network.refresh()
         stats_before = self.network.flat.stats.clone()
 
-        rows: dict[BlockKind, Rows] = {"adv": self.adv}
+        rows: dict[BlockKind, Rows] = {"adv": self.adv.rows}
         rows["clean"] = self.inputs.clean_rows(self.mix, self.dtype)
         if self.attack is not None:
             copies = self.method.entry.attacked == "copies"
@@ -131,20 +117,20 @@ class Step:
             started = self.attack.start(source.images_255, self.inputs.noise_key)
             rows["noise"] = Rows(started, source.targets)
             if not self.method.entry.recycles:
-                self._publish(self._craft(self.attack, started, source), source.targets)
+                self.adv.publish(self._craft(self.attack, started, source), source.targets)
 
         for one, x in zip(self.passes, self.pass_input, strict=True):
             if one.joins:
-                rows["joined"] = self._joined(rows["noise"])
-            with self._stream_of(one) as gradients:
+                rows["joined"] = self.adv.joined_with(rows["noise"], self.n_adv_groups)
+            with self.streams.of(one) as gradients:
                 gradient = self._run(one, x, rows, gradients)
             if one.crafting is not None:
                 assert self.attack is not None
                 crafted = self.attack.advance(
                     started, source.images_255, gradient, self.inputs.noise_key
                 )
-                self._publish(crafted, source.targets)
-        self._join_streams()
+                self.adv.publish(crafted, source.targets)
+        self.streams.join()
         self.update(stats_before, self.metrics)
 
     # ------------------------------------------------------------------ a pass
@@ -159,7 +145,7 @@ class Step:
         """Forward, loss, backward. Returns the gradient of the noise rows if the pass crafts."""
         for block in one.blocks:
             images_255 = rows[block.kind].images_255[block.start : block.stop]
-            self._normalise(images_255, out=x[block.rows])
+            self.network.normalise(images_255, out=x[block.rows])
 
         leaves = self.network.leaves
         if one.crafting is None:
@@ -178,10 +164,6 @@ class Step:
         if one.joins:
             gradient, _ = split_by_group(gradient, self.n_adv_groups)
         return gradient
-
-    def _normalise(self, images_255: Tensor, out: Tensor) -> None:
-        torch.sub(images_255, self.mean_255, out=out)
-        out.div_(self.std_255)
 
     def _loss(self, one: Pass, outputs: Tensor, rows: dict[BlockKind, Rows]) -> Tensor:
         loss = outputs.new_zeros(())
@@ -221,29 +203,6 @@ class Step:
         self.metrics.count_rows(kind, losses, self.task.hits(outputs, targets))
         return losses.sum() * self.weights.of_row[kind]
 
-    @contextlib.contextmanager
-    def _stream_of(self, one: Pass) -> Iterator[GradientSum]:
-        """Where a pass runs, and what its gradients are added to.
-
-        With `parallel` the clean pass runs beside the others; what it reads stays referenced until
-        the step joins it.
-        """
-        if self.clean_gradients is None or one.blocks[0].kind != "clean":
-            yield self.gradients
-            return
-        if self.clean_stream is not None:
-            self.clean_stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.clean_stream):
-            self.clean_gradients.total.zero_()
-            yield self.clean_gradients
-
-    def _join_streams(self) -> None:
-        if self.clean_gradients is None:
-            return
-        if self.clean_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.clean_stream)
-        self.gradients.total.add_(self.clean_gradients.total)
-
     # ------------------------------------------------------------------ adversarial rows
 
     def _craft(self, attack: Attack, current: Tensor, source: Rows) -> Tensor:
@@ -260,39 +219,13 @@ class Step:
             groups = [Group(bn, self.n_adv, running=True)]
         x = torch.empty_like(current, memory_format=torch.channels_last)
         for _ in range(attack.n_steps):
-            self._normalise(current, out=x)
+            self.network.normalise(current, out=x)
             leaf = x.detach().requires_grad_()
             outputs = self.network(leaf.view_as(leaf), groups)  # no leaf: see `Network.probing`
             loss = self.task.losses(outputs, targets).mean()
             (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
             current = attack.advance(current, source.images_255, gradient, self.inputs.noise_key)
         return current
-
-    def _publish(self, adv_255: Tensor, targets: Tensor) -> None:
-        """Make crafted rows the adversarial rows of the next pass.
-
-        With `pipelined` they are those of the next step, which shuffles them.
-        """
-        crafted = Rows(adv_255, targets)
-        if self.method.schedule != "pipelined":
-            crafted = self._shuffled(crafted)
-        self.adv.images_255.copy_(crafted.images_255)
-        self.adv.targets.copy_(crafted.targets)
-        self.carries.fill_(True)
-
-    def _shuffled(self, rows: Rows) -> Rows:
-        return shuffled(rows, self.inputs.shuffle, self.method.shuffle or "off", self.ranks)
-
-    def _joined(self, noise: Rows) -> Rows:
-        """Every group holds its noise rows and as many shuffled rows of the carry.
-
-        The first step has no carry yet: its own noise rows stand in.
-        """
-        carry = Rows(
-            torch.where(self.carries, self.adv.images_255, noise.images_255),
-            torch.where(self.carries, self.adv.targets, noise.targets),
-        )
-        return join_by_group(noise, self._shuffled(carry), self.n_adv_groups)
 
     # ------------------------------------------------------------------ the state
 
@@ -307,10 +240,7 @@ class Step:
         state["scale"] = self.update.scale
         state["growth"] = self.update.growth
         state["metrics"] = self.metrics.sums
-        if self.method.schedule == "pipelined":
-            state["carry.images_255"] = self.adv.images_255
-            state["carry.targets"] = self.adv.targets
-            state["carry.filled"] = self.carries
+        state |= self.adv.state()
         return state
 
     def load_state(self, saved: dict[str, Tensor]) -> None:
