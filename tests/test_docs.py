@@ -156,7 +156,9 @@ def name_exists(dotted: str) -> bool:
         path = ROOT.joinpath(*parts[:n])
         if path.is_dir() and n == len(parts):
             return True
-        file = path.with_suffix(".py") if not path.is_dir() else path / "__init__.py"
+        file = path.with_suffix(".py")
+        if path.is_dir():
+            file = path / "__init__.py"
         if file.is_file():
             return has_name(ast.parse(file.read_text()).body, parts[n:])
     return False
@@ -207,15 +209,15 @@ def test_make_help_names_every_target_of_a_user() -> None:
 def commands(page: str) -> Iterator[tuple[str, list[str]]]:
     """(module, words after it) of every command of ours: `fap-train ...`, `python -m fap.cli...`"""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    modules_of_ours = rf"-m ((?:{'|'.join(PACKAGES)})\.[\w.]+)(.*)"
     for line in code_lines(page):
-        for found in re.finditer(r"(?<![\w/-])(fap-\w+)(?= |$)(.*)", line):
-            assert found[1] in scripts, line
-            yield scripts[found[1]].partition(":")[0], found[2].split()
-            break
-        else:
-            found = re.search(rf"-m ((?:{'|'.join(PACKAGES)})\.[\w.]+)(.*)", line)
-            if found:
-                yield found[1], found[2].split()
+        script = re.search(r"(?<![\w/-])(fap-\w+)(?= |$)(.*)", line)
+        module = re.search(modules_of_ours, line)
+        if script:
+            assert script[1] in scripts, line
+            yield scripts[script[1]].partition(":")[0], script[2].split()
+        elif module:
+            yield module[1], module[2].split()
 
 
 @EVERY_PAGE
@@ -236,8 +238,12 @@ def test_training_commands_have_a_config(page: Path) -> None:
     for module, arguments in commands(page.read_text()):
         files = [word for word in arguments if word.endswith(".yaml")]
         overrides = [word for word in arguments if re.match(r"[a-z_]+(\.[a-z_]+)?=", word)]
-        if module == "fap.cli.train" and not any(is_placeholder(file) for file in files):
-            load_config(ROOT / files[0] if files else None, overrides)
+        if module != "fap.cli.train" or any(is_placeholder(file) for file in files):
+            continue
+        if files:
+            load_config(ROOT / files[0], overrides)
+        else:
+            load_config(None, overrides)
 
 
 # ------------------------------------------------------------------ config fields, tests
