@@ -1,4 +1,4 @@
-"""The slow twin of `fap/step.py`: the same training step in the plainest PyTorch, float64 on a CPU.
+"""The slow twin of `fap/step/step.py`: the same training step in the plainest PyTorch, float64 on a CPU.
 
 Written from the paper (Algorithm 1, section 3.2.2) and the project's semantics alone; it imports
 nothing of `fap`. Two ordinary models share every parameter that is not batch norm's; each
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,8 +21,9 @@ BN_MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
 
 @dataclass(frozen=True)
 class Draws:
-    """One step's input. Rows [0, n_clean) are clean, the rest adversarial (`advprop`: clean rows
-    only).
+    """One step's input. Rows [0, n_clean) are clean, the rest adversarial.
+
+    Where adversarial rows are copies (COPIES) there are clean ones only.
     """
 
     images: Tensor  # uint8 (B, 3, H, W)
@@ -30,21 +31,29 @@ class Draws:
     delta0: Tensor | None = None  # (n_adv, 3, H, W) grey levels, uniform in +-eps
     shuffle: Tensor | None = None  # int64 (n_adv,): new_rows = rows[shuffle]; None = as they are
     target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
-    direction: Tensor | None = None  # (n_adv, 3, H, W): `noise` steps along its sign
+    direction: Tensor | None = None  # (n_adv, 3, H, W): random steps go along its sign
     mix: Literal["mixup", "cutmix"] | None = None
     lam: float = 1.0  # weight of a clean row's own label
-    box: tuple[int, int, int, int] = (
-        0,
-        0,
-        0,
-        0,
-    )  # top, left, bottom, right, pasted from the partner
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right: of the partner
     partner: Tensor | None = None  # int64 (n_clean,)
+
+
+RECYCLING = ("fast_advprop", "noise")
+COPIES = ("advprop", "adversarial_training")
+RANDOM = ("noise", "fgsm_noise")
 
 
 @dataclass(frozen=True)
 class Rules:
-    method: Literal["vanilla", "fast_advprop", "noise", "decoupled", "advprop"]
+    method: Literal[
+        "vanilla",
+        "fast_advprop",
+        "noise",
+        "decoupled",
+        "advprop",
+        "adversarial_training",
+        "fgsm_noise",
+    ]
     clean_group_rows: int
     adv_group_rows: int = 0  # rows of one auxiliary BN group
     n_adv: int = 0
@@ -63,15 +72,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Result:
-    gradients: dict[
-        str, dict[str, Tensor]
-    ]  # "shared" | "main" | "aux" -> parameter name -> gradient
-    adversarial: (
-        Tensor | None
-    )  # (n_adv, 3, H, W) grey levels, as crafted in this step, before any shuffle
-    losses: dict[
-        str, Tensor
-    ]  # pass -> per-example losses, in the order in which the rows were forwarded
+    gradients: dict[str, dict[str, Tensor]]
+    """"shared" | "main" | "aux" -> parameter name -> gradient."""
+    adversarial: Tensor | None
+    """(n_adv, 3, H, W) grey levels, as crafted in this step, before any shuffle."""
+    losses: dict[str, Tensor]
+    """Kind -> per-example losses, in the order in which the rows were forwarded."""
 
 
 @dataclass
@@ -109,16 +115,14 @@ def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 class Twin:
     model: nn.Module  # float64, plain nn.BatchNorm2d; becomes the main-BN model
     rules: Rules
-    carry: tuple[Tensor, Tensor] | None = field(
-        default=None
-    )  # `pipelined`: images and labels of step t-1
+    carry: tuple[Tensor, Tensor] | None = None  # `pipelined`: images and labels of step t-1
 
     def __post_init__(self) -> None:
         self.main, self.aux = two_models(self.model)
+        self.has_aux = self.rules.method not in ("vanilla", "adversarial_training")
         self.velocity: dict[int, Tensor] = {}
 
-    # -- the step
-    # ----------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------ the step
 
     def step(self, draws: Draws) -> Result:
         """Gradients and running statistics of one step; the weights stay until `optimise`."""
@@ -126,7 +130,9 @@ class Twin:
         for model in (self.main, self.aux):
             model.zero_grad(set_to_none=True)
         self.losses: dict[str, Tensor] = {}
-        n_clean = len(draws.images) - (0 if rules.method == "advprop" else rules.n_adv)
+        n_clean = len(draws.images)
+        if rules.method not in COPIES:
+            n_clean -= rules.n_adv
         clean = self._mix_clean(draws, n_clean)
         adversarial = None
 
@@ -134,7 +140,7 @@ class Twin:
             self._count(n_clean, 0, 0)
             self._train(self.main, [clean], rules.clean_group_rows)
 
-        elif rules.method in ("fast_advprop", "noise"):
+        elif rules.method in RECYCLING:
             x, labels = self._attacked_rows(draws, n_clean)
             self._count(n_clean, len(x), len(x))
             noise = x + self._delta0(draws)
@@ -143,9 +149,10 @@ class Twin:
                 parts.append(self._shuffled("adv", *(self.carry or (noise, labels)), draws))
             self._train(self.main, [clean], rules.clean_group_rows)
             gradient = self._train(self.aux, parts, rules.adv_group_rows)[0]
-            direction = draws.direction if rules.method == "noise" else gradient
-            assert direction is not None
-            adversarial = self._project(x, noise + self._step_size() * self._sign(direction))
+            if rules.method in RANDOM:
+                assert draws.direction is not None
+                gradient = draws.direction
+            adversarial = self._project(x, noise + self._step_size() * self._sign(gradient))
             self.carry = (adversarial, labels)
             if not rules.pipelined:
                 self._train(
@@ -154,10 +161,21 @@ class Twin:
                     rules.adv_group_rows,
                 )
 
-        else:  # decoupled, advprop: an attack without reuse, then one training pass
+        elif rules.method == "adversarial_training":  # Madry et al.: nothing else, one set of norms
+            x, labels = self._attacked_rows(draws, n_clean)
+            self._count(0, 0, len(x))
+            adversarial = self._pgd(self.main, x, labels, draws)
+            self._train(self.main, [Rows("adv", adversarial, labels)], rules.clean_group_rows)
+
+        else:  # decoupled, advprop, fgsm_noise: an attack without reuse, then one training pass
             x, labels = self._attacked_rows(draws, n_clean)
             self._count(n_clean, 0, len(x))
-            adversarial = self._pgd(x, labels, draws)
+            if rules.method in RANDOM:
+                assert draws.direction is not None
+                step = self._step_size() * self._sign(draws.direction)
+                adversarial = self._project(x, x + self._delta0(draws) + step)
+            else:
+                adversarial = self._pgd(self.aux, x, labels, draws)
             self._train(self.main, [clean], rules.clean_group_rows)
             self._train(
                 self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group_rows
@@ -166,9 +184,9 @@ class Twin:
         return Result(self._synchronised(), adversarial, self.losses)
 
     def _attacked_rows(self, draws: Draws, n_clean: int) -> tuple[Tensor, Tensor]:
-        first = (
-            0 if self.rules.method == "advprop" else n_clean
-        )  # advprop: a copy of every clean row, unmixed
+        first = n_clean
+        if self.rules.method in COPIES:  # of every clean row, unmixed
+            first = 0
         return draws.images[first:].double(), draws.labels[first:]
 
     def _mix_clean(self, draws: Draws, n_clean: int) -> Rows:
@@ -188,8 +206,7 @@ class Twin:
         order = torch.arange(len(images)) if draws.shuffle is None else draws.shuffle
         return Rows(kind, images[order], labels[order])
 
-    # -- weights (semantics: shared parameters' gradient, β, update-speed sync)
-    # ----------------------------
+    # ------------------------------------------------------------------ weights (semantics: shared parameters' gradient, β, update-speed sync)
 
     def _count(self, clean: int, noise: int, adv: int) -> None:
         """Fix each example's factor in the loss, and how much weight reaches the shared, main and
@@ -198,9 +215,8 @@ class Twin:
         n = {"clean": clean, "noise": noise, "adv": adv}
         w = dict(zip(n, self.rules.weights, strict=True))
         total = sum(w[kind] * n[kind] for kind in n)
-        if (
-            self.rules.combine == "mean"
-        ):  # Algorithm 1 to the letter: g_clean + β g_noise + β g_adv of means
+        if self.rules.combine == "mean":
+            # Algorithm 1 to the letter: g_clean + β g_noise + β g_adv of means.
             self.factor = {kind: w[kind] / n[kind] if n[kind] else 0.0 for kind in n}
         else:
             self.factor = {kind: w[kind] / total for kind in n}
@@ -216,7 +232,7 @@ class Twin:
         for name, parameter in self.main.named_parameters():
             out["main" if is_bn_parameter(self.main, name) else "shared"][name] = parameter
         for name, parameter in self.aux.named_parameters():
-            if is_bn_parameter(self.aux, name) and self.rules.method != "vanilla":
+            if is_bn_parameter(self.aux, name) and self.has_aux:
                 out["aux"][name] = parameter
         for part, parameters in out.items():
             for parameter in parameters.values():
@@ -224,8 +240,7 @@ class Twin:
                 parameter.grad *= self.speed[part]
         return {part: {n: p.grad.clone() for n, p in ps.items()} for part, ps in out.items()}
 
-    # -- passes
-    # ------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------ passes
 
     def _normalise(self, grey: Tensor) -> Tensor:
         mean, std = (
@@ -278,8 +293,7 @@ class Twin:
             bn.running_var = (1 - BN_MOMENTUM) * bn.running_var + BN_MOMENTUM * var
         return [x.grad for x in inputs]
 
-    # -- the attack, in grey levels of 0..255
-    # --------------------------------------------------------------
+    # ------------------------------------------------------------------ the attack, in grey levels of 0..255
 
     def _delta0(self, draws: Draws) -> Tensor:
         assert draws.delta0 is not None
@@ -297,10 +311,8 @@ class Twin:
         )
         return near.clamp(0, 255)
 
-    def _pgd(self, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """K projected sign steps through the auxiliary model; no parameter gradient, no running
-        statistics.
-        """
+    def _pgd(self, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """K projected sign steps; no parameter gradient, no running statistics."""
         target, towards = (labels, 1.0) if draws.target is None else (draws.target, -1.0)
         current = x + self._delta0(draws)
         for _ in range(self.rules.attack_steps):
@@ -309,17 +321,16 @@ class Twin:
                 rows = slice(start, start + self.rules.adv_group_rows)
                 grey = current[rows].clone().requires_grad_()
                 if self.rules.attack_bn == "batch":
-                    logits, _ = forward_alone(self.aux, self._normalise(grey))
+                    logits, _ = forward_alone(model, self._normalise(grey))
                 else:
-                    logits = self.aux.eval()(self._normalise(grey))
+                    logits = model.eval()(self._normalise(grey))
                 loss = self._example_losses(logits, Rows("attack", grey, target[rows])).sum()
                 pieces.append(torch.autograd.grad(loss, grey)[0])
             direction = towards * self._sign(torch.cat(pieces))
             current = self._project(x, current + self._step_size() * direction)
         return current
 
-    # -- the optimiser
-    # -------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------ the optimiser
 
     def optimise(self, lr: float) -> None:
         """SGD, momentum 0.9, weight decay 1e-4 on every parameter, batch norm's included."""

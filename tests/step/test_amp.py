@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fap.distributed import ONE_RANK
 from fap.nets.stem import StemConv2d, stem_of
-from fap.step.step import _survives_bf16
+from fap.step.half import grey_level_survives_bf16
 from tests.step.test_graph import make
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,11 +42,14 @@ def perturbation(amp, eps_255=1.0, grey=(2, 253), **data):
     g = torch.Generator().manual_seed(3)
     images = step.inputs.images
     images.copy_(torch.randint(grey[0], grey[1] + 1, images.shape, generator=g, dtype=torch.uint8))
-    asked, publish = [], step._publish
-    step._publish = lambda adv, labels: (
-        asked.append((adv - images[step.n_clean :].float()).clone()),
-        publish(adv, labels),
-    )[1]
+    asked = []
+    publish = step.adv.publish
+
+    def watched(adv_255, targets):
+        asked.append((adv_255 - images[step.inputs.n_clean :].float()).clone())
+        publish(adv_255, targets)
+
+    step.adv.publish = watched
     with Received() as received:
         step()
     _, clean, adv = (
@@ -85,8 +89,8 @@ def test_imagenet_statistics_in_bf16_run_the_stem_in_full_precision():
 
 def test_bf16_would_lose_the_perturbation_with_imagenet_statistics():
     """The reason for the rule: without it the magnitude is off by half."""
-    assert _survives_bf16((0.5,) * 3, (0.5,) * 3)
-    assert not _survives_bf16(IMAGENET["mean"], IMAGENET["std"])
+    assert grey_level_survives_bf16((0.5,) * 3, (0.5,) * 3)
+    assert not grey_level_survives_bf16(IMAGENET["mean"], IMAGENET["std"])
     grey = torch.arange(2, 253).float()
     x = [((grey + d) / 255 - 0.485) / 0.229 for d in (0, 1)]
     size = (x[1].bfloat16().float() - x[0].bfloat16().float()) / (1 / 255 / 0.229)
@@ -100,7 +104,7 @@ def test_the_stem_follows_the_config_of_the_step_that_owns_it():
         ("off", IMAGENET, False),
         ("bf16", {}, False),
     ):
-        stem = stem_of(make("fused", amp=amp, data=data).model)
+        stem = stem_of(make("fused", amp=amp, data=data).network.model)
         assert isinstance(stem, StemConv2d)
         assert stem.full_precision is full
 
@@ -118,7 +122,7 @@ def test_gradients_under_autocast_are_close_to_float32(kind, amp, limit):
         )
         # flipped signs of tiny gradients must not count: the attack is a thousandth of a grey level
         step()
-        gradients.append(step.flat.grad.clone())  # the optimiser has unscaled it
+        gradients.append(step.network.flat.grad.clone())  # the optimiser has unscaled it
     reference, ours = gradients
     assert torch.isfinite(ours).all()
     assert (ours - reference).norm() <= limit * reference.norm()
@@ -128,13 +132,13 @@ def test_gradients_under_autocast_are_close_to_float32(kind, amp, limit):
 def test_zero_signs_are_counted(kind):
     step = make(kind)
     step()
-    metrics = step.take_metrics()
+    metrics = step.metrics.take(ONE_RANK)
     signs = step.n_adv * 3 * 8 * 8 * (2 if kind == "advprop" else 1)
     assert metrics["signs"] == signs
     assert metrics["zero_signs"] < 0.01 * signs
-    step.model.fc.weight.data.zero_()  # no gradient reaches the image
+    step.network.model.fc.weight.data.zero_()  # no gradient reaches the image
     step()
-    assert step.take_metrics()["zero_signs"] == signs
+    assert step.metrics.take(ONE_RANK)["zero_signs"] == signs
 
 
 def test_loss_scaling_keeps_the_signs_that_fp16_would_lose():
@@ -144,17 +148,17 @@ def test_loss_scaling_keeps_the_signs_that_fp16_would_lose():
     zeros = {}
     for scale in (2.0**-20, 2.0**16):
         step = make("fused", amp="fp16")
-        step.scale.fill_(scale)
+        step.update.scale.fill_(scale)
         step()
-        metrics = step.take_metrics()
+        metrics = step.metrics.take(ONE_RANK)
         zeros[scale] = metrics["zero_signs"] / metrics["signs"]
     assert zeros[2.0**16] < 0.05 < zeros[2.0**-20]
 
 
 def test_a_non_finite_gradient_has_no_sign():
     step = make("sequential")
-    step.model.fc.bias.data[0] = float("inf")
+    step.network.model.fc.bias.data[0] = float("inf")
     step()
-    metrics = step.take_metrics()
+    metrics = step.metrics.take(ONE_RANK)
     assert metrics["zero_signs"] == metrics["signs"]
-    assert torch.isfinite(step.adv_255).all()
+    assert torch.isfinite(step.adv.rows.images_255).all()

@@ -15,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fap.config import make_config
+from fap.distributed import ONE_RANK
 from fap.nets.build import build
 from fap.nets.norm import DualBatchNorm2d, norm_state, norms
 from fap.step.graph import WARM_UP_STEPS, FreshProcessNeeded, answers, runner
@@ -50,11 +51,11 @@ def feed(step, seed):
     if step.n_adv:
         draws["shuffle"] = torch.randperm(step.n_adv, generator=g)
         draws["noise_key"] = torch.randint(
-            0, 2**31 - 1, (step.aux_groups,), dtype=torch.int32, generator=g
+            0, 2**31 - 1, (step.n_adv_groups,), dtype=torch.int32, generator=g
         )
-    if step.config.data.mix:
+    if step.mix:
         draws["mix_lam"], draws["mix_box"] = torch.rand((), generator=g), torch.tensor([1, 2, 5, 7])
-        draws["mix_partner"] = torch.randperm(step.n_clean, generator=g)
+        draws["mix_partner"] = torch.randperm(step.inputs.n_clean, generator=g)
     step.feed(images, torch.randint(0, 10, (rows,), generator=g), 0.1, **draws)
 
 
@@ -72,7 +73,7 @@ def changed(before, after, *but):
 
 def poison(step):
     """Infinite weights in the last layer of the network make every gradient non-finite."""
-    step.model.fc.bias.data[0] = float("inf")
+    step.network.model.fc.bias.data[0] = float("inf")
 
 
 # ------------------------------------------------------------------ the runner
@@ -157,7 +158,7 @@ class StandIn:
 
     def assert_untouched(self, step):
         assert not changed(self.before, clone(step))
-        assert torch.equal(step.metrics, self.before["metrics"])
+        assert torch.equal(step.metrics.sums, self.before["metrics"])
         assert self.random == "as before"
         assert set(self.streams) == {self.stream}
 
@@ -169,18 +170,18 @@ def stand_in(monkeypatch):
 
 def failing_kernel(step, error, gpu=None, norms=("auto", "triton")):
     """After a first step, forwards with one of the `norms` fail, and `gpu`, if given, is dead."""
-    whole, calls = step.forward, []
+    whole, calls = step.network.forward, []
 
     def forward(x):
-        calls.append(step.norm_state.kernel)
+        calls.append(step.network.norm_state.kernel)
         torch.cuda.set_rng_state("moved on", None)
-        if step.norm_state.kernel in norms and len(calls) > len(step.passes):
+        if step.network.norm_state.kernel in norms and len(calls) > len(step.passes):
             if gpu is not None:
                 gpu.dead = True
             raise error
         return whole(x)
 
-    step.forward = forward
+    step.network.forward = forward
     return calls
 
 
@@ -266,7 +267,7 @@ def test_a_kernel_that_fails_gives_way_to_the_framework(stand_in, mode, error, r
     run, how = runner(step, mode)
     assert how == ("eager" if mode == "off" else "CUDA graph") + ", framework norm"
     assert (run is step) == (mode == "off")
-    assert step.norm_state.kernel == "framework"
+    assert step.network.norm_state.kernel == "framework"
     stand_in.assert_untouched(step)
     (warning,) = said(recwarn)
     assert warning.startswith(f"the Triton norm kernel failed ({type(error).__name__}: ")
@@ -281,19 +282,19 @@ def test_a_kernel_that_fails_gives_way_to_the_framework(stand_in, mode, error, r
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 def test_a_kernel_asked_for_by_name_does_not_give_way(stand_in, mode):
     step = stand_in.step()
-    step.norm_state.kernel = "triton"
+    step.network.norm_state.kernel = "triton"
     error = ImportError("No module named 'triton'")
     failing_kernel(step, error)
     with pytest.raises(ImportError) as raised:
         runner(step, mode)
     assert raised.value is error
-    assert step.norm_state.kernel == "triton"
+    assert step.network.norm_state.kernel == "triton"
     stand_in.assert_untouched(step)
 
 
 def test_the_frameworks_norm_asked_for_by_name_is_said(stand_in):
     step = stand_in.step()
-    step.norm_state.kernel = "framework"
+    step.network.norm_state.kernel = "framework"
     failing_kernel(step, RuntimeError("never"))
     assert runner(step, "auto")[1] == "CUDA graph, framework norm"
     assert runner(step, "off")[1] == "eager, framework norm"
@@ -314,12 +315,12 @@ def test_an_error_that_is_not_the_kernels_is_raised(stand_in, mode, recwarn):
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=names)
 def test_out_of_memory_in_the_warm_up_is_raised(stand_in, error, kernel):
     step = stand_in.step()
-    step.norm_state.kernel = kernel
+    step.network.norm_state.kernel = kernel
     failing_kernel(step, error, norms=("auto", "framework"))
     with pytest.raises(type(error)) as raised:
         runner(step, "auto")
     assert raised.value is error
-    assert step.norm_state.kernel == kernel
+    assert step.network.norm_state.kernel == kernel
     stand_in.assert_untouched(step)
 
 
@@ -348,7 +349,7 @@ def test_a_kernel_that_kills_the_device_needs_a_fresh_process(stand_in, mode):
 @pytest.mark.parametrize("kernel", ["triton", "framework"])
 def test_a_device_that_dies_of_what_was_asked_for_is_that_error(stand_in, kernel):
     step, error = stand_in.step(), RuntimeError(ILLEGAL_ACCESS)
-    step.norm_state.kernel = kernel
+    step.network.norm_state.kernel = kernel
     failing_kernel(step, error, stand_in, norms=(kernel,))
     with pytest.raises(RuntimeError) as raised:
         runner(step, "auto")
@@ -392,7 +393,7 @@ def test_a_torch_that_believes_in_the_capture_needs_a_fresh_process(
 ):
     monkeypatch.setattr(torch, "__version__", version)
     step = stand_in.step()
-    step.norm_state.kernel = kernel
+    step.network.norm_state.kernel = kernel
     stand_in.capture_error = RuntimeError("operation failed due to a previous error during capture")
     if version in ("2.11.0+cu130", "2.12.1", "2.13.0"):
         with pytest.raises(
@@ -499,7 +500,7 @@ def test_the_step_never_asks_the_device_for_a_value(kind, mix):
     step = make(kind, amp="bf16", data={"mix": mix})
     with NoHostSync():
         step()
-    assert step.take_metrics()["steps"] == 1
+    assert step.metrics.take(ONE_RANK)["steps"] == 1
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -507,8 +508,9 @@ def test_every_tensor_of_the_state_and_input_stays_where_it_is(kind):
     step = make(kind)
 
     def pointers():
-        tensors = step.state() | {f"inputs.{k}": v for k, v in vars(step.inputs).items()}
-        tensors |= {f"grad.{k}": p.grad for k, p in step.model.named_parameters()}
+        inputs = {k: v for k, v in vars(step.inputs).items() if isinstance(v, torch.Tensor)}
+        tensors = step.state() | {f"inputs.{k}": v for k, v in inputs.items()}
+        tensors |= {f"grad.{k}": p.grad for k, p in step.network.model.named_parameters()}
         return {k: v.data_ptr() for k, v in tensors.items()}
 
     before = pointers()
@@ -529,8 +531,8 @@ def test_every_convolution_sees_channels_last_forward_and_backward(kind):
                 f"{where}: {tuple(t.shape)} strides {t.stride()}"
             )
 
-    for name, m in step.model.named_modules():
-        if isinstance(m, nn.Conv2d) or m in norms(step.model):
+    for name, m in step.network.model.named_modules():
+        if isinstance(m, nn.Conv2d) or m in norms(step.network.model):
             m.register_forward_hook(
                 lambda m, x, y, n=name: (
                     channels_last(x[0], f"{n} in"),
@@ -555,7 +557,7 @@ def test_every_convolution_sees_channels_last_forward_and_backward(kind):
     with Watch():
         step()
     assert len([s for s in seen if s.startswith("gradient")]) >= 9
-    for name, p in step.model.named_parameters():
+    for name, p in step.network.model.named_parameters():
         assert p.grad.stride() == p.stride(), name
 
 
@@ -654,8 +656,8 @@ def test_a_step_can_be_watched_by_hooks_on_the_model_s_input(kind, stem):
 
     step = make(kind)
     if not stem:
-        step.stem.__class__ = nn.Conv2d
-        step.stem = None
+        step.network.stem.__class__ = nn.Conv2d
+        step.network.stem = None
     with FlopCounterMode(display=False) as counter:
         step()
     assert counter.get_total_flops() > 0
@@ -668,15 +670,19 @@ def test_rows_are_put_together_without_changing_their_layout(kind):
     """
     step, layouts = make(kind, data={"mix": "mixup"} if kind != "advprop" else {}), []
 
-    def watched(images, out, normalise=step._normalise):
+    def watched(images, out, normalise=step.network.normalise):
         layouts.append(images.is_contiguous(memory_format=torch.channels_last))
         normalise(images, out)
 
-    def ascend(current, source, gradient, ascend=step._ascend):
-        layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
-        return ascend(current, source, gradient)
+    step.network.normalise = watched
+    if step.attack is not None:
+        advance = step.attack.advance
 
-    step._normalise, step._ascend = watched, ascend
+        def watched_advance(current, clean, gradient, keys):
+            layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
+            return advance(current, clean, gradient, keys)
+
+        step.attack.advance = watched_advance
     for _ in range(2):  # `pipelined` mixes a carry from the second step on
         step()
     assert layouts
@@ -716,17 +722,17 @@ def test_a_non_finite_step_changes_no_bit(kind, when):
         feed(step, seed)
         step()
     poison(step)
-    step.take_metrics()
+    step.metrics.take(ONE_RANK)
     before = clone(step)
     step()
     assert not changed(before, clone(step), "carry")
-    metrics = step.take_metrics()
+    metrics = step.metrics.take(ONE_RANK)
     assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
-    assert metrics["nonfinite_clean"] == step.n_clean
-    assert torch.isfinite(step.adv_255).all()
-    step.model.fc.bias.data[0] = 0
+    assert metrics["nonfinite_clean"] == step.inputs.n_clean
+    assert torch.isfinite(step.adv.rows.images_255).all()
+    step.network.model.fc.bias.data[0] = 0
     step()
-    metrics = step.take_metrics()
+    metrics = step.metrics.take(ONE_RANK)
     assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (0, 0)
     assert "model.fc.weight" in changed(before, clone(step))
     assert all(torch.isfinite(v).all() for v in step.state().values())
@@ -737,12 +743,12 @@ def test_fp16_overflow_halves_the_scale_and_changes_nothing_else(when):
     step = make("fused", amp="fp16")
     for _ in range(when):
         step()
-    step.scale.fill_(2.0**60)
+    step.update.scale.fill_(2.0**60)
     before = clone(step)
     step()
     assert changed(before, clone(step), "carry", "growth") == {"scale"}
-    assert (step.scale, step.growth) == (2.0**59, 0)
-    step.scale.fill_(2.0**10)
+    assert (step.update.scale, step.update.growth) == (2.0**59, 0)
+    step.update.scale.fill_(2.0**10)
     step()
     assert "model.fc.weight" in changed(before, clone(step))
 
@@ -807,23 +813,23 @@ def test_capture_leaves_state_and_generator_alone(strict_sync):
 def test_overflow_at_step_0_under_capture(strict_sync):
     step = make("fused", device="cuda", amp="fp16", size=32)
     replay, _ = runner(step, "on")
-    step.scale.fill_(2.0**60)
+    step.update.scale.fill_(2.0**60)
     before = clone(step)
     strict_sync(replay)
     assert changed(before, clone(step), "carry") == {"scale"}
-    assert step.scale == 2.0**59
+    assert step.update.scale == 2.0**59
 
 
 @gpu
 def test_every_replay_draws_its_own_dropout(strict_sync):
     step = make("vanilla", device="cuda", size=32)
-    step.model.fc = nn.Sequential(nn.Dropout(0.5), step.model.fc)
+    step.network.model.fc = nn.Sequential(nn.Dropout(0.5), step.network.model.fc)
     replay, _ = runner(step, "on")
     losses = []
     for _ in range(3):
         step.inputs.lr.fill_(0)
         replay()
-        losses.append(step.take_metrics()["loss_clean"])
+        losses.append(step.metrics.take(ONE_RANK)["loss_clean"])
     assert len(set(losses)) == 3
 
 
@@ -867,8 +873,8 @@ def test_a_compiled_step_is_whole_graphs_and_equals_the_eager_one(amp, tolerance
     # Noise, not an attack: in bfloat16 rounding turns signs of small gradients.
     noise = {"name": "noise", "schedule": "fused"} if amp != "off" else {}
     eager, compiled = (make("fused", amp=amp, method=noise) for _ in range(2))
-    norm_state(compiled.model).kernel = "framework"
-    compiled.forward = torch.compile(compiled.model, backend="aot_eager")
+    norm_state(compiled.network.model).kernel = "framework"
+    compiled.network.forward = torch.compile(compiled.network.model, backend="aot_eager")
     counters.clear()
     for seed in range(3):
         for step in (eager, compiled):

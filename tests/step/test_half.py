@@ -43,10 +43,10 @@ class SlowSum:
 
 def autocast_twin(step):
     """The same step with the weights cast by autocast, in every pass anew."""
-    step.half = None
-    step.gradients = SlowSum(step.gradients, step.flat)
-    if step.clean_gradients is not None:
-        step.clean_gradients = SlowSum(step.clean_gradients, step.flat)
+    step.network.half = None
+    step.streams.gradients = SlowSum(step.streams.gradients, step.network.flat)
+    if step.streams.clean_gradients is not None:
+        step.streams.clean_gradients = SlowSum(step.streams.clean_gradients, step.network.flat)
     return step
 
 
@@ -65,7 +65,7 @@ def test_a_step_equals_the_autocast_twin_bit_for_bit(kind, amp, seed):
 @pytest.mark.parametrize("kind", ALL)
 def test_no_weight_is_cast_in_a_pass_and_its_gradients_are_added_as_one(kind):
     step = make(kind, amp="bf16")
-    weights = {tuple(p.shape) for p in castable(step.model) if p.dim() > 1}
+    weights = {tuple(p.shape) for p in castable(step.network.model) if p.dim() > 1}
     calls: Counter[str] = Counter()
 
     class Watch(TorchDispatchMode):
@@ -102,7 +102,7 @@ def test_the_watch_sees_the_casts_of_the_twin():
     casts.clear()
     with Watch():
         fast()
-    n_weights = len(castable(fast.model))
+    n_weights = len(castable(fast.network.model))
     assert twin_casts["_to_copy"] - casts["_to_copy"] >= 2 * n_weights * len(fast.passes) - len(
         fast.passes
     )
@@ -110,16 +110,16 @@ def test_the_watch_sees_the_casts_of_the_twin():
 
 def test_the_model_has_its_own_weights_back_after_a_pass_that_fails():
     step = make("fused", amp="bf16")
-    before = dict(step.model.named_parameters())
+    before = dict(step.network.model.named_parameters())
 
     def fail(x):
-        assert step.model.fc.weight.dtype == torch.bfloat16
+        assert step.network.model.fc.weight.dtype == torch.bfloat16
         raise RuntimeError("full")
 
-    step.forward = fail
+    step.network.forward = fail
     with pytest.raises(RuntimeError, match="full"):
         step()
-    after = dict(step.model.named_parameters())
+    after = dict(step.network.model.named_parameters())
     assert before.keys() == after.keys()
     assert all(before[k] is after[k] for k in before)
 
@@ -127,10 +127,10 @@ def test_the_model_has_its_own_weights_back_after_a_pass_that_fails():
 def test_the_copy_follows_the_weights():
     step = make("vanilla", amp="bf16")
     step()
-    former = step.half.values.clone()
+    former = step.network.half.values.clone()
     step()  # reads what the first step has trained
-    assert not torch.equal(former, step.half.values)
-    assert all(p.dtype == torch.float32 for p in step.model.parameters())
+    assert not torch.equal(former, step.network.half.values)
+    assert all(p.dtype == torch.float32 for p in step.network.model.parameters())
 
 
 # ------------------------------------------------------------------ which parameters
@@ -175,12 +175,17 @@ def test_all_convolutions_and_linear_layers_of_usual_models_are_copied(name):
 
 def test_a_stem_in_full_precision_is_left_out():
     """One grey level would not survive bfloat16 with ImageNet's mean and std (tests/test_amp.py)."""
-    assert stem_of(make("fused", amp="bf16", data=IMAGENET).model).weight.dtype == torch.float32
+    assert (
+        stem_of(make("fused", amp="bf16", data=IMAGENET).network.model).weight.dtype
+        == torch.float32
+    )
     for data, copied in (({}, True), (IMAGENET, False)):
         step = make("fused", amp="bf16", data=data)
-        names = list(step.flat.parameters)
-        assert (step.half.leaves[names.index("conv1.weight")].dtype == torch.bfloat16) is copied
-        assert step.half.leaves[names.index("fc.weight")].dtype == torch.bfloat16
+        names = list(step.network.flat.parameters)
+        assert (
+            step.network.half.leaves[names.index("conv1.weight")].dtype == torch.bfloat16
+        ) is copied
+        assert step.network.half.leaves[names.index("fc.weight")].dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------ the sum
@@ -214,11 +219,11 @@ def test_gradient_sum_equals_one_addition_per_parameter():
 def test_values_between_the_parameters_stay_zero():
     step = make("fused", amp="fp16")
     step()
-    outside = torch.ones(len(step.flat.grad), dtype=torch.bool)
-    for place in step.flat.slices.values():
+    outside = torch.ones(len(step.network.flat.grad), dtype=torch.bool)
+    for place in step.network.flat.slices.values():
         outside[place] = False
     assert outside.any()
-    assert not step.flat.grad[outside].any()
+    assert not step.network.flat.grad[outside].any()
 
 
 def test_half_weights_are_views_of_one_buffer():
