@@ -21,6 +21,7 @@ IMAGENET = 1_281_167
         ({"name": "decoupled"}, 87, (25, 50, 75, 83)),
         ({"name": "advprop", "attack_steps": 5}, 15, (4, 9, 13, 14)),
         ({"name": "advprop", "attack_steps": 1}, 35, (10, 20, 30, 33)),
+        ({"name": "adversarial_training", "attack_steps": 1}, 52, (15, 30, 45, 50)),
     ],
 )
 def test_epochs_and_milestones_of_the_paper(
@@ -132,9 +133,15 @@ def test_too_few_images_for_a_batch() -> None:
 def test_every_config_spends_the_formula(file: Path) -> None:
     config = load_config(file)
     m = config.method
-    cost = {"vanilla": Fraction(1), "advprop": Fraction((m.attack_steps or 0) + 2)}.get(
-        m.name, 1 + (m.p_adv or 0)
-    )
+    match m.name:
+        case "vanilla":
+            cost = Fraction(1)
+        case "advprop":
+            cost = Fraction((m.attack_steps or 0) + 2)
+        case "adversarial_training":
+            cost = Fraction((m.attack_steps or 0) + 1)
+        case _:
+            cost = 1 + (m.p_adv or Fraction(0))
     assert cost_per_image(m) == cost
     assert f"{float(cost):.4g} image passes" in file.read_text()
     b = budget(config, IMAGENET)

@@ -11,13 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fap.config import (
+    RENAMED,
+    SECTIONS,
     Config,
-    MethodConfig,
     load_config,
     make_config,
-    paper_milestones,
     with_classes,
+    with_current_names,
 )
+from fap.sections import MethodConfig, paper_milestones
 
 
 @pytest.mark.parametrize(
@@ -546,3 +548,22 @@ def test_an_unset_field_means_the_paper() -> None:
     assert (method.group_rows, method.adv_group_rows) == (64, 16)
     assert make_config({"method": {"name": "advprop"}}).method.step_size_255 == 1
     assert make_config({"method": {"name": "advprop", "attack_steps": 1}}).method.step_size_255 == 4
+
+
+def test_a_field_that_was_renamed_names_the_new_one() -> None:
+    for old, new in RENAMED.items():
+        with pytest.raises(ValueError, match=f"{old}: is now called {new}$"):
+            load_config(None, [f"{old}=1"])
+        section, _, field = new.partition(".")
+        assert field in SECTIONS[section].model_fields
+
+
+def test_a_config_of_an_earlier_version_is_read_by_the_new_names() -> None:
+    earlier = {"name": "run", "method": {"name": "vanilla", "group": 32}}
+    found = make_config(with_current_names(earlier))
+    assert found.method.group_rows == 32
+    assert earlier["method"] == {"name": "vanilla", "group": 32}  # a copy was changed
+    now = found.model_dump(mode="json")
+    assert with_current_names(now) == now
+    for odd in (None, 3, [], {"method": None}, {"method": 3}):
+        assert with_current_names(odd) == odd

@@ -59,6 +59,8 @@ def test_shipped_configs_say_that_they_attack_as_the_paper_reads() -> None:
             assert "  targeted: true\n  attack_bn: running\n" in text, file
             assert "# Read from the paper (section 3.2.2)" in text, file
             assert (method.targeted, method.attack_bn) == (True, "running")
+        elif method.name == "adversarial_training":
+            assert (method.targeted, method.attack_bn) == (False, "running")
         else:
             assert (method.targeted, method.attack_bn) == (None, None)
     assert found >= 10

@@ -1,0 +1,93 @@
+"""The methods as data: costs against the paper's formulas, and entries that cannot mean anything."""
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from fap.config import make_config
+from fap.methods import ATTACK, DEFAULT_METHOD, METHODS, Method
+from fap.sections import MethodConfig
+
+P = Fraction(1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [
+        ("vanilla", lambda p, k: 1),  # eq. 1
+        ("advprop", lambda p, k: k + 2),  # eq. 2
+        ("decoupled", lambda p, k: 1 + p * k),  # eq. 4
+        ("fast_advprop", lambda p, k: 1 + p * k),
+        ("noise", lambda p, k: 1 + p * k),  # the control costs what it controls
+        ("adversarial_training", lambda p, k: k + 1),  # Madry et al.: no clean row is trained
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("p_adv", [Fraction(1, 9), P, Fraction(1, 3), Fraction(1, 2)])
+def test_cost_is_the_papers_formula(name: str, cost: Any, steps: int, p_adv: Fraction) -> None:
+    method = METHODS[name]
+    if method.recycles:
+        steps = 1
+    assert method.cost_per_image(p_adv, steps) == cost(p_adv, steps)
+
+
+def test_every_method_has_a_formula() -> None:
+    mark = test_cost_is_the_papers_formula.pytestmark[-1]  # type: ignore[attr-defined]
+    assert {name for name, _ in mark.args[1]} == METHODS.keys()
+
+
+def test_a_random_direction_costs_no_passes() -> None:
+    norms: dict[Any, Any] = {"clean": "main", "adv": "aux"}
+    method = Method(norms, "own rows", "random", ATTACK | {"p_adv": P})
+    assert method.cost_per_image(P, 1) == 1
+    assert not method.takes_gradients
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"norms": {"clean": "main", "adv": "aux"}}, "where they are trained"),
+        ({"norms": {"clean": "main"}, "attacked": "copies"}, "where they are trained"),
+        ({"norms": {"adv": "main"}, "attacked": "own rows"}, "loaded rows are trained"),
+        ({"norms": {"clean": "main", "noise": "aux"}}, "start of an attack"),
+        ({"norms": {"clean": "main", "adv": "aux"}, "attacked": "own rows"}, ""),  # no p_adv
+        ({"norms": {"adv": "main"}, "attacked": "copies", "defaults": {"p_adv": P}}, ""),
+    ],
+)
+def test_an_entry_without_meaning_cannot_be_made(entry: dict[str, Any], why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        Method(**entry)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_are_fields_and_valid(name: str) -> None:
+    entry = METHODS[name]
+    assert entry.defaults.keys() <= MethodConfig.model_fields.keys() - {"name", "group_rows"}
+    config = MethodConfig.model_validate({"name": name})
+    for field in MethodConfig.model_fields.keys() - {"name", "group_rows"}:
+        assert getattr(config, field) == entry.defaults.get(field)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_field_without_meaning_is_refused(name: str) -> None:
+    values = {"p_adv": "1/5", "targeted": True, "schedule": "fused", "attack_bn": "batch"}
+    for field, value in values.items():
+        tree = {"method": {"name": name, field: value}}
+        if field in METHODS[name].defaults:
+            make_config(tree)
+        else:
+            with pytest.raises(ValueError, match=rf"method\.{field} = .* has no meaning for"):
+                make_config(tree)
+
+
+def test_the_default_method_and_an_unknown_one() -> None:
+    assert make_config({}).method.name == DEFAULT_METHOD
+    with pytest.raises(ValueError, match=r"method\.name = 'madry': must be 'vanilla', .* or "):
+        make_config({"method": {"name": "madry"}})
+
+
+def test_adversarial_training_mixes_nothing() -> None:
+    """Its rows are copies of unmixed images, so Mixup would have no effect."""
+    with pytest.raises(ValueError, match=r"data\.mix .*'adversarial_training'.*unmixed"):
+        make_config({"method": {"name": "adversarial_training"}, "data": {"mix": "mixup"}})
