@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from bench import step as bench_step
-from bench.gpu import cells as cells_module
 from bench.gpu import smoke, suite
-from bench.gpu.cells import REAL, TOY, Cell, cells
+from bench.gpu.cells import REAL, TOY, Cell, cells, command
 from bench.gpu.study import SIZE as STUDY
 from bench.gpu.suite import Suite
 from bench.gpu.table import TARGETS, Target, table
@@ -76,7 +75,7 @@ def test_each_step_cell_names_one_contender(monkeypatch):
 
 
 def test_the_words_of_a_command():
-    words = cells_module.command("bench.x", a_b=1, on=True, off=False, several=("c", "d e"))
+    words = command("bench.x", a_b=1, on=True, off=False, several=("c", "d e"))
     assert words == ("bench.x", "--a-b", "1", "--on", "--no-off", "--several", "c", "d e")
 
 
@@ -110,18 +109,21 @@ def python(name: str, code: str, limit_s: int = 60, **more) -> Cell:
     return Cell(name, ("tests.run_lines", code), limit_s, 0, **more)
 
 
+HEAD = "import json, os, pathlib, sys, time\nout = pathlib.Path(sys.argv[-1])\n"
+
+
+def spawned(words: list[str], log: Path) -> subprocess.Popen:
+    """As the suite's, of a cell made by `python`."""
+    with log.open("wb") as stream:
+        command = [sys.executable, "-c", HEAD + words[1], *words[2:]]
+        return subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 @pytest.fixture
 def lines(monkeypatch):
     """Lets cells run lines of Python instead of a module."""
-    head = "import json, os, pathlib, sys, time\nout = pathlib.Path(sys.argv[-1])\n"
-
-    def spawned(words, log):
-        with log.open("wb") as stream:
-            command = [sys.executable, "-c", head + words[1], *words[2:]]
-            return subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
     monkeypatch.setattr(suite, "spawned", spawned)
 
 
@@ -233,17 +235,13 @@ def test_only_cells_without_timing_run_beside_each_other(tmp_path, lines):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_suite_keeps_what_it_has_and_leaves_nothing_running(tmp_path, number, code):
     script = f"""
-import sys, pathlib, torch
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import pathlib, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
 from argparse import Namespace
 from bench.gpu import suite
-from tests.bench.test_gpu_suite import python, GOOD
-import subprocess
-def spawned(words, log):
-    head = "import json, os, pathlib, sys, time\\nout = pathlib.Path(sys.argv[-1])\\n"
-    return subprocess.Popen([sys.executable, "-c", head + words[1], *words[2:]], stdout=log.open("wb"), start_new_session=True)
+from tests.bench.test_gpu_suite import ENVIRONMENT, GOOD, python, spawned
 suite.spawned = spawned
-suite.environment = lambda: {ENVIRONMENT!r}
+suite.environment = lambda: ENVIRONMENT
 torch.cuda.is_available = lambda: True
 out = pathlib.Path({str(tmp_path)!r})
 chosen = [python("good", GOOD), python("hangs", "time.sleep(600)"), python("never", GOOD)]
@@ -340,7 +338,7 @@ def test_list_runs_nothing(capsys):
     assert "--schedules fused" in line
 
 
-# ------------------------------------------------------------------ what smoke calls wrong, the table
+# ------------------------------------------------------------------ smoke and the table
 
 
 def test_smoke_names_each_fault(monkeypatch):
