@@ -209,8 +209,8 @@ class Contestant:
         warm_up = LOADER_WARM_UP
         if len(self.plan) <= warm_up:
             raise ValueError(
-                f"{self.loader.store.path}: {len(self.plan)} steps of {len(self.sample.images)}"
-                f" rows; at least {warm_up + 1} are needed, {warm_up} of them to warm up"
+                f"{self.loader.store.path}: {len(self.plan)} steps of {len(self.sample.images)} "
+                f"rows; at least {warm_up + 1} are needed, {warm_up} of them to warm up"
             )
         steps = min(steps, len(self.plan) - warm_up)
         if self.at + warm_up + steps > len(self.plan):

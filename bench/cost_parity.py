@@ -175,12 +175,13 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    rows = [256]
+    rounds = 20
+    norms = ["groups", "whole"]
     if GPU:
-        rows, rounds = [64, 256], 12
+        rows = [64, 256]
+        rounds = 12
         norms = ["groups"]
-    else:
-        rows, rounds = [256], 20
-        norms = ["groups", "whole"]
     parser = options(
         __doc__,
         models=[MODEL],

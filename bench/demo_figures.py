@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.demo_measure import Example
-from bench.study import bars
+from bench.study_report import bars
 
 AMPLIFIED = 20  # times the perturbation, around middle grey
 MIDDLE_GREY = 128
@@ -46,8 +46,8 @@ def triplets(examples: Sequence[Example], eps_255: float, file: Path) -> None:
     """A line per image: clean, noisy, adversarial, and what was added, amplified."""
     figure = Figure((10, 0.8 + 2.1 * len(examples)), layout="constrained")
     figure.suptitle(
-        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels,"
-        " and what the network of seed 0 calls them.\n"
+        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels, "
+        "and what the network of seed 0 calls them.\n"
         f"The two columns on the right show what was added, {AMPLIFIED} times as strong."
     )
     lines = figure.subplots(len(examples), len(HEADS), squeeze=False)

@@ -115,12 +115,10 @@ def compare(contender: Contender, ours: Contestant, a: argparse.Namespace) -> di
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    rows, rounds, block = 128, 15, 1
+    defaults = {"rows": 128, "rounds": 15, "block": 1}
     if GPU:
-        rows, rounds, block = 64, 10, 5
-    parser = options(
-        __doc__, model=MODEL, size=SIZE, rows=rows, rounds=rounds, block=block, compile=GPU
-    )
+        defaults = {"rows": 64, "rounds": 10, "block": 5}
+    parser = options(__doc__, model=MODEL, size=SIZE, **defaults, compile=GPU)
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     parser.add_argument(
         "--only",

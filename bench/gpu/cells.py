@@ -253,10 +253,12 @@ def _parity(
 
 def _step(sizes: Sizes, rows: int, contender: str, amp: str = "") -> Cell:
     """One contender of `bench.step`: the one whose name holds `contender`."""
-    limit_s, usual_s = 120, 30
+    limit_s = 120
+    usual_s = 30
     options: dict[str, Any] = {"compile": False}
     if "compiled" in contender:
-        limit_s, usual_s = 240, 90
+        limit_s = 240
+        usual_s = 90
         options = {"compile": True, "compile_backend": sizes.compile_backend}
     words = command(
         "bench.step",

@@ -125,14 +125,12 @@ def layers_of(model: str, size: int) -> Counter[Layer]:
 
 
 def bytes_moved(layer: Layer, elements: int) -> int:
-    """Of a forward and a backward.
-
-    Forward: x twice, y, the residual. Backward: gradient and x twice (with a residual y too), the
-    gradients written.
-    """
-    forward, backward = 3, 5
+    """Of a forward and a backward of `elements` activations in half precision."""
+    forward = 3  # x is read twice, y written
+    backward = 5  # gradient and x are read twice, the gradient of x is written
     if layer.residual:
-        forward, backward = 4, 8
+        forward += 1  # read
+        backward += 3  # y is read twice, the residual's gradient written
     return (forward + backward) * HALF_BYTES * elements
 
 

@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from bench.common import ROOT, options
 from bench.gpu import sheets
-from bench.study import Files, Size, convert, evaluated, report, train
+from bench.study import Files, Size, convert, evaluated, train
+from bench.study_report import report
 from pipelines.convert import convert_arrays
 from pipelines.sources import cifar10
 
@@ -154,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {}
     for i, arm in enumerate(size.arms):
         rows[arm] = found[i * len(seeds) : (i + 1) * len(seeds)]
-    print(report(rows, replace(size, seeds=len(seeds)), a.out / "study_gpu"))
+    shown = replace(size, seeds=len(seeds))
+    print(report(rows, asdict(shown), a.out / "study_gpu"))
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench import commands, demo, demo_figures, demo_measure, demo_words, study
+from bench import commands, demo, demo_figures, demo_measure, demo_words, study, study_report
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost, Difference
 from fap.config import DataConfig
 
@@ -208,7 +208,7 @@ def test_a_bar_is_the_mean_and_a_dot_is_a_seed() -> None:
         "clean": {"a": [1.0, 3.0], "b": [4.0, 4.0]},
         "noise": {"a": [5.0, 6.0], "b": [0.0, 1.0]},
     }
-    study.bars(axes, groups)
+    study_report.bars(axes, groups)
     assert [p.get_height() for p in axes.patches] == [2.0, 5.5, 4.0, 0.5]
     dots = []
     for line in axes.lines:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench import study
+from bench import study, study_report
 
 
 def test_interval_is_the_paired_t_test() -> None:
     ours, base = np.random.default_rng().normal(size=(2, 5))
     low, high = stats.ttest_rel(ours, base).confidence_interval(0.95)
-    assert study.interval(ours - base).endswith(f"[{low:+.2f}, {high:+.2f}]")
+    assert study_report.interval(ours - base).endswith(f"[{low:+.2f}, {high:+.2f}]")
 
 
 def run(seed: int, clean: float, passes: int, seconds: float) -> dict:
@@ -36,7 +36,7 @@ def test_cost_is_compared_by_image_passes_not_by_the_clock() -> None:
         "vanilla": [run(0, 50, 1000, 100), run(1, 52, 1000, 100)],
         "other": [run(0, 51, 1200, 300), run(1, 52, 1200, 300)],
     }
-    head, _, _, other = study.table(rows).splitlines()
+    head, _, _, other = study_report.table(rows).splitlines()
     cells = dict(zip(head.split(" | "), other.split(" | "), strict=True))
     assert cells["image passes / vanilla"] == "1.200"
     assert "3.0" not in other.replace("300", "")
