@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench import commands, demo, demo_figures, demo_measure, demo_words, study
+from bench import commands, demo, demo_figures, demo_measure, demo_words, study, study_report
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost, Difference
 from fap.config import DataConfig
 
@@ -25,48 +24,54 @@ PAPER = {BASE: {"top1": 76.2, "imagenet_c": 58.5}, EQUAL_COST: {"top1": 76.5, "i
 FAIR = Cost(1.01, 0.99, 1.03, {})
 
 
+STEPS = {BASE: 840, EQUAL_COST: 560, EQUAL_STEPS: 840}
+IMAGE_PASSES = {BASE: 53_760, EQUAL_COST: 53_760, EQUAL_STEPS: 80_640}
+
+
 def rows(gaps: dict[str, list[float]], arms: tuple[str, ...] = (BASE, EQUAL_COST)) -> dict:
     """Runs whose arms other than vanilla are better by these gaps, one per seed."""
     n = len(next(iter(gaps.values())))
     made: dict = {}
     for arm in arms:
-        made[arm] = []
-        for seed in range(n):
-            gap = {m: 0.0 if arm == BASE else gaps[m][seed] for m in MEASURES}
-            made[arm].append(
-                {
-                    "seed": seed,
-                    "train_clean": 99.0,
-                    "clean": 50.0 + seed + gap["clean"],
-                    "corrupted": 40.0 + seed + gap["corrupted"],
-                    "adversarial": 10.0 + seed + gap["adversarial"],
-                    "corruptions": {
-                        "gaussian_noise": 30.0 + seed + gap["gaussian_noise"],
-                        "contrast": 50.0,
-                    },
-                    "steps": {BASE: 840, EQUAL_COST: 560, EQUAL_STEPS: 840}[arm],
-                    "image_passes": {BASE: 53_760, EQUAL_COST: 53_760, EQUAL_STEPS: 80_640}[arm],
-                    "cpu_seconds": 60.0,
-                }
-            )
+        own_gaps = gaps
+        if arm == BASE:
+            own_gaps = {measure: [0.0] * n for measure in MEASURES}
+        made[arm] = [run(arm, seed, own_gaps) for seed in range(n)]
     return made
 
 
-BETTER, WORSE, UNDECIDED = [2.0, 2.2, 1.8], [-2.0, -2.2, -1.8], [1.0, -0.8, 0.1]
+def run(arm: str, seed: int, gaps: dict[str, list[float]]) -> dict:
+    gap = {measure: gaps[measure][seed] for measure in MEASURES}
+    return {
+        "seed": seed,
+        "train_clean": 99.0,
+        "clean": 50.0 + seed + gap["clean"],
+        "corrupted": 40.0 + seed + gap["corrupted"],
+        "adversarial": 10.0 + seed + gap["adversarial"],
+        "corruptions": {"gaussian_noise": 30.0 + seed + gap["gaussian_noise"], "contrast": 50.0},
+        "steps": STEPS[arm],
+        "image_passes": IMAGE_PASSES[arm],
+        "cpu_seconds": 60.0,
+    }
+
+
+# Gaps of three seeds.
+BETTER = [2.0, 2.2, 1.8]
+WORSE = [-2.0, -2.2, -1.8]
+UNDECIDED = [1.0, -0.8, 0.1]
 
 
 # ------------------------------------------------------------------ arithmetic
 
 
 def test_the_interval_is_the_paired_t_test() -> None:
-    rng = np.random.default_rng()
-    ours, base = (
-        [{"seed": i, "clean": float(v)} for i, v in enumerate(rng.normal(size=5))] for _ in range(2)
-    )
-    found = demo_words.difference(ours, base, "clean")
-    low, high = stats.ttest_rel(
-        [r["clean"] for r in ours], [r["clean"] for r in base]
-    ).confidence_interval(0.95)
+    ours, base = np.random.default_rng().normal(size=(2, 5))
+
+    def runs(values: np.ndarray) -> list[dict]:
+        return [{"seed": seed, "clean": float(value)} for seed, value in enumerate(values)]
+
+    found = demo_words.difference(runs(ours), runs(base), "clean")
+    low, high = stats.ttest_rel(ours, base).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((low, high))
     assert found.low < found.mean < found.high
 
@@ -78,8 +83,10 @@ def test_runs_of_other_seeds_are_not_paired() -> None:
 
 @pytest.mark.parametrize("size", [demo.FULL, demo.FAST])
 def test_equal_cost_is_equal_to_the_image_pass_and_equal_steps_to_the_step(size) -> None:
-    plan = demo.Demo(size, "ffcv", Path("runs"), {"train": Path("a"), "test": Path("b")})
-    base, cost, steps = (plan.budget(arm) for arm in (BASE, EQUAL_COST, EQUAL_STEPS))
+    planned = demo.Demo(size, "ffcv", Path("runs"), {"train": Path("a"), "test": Path("b")})
+    base = planned.budget(BASE)
+    cost = planned.budget(EQUAL_COST)
+    steps = planned.budget(EQUAL_STEPS)
     assert cost.image_passes == base.image_passes
     assert steps.steps == base.steps
     assert steps.image_passes == 1.5 * base.image_passes
@@ -103,16 +110,15 @@ def test_every_comparison_is_judged_by_its_own_numbers() -> None:
     gaps = {"clean": UNDECIDED, "corrupted": BETTER, "gaussian_noise": WORSE, "adversarial": BETTER}
     said = verdict(gaps)
     assert (
-        "better on corrupted images, adversarial images; worse on Gaussian noise; undecided on"
-        " clean images" in said[0]
-    )
-    by_name = {
-        name: next(line for line in said if line.startswith(f"  - {name}"))
-        for name in MEASURES.values()
-    }
+        "better on corrupted images, adversarial images; worse on Gaussian noise; "
+        "undecided on clean images"
+    ) in said[0]
+    by_name = {}
+    for name in MEASURES.values():
+        (by_name[name],) = [line for line in said if line.startswith(f"  - {name}")]
     assert by_name["corrupted images"].endswith(
-        "(mean of 2): 2.0 points more right than vanilla's 41.0% (95% interval +1.5 to +2.5, 3"
-        " seeds): better, as far as 3 seeds of this size show"
+        "(mean of 2): 2.0 points more right than vanilla's 41.0% "
+        "(95% interval +1.5 to +2.5, 3 seeds): better, as far as 3 seeds of this size show"
     )
     assert "2.0 points fewer right than vanilla's 31.0%" in by_name["Gaussian noise"]
     assert "-2.5 to -1.5, 3 seeds): worse" in by_name["Gaussian noise"]
@@ -124,39 +130,40 @@ def test_one_seed_decides_nothing() -> None:
     assert (
         "undecided on clean images, corrupted images, Gaussian noise, adversarial images" in said[0]
     )
-    assert sum("one seed has no interval and decides nothing" in line for line in said) == len(
-        MEASURES
-    )
+    deciding_nothing = "one seed has no interval and decides nothing"
+    assert sum(deciding_nothing in line for line in said) == len(MEASURES)
     assert not any("inf" in line or "nan" in line for line in said)
+
+
+CHEAPER = "it is cheaper"
+WITHIN = "at most 5% more, which"
+OPEN = "undecided"
+DEARER = "more than the 5% that"
 
 
 @pytest.mark.parametrize(
     ("low", "high", "answer"),
     [
-        (0.90, 0.97, "it is cheaper"),
-        (0.97, 1.04, "at most 5% more, which"),
-        (1.01, 1.09, "undecided"),
-        (0.97, 1.09, "undecided"),
-        (1.06, 1.12, "more than the 5% that"),
+        (0.90, 0.97, CHEAPER),
+        (0.97, 1.04, WITHIN),
+        (1.01, 1.09, OPEN),
+        (0.97, 1.09, OPEN),
+        (1.06, 1.12, DEARER),
     ],
 )
 def test_the_cost_is_judged_by_its_interval(low: float, high: float, answer: str) -> None:
     said = verdict(dict.fromkeys(MEASURES, UNDECIDED), Cost((low + high) / 2, low, high, {}))[1]
     assert answer in said
     assert f"{low:.2f} to {high:.2f}; 1.00 times the image passes" in said
-    others = {"it is cheaper", "at most 5% more, which", "undecided", "more than the 5% that"} - {
-        answer
-    }
-    assert not any(other in said for other in others)
+    for other in {CHEAPER, WITHIN, OPEN, DEARER} - {answer}:
+        assert other not in said
 
 
 def test_equal_steps_say_what_they_cost_and_a_demo_without_them_does_not() -> None:
     gaps = dict.fromkeys(MEASURES, BETTER)
     said = verdict(gaps, arms=(BASE, EQUAL_COST, EQUAL_STEPS))
-    assert any(
-        "as many optimiser steps as vanilla, at 1.50 times its image passes" in line
-        for line in said
-    )
+    lead = "as many optimiser steps as vanilla, at 1.50 times its image passes"
+    assert lead in "\n".join(said)
     assert sum(line.startswith("  - ") for line in said) == 2 * len(MEASURES)
     assert not any("as many optimiser steps" in line for line in verdict(gaps))
     assert "(560 optimiser steps against 840)" in "\n".join(said)
@@ -197,17 +204,26 @@ def test_tables_show_every_seed_and_every_corruption() -> None:
 
 def test_a_bar_is_the_mean_and_a_dot_is_a_seed() -> None:
     axes = Figure().add_subplot()
-    study.bars(
-        axes,
-        {"clean": {"a": [1.0, 3.0], "b": [4.0, 4.0]}, "noise": {"a": [5.0, 6.0], "b": [0.0, 1.0]}},
-    )
+    groups = {
+        "clean": {"a": [1.0, 3.0], "b": [4.0, 4.0]},
+        "noise": {"a": [5.0, 6.0], "b": [0.0, 1.0]},
+    }
+    study_report.bars(axes, groups)
     assert [p.get_height() for p in axes.patches] == [2.0, 5.5, 4.0, 0.5]
-    dots = sorted(
-        (round(float(x), 3), float(y))
-        for line in axes.lines
-        for x, y in zip(*line.get_data(), strict=True)
-    )
-    assert dots == [(0.2, 1), (0.2, 3), (0.6, 4), (0.6, 4), (1.2, 5), (1.2, 6), (1.6, 0), (1.6, 1)]
+    dots = []
+    for line in axes.lines:
+        for x, y in zip(*line.get_data(), strict=True):
+            dots.append((round(float(x), 3), float(y)))
+    assert sorted(dots) == [
+        (0.2, 1),
+        (0.2, 3),
+        (0.6, 4),
+        (0.6, 4),
+        (1.2, 5),
+        (1.2, 6),
+        (1.6, 0),
+        (1.6, 1),
+    ]
 
 
 def test_figures_need_no_display(tmp_path: Path, monkeypatch) -> None:
@@ -231,7 +247,8 @@ def test_the_attack_stays_in_its_ball_and_harms() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
     images = torch.randint(0, 256, (16, 3, 8, 8)).float()
-    labels, data = torch.arange(16) % 10, DataConfig(size=8, resize=8)
+    labels = torch.arange(16) % 10
+    data = DataConfig(size=8, resize=8)
     start, worst = demo_measure.perturbed(
         model, images, labels, data, eps_255=4, step_255=1, steps=5
     )
@@ -241,9 +258,8 @@ def test_the_attack_stays_in_its_ball_and_harms() -> None:
         assert x.max() <= 255
 
     def loss(x: torch.Tensor) -> float:
-        return torch.nn.functional.cross_entropy(
-            demo_measure.logits_of(model, x, data), labels
-        ).item()
+        logits = demo_measure.logits_of(model, x, data)
+        return torch.nn.functional.cross_entropy(logits, labels).item()
 
     assert loss(worst) > loss(start) > 0
     assert loss(worst) > loss(images)
@@ -259,16 +275,16 @@ def python(code: str) -> list[str]:
 def test_a_command_counts_its_cpu_seconds_and_writes_its_log(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "a.log"
     busy = (
-        "import time, os\nwhile time.process_time() < 0.3: pass\nprint('threads',"
-        " os.environ['OMP_NUM_THREADS'])"
+        "import time, os\n"
+        "while time.process_time() < 0.3: pass\n"
+        "print('threads', os.environ['OMP_NUM_THREADS'])"
     )
     assert 0.3 <= commands.run(python(busy), "busy", log, threads=1) < 5
     assert log.read_text() == "threads 1\n"
-    with pytest.raises(
-        commands.Failed,
-        match=r"(?s)'broken' ended with exit code 3; the end of .*: *\n.*the reason",
-    ):
-        commands.run(python("print('the reason', flush=True); raise SystemExit(3)"), "broken", log)
+    broken = python("print('the reason', flush=True); raise SystemExit(3)")
+    message = r"(?s)'broken' ended with exit code 3; the end of .*: *\n.*the reason"
+    with pytest.raises(commands.Failed, match=message):
+        commands.run(broken, "broken", log)
 
 
 SLEEPER = """
@@ -297,10 +313,15 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("leave", [interrupt, partial(signal.raise_signal, signal.SIGTERM)])
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("leave", [interrupt, terminate])
 def test_leaving_ends_the_running_commands_and_starts_no_other(leave, tmp_path: Path) -> None:
     """Each gets exactly one signal, at which a training run saves."""
-    began, log = time.monotonic(), tmp_path / "log"
+    log = tmp_path / "log"
+    began = time.monotonic()
     ended = two_sleepers_and_then(leave, log)
     assert time.monotonic() - began < 30
     assert log.read_text() == "ready\nsaved\n"
@@ -313,9 +334,16 @@ def test_leaving_ends_the_running_commands_and_starts_no_other(leave, tmp_path: 
 # ------------------------------------------------------------------ a whole miniature
 
 TINY = demo.Size(
-    images=96, test=96, attacked=32, seeds=1, epochs=6, milestones=(3, 5), arms=(BASE, EQUAL_COST, EQUAL_STEPS),
-    corrupt=("gaussian_noise", "contrast"), rounds=2,
-)  # fmt: skip
+    images=96,
+    test=96,
+    attacked=32,
+    seeds=1,
+    epochs=6,
+    milestones=(3, 5),
+    arms=(BASE, EQUAL_COST, EQUAL_STEPS),
+    corrupt=("gaussian_noise", "contrast"),
+    rounds=2,
+)
 
 
 def test_other_settings_do_not_pass_for_the_same_runs(
@@ -338,7 +366,7 @@ def test_a_miniature_demo(tiny_beton: Path, tmp_path: Path, monkeypatch, capfd) 
     demo.main(["--fast", "--pipeline", "reference"])
     said, errors = capfd.readouterr()
     assert "\r" not in said + errors  # no progress bar is repainted
-    for words in (
+    for heading in (
         "1. Data",
         "2. Cost",
         "3. Training",
@@ -347,30 +375,24 @@ def test_a_miniature_demo(tiny_beton: Path, tmp_path: Path, monkeypatch, capfd) 
         "seed 0, Fast AdvProp",
         "In short",
     ):
-        assert words in said
+        assert heading in said
     out = tmp_path / "demo_reference_fast"
     found = json.loads((out / "report.json").read_text())
-    assert [run["image_passes"] for arm in TINY.arms for run in found["runs"][arm]] == [
-        6 * 64,
-        4 * 96,
-        6 * 96,
-    ]
+    passes = {BASE: 6 * 64, EQUAL_COST: 4 * 96, EQUAL_STEPS: 6 * 96}
     for arm in TINY.arms:
-        (run,) = found["runs"][arm]
-        assert run["cpu_seconds"] > 1
-        assert set(run["corruptions"]) == set(TINY.corrupt)
-        assert 0 <= run["adversarial"] <= 100
+        (found_run,) = found["runs"][arm]
+        assert found_run["image_passes"] == passes[arm]
+        assert found_run["cpu_seconds"] > 1
+        assert set(found_run["corruptions"]) == set(TINY.corrupt)
+        assert 0 <= found_run["adversarial"] <= 100
     assert (out / "accuracy.png").stat().st_size > 10_000
     assert (out / "examples.png").stat().st_size > 10_000
 
     # The same again keeps what is finished, and what is missing is made.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("step_*.safetensors")}
     (out / EQUAL_COST / "seed0" / "cpu_seconds.json").unlink()
-    monkeypatch.setattr(
-        demo,
-        "measured_cost",
-        lambda _: replace(FAIR, seconds_per_step={BASE: 0.1, EQUAL_COST: 0.1}),
-    )
+    cost = replace(FAIR, seconds_per_step={BASE: 0.1, EQUAL_COST: 0.1})
+    monkeypatch.setattr(demo, "measured_cost", lambda _: cost)
     demo.main(["--fast", "--pipeline", "reference"])
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("step_*.safetensors")}
     said = capfd.readouterr().out
