@@ -20,7 +20,8 @@ from fap.nets.stem import stem_of
 from fap.run.session import Stopwatch, set_up_torch
 from fap.run.train import plan_spec
 from fap.step.graph import runner
-from fap.step.step import Step, passes
+from fap.step.passes import passes_of
+from fap.step.step import Step
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -73,29 +74,19 @@ def method_of(schedule: str) -> dict[str, str]:
     return {"schedule": schedule}
 
 
-def synthetic(config: Config) -> pipelines.Batch:
-    """A batch of random images and labels, of the shape that a loader would give."""
+def synthetic(config: Config) -> tuple[pipelines.Batch, torch.Tensor]:
+    """A batch of random images, of the shape that a loader would give, and their labels (1, B)."""
     rows = config.optim.clean_batch + config.loader_adv_rows
     shape = (rows, 3, config.data.size, config.data.size)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     images = pixels.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, config.model.num_classes, (rows,), device=DEVICE)
-    return pipelines.Batch(images, labels, 0)
+    labels = torch.randint(0, config.model.num_classes, (1, rows), device=DEVICE)
+    return pipelines.Batch(images, 0), labels
 
 
 def largest_pass(config: Config) -> int:
-    """Rows of the largest pass of a step of Fast AdvProp."""
-    adv_rows = config.loader_adv_rows
-    largest = 0
-    for blocks in passes(
-        config.method.schedule,
-        config.optim.clean_batch,
-        adv_rows,
-        adv_rows,
-        config.method.group_rows,
-    ):
-        largest = max(largest, sum(block.stop - block.start for block in blocks))
-    return largest
+    """Rows of the largest pass of a step on one device."""
+    return max(one.n_rows for one in passes_of(config.method, config.optim.clean_batch))
 
 
 def timed_steps(
@@ -139,10 +130,7 @@ class Contestant:
         self.config = config
         size = config.data.size
         self.model = build(
-            config.model.name,
-            config.model.num_classes,
-            aux=config.method.name != "vanilla",
-            size=size,
+            config.model.name, config.model.num_classes, aux=config.method.entry.has_aux, size=size
         )
         self.step = self._made_step(amp, without)
 
@@ -152,7 +140,9 @@ class Contestant:
             heights, widths = store.heights, store.widths
         self.plan = pipelines.draw_epoch(spec, heights, widths, 0)
         self.at = 0  # step of the plan where the next block begins
-        self.sample = synthetic(config)
+        self.sample, self.targets = synthetic(config)
+        if store is not None:
+            self.targets = self.step.task.targets(store, self.plan).to(DEVICE)
         self.draws = {}
         for name in ("shuffle", "noise_key"):
             self.draws[name] = torch.from_numpy(getattr(self.plan, name).copy()).to(DEVICE)
@@ -172,7 +162,7 @@ class Contestant:
         if compiled or without == "norm kernel":
             norm.kernel = "framework"
         if compiled:
-            self.step.forward = torch.compile(self.model, backend=compiled)
+            self.step.network.forward = torch.compile(self.model, backend=compiled)
         captured = GPU and without != "graph"
         self.run, self.how = runner(self.step, "on" if captured else "off")
         self.run()
@@ -190,13 +180,13 @@ class Contestant:
         step = Step(self.model.to(DEVICE, memory_format=layout), self.config, amp=amp)
         step.pass_input = [x.contiguous(memory_format=layout) for x in step.pass_input]
         if without == "half-precision copy":
-            step.half = None  # then autocast casts every weight in every pass
+            step.network.half = None  # then autocast casts every weight in every pass
         return step
 
     def train(self, batch: pipelines.Batch) -> None:
         """One step. The plan's draws are those of the batch's row of it."""
         draws = {name: values[batch.step] for name, values in self.draws.items()}
-        self.step.feed(batch.images, batch.labels, LR, **draws)
+        self.step.feed(batch.images, self.targets[batch.step], LR, **draws)
         self.run()
 
     def block(self, steps: int) -> tuple[float, float]:

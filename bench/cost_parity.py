@@ -111,20 +111,22 @@ def images_of(a: Any, store: pipelines.Store | None) -> tuple[int, int]:
 def evaluation(contestant: Contestant) -> float:
     """Seconds per image of the evaluation, loading left out; the best of three."""
     data = contestant.config.data
-    batches = [contestant.sample] * EVALUATION_BATCHES
+    step = contestant.step
+    batches = [(contestant.sample.images, contestant.targets[0])] * EVALUATION_BATCHES
 
     def run() -> None:
         evaluate(
             contestant.model,
             batches,
+            step.task.evaluator(DEVICE),
             mean=data.mean,
             std=data.std,
             device=DEVICE,
-            amp=contestant.step.amp,
+            amp=step.network.amp,
         )
 
     seconds = min(timeit.repeat(run, number=1, repeat=EVALUATION_REPEATS))
-    return seconds / sum(len(batch.images) for batch in batches)
+    return seconds / sum(len(images) for images, _ in batches)
 
 
 def whole_run(

@@ -19,8 +19,10 @@ from bench.common import alternate, ratio
 from bench.contestants import AMPS, GPU, Contestant
 from bench.demo_words import Cost
 from fap.budget import budget
-from fap.config import Config, DataConfig
+from fap.config import Config
+from fap.draws import uniform
 from fap.evaluate.load import load_model
+from fap.sections import DataConfig
 from fap.step import attack
 from pipelines.sources.cifar10 import CLASSES
 
@@ -88,7 +90,8 @@ def first_images(
         )
         with closing(pipelines.open_loader("reference", store, size=data.size)) as loader:
             (batch,) = loader.load(plan)
-            return batch.images.float(), batch.labels.clone()
+            labels = torch.from_numpy(plan.look_up(store.labels, padding=-1))
+            return batch.images.float(), labels[batch.step]
 
 
 def logits_of(model: nn.Module, images_255: Tensor, data: DataConfig) -> Tensor:
@@ -109,7 +112,7 @@ def perturbed(
 ) -> tuple[Tensor, Tensor]:  # both as images_255
     """The images with uniform noise within eps, and after `steps` attack steps from there."""
     key = torch.zeros(1, dtype=torch.int32)
-    noise = eps_255 * attack.uniform(key, images_255.shape)
+    noise = eps_255 * uniform(key, images_255.shape)
     start = (images_255 + noise).clamp(0, 255)
     current = start
     for _ in range(steps):

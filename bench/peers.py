@@ -33,9 +33,9 @@ class Peer:
         layout = torch.contiguous_format
         if nhwc:
             layout = torch.channels_last
-        batch = synthetic(config)
+        batch, self.labels = synthetic(config)
         images = batch.images.contiguous(memory_format=layout)
-        self.sample = pipelines.Batch(images, batch.labels, batch.step)
+        self.sample = pipelines.Batch(images, batch.step)
         if self.vanilla:
             model = plain(config.model.name, config.model.num_classes)
         else:
@@ -65,9 +65,9 @@ class Peer:
         self.optimizer.zero_grad()
         x = batch.images.float().sub_(MIDDLE_255).div_(MIDDLE_255)
         if self.vanilla:
-            self._backward(x, batch.labels)
+            self._backward(x, self.labels[batch.step])
         else:
-            self._three_passes(x, batch.labels)
+            self._three_passes(x, self.labels[batch.step])
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

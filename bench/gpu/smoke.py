@@ -16,6 +16,7 @@ import torch
 
 from bench.common import options, spread, write_json
 from bench.contestants import AMPS, DEVICE, GPU, MODEL, SIZE, Contestant, config_of, method_of
+from fap.distributed import ONE_RANK
 
 SCHEDULES = ("vanilla", "fused", "pipelined", "sequential", "parallel")
 BLOCKS = 5
@@ -26,7 +27,7 @@ def look(schedule: str, model: str, size: int, rows: int, amp: str, steps: int) 
     """Train a few blocks of steps on one batch of random images."""
     contestant = Contestant(config_of(model, rows, size, **method_of(schedule)), amp)
     seconds = [contestant.block(steps)[0] for _ in range(BLOCKS)]
-    metrics = contestant.step.take_metrics()
+    metrics = contestant.step.metrics.take(ONE_RANK)
     return {
         "schedule": schedule,
         "rows": rows,
@@ -37,7 +38,7 @@ def look(schedule: str, model: str, size: int, rows: int, amp: str, steps: int) 
         "loss_clean": metrics["loss_clean"] / max(1, metrics["rows_clean"]),
         "steps": metrics["steps"],
         "skipped": metrics["skipped"],
-        "loss_scale": contestant.step.scale.item(),
+        "loss_scale": contestant.step.update.scale.item(),
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if GPU else None,
     }
 

@@ -187,7 +187,7 @@ def test_taking_an_ingredient_away_takes_it_away():
     assert norm_state(made("norm kernel").model).kernel == "framework"
     step = made("channels_last").step
     assert all(x.is_contiguous() for x in step.pass_input)
-    assert step.model.blocks[0].conv1.weight.is_contiguous()
+    assert step.network.model.blocks[0].conv1.weight.is_contiguous()
 
 
 def test_the_peers_train_on_the_same_work_as_ours():
