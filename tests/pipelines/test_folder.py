@@ -1,42 +1,44 @@
-import io
-import multiprocessing
-import os
-import shutil
+"""An image folder as a store: its bytes, its index, damage and odd files."""
+
+from __future__ import annotations
+
+import contextlib, errno, fcntl, hashlib, io, json, multiprocessing, os, pwd, random, re, resource, shutil, signal, stat, struct, subprocess, sys, tarfile, tempfile, threading, time, zlib
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib.util import find_spec
+from io import BytesIO
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.testing import assert_array_equal
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipelines import DamagedData, open_store
-from pipelines.sources.folder import LINKS, SUFFIXES, FolderStore, list_images
+from fap.cli.convert import main
+from pipelines import DamagedData, images, jpeg, machine, open_loader, open_store, sources
+from pipelines import convert as convert_module
+from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
+from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
+from pipelines.jpeg import check_jpeg, jpeg_header, jpeg_sides
+from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, thread_limit, usable_cores, writable
+from pipelines.sources import beton_writer, cifar10, sidecar
+from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
+from pipelines.sources.beton_writer import BetonWriter, write_sidecar
+from pipelines.sources.folder import FolderStore
+from pipelines.sources.listing import LINKS, SUFFIXES, list_images
+from pipelines.sources.sidecar import read_sidecar, sidecar_path
+from pipelines.store import JPG, RAW, Store, check_class_names
+from tests.conftest import as_jpeg, write_beton
+from tests.pipelines import image_files, samples, trees
 
 
 @pytest.fixture(autouse=True)
 def _cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def write(
-    path: Path, seed: int, side: tuple[int, int] = (40, 30), mode: str = "RGB", **save
-) -> np.ndarray:
-    """A smooth picture, so that JPEG hardly changes it; (width, height)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    image = Image.fromarray(small).resize(side, Image.Resampling.BICUBIC)
-    image.convert(mode).save(path, save.pop("format", "JPEG"), **save)
-    return np.asarray(image)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    root = tmp_path / "images"
-    for i, name in enumerate(["b/1.JPEG", "a/2.jpeg", "a/10.jpg", "a/deep/0.JPEG", "c/x.JPEG"]):
-        write(root / name, i, (40 + i, 30 + 2 * i))
-    (root / "a" / "notes.txt").write_text("no image")
-    return root
 
 
 def decode(data: np.ndarray) -> np.ndarray:
@@ -150,211 +152,6 @@ def test_damage_and_mistakes_name_the_file(folder, tmp_path):
         FolderStore(tmp_path / "empty")
     shutil.rmtree(folder / "c")
     assert len(FolderStore(folder)) == 4
-
-
-def put(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-
-
-TRAPS = [
-    "@eaDir",
-    ".ipynb_checkpoints",
-    "__MACOSX",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    ".git",
-]
-
-
-def is_trap(name: str) -> bool:
-    return name.startswith(".") or name.lower() in {trap.lower() for trap in TRAPS}
-
-
-def random_tree(rng: np.random.Generator, root: Path) -> None:
-    """Three classes with folders, traps, all kinds of names, and links to folders up, down and
-    beside.
-    """
-    files = [
-        "1.JPEG",
-        "2.jpg",
-        "a.PNG",
-        "b.Jpeg",
-        "c.webp",
-        "d.tif",
-        ".hidden.jpg",
-        "._1.JPEG",
-        "Thumbs.db",
-        "x.txt",
-    ]
-    files += ["y.jfif", "z.gif", "no suffix", "jpg", "e.jpg.bak", "\u00e9.jpeg", "a b.bmp"]
-    folders = ["deep", "a", "a b", "a-b", "a.b", "z.JPEG", *TRAPS]
-    every = [root]
-    for name in ("c1", "c10", "c 2"):
-        put(root / name / "0.JPEG")
-        inside = [root / name]
-        for _ in range(int(rng.integers(6))):
-            folder = inside[rng.integers(len(inside))] / str(rng.choice(folders))
-            folder.mkdir(exist_ok=True)
-            inside.append(folder)
-        for _ in range(int(rng.integers(12))):
-            put(inside[rng.integers(len(inside))] / str(rng.choice(files)))
-        every += inside
-    for i in range(int(rng.integers(6))):
-        link = every[rng.integers(1, len(every))] / f"link{i}"
-        link.symlink_to(every[rng.integers(len(every))], target_is_directory=True)
-
-
-def listed_slowly(root: Path) -> list[str]:
-    """A twin: real folders first, then links, in the order of their paths, to what has not been
-    listed yet.
-    """
-    found = []
-    for name in sorted(os.listdir(root)):
-        paths, seen = [], {root.resolve(), *root.resolve().parents}
-        waiting = [str(root / name)]
-        while waiting:
-            top = waiting.pop(0)
-            if Path(top).resolve() in seen:
-                continue
-            for folder, inner, files in os.walk(top):
-                inner[:] = [name for name in inner if not is_trap(name)]
-                waiting += [
-                    os.path.join(folder, name)
-                    for name in inner
-                    if os.path.islink(os.path.join(folder, name))
-                ]
-                seen.add(Path(folder).resolve())
-                images = [
-                    name
-                    for name in files
-                    if name[0] != "." and Path(name).suffix.lower() in SUFFIXES
-                ]
-                paths += [(folder, name) for name in images]
-            waiting.sort()
-        found += [os.path.join(*pair) for pair in sorted(paths)]
-    return found
-
-
-def test_random_trees_with_traps_and_links(tmp_path):
-    rng = np.random.default_rng()
-    for i in range(30):
-        root = tmp_path / f"{i}"
-        random_tree(rng, root)
-        listing = list_images(root)
-        assert listing.classes == ("c 2", "c1", "c10")
-        assert [path for path, _ in listing.files] == listed_slowly(root)
-        for path, label in listing.files:
-            assert path.startswith(f"{root}/{listing.classes[label]}/")
-
-
-def test_the_order_of_trees_without_traps_is_torchvisions(tmp_path):
-    assert SUFFIXES == IMG_EXTENSIONS
-    rng = np.random.default_rng()
-    for i in range(20):
-        root = tmp_path / f"{i}"
-        random_tree(rng, root)
-        for folder, inner, files in os.walk(root, topdown=False):
-            for name in [*inner, *files]:
-                path = Path(folder, name)
-                if path.is_symlink():
-                    path.unlink()
-                elif is_trap(name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        assert list_images(root).files == ImageFolder(str(root)).samples
-
-
-def test_a_link_to_a_folder_above_multiplies_nothing(folder):
-    before = list_images(folder).files
-    for target in (".", "..", "../..", "../../..", "/"):
-        (folder / "c" / f"to {target.replace('/', ' ')}").symlink_to(target)
-    (folder / "up").symlink_to(".")
-    (folder / "c" / "self").symlink_to("self")
-    listing = list_images(folder)
-    assert listing.files == before
-    assert listing.ignored[LINKS] == 6
-    beside = folder.parent / "more"
-    write(beside / "y.JPEG", 1)
-    (folder / "c" / "more").symlink_to(beside)
-    (folder / "c" / "again").symlink_to(beside)  # the same folder
-    assert [path for path, _ in list_images(folder).files][-2:] == [
-        f"{folder}/c/x.JPEG",
-        f"{folder}/c/again/y.JPEG",
-    ]
-
-
-def test_links_cannot_make_a_small_tree_a_huge_one(tmp_path):
-    """Two links from each of 30 folders to the next: 2^30 paths."""
-    for i in range(30):
-        put(tmp_path / "src" / f"{i}" / "0.JPEG")
-        for name in "ab":
-            (tmp_path / "src" / f"{i}" / name).symlink_to(f"../{i + 1}" if i < 29 else "../0")
-    assert len(list_images(tmp_path / "src").files) == 30 * 30
-
-
-def test_what_is_passed_over_is_listed_by_suffix(folder):
-    for name in (
-        "a/1.avif",
-        "b/2.AVIF",
-        "b/3.jfif",
-        "c/Thumbs.db",
-        "c/._x.JPEG",
-        "c/.DS_Store",
-        "c/README",
-        "top.jpg",
-        ".x",
-    ):
-        put(folder / name)
-    for name in (
-        "a/@eaDir/x.jpg",
-        "a/.ipynb_checkpoints/x.jpg",
-        "@EADIR/x.jpg",
-        "__MACOSX/a/._1.JPEG",
-        "lost+found/x.jpg",
-    ):
-        put(folder / name)
-    store = FolderStore(folder)
-    assert store.notes[0].startswith("ignored: 3 hidden files, 2 .avif, 1 ")
-    assert list_images(folder).ignored == {
-        ".avif": 2, ".jfif": 1, ".db": 1, ".txt": 1, "hidden files": 3, "files without suffix": 1, "@EADIR folders": 1,
-        "files beside the class folders": 1, "@eaDir folders": 1, "hidden folders": 1, "__MACOSX folders": 1,
-        "lost+found folders": 1,
-    }  # fmt: skip
-    assert len(store) == 5
-
-
-def test_a_note_is_one_short_line(folder):
-    for i in range(1000):
-        put(folder / "a" / f"file.{i:04d}\n")
-    (note,) = list_images(folder).notes()
-    assert len(note) < 400
-    assert note.isprintable()
-    assert note.startswith("ignored: 1 .0000\\n, 1 .0001\\n")
-    assert note.endswith("991 of 991 other kinds")
-
-
-def test_an_empty_class_says_what_lies_there_instead(folder):
-    put(folder / "d" / "1.avif")
-    (folder / "e").mkdir()
-    with pytest.raises(
-        ValueError,
-        match=r"no images under d, e: 2 class folder.*\.webp; ignored: 1 \.avif, 1 \.txt",
-    ):
-        list_images(folder)
-
-
-def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("deep"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="a/deep"):
-        list_images(folder)
 
 
 @pytest.mark.parametrize("kind", ["named pipe", "/dev/zero", "folder", "dangling"])
