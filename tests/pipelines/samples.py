@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import write_sidecar
+from pipelines.store import RAW, Store
 from tests.conftest import as_jpeg, write_beton
 
 ORIENTATION = 0x0112  # Exif's tag
@@ -80,3 +81,15 @@ def flip_bit(path: Path, at: int, bit: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1 << bit]))
+
+
+def decoded(store: Store, index: int) -> np.ndarray:
+    data = store.read(index)
+    if store.modes[index] == RAW:
+        return data.reshape(store.heights[index], store.widths[index], 3)
+    return np.asarray(Image.open(BytesIO(data.tobytes())))
+
+
+def no_trace(folder: Path) -> bool:
+    """Whether a conversion to out.beton has left nothing behind."""
+    return not [path for path in folder.iterdir() if "out.beton" in path.name]

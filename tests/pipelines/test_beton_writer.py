@@ -2,62 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib, errno, fcntl, hashlib, io, json, multiprocessing, os, pwd, random, re, resource, shutil, signal, stat, struct, subprocess, sys, tarfile, tempfile, threading, time, zlib
-from dataclasses import dataclass, field
-from fractions import Fraction
-from importlib.util import find_spec
-from io import BytesIO
-from math import ceil
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fap.cli.convert import main
-from pipelines import DamagedData, images, jpeg, machine, open_loader, open_store, sources
-from pipelines import convert as convert_module
-from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
-from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
-from pipelines.jpeg import check_jpeg, jpeg_header, jpeg_sides
-from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, thread_limit, usable_cores, writable
-from pipelines.sources import beton_writer, cifar10, sidecar
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
-from pipelines.sources.beton_writer import BetonWriter, write_sidecar
-from pipelines.sources.folder import FolderStore
-from pipelines.sources.listing import LINKS, SUFFIXES, list_images
-from pipelines.sources.sidecar import read_sidecar, sidecar_path
-from pipelines.store import JPG, RAW, Store, check_class_names
-from tests.conftest import as_jpeg, write_beton
-from tests.pipelines import image_files, samples, trees
-
+from pipelines.convert import Encoding, check, convert_folder
+from pipelines.sources import beton_writer
+from pipelines.sources.beton import HEADER, BetonStore
+from pipelines.sources.beton_writer import BetonWriter
+from pipelines.sources.sidecar import sidecar_path
+from tests.pipelines.samples import decoded, encoded, image_folder, no_trace, picture
 
 ROOT = Path(__file__).resolve().parents[2]
+Capture = pytest.CaptureFixture[str]
 
 
-def no_trace(folder: Path) -> bool:
-    return not [p for p in folder.iterdir() if "out.beton" in p.name]
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "src")
 
 
 def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     """3 x 1800 x 1800 bytes need 16 MiB pages; the small ones before and after stay readable."""
-    (tmp_path / "src" / "a").mkdir(parents=True)
-    for i, side in enumerate((30, 1800, 40, 1800, 50)):
-        (tmp_path / "src" / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
-    convert_folder(
-        tmp_path / "src", tmp_path / "out.beton", Encoding(raw=True), allow_odd_classes=True
-    )
-    store = open_store(tmp_path / "out.beton")
-    for i, side in enumerate((30, 1800, 40, 1800, 50)):
+    sides = (30, 1800, 40, 1800, 50)
+    src = tmp_path / "src"
+    dst = tmp_path / "out.beton"
+    (src / "a").mkdir(parents=True)
+    for i, side in enumerate(sides):
+        (src / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
+    convert_folder(src, dst, Encoding(raw=True), allow_odd_classes=True)
+    store = BetonStore(dst)
+    for i, side in enumerate(sides):
         np.testing.assert_array_equal(decoded(store, i), np.asarray(picture(i, side, side)))
-    page = int(np.fromfile(tmp_path / "out.beton", "<u4", 1, offset=4)[0])
-    first, last = store._ptrs // page, (store._ptrs + store.sizes - 1) // page
+    page = int(np.fromfile(dst, HEADER, 1)["page_size"][0])
     assert page == 16 << 20
-    assert (first == last).all()
+    first_page = store._ptrs // page
+    last_page = (store._ptrs + store.sizes - 1) // page
+    assert (first_page == last_page).all()
 
 
 STARTING = """
@@ -69,19 +60,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def without_locks(file) -> bool:
+def without_locks(file: object) -> bool:
     return False
 
 
-def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(beton, "lock", without_locks)
-    dst, part = tmp_path / "out.beton", tmp_path / "out.beton.part"
+def test_a_file_system_without_locks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    monkeypatch.setattr(beton_writer, "lock", without_locks)
+    dst = tmp_path / "out.beton"
+    part = tmp_path / "out.beton.part"
     part.write_bytes(b"another conversion's")
     assert main([str(folder), str(dst)]) == 1
-    assert (
-        "no locks on this file system say whether another conversion is writing it"
-        in capfd.readouterr().err
-    )
+    told = "no locks on this file system say whether another conversion is writing it"
+    assert told in capfd.readouterr().err
     assert part.read_bytes() == b"another conversion's"
     part.unlink()
     assert main([str(folder), str(dst)]) == 0
@@ -93,36 +85,39 @@ def test_a_file_system_without_locks(folder: Path, tmp_path: Path, monkeypatch, 
 
 
 def test_a_part_that_its_writer_has_renamed_is_left_alone(
-    folder: Path, tmp_path: Path, monkeypatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock of a file that was opened just before its writer finished: emptying it would destroy
-    the result.
-    """
-    dst, part = tmp_path / "out.beton", tmp_path / "out.beton.part"
+    """The file was opened just before its writer finished: emptying it would destroy the result."""
+    dst = tmp_path / "out.beton"
+    part = tmp_path / "out.beton.part"
     part.write_bytes(b"complete")
 
-    def finished_since(file) -> bool:
+    def finished_since(file: object) -> bool:
         part.rename(dst)
         return True
 
-    monkeypatch.setattr(beton, "lock", finished_since)
+    monkeypatch.setattr(beton_writer, "lock", finished_since)
     with pytest.raises(ValueError, match="another conversion was writing it"):
         convert_folder(folder, dst)
     assert dst.read_bytes() == b"complete"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+@pytest.mark.parametrize("what", ["link", "dangling link", "pipe", "folder"])
 def test_a_part_that_is_no_file_is_left_alone(
-    kind: str, folder: Path, tmp_path: Path, capfd
+    what: str, folder: Path, tmp_path: Path, capfd: Capture
 ) -> None:
-    part, precious = tmp_path / "out.beton.part", tmp_path / "precious"
+    part = tmp_path / "out.beton.part"
+    precious = tmp_path / "precious"
     precious.write_text("mine")
-    if kind == "pipe":
-        os.mkfifo(part)
-    elif kind == "folder":
-        part.mkdir()
-    else:
-        part.symlink_to(precious if kind == "link" else "nowhere")
+    match what:
+        case "pipe":
+            os.mkfifo(part)
+        case "folder":
+            part.mkdir()
+        case "link":
+            part.symlink_to(precious)
+        case "dangling link":
+            part.symlink_to("nowhere")
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     assert "out.beton.part: exists and is not a file" in capfd.readouterr().err
     assert precious.read_text() == "mine"
@@ -130,17 +125,18 @@ def test_a_part_that_is_no_file_is_left_alone(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_dangling_link_is_not_overwritten(folder: Path, tmp_path: Path, capfd) -> None:
+def test_a_dangling_link_is_not_overwritten(folder: Path, tmp_path: Path, capfd: Capture) -> None:
     (tmp_path / "out.beton").symlink_to("nowhere")
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     assert "exists and is not overwritten" in capfd.readouterr().err
 
 
 def test_both_names_are_made_durable_after_both_contents(
-    folder: Path, tmp_path: Path, monkeypatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dst, done = tmp_path / "out.beton", []
-    fsync, replace = os.fsync, os.replace
+    done = []
+    fsync = os.fsync
+    replace = os.replace
 
     def sync(descriptor: int) -> None:
         done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -152,7 +148,7 @@ def test_both_names_are_made_durable_after_both_contents(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", rename)
-    convert_folder(folder, dst)
+    convert_folder(folder, tmp_path / "out.beton")
     assert done == [
         "out.beton.part",
         "out.beton.part.json",
@@ -163,12 +159,12 @@ def test_both_names_are_made_durable_after_both_contents(
 
 
 def test_a_folder_that_cannot_be_made_durable_is_no_success(
-    folder: Path, tmp_path: Path, monkeypatch, capfd
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
-    def fail(*_):
+    def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(beton, "sync_folder", fail)
+    monkeypatch.setattr(beton_writer, "sync_folder", fail)
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     told = capfd.readouterr()
     assert "out.beton'" in told.err
@@ -177,9 +173,10 @@ def test_a_folder_that_cannot_be_made_durable_is_no_success(
 
 @pytest.mark.parametrize("after", [1, 2])
 def test_stopped_between_the_two_renames(
-    after: int, folder: Path, tmp_path: Path, monkeypatch, capfd
+    after: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
-    replace, calls = os.replace, []
+    replace = os.replace
+    calls = []
 
     def stopped(source: Path, target: Path) -> None:
         replace(source, target)
@@ -188,11 +185,10 @@ def test_stopped_between_the_two_renames(
             os.kill(os.getpid(), signal.SIGHUP)
 
     monkeypatch.setattr(os, "replace", stopped)
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(each) for each in signals]
     assert main([str(folder), str(tmp_path / "out.beton")]) == 129
-    assert [
-        signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    ] == before
+    assert [signal.getsignal(each) for each in signals] == before
     told = capfd.readouterr().err
     if after == 1:
         assert "stopped by SIGHUP; nothing was written" in told
@@ -203,11 +199,11 @@ def test_stopped_between_the_two_renames(
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(
-    folder: Path, tmp_path: Path, monkeypatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add = BetonWriter.add
 
-    def hung_up(*arguments) -> None:
+    def hung_up(*arguments: Any) -> None:
         add(*arguments)
         os.kill(os.getpid(), signal.SIGHUP)
 
@@ -219,11 +215,13 @@ def test_a_signal_that_nohup_ignores_stays_ignored(
         signal.signal(signal.SIGHUP, before)
 
 
-def test_no_semaphores_are_needed_to_convert(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_no_semaphores_are_needed_to_convert(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without /dev/shm there are none."""
     import _multiprocessing
 
-    def refuse(*_):
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
@@ -233,7 +231,8 @@ def test_no_semaphores_are_needed_to_convert(folder: Path, tmp_path: Path, monke
 
 SLOW_WRITER = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
+# A shell's background jobs inherit it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pipelines import convert
 from fap.cli.convert import main
 real = convert.BetonWriter.add
@@ -257,7 +256,7 @@ sys.exit(main(sys.argv[1:]))
         (signal.SIGHUP, 129),
         (signal.SIGUSR1, 138),
     ],
-    ids=lambda s: str(s),
+    ids=str,
 )
 def test_stopped_half_way_leaves_no_result(
     folder: Path, tmp_path: Path, sent: int, code: int
@@ -315,14 +314,17 @@ def test_two_conversions_to_one_file(folder: Path, tmp_path: Path) -> None:
 def test_disk_full(folder: Path, tmp_path: Path) -> None:
     """A limit on the file's size stands in for a full disk: write(2) fails half-way."""
     code = "import sys; from fap.cli.convert import main; sys.exit(main(sys.argv[1:]))"
+    most = beton_writer.PAGE_BYTES + 3000
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
     result = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(tmp_path / "out.beton")],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, ((8 << 20) + 3000, (8 << 20) + 3000)
-        ),
+        preexec_fn=limit_files,
     )
     assert result.returncode == 1
     assert "out.beton" in result.stderr

@@ -2,89 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib, errno, fcntl, hashlib, io, json, multiprocessing, os, pwd, random, re, resource, shutil, signal, stat, struct, subprocess, sys, tarfile, tempfile, threading, time, zlib
-from dataclasses import dataclass, field
-from fractions import Fraction
-from importlib.util import find_spec
-from io import BytesIO
-from math import ceil
+import io
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fap.cli.convert import main
-from pipelines import DamagedData, images, jpeg, machine, open_loader, open_store, sources
-from pipelines import convert as convert_module
-from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
-from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
-from pipelines.jpeg import check_jpeg, jpeg_header, jpeg_sides
-from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, thread_limit, usable_cores, writable
-from pipelines.sources import beton_writer, cifar10, sidecar
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
-from pipelines.sources.beton_writer import BetonWriter, write_sidecar
+from pipelines import DamagedData, open_store
 from pipelines.sources.folder import FolderStore
-from pipelines.sources.listing import LINKS, SUFFIXES, list_images
-from pipelines.sources.sidecar import read_sidecar, sidecar_path
-from pipelines.store import JPG, RAW, Store, check_class_names
-from tests.conftest import as_jpeg, write_beton
-from tests.pipelines import image_files, samples, trees
+from tests.pipelines.image_files import write, write_folder
+from tests.pipelines.samples import decoded, exif_of
 
 
 @pytest.fixture(autouse=True)
-def _cache_home(tmp_path, monkeypatch):
+def _cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def decode(data: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "images")
 
 
-def test_order_and_labels_are_torchvisions_and_bytes_are_the_files(folder):
-    store, twin = open_store(folder), ImageFolder(str(folder))
+def test_order_and_labels_are_torchvisions_and_bytes_are_the_files(folder: Path) -> None:
+    store = open_store(folder)
+    twin = ImageFolder(str(folder))
     assert isinstance(store, FolderStore)
-    assert list(store.classes) == twin.classes and len(store) == len(twin)
+    assert list(store.classes) == twin.classes
+    assert len(store) == len(twin)
     for i, (path, label) in enumerate(twin.samples):
-        assert store.file(i) == Path(path) and store.labels[i] == label
-        assert store.read(i).tobytes() == Path(path).read_bytes() and store.sizes[
-            i
-        ] == os.path.getsize(path)
+        assert store.file(i) == Path(path)
+        assert store.labels[i] == label
+        assert store.read(i).tobytes() == Path(path).read_bytes()
+        assert store.sizes[i] == os.path.getsize(path)
         assert (store.widths[i], store.heights[i]) == Image.open(path).size
-    assert (
-        store.heights.dtype == np.int32 and store.labels.dtype == np.int64 and not store.modes.any()
-    )
+    assert store.heights.dtype == store.widths.dtype == np.int32
+    assert store.labels.dtype == store.sizes.dtype == np.int64
+    assert not store.modes.any()
 
 
-def test_index_is_used_and_notices_changes(folder, monkeypatch):
+def test_index_is_used_and_notices_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FolderStore(folder)
     scanned: list[str] = []
     sides = FolderStore._sides
-    monkeypatch.setattr(
-        FolderStore,
-        "_sides",
-        lambda s, f: scanned.append(os.path.relpath(f, folder)) or sides(s, f),
-    )
+
+    def watched(store: FolderStore, path: str) -> tuple[int, int]:
+        scanned.append(os.path.relpath(path, folder))
+        return sides(store, path)
+
+    monkeypatch.setattr(FolderStore, "_sides", watched)
     again = FolderStore(folder)
-    assert not scanned and again.heights[again.labels == 2].tolist() == [38]
+    assert not scanned
+    assert again.heights[again.labels == 2].tolist() == [38]
     write(folder / "c/x.JPEG", 9, (50, 60))  # changed
     write(folder / "b/0.JPEG", 9, (50, 61))  # new
     (folder / "a/10.jpg").unlink()
     changed = FolderStore(folder)
     assert sorted(scanned) == ["b/0.JPEG", "c/x.JPEG"]
-    assert len(changed) == 5 and changed.heights[changed.labels > 0].tolist() == [61, 30, 60]
+    assert len(changed) == 5
+    assert changed.heights[changed.labels > 0].tolist() == [61, 30, 60]
     (folder / ".fap-index.npz").write_bytes(b"PK damaged")
-    assert FolderStore(folder).heights.tolist() == changed.heights.tolist() and len(scanned) == 7
+    assert FolderStore(folder).heights.tolist() == changed.heights.tolist()
+    assert len(scanned) == 7
 
 
-def test_read_only_folder_is_indexed_in_the_users_cache(folder, tmp_path, monkeypatch):
+def test_read_only_folder_is_indexed_in_the_users_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace = os.replace
 
-    def refuse(source, target):
+    def refuse(source: str, target: str) -> None:
         if Path(target).is_relative_to(folder):
             raise PermissionError(target)
         replace(source, target)
@@ -96,41 +90,40 @@ def test_read_only_folder_is_indexed_in_the_users_cache(folder, tmp_path, monkey
     assert FolderStore(folder).heights.tolist() == first.heights.tolist()
 
 
-@pytest.mark.parametrize(
-    "kind", ["png named JPEG", "CMYK", "grey", "EXIF-rotated", "EXIF, upright"]
-)
-def test_what_imagenet_really_holds(folder, kind):
+FOUND_IN_IMAGENET: dict[str, dict[str, Any]] = {
+    "png named JPEG": {"image_format": "PNG"},
+    "CMYK": {"mode": "CMYK", "quality": 95},
+    "grey": {"mode": "L", "quality": 95},
+    "EXIF-rotated": {"exif": exif_of(6), "quality": 95},  # to be turned by 90 degrees
+    "EXIF, upright": {"exif": exif_of(1), "quality": 95},
+}
+
+
+@pytest.mark.parametrize("what", FOUND_IN_IMAGENET)
+def test_what_imagenet_really_holds(folder: Path, what: str) -> None:
     path = folder / "c/x.JPEG"
-    exif = Image.Exif()
-    exif[0x0112] = 6 if kind == "EXIF-rotated" else 1  # to be turned by 90 degrees
-    save = {
-        "png named JPEG": {"format": "PNG"},
-        "CMYK": {"mode": "CMYK", "quality": 95},
-        "grey": {"mode": "L", "quality": 95},
-    }.get(kind, {"exif": exif, "quality": 95})
-    picture = write(path, 3, (44, 36), **save).astype(int)
+    picture = write(path, 3, (44, 36), **FOUND_IN_IMAGENET[what])
     store = FolderStore(folder)
     data = store.read(4)
     header = Image.open(io.BytesIO(data.tobytes()))
-    if kind == "grey":
-        picture = np.asarray(
-            Image.fromarray(picture.astype(np.uint8)).convert("L").convert("RGB")
-        ).astype(int)
-    if kind == "EXIF-rotated":
-        picture = np.rot90(picture, -1)
+    match what:
+        case "grey":
+            picture = np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+        case "EXIF-rotated":
+            picture = np.rot90(picture, -1)
     height, width, _ = picture.shape
     assert (header.format, header.mode, header.size) == ("JPEG", "RGB", (width, height))
     assert (store.heights[4], store.widths[4]) == (height, width)
-    assert (data.tobytes() == path.read_bytes()) == (kind == "EXIF, upright")
-    assert np.abs(decode(data) - picture).mean() < 4
+    is_the_file = data.tobytes() == path.read_bytes()
+    assert is_the_file == (what == "EXIF, upright")
+    assert np.abs(decoded(store, 4).astype(int) - picture).mean() < 4
 
 
-def test_damage_and_mistakes_name_the_file(folder, tmp_path):
+def test_damage_and_mistakes_name_the_file(folder: Path, tmp_path: Path) -> None:
     store = FolderStore(folder)
     write(folder / "c/x.JPEG", 9, (50, 60))
-    with pytest.raises(
-        DamagedData, match=r"c/x\.JPEG: sample 4: \(60, 50\) pixels, \(38, 44\) when"
-    ):
+    told = r"c/x\.JPEG: sample 4: \(60, 50\) pixels, \(38, 44\) when"
+    with pytest.raises(DamagedData, match=told):
         store.read(4)
     (folder / "c/x.JPEG").write_bytes(b"\0" * 900)
     with pytest.raises(DamagedData, match=r"c/x\.JPEG: sample 4"):
@@ -142,60 +135,58 @@ def test_damage_and_mistakes_name_the_file(folder, tmp_path):
         store.read(4)
     with pytest.raises(ValueError, match="no images under c"):
         FolderStore(folder)
-    (tmp_path / "empty").mkdir()
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(ValueError, match="no images under CLASS"):
-        FolderStore(tmp_path / "empty")
-    write(tmp_path / "empty" / "0.JPEG", 0)
-    with pytest.raises(
-        ValueError, match=r"no images under CLASS.*ignored: 1 files beside the class folders"
-    ):
-        FolderStore(tmp_path / "empty")
+        FolderStore(empty)
+    write(empty / "0.JPEG", 0)
+    told = "no images under CLASS.*ignored: 1 files beside the class folders"
+    with pytest.raises(ValueError, match=told):
+        FolderStore(empty)
     shutil.rmtree(folder / "c")
     assert len(FolderStore(folder)) == 4
 
 
-@pytest.mark.parametrize("kind", ["named pipe", "/dev/zero", "folder", "dangling"])
-def test_images_are_files(folder, kind):
+@pytest.mark.parametrize("what", ["named pipe", "/dev/zero", "folder", "dangling"])
+def test_images_are_files(folder: Path, what: str) -> None:
     store = FolderStore(folder)
     image = folder / "c/x.JPEG"
     image.unlink()
-    if kind == "named pipe":
-        os.mkfifo(image)
-    elif kind == "folder":
-        image.mkdir()
-    else:
-        image.symlink_to(kind)
-    with pytest.raises(DamagedData, match=r"c/x\.JPEG: sample 4: (is a|No such file)"):
+    anew = r"1 files cannot be used(.|\n)*c/x\.JPEG: (is a|No such file)"
+    match what:
+        case "named pipe":
+            os.mkfifo(image)
+        case "folder":
+            image.mkdir()
+            anew = "no images under c"
+        case _:
+            image.symlink_to(what)
+    told = r"c/x\.JPEG: sample 4: (is a|No such file)"
+    with pytest.raises(DamagedData, match=told):
         store.read(4)
-    with pytest.raises(DamagedData, match=r"c/x\.JPEG: sample 4: (is a|No such file)"):
+    with pytest.raises(DamagedData, match=told):
         store.identity()
-    wanted = (
-        "no images under c"
-        if kind == "folder"
-        else r"1 files cannot be used(.|\n)*c/x\.JPEG: (is a|No such file)"
-    )
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=anew):
         FolderStore(folder)
 
 
-def test_a_huge_file_is_not_read(folder, monkeypatch):
+def test_a_huge_file_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "c/x.JPEG").write_bytes(b"\xff\xd8")
     os.truncate(folder / "c/x.JPEG", 3 << 30)  # sparse
     with pytest.raises(ValueError, match=r"c/x\.JPEG: has more than 1,073,741,824 bytes"):
         FolderStore(folder)
 
 
-def test_odd_file_names(folder):
+def test_odd_file_names(folder: Path) -> None:
     names = [b"caf\xe9.JPEG", b"new\nline.JPEG", b"tab\t'quote\".JPEG", b"n" * 250 + b".jpg"]
     for i, name in enumerate(names):
-        source = write(folder / "a" / "tmp.JPEG", i)
+        write(folder / "a" / "tmp.JPEG", i)
         os.rename(folder / "a" / "tmp.JPEG", os.path.join(os.fsencode(folder), b"b", name))
     for _ in range(2):  # the second time from the index
         store = FolderStore(folder)
         assert len(store) == 9
         for i in range(9):
             assert store.read(i).tobytes() == store.file(i).read_bytes()
-    assert source.size
     assert store.identity()["count"] == 9
     for i in range(9):
         store.file(i).write_bytes(b"damaged")
@@ -214,16 +205,17 @@ class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, (str(self.path),)
 
 
-def poison(index: Path, **change) -> None:
+def poison(index: Path, **change: np.ndarray) -> None:
+    """Write other arrays into an index."""
     with np.load(index) as good:
         np.savez(index, **{**good, **change})
 
 
-def test_an_index_cannot_make_sides_wrong_in_silence(folder):
+def test_an_index_cannot_make_sides_wrong_in_silence(folder: Path) -> None:
     FolderStore(folder)
     index = folder / ".fap-index.npz"
     with np.load(index) as good:
@@ -232,9 +224,8 @@ def test_an_index_cannot_make_sides_wrong_in_silence(folder):
     poison(index, table=table)
     store = FolderStore(folder)
     assert (store.heights[4], store.widths[4]) == (7, 9)
-    with pytest.raises(
-        DamagedData, match=r"c/x\.JPEG: sample 4: \(38, 44\) pixels, \(7, 9\) when .*fap-index"
-    ):
+    told = r"c/x\.JPEG: sample 4: \(38, 44\) pixels, \(7, 9\) when .*fap-index"
+    with pytest.raises(DamagedData, match=told):
         store.read(4)
     for sides in ((0, 9), (-1, 9), (9, 40000)):
         table[4, 2:] = sides
@@ -244,9 +235,9 @@ def test_an_index_cannot_make_sides_wrong_in_silence(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["named pipe", "/dev/zero", "folder", "old", "pickle", "floats", "compressed", "short"]
+    "what", ["named pipe", "/dev/zero", "folder", "old", "pickle", "floats", "compressed", "short"]
 )
-def test_an_index_that_is_none_is_made_again(folder, tmp_path, kind):
+def test_an_index_that_is_none_is_made_again(folder: Path, tmp_path: Path, what: str) -> None:
     for path in folder.rglob("*.*"):
         os.utime(path, (1e9, 1e9))  # which a float holds
     wanted = FolderStore(folder)
@@ -254,14 +245,15 @@ def test_an_index_that_is_none_is_made_again(folder, tmp_path, kind):
     with np.load(index) as good:
         tables = dict(good)
     index.unlink()
-    wrong = tables["table"] * [1, 1, 0, 0] + [0, 0, 5, 5]
-    match kind:
+    wrong = tables["table"].copy()
+    wrong[:, 2:] = 5  # the sides
+    match what:
         case "named pipe":
             os.mkfifo(index)
         case "folder":
             index.mkdir()
         case "/dev/zero":
-            index.symlink_to(kind)
+            index.symlink_to(what)
         case "old":  # sides as stored, before there was a version
             np.savez(index, names=tables["names"], table=wrong)
         case "pickle":
@@ -277,27 +269,28 @@ def test_an_index_that_is_none_is_made_again(folder, tmp_path, kind):
     assert not (tmp_path / "trap").exists()
 
 
-def test_no_home_and_a_read_only_folder(folder, monkeypatch):
+def test_no_home_and_a_read_only_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's uid without an account: the index has no place, which costs a scan."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(
-        Path,
-        "home",
-        lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")),
-    )
-    monkeypatch.setattr(
-        np, "savez", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
-    )
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(np, "savez", read_only)
     assert len(FolderStore(folder)) == 5
     assert not (folder / ".fap-index.npz").exists()
 
 
-def test_no_semaphores_are_needed(folder, monkeypatch):
+def test_no_semaphores_are_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /dev/shm there are none."""
     import _multiprocessing
 
-    def refuse(*_):
+    def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(_multiprocessing, "SemLock", refuse)

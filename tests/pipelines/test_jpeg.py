@@ -60,8 +60,7 @@ def exif_segment(turn: int) -> tuple[int, bytes]:
 
 
 XMP = (
-    b"http://ns.adobe.com/xap/1.0/\0"
-    b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 )
 
 

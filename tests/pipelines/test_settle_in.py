@@ -24,7 +24,14 @@ from pipelines import convert as convert_module
 from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
 from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
 from pipelines.jpeg import check_jpeg, jpeg_header, jpeg_sides
-from pipelines.machine import memory_limit_bytes, settle_in, temporary_caches, thread_limit, usable_cores, writable
+from pipelines.machine import (
+    memory_limit_bytes,
+    settle_in,
+    temporary_caches,
+    thread_limit,
+    usable_cores,
+    writable,
+)
 from pipelines.sources import beton_writer, cifar10, sidecar
 from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
 from pipelines.sources.beton_writer import BetonWriter, write_sidecar
