@@ -18,7 +18,6 @@ from pipelines.store import DamagedData
 from tests.conftest import as_jpeg
 from tests.pipelines.samples import contents, flip_bit, small_beton
 
-
 TABLES = HEADER.itemsize + 2 * FIELD.itemsize  # where the metadata begin
 ROW_BYTES = 24  # of the metadata, and of the allocation table: the last eight are label and length
 N_SAMPLES = 6
@@ -95,7 +94,7 @@ def test_every_bit_flip_in_the_header_and_tables(small: Path) -> None:
     """
     good = contents(small)
     end = small.stat().st_size
-    assert ROW_BYTES == ALLOCATION.itemsize
+    assert ALLOCATION.itemsize == ROW_BYTES
     metadata = range(TABLES, TABLES + N_SAMPLES * ROW_BYTES)
     allocations = range(end - N_SAMPLES * ROW_BYTES, end)
     labels = {at for i, at in enumerate(metadata) if i % ROW_BYTES >= 16}

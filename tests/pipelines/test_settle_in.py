@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib, errno, fcntl, hashlib, io, json, multiprocessing, os, pwd, random, re, resource, shutil, signal, stat, struct, subprocess, sys, tarfile, tempfile, threading, time, zlib
-from dataclasses import dataclass, field
-from fractions import Fraction
-from importlib.util import find_spec
-from io import BytesIO
-from math import ceil
+import getpass
+import multiprocessing
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing import synchronize
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fap.cli.convert import main
-from pipelines import DamagedData, images, jpeg, machine, open_loader, open_store, sources
-from pipelines import convert as convert_module
-from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
-from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
-from pipelines.jpeg import check_jpeg, jpeg_header, jpeg_sides
-from pipelines.machine import (
-    memory_limit_bytes,
-    settle_in,
-    temporary_caches,
-    thread_limit,
-    usable_cores,
-    writable,
-)
-from pipelines.sources import beton_writer, cifar10, sidecar
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
-from pipelines.sources.beton_writer import BetonWriter, write_sidecar
-from pipelines.sources.folder import FolderStore
-from pipelines.sources.listing import LINKS, SUFFIXES, list_images
-from pipelines.sources.sidecar import read_sidecar, sidecar_path
-from pipelines.store import JPG, RAW, Store, check_class_names
-from tests.conftest import as_jpeg, write_beton
-from tests.pipelines import image_files, samples, trees
-
+from pipelines import eval_plan, machine, open_loader, open_store
+from pipelines.convert import convert_folder
+from pipelines.machine import settle_in, temporary_caches, writable
 
 HERE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment as a plain dict: a good home, temporary files in tmp_path/tmp, none of our
-    variables.
-    """
+    """The environment as a plain dict: a good home, temporary files in tmp_path/tmp, no more."""
     (tmp_path / "home").mkdir()
     (tmp_path / "tmp").mkdir()
     environ = {"HOME": str(tmp_path / "home"), "LOGNAME": "someone"}
@@ -89,8 +66,6 @@ def test_a_good_environment_is_left_alone(environment: dict[str, str], tmp_path:
 def test_neither_account_nor_home(
     environment: dict[str, str], tmp_path: Path, no_account: None
 ) -> None:
-    import getpass
-
     environment.clear()
     settle_in()
     ours = tmp_path / "tmp" / f"fap-{os.getuid()}"
@@ -98,9 +73,8 @@ def test_neither_account_nor_home(
     assert getpass.getuser() == f"uid{os.getuid()}"
     assert os.path.expanduser("~/x") == f"{ours}/x"  # not a folder called "~"
     assert stat.S_IMODE(ours.stat().st_mode) == 0o700
-    assert {name: environment[name] for name in machine.CACHES} == {
-        k: f"{ours}/{v}" for k, v in machine.CACHES.items()
-    }
+    for variable, name in machine.CACHES.items():
+        assert environment[variable] == f"{ours}/{name}"
     before = dict(environment)
     settle_in()  # as a child of this process would
     assert environment == before
@@ -185,8 +159,8 @@ def test_whoever_imports_the_pipelines_has_settled_in(tmp_path: Path) -> None:
         "MPLCONFIGDIR": "mine",
     }
     code = (
-        "import os, pipelines; print(*(os.environ[name] for name in ('NUMBA_CACHE_DIR', 'HOME',"
-        " 'MPLCONFIGDIR')))"
+        "import os, pipelines\n"
+        "print(*(os.environ[name] for name in ('NUMBA_CACHE_DIR', 'HOME', 'MPLCONFIGDIR')))"
     )
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=HERE, env=environ, capture_output=True, text=True
@@ -207,7 +181,6 @@ def test_writable(tmp_path: Path) -> None:
 @pytest.fixture
 def no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container without /dev/shm."""
-    import multiprocessing.synchronize as synchronize
 
     def missing(*_: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory")
@@ -218,8 +191,6 @@ def no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_need_no_semaphores(no_semaphores: None, jpeg_folder: Path, tmp_path: Path) -> None:
-    from pipelines import eval_plan, open_loader
-
     folder = tmp_path / "folder"
     shutil.copytree(jpeg_folder, folder)  # not yet scanned
     (folder / ".fap-index.npz").unlink(missing_ok=True)
@@ -275,71 +246,80 @@ def cannot_unshare() -> str:
     return ""
 
 
+def container(tmp_path: Path, home: str, shared_memory: str) -> Callable[..., Any]:
+    """A read-only copy of the packages, and what runs a command of them there.
+
+    Its user has no account; `home` is "unset" or "read-only", `shared_memory` a key of
+    SHARED_MEMORY.
+    """
+    tree = tmp_path / "tree"
+    for package in ("fap", "pipelines"):
+        without_caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(HERE / package, tree / package, ignore=without_caches)
+    for folder, _, files in os.walk(tree):
+        for file in files:
+            os.chmod(os.path.join(folder, file), 0o444)
+        os.chmod(folder, 0o555)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home").chmod(0o555)
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tree),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "OMP_NUM_THREADS": "1",
+    }
+    if home == "read-only":
+        environ["HOME"] = str(tmp_path / "home")
+
+    def inside(command: str, *words: str) -> subprocess.CompletedProcess[str]:
+        shell = f'{SHARED_MEMORY[shared_memory]}; exec "$@"'
+        python = [*INSIDE, sys.executable, "-m", f"fap.cli.{command}", *words]
+        return subprocess.run(
+            ["unshare", "--mount", "sh", "-c", shell, "sh", *python],
+            cwd=tmp_path / "run",
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
+
+    return inside
+
+
+TINY = (
+    "model.name=cifar_resnet8 model.num_classes=4 data.size=32 data.resize=36"
+    " optim.clean_batch=8 method.group_rows=4 method.p_adv=1/3"
+    " run.device=cpu run.torch_threads=1 budget.epochs=1 budget.milestones=[]"
+    " data.train=data data.val=data name=x"
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("home", "shared_memory"), [("unset", "full"), ("read-only", "none")])
 def test_a_user_without_account_in_a_read_only_tree(
     home: str, shared_memory: str, jpeg_folder: Path, tmp_path: Path
 ) -> None:
     """The default pipeline trains, and the doctor names what is missing."""
-    if reason := cannot_unshare():
+    reason = cannot_unshare()
+    if reason:
         pytest.skip(f"no containers here: {reason.strip()}")
-    tree, run, temporary, read_only_home = (
-        tmp_path / name for name in ("tree", "run", "tmp", "home")
-    )
-    for package in ("fap", "pipelines"):
-        shutil.copytree(
-            HERE / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
-        )
+    run = tmp_path / "run"
     shutil.copytree(jpeg_folder, run / "data", ignore=shutil.ignore_patterns(".*"))
-    temporary.mkdir()
-    read_only_home.mkdir()
-    for folder, _, files in os.walk(tree):
-        for file in files:
-            os.chmod(os.path.join(folder, file), 0o444)
-        os.chmod(folder, 0o555)
-    read_only_home.chmod(0o555)
+    inside = container(tmp_path, home, shared_memory)
 
-    def inside(command: str, *words: str) -> "subprocess.CompletedProcess[str]":
-        environ = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(tree),
-            "TMPDIR": str(temporary),
-            "OMP_NUM_THREADS": "1",
-        }
-        if home == "read-only":
-            environ["HOME"] = str(read_only_home)
-        python = [*INSIDE, sys.executable, "-m", f"fap.cli.{command}", *words]
-        shell = [
-            "unshare",
-            "--mount",
-            "sh",
-            "-c",
-            f'{SHARED_MEMORY[shared_memory]}; exec "$@"',
-            "sh",
-            *python,
-        ]
-        return subprocess.run(shell, cwd=run, env=environ, capture_output=True, text=True)
-
-    tiny = (
-        "model.name=cifar_resnet8 model.num_classes=4 data.size=32 data.resize=36"
-        " optim.clean_batch=8 method.group_rows=4 method.p_adv=1/3 run.device=cpu run.torch_threads=1"
-        " budget.epochs=1 budget.milestones=[] data.train=data data.val=data name=x"
-    )
-    trained = inside("train", *tiny.split(), "--pipeline", "ffcv")
+    trained = inside("train", *TINY.split(), "--pipeline", "ffcv")
     assert trained.returncode == 0, trained.stderr
     assert "done: top-1" in trained.stdout
     assert trained.stderr == ""
-    assert sorted(path.name for path in run.iterdir()) == [
-        "data",
-        "runs",
-    ]  # and no folder called "~"
-    kept = [*(temporary / "fap-54321").rglob("*.nbc")]
-    assert len(kept) == 1
+    # And no folder called "~".
+    assert sorted(path.name for path in run.iterdir()) == ["data", "runs"]
+    caches = tmp_path / "tmp" / "fap-54321"
+    assert len([*caches.rglob("*.nbc")]) == 1
 
     told = inside("doctor", ".").stdout
     lines = {line[6:19].strip(): line for line in told.splitlines()}
     assert lines["user"].startswith("warn  user          54321 has no account")
-    assert f"caches go to {temporary}/fap-54321" in lines["user"]
+    assert f"caches go to {caches}" in lines["user"]
     assert lines["shared memory"].startswith("warn")
     assert "semaphore" in lines["shared memory"]
     assert lines["FFCV"].startswith("ok")
