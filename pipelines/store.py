@@ -33,14 +33,15 @@ class Store(ABC):
     """N encoded images with labels: what plans are drawn for and what loaders read.
 
     To add a source, write a subclass in pipelines/sources/ and name it in the table there
-    (`SOURCES`). It says what it opens:
+    (`SOURCES`). It needs:
 
-    - `accepts(path)` and `described_as`, by which `open_store` finds it;
-    - `__init__(path)`, which raises ValueError for a user's mistake and DamagedData for a file that
-      contradicts itself, and fills every attribute below that has no default.
+    - `accepts(path)` and `described_as`, by which `open_store` finds it and errors name it;
+    - `__init__(path)`, which fills every attribute below that has no default, and raises ValueError
+      for a user's mistake and DamagedData for a file that contradicts itself;
+    - `read(index)`.
 
-    It must be cheap to hold: one row of numbers per image, no pixels. Order and labels are part of
-    what the data is: opened again, they must be the same. The arrays are not written to any more.
+    The attributes are one row of numbers per image, no pixels: loaders and plans index them freely.
+    Opened again, the data must have the same order and labels. Nobody writes to the arrays.
 
     `read(index)` is called from many threads at once, with any index, in any order. It returns the
     same bytes each time, and those that the tables announce: a JPEG whose frame header says
@@ -48,9 +49,9 @@ class Store(ABC):
     never returns another sample's bytes, or half of them.
 
     `identity()` says what the data is, wherever it lies. A run is resumed, and a result is found
-    again, only on data of the same identity, so a copy must keep it and a change must alter it.
-    Neither paths nor times belong into it. A source that has a checksum of every image overrides
-    `_content_crc32`.
+    again, only on data of the same identity. So a copy must keep it and a change should alter it:
+    neither paths nor times belong into it, but order, labels and sides do. A source that has a
+    checksum of every image, or tables of its own, overrides `_content_crc32`.
     """
 
     described_as = ""  # what `accepts` accepts, for messages: "a .beton file"

@@ -74,8 +74,9 @@ class BetonStore(Store):
         self._file = open_regular(self.path)
         try:
             self._load_tables(os.fstat(self._file.fileno()).st_size)
-            if use_sidecar:
-                self.use(read_sidecar(self.path))
+            sidecar = read_sidecar(self.path) if use_sidecar else None
+            if sidecar is not None:
+                self.use(sidecar)
         except BaseException:
             self._file.close()
             raise
@@ -87,10 +88,12 @@ class BetonStore(Store):
             return False
         return path.suffix == ".beton" or _begins_as_ffcv_files_do(path)
 
-    def use(self, sidecar: Sidecar | None) -> None:
-        """Take class names and checksums, which must fit this file."""
-        if sidecar is None:
-            return
+    def use(self, sidecar: Sidecar) -> None:
+        """Take class names and checksums.
+
+        Raises:
+            DamagedData: they do not fit this file.
+        """
         side = readable(sidecar_path(self.path))
         same_tables = sidecar.tables_crc32 == self.tables_crc32
         same_count = len(sidecar.crc32) == len(self)
@@ -213,7 +216,7 @@ class BetonStore(Store):
         )
 
     def _check_apart(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
-        """No two samples, which lie inside the data, share a byte."""
+        """No two samples, which lie inside the data, share a byte: each ends before the next."""
         order = np.argsort(ptrs)
         ends = (ptrs + sizes)[order]
         free = np.ones(len(ptrs), bool)
