@@ -5,12 +5,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.files import readable
 from pipelines.loaders.base import Batch, Loader
 from pipelines.machine import settle_in
 from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
-from pipelines.sources.beton import BetonStore
-from pipelines.sources.folder import FolderStore
+from pipelines.sources import source_of
 from pipelines.store import DamagedData, Store
 
 # fmt: off
@@ -30,20 +28,17 @@ settle_in()  # before a back end, a plot or a compiler looks for its cache
 
 
 def open_store(path: str | Path) -> Store:
-    """A `.beton` file or an image folder in ImageNet's layout; `~` is the user's home.
+    """A `.beton` file, an image folder in ImageNet's layout, or what another source accepts.
+
+    `~` is the user's home.
 
     Raises:
-        ValueError: nothing is there, or neither of them, or a folder without usable images.
+        ValueError: nothing is there, or what no source accepts, or a folder without usable images.
         DamagedData: the file's header, tables or sidecar contradict each other.
     """
     path = Path(os.path.expanduser(path))
-    if path.is_dir():
-        return FolderStore(path)
-    if not path.exists():
-        raise ValueError(
-            f"{readable(path)}: no such file or folder; expected a .beton file or an image folder"
-        )
-    return BetonStore(path)
+    source = source_of(path)
+    return source(path)
 
 
 def open_loader(name: Literal["ffcv", "dali", "reference"], store: Store, **options: Any) -> Loader:

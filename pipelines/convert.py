@@ -1,5 +1,4 @@
-"""Image folder or CIFAR-10 -> `.beton`, FFCV's format, version 2 (sources/beton.py has the layout), with a
-checksum sidecar.
+"""Image folder, CIFAR-10 or arrays -> `.beton` with a checksum sidecar, and the check of one.
 
 JPEG files are stored byte for byte. What not every decoder would show as an upright RGB image (a
 PNG named .JPEG, grey, CMYK, turned by Exif) is re-encoded once: images.py says how, and an image
@@ -20,15 +19,18 @@ from tqdm import tqdm
 
 from pipelines.files import read_regular, readable
 from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason
-from pipelines.jpeg import check_jpeg, turbojpeg
+from pipelines.jpeg import check_jpeg, is_jpeg, turbojpeg
 from pipelines.machine import usable_cores
+from pipelines.progress import in_order
 from pipelines.sources import cifar10
-from pipelines.sources.beton import BetonStore, BetonWriter, Sample
-from pipelines.sources.folder import in_order, list_images
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.sources.listing import list_images
 from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData, check_class_names
 
 CHUNK = 8  # images of one task
 MOST_TOLD = 20  # damaged images that a message lists
+BEST_QUALITY = 100
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,23 @@ class Encoding:
     raw: bool = False  # RGB pixels instead of JPEG
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("max_side", self.max_side, MAX_SIDE),
-            ("quality", self.quality, 100),
-        ):
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} = {value}: must be 1 to {most}")
+        _check_range("max_side", self.max_side, MAX_SIDE)
+        _check_range("quality", self.quality, BEST_QUALITY)
         if self.raw and self.quality is not None:
             raise ValueError(
                 f"quality = {self.quality}: raw samples have none; leave out raw or quality"
             )
+
+    def keeps(self, sides: tuple[int, int]) -> bool:
+        """Whether a plain JPEG of (height, width) is stored as it is."""
+        if self.raw or self.quality is not None:
+            return False
+        return max(sides) <= (self.max_side or MAX_SIDE)
+
+
+def _check_range(name: str, value: int | None, most: int) -> None:
+    if value is not None and not 1 <= value <= most:
+        raise ValueError(f"{name} = {value}: must be 1 to {most}")
 
 
 class BadImages(ValueError):  # noqa: N818
@@ -72,29 +81,22 @@ def told(bad: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
+# ------------------------------------------------------------------ conversion
+
+
 def encode(data: bytes, encoding: Encoding) -> Sample:
     """The sample to store for one image file's bytes. Raises any exception for a damaged image."""
-    limit = encoding.max_side or MAX_SIDE
-    if data[:2] == b"\xff\xd8":
-        decoded = check_jpeg(data)
+    if is_jpeg(data):
+        decoded_sides = check_jpeg(data)
         sides = plain_jpeg(data)
-        if sides is not None and sides != decoded:
-            raise ValueError(f"its header says {sides} pixels, the decoder {decoded}")
-        if (
-            sides is not None
-            and encoding.quality is None
-            and not encoding.raw
-            and max(sides) <= limit
-        ):
+        if sides is not None and sides != decoded_sides:
+            raise ValueError(f"its header says {sides} pixels, the decoder {decoded_sides}")
+        if sides is not None and encoding.keeps(sides):
             return Sample(data, JPG, *sides, verbatim=True)
     picture = decode(data, encoding.max_side)
     if encoding.raw:
         return Sample(picture.tobytes(), RAW, picture.height, picture.width)
     return Sample(as_jpeg(picture, encoding.quality or QUALITY), JPG, picture.height, picture.width)
-
-
-def _cores(threads: int | None) -> int:
-    return threads or usable_cores()
 
 
 def convert_folder(
@@ -114,7 +116,7 @@ def convert_folder(
     Raises:
         BadImages: damaged images, unless `skip_bad`.
         ValueError, OSError: wrong arguments, odd class names (unless allowed), no images, nothing
-        can be written.
+            can be written.
     """
     turbojpeg()
     classes, files, ignored = list_images(Path(src))
@@ -122,17 +124,11 @@ def convert_folder(
         check_class_names(Path(src), classes)
 
     def one(item: tuple[str, int]) -> Sample | str:
-        try:
-            return encode(read_regular(item[0]), encoding)
-        except MemoryError:
-            raise MemoryError(
-                f"{readable(item[0])}: not enough memory; fewer --threads need less"
-            ) from None
-        except Exception as error:  # Pillow's decoders raise many types
-            return reason(error, item[0])
+        path, _ = item
+        return _encode_file(path, encoding)
 
     bad: list[tuple[str, str]] = []
-    verbatim = 0
+    n_verbatim = 0
     with (
         BetonWriter(dst, len(files)) as writer,
         closing(in_order(one, files, _cores(threads), CHUNK, "convert")) as results,
@@ -140,16 +136,32 @@ def convert_folder(
         for (path, label), result in zip(files, results, strict=True):
             if isinstance(result, str):
                 bad.append((path, result))
-            elif not bad or skip_bad:
+            elif not bad or skip_bad:  # else nothing will be kept: only the list goes on
                 writer.add(result, label)
-                verbatim += result.verbatim
+                n_verbatim += result.verbatim
         if bad and not (skip_bad and writer.count):
             raise BadImages(bad)
-        skipped = [os.path.relpath(path, src) for path, _ in bad]
-        done = asdict(encoding) | {"count": writer.count, "verbatim": verbatim, "skipped": skipped}
-        done |= {"ignored": ignored, "allow_odd_classes": allow_odd_classes}
+        done = asdict(encoding) | {
+            "count": writer.count,
+            "verbatim": n_verbatim,
+            "skipped": [os.path.relpath(path, src) for path, _ in bad],
+            "ignored": ignored,
+            "allow_odd_classes": allow_odd_classes,
+        }
         writer.commit(classes, done)
     return done
+
+
+def _encode_file(path: str, encoding: Encoding) -> Sample | str:
+    """The sample to store, or why there is none."""
+    try:
+        return encode(read_regular(path), encoding)
+    except MemoryError:  # not the image's fault: it must not be left out
+        raise MemoryError(
+            f"{readable(path)}: not enough memory; fewer --threads need less"
+        ) from None
+    except Exception as error:  # Pillow's decoders raise many types
+        return reason(error, path)
 
 
 def convert_cifar10(
@@ -158,8 +170,8 @@ def convert_cifar10(
     """CIFAR-10 as raw samples in published order; `limit`: only the first ones."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
-    images, labels = (array[:limit] for array in cifar10.load(split))
-    return convert_arrays(dst, images, labels, cifar10.CLASSES, f"cifar10 {split}")
+    images, labels = cifar10.load(split)
+    return convert_arrays(dst, images[:limit], labels[:limit], cifar10.CLASSES, f"cifar10 {split}")
 
 
 def convert_arrays(
@@ -172,25 +184,28 @@ def convert_arrays(
     """Images in memory as raw samples, in their order. Returns the sidecar's `encoding` entry."""
     done = {"source": source, "raw": True, "count": len(images), "skipped": []}
     with BetonWriter(dst, len(images)) as writer:
-        for image, label in zip(
-            tqdm(images, "convert", delay=1, disable=None), labels, strict=True
-        ):
+        progress = tqdm(images, "convert", delay=1, disable=None)
+        for image, label in zip(progress, labels, strict=True):
             height, width, _ = image.shape
             writer.add(Sample(image.tobytes(), RAW, height, width), label)
         writer.commit(classes, done)
     return done
 
 
+# ------------------------------------------------------------------ the check
+
+
 def check(path: str | Path, threads: int | None = None) -> list[str]:
-    """The faults of a `.beton`: structure and every CRC; where there is no sidecar every JPEG is
-    decoded instead.
+    """The faults of a `.beton`: structure and every CRC.
+
+    Where there is no sidecar every JPEG is decoded instead.
     """
     try:
         beton = BetonStore(path)
     except DamagedData as error:
         return [str(error)]
 
-    def one(index: int) -> str | None:
+    def fault_of(index: int) -> str | None:
         try:
             data = beton.read(index)
             if beton.crc32 is None and beton.modes[index] == JPG:
@@ -200,8 +215,10 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
         return None
 
     with closing(beton):
-        return [
-            fault
-            for fault in in_order(one, range(len(beton)), _cores(threads), CHUNK, "check")
-            if fault
-        ]
+        indices = range(len(beton))
+        faults = in_order(fault_of, indices, _cores(threads), CHUNK, "check")
+        return [fault for fault in faults if fault is not None]
+
+
+def _cores(threads: int | None) -> int:
+    return threads or usable_cores()

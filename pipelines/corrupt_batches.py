@@ -29,7 +29,7 @@ from pipelines.ahead import run_ahead
 from pipelines.corrupt import corrupt
 from pipelines.loaders.base import Batch
 from pipelines.machine import usable_cores
-from pipelines.sources.beton import BetonWriter, Sample
+from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.store import RAW
 
 

@@ -6,34 +6,75 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from struct import error as struct_error
-from struct import unpack_from
 from typing import NamedTuple
 
-PIXELS_PER_BYTE = (
-    512  # a JPEG's block of 64 takes at least a bit: damaged sides must not ask for gigabytes
-)
+# A JPEG's block of 64 pixels takes at least a bit: damaged sides must not ask for gigabytes.
+PIXELS_PER_BYTE = 512
 
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of frame headers
+# ------------------------------------------------------------------ big images
+
+BIG_PIXELS = 1 << 26  # above, one image at a time is decoded, however many threads there are
+
+_one_big_image = threading.Lock()
+
+
+def is_big(width: int, height: int) -> bool:
+    """Whether an image, JPEG or not, takes so much memory that it must be decoded alone."""
+    return width * height > BIG_PIXELS
+
+
+def one_big_at_a_time(width: int, height: int) -> AbstractContextManager[object]:
+    """To be held while an image of that size is decoded."""
+    if is_big(width, height):
+        return _one_big_image
+    return nullcontext()
+
+
+# ------------------------------------------------------------------ segments: ITU T.81, table B.1
+
+START = b"\xff\xd8"  # of every JPEG
+LENGTH_BYTES = 2  # a segment's length comes first and counts itself
+
+PREFIX = 0xFF  # of a marker, which is the byte behind it; there may be several
+FIRST_MARKER = 0xC0  # those below are reserved
+FIRST_WITHOUT_CONTENT = 0xD0  # restart, start and end of an image
+LAST_WITHOUT_CONTENT = 0xD9
+BASELINE, EXTENDED, PROGRESSIVE = 0xC0, 0xC1, 0xC2  # frame headers
+HUFFMAN_TABLES, RESERVED, ARITHMETIC_TABLES = 0xC4, 0xC8, 0xCC  # the others among 0xC0 to 0xCF
+SCAN = 0xDA  # the pixels begin
+APP1 = 0xE1  # Exif or XMP
+
+FRAMES = frozenset(range(0xC0, 0xD0)) - {HUFFMAN_TABLES, RESERVED, ARITHMETIC_TABLES}
+PLAIN_FRAMES = (BASELINE, EXTENDED, PROGRESSIVE)  # what every decoder knows
+
+FRAME = struct.Struct(">BHHB")  # bits per sample, height, width, components
+SIDES = struct.Struct(">HH")  # height and width, behind the bits per sample
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether `data` begins as a JPEG does."""
+    return data.startswith(START)
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of the content of a JPEG's segments, the last being the scan's (0xDA).
-    ITU T.81, table B.1.
+    """Marker, start and end of the content of a JPEG's segments, the last being the scan's.
 
     It ends before a marker that does not belong there: a decoder may go on elsewhere than we would.
     """
-    at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    if not is_jpeg(data):
+        return
+    at = len(START)
+    while at + 2 + LENGTH_BYTES <= len(data) and data[at] == PREFIX:
         marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
+        if marker == PREFIX:  # a fill byte
             at += 1
             continue
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+        if marker < FIRST_MARKER or FIRST_WITHOUT_CONTENT <= marker <= LAST_WITHOUT_CONTENT:
             return
-        end = at + 2 + (data[at + 2] << 8 | data[at + 3])
-        yield marker, at + 4, end
-        if marker == 0xDA:
+        length = data[at + 2] << 8 | data[at + 3]
+        end = at + 2 + length
+        yield marker, at + 2 + LENGTH_BYTES, end
+        if marker == SCAN:
             return
         at = end
 
@@ -42,19 +83,11 @@ def jpeg_sides(data: bytes) -> tuple[int, int] | None:
     """(height, width) from a JPEG's frame header, as stored; None where there is none."""
     for marker, start, _ in jpeg_segments(data):
         if marker in FRAMES:
-            return struct.unpack_from(">HH", data, start + 1) if start + 5 <= len(data) else None
+            if start + 1 + SIDES.size > len(data):
+                return None
+            height, width = SIDES.unpack_from(data, start + 1)
+            return height, width
     return None
-
-
-BIG_PIXELS = 1 << 26  # above, one image at a time is decoded, however many threads there are
-
-APP1, SCAN = 0xE1, 0xDA  # JPEG's markers: Exif and XMP; the pixels begin
-
-PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive: what every decoder knows
-
-ORIENTATION, SHORT = 0x0112, 3  # Exif 2.3, table 4; TIFF's type
-
-_one_big_image = threading.Lock()
 
 
 class JpegHeader(NamedTuple):
@@ -62,7 +95,7 @@ class JpegHeader(NamedTuple):
 
     height: int  # pixels, as stored
     width: int
-    frame: int  # the marker of the frame header: the kind of compression
+    frame: int  # the marker of the frame header: how it is compressed
     precision: int  # bits per sample
     components: int  # 1 grey, 3 colour, 4 CMYK
     may_be_turned: bool  # there is an Exif or XMP block that may say so; Pillow has to read it
@@ -86,42 +119,70 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         if end > len(data):
             return None
         if marker in FRAMES:
-            if frame is not None or end - start < 6:
+            if frame is not None or end - start < FRAME.size:
                 return None
-            precision, height, width, components = unpack_from(">BHHB", data, start)
-            frame = height, width, marker, precision, components
+            precision, height, width, components = FRAME.unpack_from(data, start)
+            frame = (height, width, marker, precision, components)
         elif marker == APP1:
-            exif = data.startswith(b"Exif\0\0", start) and not _surely_upright(
-                data[start + 6 : end]
-            )
-            may_be_turned |= exif or data.find(b"tiff:Orientation", start, end) >= 0
+            may_be_turned |= _may_turn(data, start, end)
         elif marker == SCAN:
-            return None if frame is None else JpegHeader(*frame, may_be_turned)
+            if frame is None:
+                return None
+            return JpegHeader(*frame, may_be_turned)
     return None
 
 
-def _surely_upright(exif: bytes) -> bool:
-    """Whether an Exif block is well-formed and has no orientation, or 1. Ten times as fast as
-    asking Pillow.
+# ------------------------------------------------------------------ orientation
+
+EXIF = b"Exif\0\0"  # an APP1 segment of Exif begins with it; a TIFF file follows
+XMP_ORIENTATION = b"tiff:Orientation"
+ORIENTATION = 0x0112  # Exif 2.3, table 4
+UPRIGHT = 1
+ONE_SHORT = (3, 1)  # TIFF's type of a 16-bit number, and how many
+ENTRY_BYTES = 12  # of TIFF's directory: tag, type, count, value
+
+
+def _may_turn(data: bytes, start: int, end: int) -> bool:
+    """Whether an APP1 segment may say that the image is turned."""
+    if data.startswith(EXIF, start) and not _surely_upright(data[start + len(EXIF) : end]):
+        return True
+    return data.find(XMP_ORIENTATION, start, end) >= 0
+
+
+def _surely_upright(tiff: bytes) -> bool:
+    """Whether an Exif block is well-formed and has no orientation, or 1.
+
+    It is ten times as fast as asking Pillow.
     """
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None:
-        return False
+    match tiff[:4]:
+        case b"II*\0":
+            order = "<"
+        case b"MM\0*":
+            order = ">"
+        case _:
+            return False
     try:
-        (at,) = unpack_from(f"{order}I", exif, 4)
-        (n_entries,) = unpack_from(f"{order}H", exif, at)
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (n_entries,) = struct.unpack_from(f"{order}H", tiff, directory)
         for i in range(n_entries):
-            tag, kind, count, value = unpack_from(f"{order}HHIH", exif, at + 2 + 12 * i)
-            if tag == ORIENTATION and (kind, count, value) != (SHORT, 1, 1):
+            at = directory + 2 + ENTRY_BYTES * i
+            tag, value_type, count, value = struct.unpack_from(f"{order}HHIH", tiff, at)
+            if tag == ORIENTATION and (value_type, count, value) != (*ONE_SHORT, UPRIGHT):
                 return False
-    except struct_error:
+    except struct.error:  # an address or a length behind the end
         return False
     return True
 
 
-def one_big_at_a_time(size: tuple[int, int]) -> AbstractContextManager[object]:
-    """To be held while an image of `size` is decoded."""
-    return _one_big_image if size[0] * size[1] > BIG_PIXELS else nullcontext()
+# ------------------------------------------------------------------ libjpeg-turbo
+
+# turbojpeg.h: TJCS_..., TJPF_..., and two arguments.
+CMYK_COLOURS = (3, 4)  # colour spaces CMYK and YCCK, which it cannot turn into RGB
+RGB_PIXELS = 0
+CMYK_PIXELS = 11
+MOST_BYTES_PER_PIXEL = 4
+NO_PADDING = 0  # as "pitch": rows of pixels without a gap
+NO_FLAGS = 0
 
 
 @cache
@@ -148,23 +209,37 @@ def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int]:
     handle = ctypes.c_void_p(lib.tjInitDecompress())
 
     def call(function: Callable[..., int], *arguments: object) -> None:
+        # Not 0 for a warning either: it would have filled the rest of the image with grey.
         if function(handle, data, ctypes.c_ulong(len(data)), *arguments):
             raise ValueError(lib.tjGetErrorStr2(handle).decode(errors="replace"))
 
     try:
-        width, height, subsampling, colours = (ctypes.c_int() for _ in range(4))
-        call(
-            lib.tjDecompressHeader3,
-            *(ctypes.byref(number) for number in (width, height, subsampling, colours)),
-        )
-        if width.value * height.value > PIXELS_PER_BYTE * len(data):
-            raise ValueError(f"too few bytes for a JPEG of {height.value} x {width.value} pixels")
-        w, h = -(-width.value // shrink), -(-height.value // shrink)
-        pixels = (
-            11 if colours.value in (3, 4) else 0
-        )  # TJPF_CMYK for TJCS_CMYK and TJCS_YCCK, else TJPF_RGB
-        with one_big_at_a_time((width.value, height.value)):
-            call(lib.tjDecompress2, ctypes.create_string_buffer(w * h * 4), w, 0, h, pixels, 0)
-        return height.value, width.value
+        width, height, colours = _turbojpeg_header(lib, call)
+        if width * height > PIXELS_PER_BYTE * len(data):
+            raise ValueError(f"too few bytes for a JPEG of {height} x {width} pixels")
+        small_width = _shrunk_side(width, shrink)
+        small_height = _shrunk_side(height, shrink)
+        pixel_format = CMYK_PIXELS if colours in CMYK_COLOURS else RGB_PIXELS
+        with one_big_at_a_time(width, height):
+            pixels = ctypes.create_string_buffer(small_width * small_height * MOST_BYTES_PER_PIXEL)
+            size = (small_width, NO_PADDING, small_height)
+            call(lib.tjDecompress2, pixels, *size, pixel_format, NO_FLAGS)
+        return height, width
     finally:
         lib.tjDestroy(handle)
+
+
+def _turbojpeg_header(lib: ctypes.CDLL, call: Callable[..., None]) -> tuple[int, int, int]:
+    """Width, height and colour space, by the `call` of `check_jpeg`."""
+    width = ctypes.c_int()
+    height = ctypes.c_int()
+    subsampling = ctypes.c_int()
+    colours = ctypes.c_int()
+    results = [ctypes.byref(number) for number in (width, height, subsampling, colours)]
+    call(lib.tjDecompressHeader3, *results)
+    return width.value, height.value, colours.value
+
+
+def _shrunk_side(side: int, shrink: int) -> int:
+    """libjpeg-turbo rounds the sides of a shrunk image up."""
+    return -(-side // shrink)

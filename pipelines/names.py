@@ -1,6 +1,4 @@
-"""The rule for class names, wherever they come from: a sidecar, or a checkpoint of a run on such
-data.
-"""
+"""The rule for class names, wherever they come from: a sidecar, or a checkpoint."""
 
 from collections import Counter
 from typing import Any

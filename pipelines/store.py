@@ -1,75 +1,107 @@
-"""Encoded images by index. `BetonStore` reads FFCV's format, version 2, and trusts nothing in the
-file.
-"""
+"""The contract of a source: encoded images by index, with what must be known of them beforehand."""
 
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.files import readable, shown
+from pipelines.files import listed, readable, shown
 
-JPG, RAW = 0, 1  # FFCV's mode byte
+# How a sample's bytes are to be read; FFCV's numbers.
+JPG = 0  # a JPEG that every decoder shows as an upright RGB picture
+RAW = 1  # pixels, RGB in the order height, width, channel
+
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
 IDENTITY_SAMPLES = 256  # samples whose bytes say what data without checksums is
-SPLITS = {
-    "train",
-    "training",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "test",
-    "testing",
-    "eval",
-}  # not names of classes
+
+# Names of folders that are parts of a data set, and not classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 
 class DamagedData(RuntimeError):  # noqa: N818
-    """A data file is not what it says it is. The message names the file and, if it is one, the
-    sample.
+    """A data file is not what it says it is.
+
+    The message names the file and, if it is one, the sample.
     """
 
 
 class Store(ABC):
-    """N encoded images with labels; `read` may be called from any thread."""
+    """N encoded images with labels: what plans are drawn for and what loaders read.
+
+    To add a source, write a subclass in pipelines/sources/ and name it in the table there
+    (`SOURCES`). It needs:
+
+    - `accepts(path)` and `described_as`, by which `open_store` finds it and errors name it;
+    - `__init__(path)`, which fills every attribute below that has no default, and raises ValueError
+      for a user's mistake and DamagedData for a file that contradicts itself;
+    - `read(index)`.
+
+    The attributes are one row of numbers per image, no pixels: loaders and plans index them freely.
+    Opened again, the data must have the same order and labels. Nobody writes to the arrays.
+
+    `read(index)` is called from many threads at once, with any index, in any order. It returns the
+    same bytes each time, and those that the tables announce: a JPEG whose frame header says
+    (heights[index], widths[index]), or that many raw pixels. What it cannot read it refuses. It
+    never returns another sample's bytes, or half of them.
+
+    `identity()` says what the data is, wherever it lies. A run is resumed, and a result is found
+    again, only on data of the same identity. So a copy must keep it and a change should alter it:
+    neither paths nor times belong into it, but order, labels and sides do. A source that has a
+    checksum of every image, or tables of its own, overrides `_content_crc32`.
+    """
+
+    described_as = ""  # what `accepts` accepts, for messages: "a .beton file"
 
     path: Path
-    classes: tuple[str, ...] | None
-    heights: np.ndarray  # int32 (N,), pixels
-    widths: np.ndarray  # int32 (N,), pixels
-    labels: np.ndarray  # int64 (N,)
+    classes: tuple[str, ...] | None  # names in the order of the labels; None: labels have none
+    heights: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
+    widths: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
+    labels: np.ndarray  # int64 (N,), places in `classes` where there are any
     modes: np.ndarray  # uint8 (N,): JPG or RAW
-    sizes: np.ndarray  # int64 (N,), encoded bytes
+    sizes: np.ndarray  # int64 (N,), bytes as they are stored
     notes: tuple[str, ...] = ()  # lines to print where the data is opened: what was passed over
     odd_classes_are_meant = False  # see `check_classes`
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether `path`, which exists, is for this source. A look at it, not a check of it."""
+        return False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Encoded bytes of one sample, uint8 (sizes[index],): a JPEG, or raw RGB in HWC order.
+        """Encoded bytes of one sample, uint8 (n,): a JPEG, or raw RGB in HWC order.
+
+        n is `sizes[index]`, unless the source stores the image in another form than it serves it.
 
         Raises:
             DamagedData: the bytes cannot be read, or are not those of the tables or of the
-            checksum.
+                checksum.
         """
 
     def file(self, index: int) -> Path:
         """The file that holds sample `index`, for messages."""
         return self.path
 
-    def identity(self) -> dict[str, Any]:
-        """What this data is, wherever it lies: `count`, `classes`, and `content`, a checksum of
-        tables and images.
+    def close(self) -> None:  # noqa: B027
+        """Release file handles."""
 
-        Without a sidecar, and for a folder, `content` covers the bytes of some images only, spread
-        evenly.
+    # ------------------------------------------------------------------ what the data is
+
+    def identity(self) -> dict[str, Any]:
+        """What this data is, wherever it lies: `count`, `classes`, and `content`.
+
+        `content` is a checksum of tables and images. Without a sidecar, and for a folder, it covers
+        the bytes of some images only, spread evenly.
         """
         return {
             "count": len(self),
@@ -77,74 +109,86 @@ class Store(ABC):
             "content": f"{self._content_crc32():08x}",
         }
 
-    def describe(self) -> list[str]:
-        """Lines that reveal a mistake before a long run: images, classes, the first and last names,
-        images per class.
+    def _content_crc32(self) -> int:
+        """The checksum in `identity`: of the tables and of the bytes of some samples."""
+        return self._crc32_of_some_samples(self._crc32_of_tables())
 
+    def _crc32_of_tables(self, crc32: int = 0) -> int:
+        """Continue a checksum with labels, sizes and sides."""
+        tables = np.stack([self.labels, self.sizes, self.heights, self.widths])
+        return zlib.crc32(tables.astype(np.int64).tobytes(), crc32)
+
+    def _crc32_of_some_samples(self, crc32: int) -> int:
+        """Continue a checksum with the content of IDENTITY_SAMPLES samples."""
+        n = min(IDENTITY_SAMPLES, len(self))
+        for index in np.linspace(0, len(self) - 1, n, dtype=int).tolist():
+            crc32 = zlib.crc32(self._content(index), crc32)
+        return crc32
+
+    def _content(self, index: int) -> bytes:
+        """The bytes of one sample that its identity depends on."""
+        return self.read(index).tobytes()
+
+    # ------------------------------------------------------------------ for the reader of a log
+
+    def describe(self) -> list[str]:
+        """Lines that reveal a mistake before a long run.
+
+        They tell the images, the classes with the first and last names, and images per class.
         `notes` are others.
         """
         if self.classes is None:
             names = f"labels {self.labels.min()} to {self.labels.max()} without class names"
             counts = np.unique(self.labels, return_counts=True)[1]
-        else:
-            ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
-            names = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
-            counts = np.bincount(self.labels, minlength=len(self.classes))
-        each = " to ".join(dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"]))
-        lines = [f"{len(self):,} images, {names}, {each} images per class"]
-        empty = (
-            [] if self.classes is None else [self.classes[i] for i in np.flatnonzero(counts == 0)]
-        )
+            return [self._counted(names, counts)]
+        # A single class has one name to show, not two.
+        ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
+        names = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        lines = [self._counted(names, counts)]
+        empty = [self.classes[i] for i in np.flatnonzero(counts == 0)]
         if empty:
-            few = ", ".join([readable(name, 60) for name in empty[:5]] + ["..."] * (len(empty) > 5))
             lines.append(
-                f"no images of {len(empty):,} class(es): {few}; the labels of the others do not"
-                " move"
+                f"no images of {len(empty):,} class(es): {listed(empty)};"
+                " the labels of the others do not move"
             )
         return lines
 
-    def check_classes(self) -> None:
-        """ValueError where the class names say that this is not training data but, say, the folder
-        above it.
+    def _counted(self, names: str, counts: np.ndarray) -> str:
+        """`counts`: images of each class."""
+        least_and_most = dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"])
+        return f"{len(self):,} images, {names}, {' to '.join(least_and_most)} images per class"
 
-        Data converted with `fap-convert --allow-odd-classes` passes.
+    def check_classes(self) -> None:
+        """ValueError where the class names say that this is not training data.
+
+        It may be, say, the folder above it. Data converted with `fap-convert --allow-odd-classes`
+        passes.
         """
         if self.classes is not None and not self.odd_classes_are_meant:
             check_class_names(self.path, self.classes)
 
-    @abstractmethod
-    def _content_crc32(self) -> int:
-        """See `identity`."""
-
-    def _crc32_of_some(self, crc32: int, read: Callable[[int], bytes]) -> int:
-        """Continue a checksum with the bytes that `read` gives for IDENTITY_SAMPLES samples."""
-        for index in np.linspace(
-            0, len(self) - 1, min(IDENTITY_SAMPLES, len(self)), dtype=int
-        ).tolist():
-            crc32 = zlib.crc32(read(index), crc32)
-        return crc32
-
-    def close(self) -> None:  # noqa: B027
-        """Release file handles."""
-
 
 def check_class_names(path: Path, classes: Sequence[str]) -> None:
-    """ValueError for a single class, and for names such as train and val, which are an ImageNet
-    root's folders.
+    """ValueError for a single class, and for names such as train and val.
+
+    Those are the folders in the root of ImageNet.
     """
-    splits = [name for name in classes if re.sub("[^a-z]", "", name.lower()) in SPLITS]
-    meant = "if they are meant, convert with --allow-odd-classes"
+    splits = [name for name in classes if _letters(name) in SPLITS]
+    remedy = "or, if they are meant, convert with --allow-odd-classes"
     # Half of them or two, but not one among many: vehicles include a train.
     if splits and (2 * len(splits) >= len(classes) or len(splits) > 1):
-        inner = readable(path / splits[0])
-        names = shown(", ".join(splits))
         raise ValueError(
-            f"{readable(path)}: class folders called {names} look like parts of a data set: give"
-            f" {inner}, or, {meant}"
+            f"{readable(path)}: class folders called {shown(', '.join(splits))} look like parts of"
+            f" a data set: give {readable(path / splits[0])}, {remedy}"
         )
     if len(classes) == 1:
-        only = shown(classes[0])
         raise ValueError(
-            f"{readable(path)}: the only class is {only}: give a folder with one folder per class,"
-            f" or, {meant}"
+            f"{readable(path)}: the only class is {shown(classes[0])}:"
+            f" give a folder with one folder per class, {remedy}"
         )
+
+
+def _letters(name: str) -> str:
+    """Without digits and the like: `Train2017` is a split too."""
+    return re.sub("[^a-z]", "", name.lower())

@@ -45,19 +45,14 @@ from fap.config import Config, load_config, make_config
 from fap.evaluate import load
 from fap.nets.build import build as build_model
 from pipelines import DamagedData, Store, convert
-from pipelines.sources.beton import (
-    FIELD,
-    HEADER,
-    BetonStore,
-    read_sidecar,
-    sidecar_path,
-    write_sidecar,
-)
-from pipelines.sources.folder import list_images
+from pipelines.sources.beton import FIELD, HEADER, BetonStore
+from pipelines.sources.beton_writer import write_sidecar
+from pipelines.sources.listing import list_images
+from pipelines.sources.sidecar import read_sidecar, sidecar_path
 from tests import conftest
 from tests.hostile_meta import mutated, valid_meta
-from tests.pipelines.test_folder import listed_slowly, random_tree
-from tests.pipelines.test_images import random_file
+from tests.pipelines.image_files import random_file
+from tests.pipelines.trees import listed_slowly, random_tree
 
 conftest.PAGE = 1 << 14  # small files; a raw image still fits into a page
 KINDS = {"jpg": [0] * 12, "raw": [1] * 12, "mixed": [0, 1] * 6}

@@ -100,8 +100,9 @@ def check(a: argparse.Namespace) -> int:
 def convert(a: argparse.Namespace) -> int:
     from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
     from pipelines.files import readable
-    from pipelines.sources.beton import BetonStore, sidecar_path
-    from pipelines.sources.folder import Listing
+    from pipelines.sources.beton import BetonStore
+    from pipelines.sources.listing import Listing
+    from pipelines.sources.sidecar import sidecar_path
 
     if a.src == "cifar10":
         done = convert_cifar10(a.dst, a.split or "train", a.limit)

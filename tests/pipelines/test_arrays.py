@@ -38,7 +38,12 @@ def test_five_equal_parts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("array", [
-    IMAGES, np.asfortranarray(IMAGES), LABELS.astype(">i4"), np.float16(3.5), np.zeros((0, 3)), np.arange(6).reshape(2, 3).T,
+    IMAGES,
+    np.asfortranarray(IMAGES),
+    LABELS.astype(">i4"),
+    np.float16(3.5),
+    np.zeros((0, 3)),
+    np.arange(6).reshape(2, 3).T,
 ])  # fmt: skip
 def test_any_plain_array_is_read_as_numpy_reads_it(array: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", array)
@@ -71,9 +76,17 @@ def test_other_arrays_are_refused(
         read_severity(folder / "fog.npy", 1)
 
 
-def header(text: str, version: bytes = b"\x01\x00") -> bytes:
-    length = len(text).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+VERSION_1 = b"\x01\x00"
+
+
+def header(text: str, version: bytes = VERSION_1) -> bytes:
+    length_bytes = 2 if version == VERSION_1 else 4
+    length = len(text).to_bytes(length_bytes, "little")
     return b"\x93NUMPY" + version + length + text.encode()
+
+
+def header_of(descr: str, shape: str) -> bytes:
+    return header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}")
 
 
 PLAIN = "{'descr': '|u1', 'fortran_order': False, 'shape': (35, 8, 8, 3)}"
@@ -81,26 +94,21 @@ HOSTILE = {
     "empty": b"",
     "text": b"hello",
     "pickle": pickle.dumps([1, 2, 3]),
-    "objects": header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + pickle.dumps([1]),
-    "record": header("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (1,)}") + b"x",
-    "subarray": header("{'descr': ('|u1', (3,)), 'fortran_order': False, 'shape': (1,)}") + b"xxx",
-    "void": header("{'descr': '|V0', 'fortran_order': False, 'shape': (99,)}"),
-    "dates": header("{'descr': '<M8[s]', 'fortran_order': False, 'shape': (1,)}") + bytes(8),
-    "terabytes": (
-        header("{'descr': '|u1', 'fortran_order': False, 'shape': (1099511627776, 8, 8, 3)}")
-        + b"x" * 100
-    ),
-    "negative": header("{'descr': '|u1', 'fortran_order': False, 'shape': (-1, -1)}") + b"x",
+    "objects": header_of("'|O'", "(1,)") + pickle.dumps([1]),
+    "record": header_of("[('a', '|u1')]", "(1,)") + b"x",
+    "subarray": header_of("('|u1', (3,))", "(1,)") + b"xxx",
+    "void": header_of("'|V0'", "(99,)"),
+    "dates": header_of("'<M8[s]'", "(1,)") + bytes(8),
+    "terabytes": header_of("'|u1'", "(1099511627776, 8, 8, 3)") + b"x" * 100,
+    "negative": header_of("'|u1'", "(-1, -1)") + b"x",
     "no shape": header("{'descr': '|u1', 'fortran_order': False}"),
     "call": header("__import__('os').system('true')"),
     "deep": header("(" * 900),
     "long": header(PLAIN + " " * 60_000),
     "cut header": header(PLAIN)[:40],
     "version 9": header(PLAIN, b"\x09\x00") + IMAGES.tobytes(),
-    "huge digits": header(
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 800 + ",)}"
-    ),
-    "unknown type": header("{'descr': 'nothing', 'fortran_order': False, 'shape': (1,)}") + b"x",
+    "huge digits": header_of("'|u1'", "(" + "9" * 800 + ",)"),
+    "unknown type": header_of("'nothing'", "(1,)") + b"x",
     "short": header(PLAIN) + IMAGES.tobytes()[:-1],
     "tail": header(PLAIN) + IMAGES.tobytes() + b"\0",
 }
@@ -115,18 +123,18 @@ def test_hostile_files_are_refused_in_a_few_words(name: str, folder: Path) -> No
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "/dev/zero"])
+@pytest.mark.parametrize("what", ["fifo", "folder", "/dev/zero"])
 @pytest.mark.parametrize("name", ["fog.npy", "labels.npy"])
-def test_only_regular_files_are_read(kind: str, name: str, folder: Path) -> None:
+def test_only_regular_files_are_read(what: str, name: str, folder: Path) -> None:
     path = folder / name
     path.unlink()
-    match kind:
+    match what:
         case "fifo":
             os.mkfifo(path)
         case "folder":
             path.mkdir()
         case _:
-            path.symlink_to(kind)
+            path.symlink_to(what)
     with pytest.raises(DamagedData, match=name):
         read_severity(folder / "fog.npy", 1)
 

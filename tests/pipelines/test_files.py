@@ -1,6 +1,4 @@
-"""pipelines/files.py: what is no regular file, what is too large, file systems without locks or
-folder syncs.
-"""
+"""Files: what is none, what is too large, file systems without locks or folder syncs; messages."""
 
 import errno
 import fcntl
@@ -11,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.files import lock, open_regular, read_regular, shown, sync_folder
+from pipelines.files import (
+    listed,
+    lock,
+    one_line,
+    open_regular,
+    read_regular,
+    readable,
+    shown,
+    sync_folder,
+)
 
 
 def test_a_regular_file_is_read_whole_through_links_too(tmp_path: Path) -> None:
@@ -28,21 +35,25 @@ def test_a_regular_file_is_read_whole_through_links_too(tmp_path: Path) -> None:
 def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # a plain open would wait for a writer
     (tmp_path / "zero").symlink_to("/dev/zero")  # and this one never ends
-    for path, kind in (
-        (tmp_path / "pipe", "named pipe"),
-        (tmp_path / "zero", "device"),
-        (tmp_path, "folder"),
+    for path, what in (
+        (tmp_path / "pipe", "is a named pipe, not a file"),
+        (tmp_path / "zero", "is a character device, not a file"),
+        (tmp_path, "is a folder, not a file"),
     ):
-        with pytest.raises(ValueError, match=kind):
+        with pytest.raises(ValueError, match=f"{path}: {what}"):
             open_regular(path)
 
 
 def test_a_lock_is_held_against_other_processes_and_dies_with_its_own(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    code = (
-        "import sys; from pipelines.files import lock; f = open(sys.argv[1], 'w'); lock(f);"
-        " print(1, flush=True); input()"
-    )
+    code = """
+import sys
+from pipelines.files import lock
+file = open(sys.argv[1], "w")
+lock(file)
+print(1, flush=True)
+input()
+"""
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -85,6 +96,28 @@ def test_a_folder_that_cannot_be_synced_is_no_error_but_a_failing_disk_is(
             sync_folder(tmp_path)
 
 
-def test_long_values_are_cut(tmp_path: Path) -> None:
+def test_long_values_are_cut() -> None:
     assert shown("abc") == "'abc'"
     assert len(shown("x" * 10_000)) < 260
+    assert shown("x" * 10_000).endswith("x' (10,002 characters)")
+
+
+def test_texts_for_messages_are_readable_and_short() -> None:
+    assert readable(Path("/a/caf\u00e9")) == "/a/caf\u00e9"
+    assert readable(os.fsdecode(b"caf\xe9\n\x1b[31m")) == r"caf\udce9\n\x1b[31m"
+    assert readable("a" * 40 + "b" * 40, 60) == "a" * 30 + " ... " + "b" * 30
+    assert readable("a" * 60, 60) == "a" * 60
+
+
+def test_an_error_is_told_on_one_line() -> None:
+    assert one_line(ValueError("a\n  b\tc")) == "a b c"
+    assert one_line(KeyError()) == "KeyError"
+    assert len(one_line(ValueError("x" * 10_000))) < 410
+    assert one_line(ValueError("\x1b[31m")).isprintable()
+
+
+def test_a_list_of_names_is_cut() -> None:
+    assert listed(["a", "b\n"]) == r"a, b\n"
+    assert listed([]) == ""
+    assert listed([str(i) for i in range(6)]) == "0, 1, 2, 3, 4, ..."
+    assert listed(["x" * 100, "y"], most=1, longest=10) == "xxxxx ... xxxxx, ..."
