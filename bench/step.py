@@ -21,7 +21,8 @@ import pipelines
 from bench.common import alternate, options, ratio, report, spread
 from fap.config import Config, make_config
 from fap.nets.build import build, plain
-from fap.nets.norm import Group, norm_state, set_groups
+from fap.nets.dual import norm_state, set_groups
+from fap.nets.norm import Group
 from fap.nets.stem import stem_of
 from fap.run.session import Stopwatch, set_up_torch
 from fap.run.train import plan_spec

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from fap.nets.norm import evaluate_with, norms
+from fap.nets.dual import evaluate_with, norms
 
 
 @dataclass(frozen=True)

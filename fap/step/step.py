@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
-from fap.nets.norm import Group, norm_state
+from fap.nets.dual import norm_state
+from fap.nets.norm import Group
 from fap.nets.stem import stem_of
 from fap.step import attack
 from fap.step.flat import Flat, GradientSum

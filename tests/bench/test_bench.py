@@ -14,7 +14,7 @@ from bench import cost_parity
 from bench import step as bench_step
 from bench.common import alternate, ratio
 from bench.step import Contestant, Peer, config_of
-from fap.nets.norm import norm_state
+from fap.nets.dual import norm_state
 
 SMALL = [
     "--models",

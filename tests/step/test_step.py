@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fap.config import Config, load_config, make_config
-from fap.nets.norm import convert, norms
+from fap.nets.dual import convert, norms
 from fap.nets.stem import install_stem, stem_of
 from fap.step.step import Step, attack, dropout_seed
 from tests.step.reference_step import Draws, Result, Rules, Twin, forward_alone
