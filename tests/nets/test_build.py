@@ -22,8 +22,8 @@ def test_build(name: str) -> None:
     model = build(name, 7, size=32)
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert isinstance(stem_of(model), StemConv2d)
-    images_like = [p for p in model.parameters() if p.ndim == 4]
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images_like)
+    filters = [p for p in model.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
     # A reader of the checkpoint sees the plain names, whatever class the stem has.
     plain(name, 7).load_state_dict(export(model.state_dict()), strict=True)
 
