@@ -350,8 +350,8 @@ def test_what_the_interpreter_cannot_do_is_told_apart() -> None:
 
 # ---------------------------------------------------------------------- a whole step
 
-# In a draw that is compared, no ReLU's input is nearer to 0 than this: one draw in seven. Near 0 the
-# kernel and its twin were 8e-6 apart at most. In 4,300 draws with a batch norm that follows the
+# In a draw that is compared, no ReLU's input is nearer to 0 than this: one draw in seven. Near 0
+# the kernel and its twin were 8e-6 apart at most. In 4,300 draws with a batch norm that follows the
 # kernel's formulas in torch, rounding changed a verdict in 61, each time of an input within 2e-6;
 # in all others no tensor was further off than 4e-6 (Triton's interpreter: 1e-5 in 160).
 VERDICT_MARGIN = 2e-5
