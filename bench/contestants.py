@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pipelines
 from fap.config import Config, make_config
 from fap.nets.build import build
-from fap.nets.norm import norm_state
+from fap.nets.dual import norm_state
 from fap.nets.stem import stem_of
 from fap.run.session import Stopwatch, set_up_torch
 from fap.run.train import plan_spec

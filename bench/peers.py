@@ -17,7 +17,8 @@ import pipelines
 from bench.contestants import DEVICE, LR, synthetic, timed_steps
 from fap.config import Config
 from fap.nets.build import build, plain
-from fap.nets.norm import Group, norm_state, set_groups
+from fap.nets.dual import norm_state, set_groups
+from fap.nets.norm import Group
 
 EPS = 2 / 255  # of pixels in [-1, 1]: the paper's 1 of 255 grey levels
 AUX_WEIGHT = 0.5  # of the noise rows' loss and of the adversarial rows', section 3.2.2

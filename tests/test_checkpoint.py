@@ -27,7 +27,7 @@ from fap.cli.export import main
 from fap.config import Config, make_config
 from fap.evaluate.load import load_model
 from fap.nets.build import build, plain
-from fap.nets.norm import norms
+from fap.nets.dual import norms
 from pipelines import files
 from tests.hostile_meta import mutated, valid_meta
 
@@ -697,7 +697,7 @@ def test_export_says_wrote_only_of_what_is_there_and_loads(
     assert printed.out == ""
     with monkeypatch.context() as m:  # weights that the plain model would not take
         m.setattr(
-            "fap.nets.norm.export",
+            "fap.nets.dual.export",
             lambda state, steps: {k: v for k, v in state.items() if k != "fc.bias"},
         )
         assert main(arguments) == 1

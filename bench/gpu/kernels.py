@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from bench.common import options, spread, write_json
 from bench.contestants import DEVICE, GPU, MODEL
 from fap.nets.build import build
-from fap.nets.norm import DualBatchNorm2d, Group, NormState, norms
+from fap.nets.dual import norms
+from fap.nets.norm import DualBatchNorm2d, Group, NormState
 
 CALLS = 10  # of a kernel in one captured graph
 HALF_BYTES = 2

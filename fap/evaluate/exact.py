@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fap.nets.norm import Bn, evaluate_with, norms
+from fap.nets.dual import evaluate_with, norms
+from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Pairs, Result
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

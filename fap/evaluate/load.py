@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint, RunMeta, brief, run_meta
 from fap.config import Config, make_config
-from fap.nets import norm
+from fap.nets import dual
 from fap.tasks import make_task
 from fap.tasks.base import Task
 from pipelines.files import shown
@@ -79,7 +79,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
         k: json.dumps(v) for k, v in header.items()
     }
     plain = make_task(config).plain_model()
-    weights = norm.export(state, meta.step)
+    weights = dual.export(state, meta.step)
     _load_strictly(plain, weights, path)
     try:
         checkpoint.save(out, weights, {}, overwrite=False, **text)
@@ -187,4 +187,4 @@ def _converted(config: Config, state: dict[str, Tensor]) -> nn.Module:
     is not needed here.
     """
     aux = any(name.endswith("aux.running_mean") for name in state)
-    return norm.convert(make_task(config).plain_model(), aux)
+    return dual.convert(make_task(config).plain_model(), aux)

@@ -1,6 +1,4 @@
-"""Residual blocks whose norms do what follows them: the residual add and the ReLU are part of the
-norm's call.
-"""
+"""Residual blocks whose norms do what follows them: residual add and ReLU are part of the call."""
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -9,36 +7,53 @@ from fap.nets.cifar import CifarResNet
 from fap.nets.norm import DualBatchNorm2d
 
 
-class _BasicBlock(BasicBlock):
-    """Torchvision's block; its norms do the residual add and the ReLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
-
-
-class _Bottleneck(Bottleneck):
+class FusedBasicBlock(BasicBlock):
     """Torchvision's block; its norms do the residual add and the ReLUs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), identity)
+        out = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(out), identity)
+
+
+class FusedBottleneck(Bottleneck):
+    """Torchvision's block; its norms do the residual add and the ReLUs."""
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        return self.bn3(self.conv3(out), identity)
+
+
+# What a module becomes. The networks themselves keep their class: after their first norm comes
+# their `relu`, so to replace that is enough.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    ResNet: ResNet,
+    CifarResNet: CifarResNet,
+}
 
 
 def fuse_blocks(model: nn.Module) -> None:
-    """In torchvision's ResNets and ours: what follows a norm becomes part of its call, and on a GPU
-    of its kernel.
+    """Make what follows a norm part of its call, and so on a GPU part of its kernel.
+
+    Changes a converted model in place: torchvision's ResNets and ours; any other stays as it is.
     """
-    fused = {
-        BasicBlock: _BasicBlock,
-        Bottleneck: _Bottleneck,
-        ResNet: ResNet,
-        CifarResNet: CifarResNet,
-    }
-    for m in model.modules():
-        if type(m) in fused:
-            m.__class__ = fused[type(m)]
-            m.relu = nn.Identity()
-            for norm in m.children():
-                if isinstance(norm, DualBatchNorm2d):
-                    norm.relu = True
+    for module in model.modules():
+        # Not a subclass: its forward may be another one.
+        if type(module) not in FUSED:
+            continue
+        module.__class__ = FUSED[type(module)]
+        module.relu = nn.Identity()
+        # Only the module's own norms: no ReLU follows the one inside `downsample`.
+        for norm in module.children():
+            if isinstance(norm, DualBatchNorm2d):
+                norm.relu = True

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from fap.nets.norm import norms
+from fap.nets.dual import norms
 
 ALIGN = 64  # elements; keeps every view as aligned as a fresh allocation
 

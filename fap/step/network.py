@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fap.config import Config
-from fap.nets.norm import Group, norm_state
+from fap.nets.dual import norm_state
+from fap.nets.norm import Group
 from fap.nets.stem import stem_of
 from fap.step.flat import Flat
 from fap.step.half import HALF, Amp, HalfWeights, castable, grey_level_survives_bf16

@@ -15,7 +15,7 @@ from bench import step as bench_step
 from bench.common import alternate, cell, interval, ratio, spread
 from bench.contestants import Contestant, config_of, largest_pass
 from bench.peers import Peer
-from fap.nets.norm import norm_state
+from fap.nets.dual import norm_state
 
 SMALL = [
     *("--models", "cifar_resnet8"),

@@ -29,7 +29,8 @@ from fap.evaluate.exact import Result, evaluate
 from fap.evaluate.mce import ALEXNET_ERRORS, EXTRA, lacking, mce, summarise
 from fap.evaluate.results import Results, safe_name
 from fap.nets.build import build as build_model
-from fap.nets.norm import DualBatchNorm2d, convert, norms
+from fap.nets.dual import convert, norms
+from fap.nets.norm import DualBatchNorm2d
 from fap.run import session
 from pipelines import open_store
 from pipelines.convert import convert_arrays

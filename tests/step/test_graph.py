@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fap.config import make_config
 from fap.distributed import ONE_RANK
 from fap.nets.build import build
-from fap.nets.norm import DualBatchNorm2d, norm_state, norms
+from fap.nets.dual import norm_state, norms
+from fap.nets.norm import DualBatchNorm2d
 from fap.step.graph import WARM_UP_STEPS, FreshProcessNeeded, answers, runner
 from fap.step.step import Step
 from tests.step.layout_copies import layout_copies

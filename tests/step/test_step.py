@@ -14,7 +14,7 @@ from torch import nn
 from fap.budget import cost_per_image
 from fap.distributed import ONE_RANK
 from fap.methods import ATTACK, METHODS, Method
-from fap.nets.norm import convert
+from fap.nets.dual import convert
 from fap.step.step import Step
 from tests.step.twin_checks import TinyNet, TinyResNet, check, config_of, draw, models
 

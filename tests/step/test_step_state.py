@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fap.distributed import ONE_RANK
-from fap.nets.norm import norms
+from fap.nets.dual import norms
 from fap.step.step import Step
 from tests.step.twin_checks import TinyNet, TinyResNet, config_of, draw, models
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fap.config import Config, make_config
 from fap.distributed import ONE_RANK
 from fap.draws import uniform
-from fap.nets.norm import convert
+from fap.nets.dual import convert
 from fap.nets.stem import install_stem, stem_of
 from fap.step.attack import DIRECTION
 from fap.step.step import Step
