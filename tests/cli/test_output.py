@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fap.cli import export
-from fap.cli.signals import STOPPING
+from fap.signals import SIGNALS
 from fap.evaluate import load
 
 CODE = """
@@ -90,7 +90,7 @@ SIGNAL_INSIDE_AN_EXEC = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", WORDS)
 def test_a_signal_while_torch_is_imported_is_one_line(
     name: str, number: signal.Signals, tmp_path: Path
