@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 
 from fap.cli import checks, doctor
+
+ROOT = Path(__file__).parents[2]
+HERE = Path()
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
@@ -54,14 +58,11 @@ def test_everything_missing(
     monkeypatch.setattr(checks.shutil, "disk_usage", broken)
     assert doctor.main([str(tmp_path / "no" / "where")]) == 1
     found = lines(capsys)
-    elsewhere = {
-        "disk",
-        "file system",
-        "clock",
-        "shared memory",
-    }  # these name their own remedy, or have another cause
+    as_they_are = {"Python", "memory"}
+    # These name their own remedy, or have another cause.
+    elsewhere = {"disk", "file system", "clock", "shared memory"}
     for name, needed, _, mend in doctor.CHECKS:
-        if name in ("Python", "memory"):  # are as they are
+        if name in as_they_are:
             continue
         status, text = found[name]
         assert status == ("fail" if needed else "warn"), name
@@ -92,23 +93,42 @@ def test_a_current_folder_that_was_removed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["ffcv", "nvidia", "timm"])
-def test_one_package_missing(missing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "name", "needed"),
+    [("ffcv", "FFCV", False), ("nvidia", "DALI", False), ("timm", "packages", True)],
+)
+def test_one_package_missing(missing: str, name: str, needed: bool, tmp_path: Path) -> None:
     """For real: a fresh interpreter in which one package does not import."""
-    block = (
-        f"import sys; sys.modules[{missing!r}] = None; from fap.cli.doctor import main;"
-        " sys.exit(main())"
-    )
-    run = [sys.executable, "-c", block]
-    env = os.environ | {"PYTHONPATH": str(Path(doctor.__file__).parents[2])}
-    result = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
-    name, needed = {"ffcv": ("FFCV", False), "nvidia": ("DALI", False), "timm": ("packages", True)}[
-        missing
-    ]
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from fap.cli.doctor import main
+sys.exit(main())
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", code]
+    result = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == needed
     line = next(x for x in result.stdout.splitlines() if name in x)
     assert line.startswith("fail" if needed else "warn")
     assert "->  pip install" in line or "->  bash setup.sh" in line
+
+
+@pytest.mark.slow
+def test_without_torch_everything_else_is_still_examined(tmp_path: Path) -> None:
+    """It is what a machine without torch is examined with, so it cannot import it at the start."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot open')")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": paths}
+    argv = [sys.executable, "-m", "fap.cli.doctor"]
+    result = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    found = result.stdout.splitlines()
+    assert len(found) == len(doctor.CHECKS)
+    (torch,) = [line for line in found if "libcudart.so" in line and line[6:].startswith("torch ")]
+    assert torch.startswith("fail")
+    assert sum(line.startswith("ok") for line in found) >= 3
 
 
 def test_what_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,12 +151,12 @@ def test_what_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------ containers and batch systems
 
 
-def finding(name: str, path: Path = Path(".")) -> tuple[str, str]:
+def finding(name: str, path: Path = HERE) -> tuple[str, str]:
     """What a check finds amiss, and what mends it."""
-    ((check, mend),) = [(check, mend) for n, _, check, mend in doctor.CHECKS if n == name]
+    (check,) = [check for check in doctor.CHECKS if check.name == name]
     with pytest.raises(checks.Finding) as found:
-        check(path)
-    return str(found.value), found.value.mend or mend
+        check.look(path)
+    return str(found.value), found.value.mend or check.mend
 
 
 def test_cores_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,16 +165,16 @@ def test_cores_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(checks.machine, "usable_cores", lambda: 8)
     assert (
-        checks.check_cores(Path()) == "8 usable of 64, by the CPU affinity (taskset, cpuset, Slurm)"
+        checks.check_cores(HERE) == "8 usable of 64, by the CPU affinity (taskset, cpuset, Slurm)"
     )
     monkeypatch.setattr(checks.machine, "usable_cores", lambda: 2)
-    assert "2 usable of 64, by a CPU quota" in checks.check_cores(Path())
+    assert "2 usable of 64, by a CPU quota" in checks.check_cores(HERE)
     monkeypatch.setenv("OMP_NUM_THREADS", "64,1")
     text, mend = finding("cores")
     assert "OMP_NUM_THREADS=64 asks for more" in text
     assert mend == "unset OMP_NUM_THREADS"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert "asks" not in checks.check_cores(Path())
+    assert "asks" not in checks.check_cores(HERE)
 
 
 def test_a_memory_limit_below_what_a_run_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,11 +184,11 @@ def test_a_memory_limit_below_what_a_run_needs(monkeypatch: pytest.MonkeyPatch) 
     assert "killed (exit code 137)" in text
     assert mend.startswith("docker run --memory=")
     monkeypatch.setattr(checks.machine, "memory_limit_bytes", lambda: 1 << 50)
-    assert "limit" not in checks.check_memory(Path())
+    assert "limit" not in checks.check_memory(HERE)
 
 
 def test_a_user_without_account_or_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "keeps caches in" in checks.check_user(Path())
+    assert "keeps caches in" in checks.check_user(HERE)
     monkeypatch.setattr(checks.machine, "temporary_caches", lambda: Path("/tmp/ours"))
     monkeypatch.setattr(checks.machine, "writable", lambda folder: folder != Path("/root-only"))
     monkeypatch.setattr(checks.machine, "cache_folder", lambda: Path("/root-only"))
@@ -188,7 +208,7 @@ def test_a_user_without_account_or_home(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(tmp_path) in checks.check_folders(Path())
+    assert str(tmp_path) in checks.check_folders(HERE)
     monkeypatch.setattr(checks.machine, "writable", lambda folder: False)
     text, mend = finding("folders")
     assert f"{tmp_path} cannot be written" in text
@@ -226,22 +246,22 @@ def test_shared_memory(error: Exception, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("which", range(len(checks.LIMITS)))
 def test_limits_of_a_process(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    what, resource, least, command = checks.LIMITS[which]
-    real = checks.resource.getrlimit
-    unlimited = checks.resource.RLIM_INFINITY
-    for limit in (least, unlimited):
+    limit = checks.LIMITS[which]
+    real = resource.getrlimit
 
-        def fake(asked: int, limit: int = limit) -> tuple[int, int]:
-            return (limit, -1) if asked == resource else real(asked)
+    def set_to(value: int) -> None:
+        def fake(asked: int) -> tuple[int, int]:
+            return (value, -1) if asked == limit.number else real(asked)
 
-        monkeypatch.setattr(checks.resource, "getrlimit", fake)
-        assert "open files" in checks.check_limits(Path())
-    monkeypatch.setattr(
-        checks.resource, "getrlimit", lambda r: (least - 1, -1) if r == resource else real(r)
-    )
+        monkeypatch.setattr(resource, "getrlimit", fake)
+
+    for enough in (limit.least, resource.RLIM_INFINITY):
+        set_to(enough)
+        assert "open files" in checks.check_limits(HERE)
+    set_to(limit.least - 1)
     text, mend = finding("limits")
-    assert f"at most {least - 1:,} {what}" in text
-    assert mend == command
+    assert f"at most {limit.least - 1:,} {limit.what}" in text
+    assert mend == limit.mend
 
 
 def test_a_container_with_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +270,11 @@ def test_a_container_with_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 100 threads" in text
     assert mend.startswith("docker run --pids-limit")
     monkeypatch.setattr(checks.machine, "thread_limit", lambda: checks.LEAST_THREADS)
-    assert "open files" in checks.check_limits(Path())
+    assert "open files" in checks.check_limits(HERE)
 
 
 def test_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_text(Path()) == "UTF-8"
+    assert checks.check_text(HERE) == "UTF-8"
     monkeypatch.setattr(checks.locale, "getpreferredencoding", lambda *_: "ANSI_X3.4-1968")
     text, mend = finding("text")
     assert text == "files are ANSI_X3.4-1968"
@@ -269,7 +289,6 @@ def test_few_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {name: getattr(real, name) for name in dir(real) if name.startswith("f_")}
 
     monkeypatch.setattr(os, "statvfs", inodes(0))  # btrfs counts none
-    text = ""
     try:
         text = checks.check_disk(tmp_path)
     except checks.Finding as slow:

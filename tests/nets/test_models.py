@@ -27,13 +27,7 @@ from fap.nets.norm import Group, convert, evaluate_with, export, norms, set_grou
 from fap.nets.pretrained import load_init, load_plain
 from fap.nets.stem import StemConv2d, install_stem, stem_of
 
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def randomise_norms(model: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -37,12 +35,7 @@ from fap.step.step import Step
 CHANNELS = 5
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def random_norm() -> nn.BatchNorm2d:

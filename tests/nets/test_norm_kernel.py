@@ -27,13 +27,7 @@ from fap.nets import norm_kernel  # which needs triton
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def pair(

@@ -3,7 +3,6 @@ disk.
 """
 
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fap.run.log import Log, progress, trim
+from tests.small_run import records
 
 VALUES = {"epoch": 1.5, "lr": 0.1, "image_passes_per_second": 1234.4}
 VALUES |= {f"{what}_{kind}": 0.25 for what in ("loss", "acc") for kind in ("clean", "noise", "adv")}
@@ -20,16 +20,6 @@ VALUES |= {f"{what}_{kind}": 0.25 for what in ("loss", "acc") for kind in ("clea
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def records(folder: Path) -> list[dict[str, float | None]]:
-    def refuse(text: str) -> None:
-        raise AssertionError(f"{text} is not JSON")
-
-    return [
-        json.loads(x, parse_constant=refuse)
-        for x in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
 
 
 def test_records_and_plain_lines(tmp_path: Path) -> None:

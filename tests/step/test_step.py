@@ -65,12 +65,7 @@ class TinyResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
