@@ -19,22 +19,25 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"pipelines.files", "pipelines.machine", "pipelines.names"}
 
 # The settings of a run as data: they know no room.
-SETTINGS = {"strict_yaml", "methods", "config", "budget"}
-BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "nets", "optim", "tasks"}
+SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "budget"}
+BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "optim", "tasks"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
     "versions": set[str](),
     "strict_yaml": SETTINGS,
     "methods": SETTINGS,
+    "fields": SETTINGS,
+    "sections": SETTINGS,
     "config": SETTINGS,
     "budget": SETTINGS,
     "optim": {"config", "methods"},
+    "draws": set[str](),
     "distributed": set[str](),
     "checkpoint": {"config"},
     "nets": {"config", "checkpoint"},
-    "tasks": {"config", "nets"},
-    "step": {"config", "methods", "nets", "tasks", "distributed", "optim"},
+    "tasks": {"config", "nets", "draws"},
+    "step": {"config", "sections", "methods", "nets", "tasks", "distributed", "draws", "optim"},
     "evaluate": {*BELOW_STEP, "step", "versions"},
     "run": {*BELOW_STEP, "step", "versions", "signals", "evaluate"},
     "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run"},
