@@ -1,6 +1,6 @@
 """What several test files share: small images as folders and as `.beton` files, seeds, a whole run.
 
-A run of seconds and its command are in `small_run.py`.
+A run of seconds and its command are in `run/runs.py`.
 """
 
 from __future__ import annotations
@@ -228,10 +228,10 @@ def uninterrupted(
     tiny_beton: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, torch.Tensor]:
     """The last state of a run of `tiny_beton` that nothing happened to."""
-    from tests import small_run  # not at the top: it imports the model, and so the kernels
+    from tests.run import runs  # not at the top: it imports the model, and so the kernels
 
-    runs = tmp_path_factory.mktemp("whole")
-    argv = small_run.command(*small_run.words(tiny_beton, runs))
-    done = subprocess.run(argv, env=small_run.environment(), capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp("whole")
+    argv = runs.command(*runs.words(tiny_beton, folder))
+    done = subprocess.run(argv, env=runs.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return small_run.final_state(runs / small_run.FOLDER)
+    return runs.final_state(folder / runs.RUN)

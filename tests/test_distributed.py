@@ -25,7 +25,7 @@ from fap.nets.build import build, plain
 from fap.run.train import Run, plan_spec
 from fap.step.step import Step
 from tests.conftest import noise_beton
-from tests.small_run import command, environment, records, wait_for_a_record
+from tests.run.runs import command, environment, records, wait_for_a_record
 
 CLEAN, GROUP, ADV = 32, 8, 4  # rows: 4 groups of 8 clean and 4 groups of 4 adversarial
 

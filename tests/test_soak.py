@@ -16,7 +16,7 @@ import torch
 
 from fap.config import load_config
 from fap.run.train import Run
-from tests.small_run import STEPS, kill_and_resume, words
+from tests.run.runs import STEPS, kill_and_resume, words
 from tests.soak_results import record
 
 ALL_EPOCHS = 200

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fap.signals import SIGNALS
-from tests.small_run import FOLDER, command, environment, final_state, words
+from tests.run.runs import RUN, command, environment, final_state, words
 
 PATIENCE_S = 120  # for one start of a run that takes seconds
 
@@ -33,7 +33,7 @@ class Life:
         self.other = other
         self.folder = folder
         self.runs = folder / "runs"
-        self.run = self.runs / FOLDER
+        self.run = self.runs / RUN
         self.data = folder / "data0" / "train.beton"  # ours: events move it and replace it
         self.data.parent.mkdir(parents=True)
         shutil.copyfile(data, self.data)

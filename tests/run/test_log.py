@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fap.run.log import Log, progress, trim
-from tests.small_run import records
+from tests.run.runs import records
 
 VALUES = {"epoch": 1.5, "lr": 0.1, "image_passes_per_second": 1234.4}
 VALUES |= {f"{what}_{kind}": 0.25 for what in ("loss", "acc") for kind in ("clean", "noise", "adv")}

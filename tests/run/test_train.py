@@ -28,7 +28,7 @@ from fap.run.train import NonFinite, NotSaved, Run
 from fap.step.graph import FreshProcessNeeded
 from fap.step.step import Step
 from tests.conftest import write_beton
-from tests.small_run import (
+from tests.run.runs import (
     STEPS,
     assert_same,
     command,

@@ -13,7 +13,7 @@ import torch
 from fap import checkpoint
 
 STEPS = 20  # five epochs of four steps
-FOLDER = Path("fast_advprop") / "seed0"  # of the run, in the folder of runs
+RUN = Path("fast_advprop") / "seed0"  # of the run, in the folder of runs
 
 
 def words(data: Path, runs: Path, *more: str) -> list[str]:
@@ -87,7 +87,7 @@ def kill_and_resume(
     """Kill a run soon after it has logged something, often; then it ends with the same weights."""
     rng = random.Random(seed)
     argv = command(*words(data, runs, "resume=auto", "run.checkpoint_every=1"))
-    metrics = runs / FOLDER / "metrics.jsonl"
+    metrics = runs / RUN / "metrics.jsonl"
     for _ in range(kills):
         before = _size(metrics)
         process = subprocess.Popen(
@@ -100,7 +100,7 @@ def kill_and_resume(
         process.wait()
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    assert_same(final_state(runs / FOLDER), expected)
+    assert_same(final_state(runs / RUN), expected)
 
 
 def _size(file: Path) -> int:
