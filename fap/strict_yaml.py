@@ -33,8 +33,9 @@ class _NotPlainError(Exception):
 
 
 def load(text: str | bytes, where: str) -> Any:
-    """The value that `text` holds, None if it is empty. Raises ValueError, beginning with `where`,
-    with line and reason.
+    """The value that `text` holds, None if it is empty.
+
+    Raises ValueError: `where`, the line and the reason.
     """
     try:
         return _document(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -63,7 +64,8 @@ def plain(word: str) -> Any:
         return int(word)
     if DECIMAL.fullmatch(word):
         value = float(word)
-        return value if math.isfinite(value) else word
+        if math.isfinite(value):
+            return value
     return word
 
 

@@ -24,7 +24,8 @@ from fap.distributed import ONE_RANK, Ranks, Votes, connect
 from fap.nets.build import build, plain
 from fap.run.train import Run, plan_spec
 from fap.step.step import Step
-from tests.conftest import write_beton
+from tests.conftest import noise_beton
+from tests.run.runs import command, environment, records, wait_for_a_record
 
 CLEAN, GROUP, ADV = 32, 8, 4  # rows: 4 groups of 8 clean and 4 groups of 4 adversarial
 
@@ -158,8 +159,8 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
         "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1", "run.eval_batch=8",
         "data.pipeline=reference",
     ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m", "fap.cli.train", *words, f"run.dir={tmp_path}/one"]
+    env = environment()
+    one = command(*words, f"run.dir={tmp_path}/one")
     launch = [
         sys.executable,
         "-m",
@@ -253,8 +254,7 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
 def test_ranks_that_would_not_train_the_same_run_all_say_why(
     tiny_beton: Path, tmp_path: Path
 ) -> None:
-    images = list(np.random.default_rng(3).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
-    write_beton(tmp_path / "other.beton", images, [i % 10 for i in range(64)])
+    noise_beton(tmp_path / "other.beton", seed=3, count=64)
     for folder in ("a", "b"):  # other weights under one name
         (tmp_path / folder).mkdir()
         save_file(plain("cifar_resnet8", 10).state_dict(), tmp_path / folder / "w.safetensors")
@@ -272,16 +272,14 @@ def start_two(data: Path, runs: Path, *more: str) -> tuple[list[subprocess.Popen
     port = str(free_port())
     processes = []
     for rank in range(2):
-        env = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        cmd = [sys.executable, "-m", "fap.cli.train", *small(data, runs, *more)]
+        cmd = command(*small(data, runs, *more))
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(cmd, env=os.environ | env, **out))  # type: ignore[call-overload]
-    metrics = runs / "fast_advprop" / "seed0" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert all(p.poll() is None for p in processes)
-        time.sleep(0.05)
-    return processes, metrics.parent
+        processes.append(subprocess.Popen(cmd, env=env, **out))  # type: ignore[call-overload]
+    folder = runs / "fast_advprop" / "seed0"
+    wait_for_a_record(folder, *processes)
+    return processes, folder
 
 
 @pytest.mark.slow
@@ -290,9 +288,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Pat
     processes[1].send_signal(signal.SIGUSR2)
     said = [p.communicate(timeout=60)[0] for p in processes]
     assert [p.returncode for p in processes] == [128 + signal.SIGUSR2] * 2, said
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1][
-        "step"
-    ]
+    last = records(folder)[-1]["step"]
     assert f"saved at step {last}; continue with resume=auto" in said[0]
     assert (folder / "checkpoints" / f"step_{last:08d}.safetensors").is_file()
     assert "Traceback" not in said[0] + said[1]

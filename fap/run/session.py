@@ -19,13 +19,11 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from fap.config import Config
+from fap.signals import SIGNALS
 from pipelines.machine import usable_cores
 
 T = TypeVar("T")
 
-# A terminal's Ctrl-C; schedulers' end of time and preemption; a closed terminal; Slurm's and
-# submitit's warnings.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE = (
     10.0  # seconds without progress after a signal; torchrun, Slurm and Kubernetes kill after 30
 )

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from fap.cli import export
-from fap.cli.signals import STOPPING
 from fap.evaluate import load
+from fap.signals import SIGNALS
 
+ROOT = Path(__file__).parents[2]
+
+# A worker that prints, also what ASCII lacks, and then leaves a file.
 CODE = """
 import sys
 from fap.cli.output import survive
@@ -30,18 +33,9 @@ def start(tmp_path: Path, lines: int = 3, **options: object) -> subprocess.Popen
 
 @pytest.mark.parametrize("shell", [">/dev/full", ">&-", "2>&-", ">/dev/full 2>/dev/full"])
 def test_a_full_disk_or_a_closed_output_costs_lines_only(tmp_path: Path, shell: str) -> None:
-    argv = [
-        "sh",
-        "-c",
-        f'exec "$@" {shell}',
-        "sh",
-        sys.executable,
-        "-c",
-        CODE,
-        "3",
-        str(tmp_path / "done"),
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    redirected = ["sh", "-c", f'exec "$@" {shell}', "sh"]
+    worker = [sys.executable, "-c", CODE, "3", str(tmp_path / "done")]
+    done = subprocess.run([*redirected, *worker], capture_output=True, text=True)
     assert (done.returncode, (tmp_path / "done").read_text()) == (0, "worked")
     assert ("No space left" in done.stderr) == (shell == ">/dev/full")
     assert "Traceback" not in done.stderr
@@ -61,14 +55,19 @@ def test_the_reader_of_a_pipe_may_leave(tmp_path: Path) -> None:
 
 def test_characters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", CODE, "1", str(tmp_path / "done")]
-    environment = {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"0 \\u2192 \\udce9\n")
 
 
+# The least that each command wants.
 WORDS: dict[str, list[str]] = {
-    "train": [], "convert": ["a", "b.beton"], "eval": ["a"], "export": ["a", "b.safetensors"], "doctor": []
-}  # fmt: skip
+    "train": [],
+    "convert": ["a", "b.beton"],
+    "eval": ["a"],
+    "export": ["a", "b.safetensors"],
+    "doctor": [],
+}
 
 
 def run_with_torch(
@@ -77,7 +76,7 @@ def run_with_torch(
     """The command, where torch is a module of this source."""
     (folder / "torch.py").write_text(source)
     argv = [sys.executable, "-m", f"fap.cli.{name}", *WORDS[name]]
-    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    paths = os.pathsep.join([str(folder), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": paths} | variables
     return subprocess.run(
         argv, capture_output=True, text=True, env=environment, cwd=folder, timeout=60
@@ -90,13 +89,14 @@ SIGNAL_INSIDE_AN_EXEC = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", WORDS)
 def test_a_signal_while_torch_is_imported_is_one_line(
     name: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    """In the middle of an `exec`, after which Python itself turned Ctrl-C's exit code 130 into
-    death by SIGINT.
+    """Even in the middle of an `exec`.
+
+    After that Python itself turned Ctrl-C's exit code 130 into death by SIGINT.
     """
     done = run_with_torch(SIGNAL_INSIDE_AN_EXEC, name, tmp_path, SENT=str(int(number)))
     assert done.returncode == 128 + number, done.stderr

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import random
-
 import pytest
-import torch
 from torch import nn
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
+def fresh_draws(seed: int) -> None:
+    """Each test begins with `seed`."""
 
 
 def randomise_norms(model: nn.Module) -> None:

@@ -1,10 +1,9 @@
-"""The life of a run, drawn from a seed: what happens to it on real machines, in any order. Used by
-test_lives.py.
+"""The life of a run, drawn from a seed: what happens to runs on real machines, in any order.
 
 A life is a list of events. Each starts `fap-train ... resume=auto` on the same run, or does
 something to its files first. Two rules judge it: a start that must be refused is refused, with exit
 code 1, the reason and no traceback, and changes nothing; and after all that the last start ends
-with the weights of a run that nothing happened to.
+with the weights of a run that nothing happened to. Used by test_lives.py.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from fap.run.session import SIGNALS
-from tests.run.test_train import command, environment, final_state, words
+from fap.signals import SIGNALS
+from tests.run.runs import RUN, command, environment, final_state, words
 
 PATIENCE_S = 120  # for one start of a run that takes seconds
 
@@ -31,35 +30,29 @@ class Life:
 
     def __init__(self, seed: int, data: Path, other: Path, folder: Path) -> None:
         self.rng = random.Random(seed)
-        self.source, self.other, self.folder = data, other, folder
+        self.other = other
+        self.folder = folder
         self.runs = folder / "runs"
-        self.run = self.runs / "fast_advprop" / "seed0"
-        self.data = folder / "data0" / "train.beton"
+        self.run = self.runs / RUN
+        self.data = folder / "data0" / "train.beton"  # ours: events move it and replace it
         self.data.parent.mkdir(parents=True)
         shutil.copyfile(data, self.data)
         self.story: list[str] = []
 
     # ------------------------------------------------------------------ starting it
 
-    def argv(self, *more: str) -> list[str]:
-        return command(
-            *words(
-                self.data, self.runs, "resume=auto", "run.checkpoint_every=1", "run.keep=3", *more
-            )
-        )
-
     def start(self, *more: str, out: str = "") -> subprocess.Popen[str]:
-        argv = self.argv(*more)
-        if out:  # a redirection of the shell
+        """`out` is a redirection, as in a shell."""
+        settings = ("resume=auto", "run.checkpoint_every=1", "run.keep=3", *more)
+        argv = command(*words(self.data, self.runs, *settings))
+        if out:
             argv = ["sh", "-c", f'exec "$@" {out}', "sh", *argv]
         return subprocess.Popen(
             argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def ends(self, process: subprocess.Popen[str], *codes: int) -> str:
-        """Wait for its end, which must be one of the exit codes and never a traceback; returns what
-        it said.
-        """
+        """Wait for its end, with one of the exit codes and no traceback; returns what it said."""
         try:
             said, _ = process.communicate(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
@@ -69,12 +62,14 @@ class Life:
         assert "Traceback" not in said, said
         return said
 
+    def checkpoints(self) -> list[Path]:
+        """Those that are files, oldest first; an obstacle that is named like one is not."""
+        named = (self.run / "checkpoints").glob("step_*.safetensors")
+        return sorted(path for path in named if path.is_file())
+
     def step(self) -> int:
-        """The newest checkpoint's step, 0 without one; the name of what is no file counts for
-        nothing.
-        """
-        files = (p for p in (self.run / "checkpoints").glob("step_*.safetensors") if p.is_file())
-        return max((int(p.stem[5:]) for p in files), default=0)
+        """The newest checkpoint's step, 0 without one."""
+        return max((step_of(path) for path in self.checkpoints()), default=0)
 
     def past(self, process: subprocess.Popen[str], step: int) -> None:
         """Wait until it has saved a step after `step`, or has ended."""
@@ -84,8 +79,9 @@ class Life:
             time.sleep(0.02)
 
     def snapshot(self) -> dict[str, bytes]:
-        files = (p for p in sorted(self.run.rglob("*")) if p.is_file() and p.name != ".lock")
-        return {str(p): p.read_bytes() for p in files}
+        """All files of the run, but for its lock."""
+        files = (path for path in sorted(self.run.rglob("*")) if path.is_file())
+        return {str(path): path.read_bytes() for path in files if path.name != ".lock"}
 
     def refused(self, reason: str, *more: str) -> None:
         before = self.snapshot()
@@ -114,10 +110,10 @@ class Life:
         for number in sent:
             process.send_signal(number)
             time.sleep(self.rng.uniform(0, 0.1))
+        saved = [128 + number for number in sent]
         # A signal that comes after the last step may meet a process that is no longer a run's.
-        said = self.ends(
-            process, 0, *(128 + number for number in sent), *(-number for number in sent)
-        )
+        killed = [-number for number in sent]
+        said = self.ends(process, 0, *saved, *killed)
         if process.returncode > 0:
             assert "continue with resume=auto" in said, said
         elif process.returncode < 0:
@@ -156,11 +152,16 @@ class Life:
         self.data.write_bytes(kept)
 
     def config_changed(self) -> None:
-        if self.step():
-            change = self.rng.choice(
-                ["optim.lr=0.3", "data.flip=0.25", "method.eps_255=3", "model.name=cifar_resnet14"]
-            )
-            self.refused(change.partition("=")[0], change)
+        if not self.step():
+            return
+        changes = [
+            "optim.lr=0.3",
+            "data.flip=0.25",
+            "method.eps_255=3",
+            "model.name=cifar_resnet14",
+        ]
+        change = self.rng.choice(changes)
+        self.refused(change.partition("=")[0], change)
 
     def two_at_once(self) -> None:
         first = self.start()
@@ -169,40 +170,49 @@ class Life:
             said = self.ends(self.start(), 0, 1)  # 0: the first one had ended by then
             assert "another process" in said or first.poll() is not None, said
         first.terminate()
-        self.ends(first, 0, 143, -15)
+        self.ends(first, 0, 128 + signal.SIGTERM, -signal.SIGTERM)
 
     def obstacles(self) -> None:
-        """Things named like checkpoints or left behind by killed writers."""
+        """Things named like checkpoints, or left behind by killed writers."""
         folder = self.run / "checkpoints"
         if not folder.is_dir():
             return
-        far = self.rng.randint(100, 999)
+        name = f"step_{self.rng.randint(100, 999):08d}.safetensors"  # far ahead of the run
         match self.rng.choice(("folder", "link", "pipe", "stale")):
             case "folder":
-                (folder / f"step_{far:08d}.safetensors").mkdir()
+                (folder / name).mkdir()
             case "link":
-                (folder / f"step_{far:08d}.safetensors").symlink_to("nowhere")
+                (folder / name).symlink_to("nowhere")
             case "pipe":
-                os.mkfifo(folder / f"step_{far:08d}.safetensors")
+                os.mkfifo(folder / name)
             case "stale":
-                (folder / f".step_{far:08d}.safetensors.tmp").write_bytes(bytes(1000))
+                (folder / f".{name}.tmp").write_bytes(bytes(1000))
 
     def newest_damaged(self) -> None:
-        """One byte of the newest of several checkpoints; the one before takes over."""
-        files = sorted(
-            p for p in (self.run / "checkpoints").glob("step_*.safetensors") if p.is_file()
-        )
-        if len(files) > 1:
-            content = bytearray(files[-1].read_bytes())
-            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
-            files[-1].write_bytes(content)
-            said = self.ends(self.start(f"run.max_steps={int(files[-1].stem[5:])}"), 0)
-            assert "damaged" in said, said
+        """One bit of the newest of several checkpoints; the one before takes over."""
+        files = self.checkpoints()
+        if len(files) < 2:
+            return
+        newest = files[-1]
+        content = bytearray(newest.read_bytes())
+        content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        newest.write_bytes(content)
+        said = self.ends(self.start(f"run.max_steps={step_of(newest)}"), 0)
+        assert "damaged" in said, said
 
     EVENTS: tuple[Callable[[Life], None], ...] = (
-        killed, stopped, max_steps, output_lost, reader_leaves, data_moved, data_replaced, config_changed, two_at_once,
-        obstacles, newest_damaged,
-    )  # fmt: skip
+        killed,
+        stopped,
+        max_steps,
+        output_lost,
+        reader_leaves,
+        data_moved,
+        data_replaced,
+        config_changed,
+        two_at_once,
+        obstacles,
+        newest_damaged,
+    )
 
     # ------------------------------------------------------------------ the life
 
@@ -217,3 +227,8 @@ class Life:
         assert found.keys() == expected.keys()
         different = [name for name in expected if not torch.equal(found[name], expected[name])]
         assert not different, f"other weights than those of an undisturbed run: {different[:3]}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """5 of `step_00000005.safetensors`."""
+    return int(checkpoint.stem.removeprefix("step_"))

@@ -10,7 +10,7 @@ from PIL import Image
 from fap.config import Config, load_config
 from fap.run.data import open_data
 from fap.run.train import Run
-from tests.conftest import photo, write_beton
+from tests.conftest import noise_beton, photo
 
 
 def image_folder(root: Path, classes: list[str], each: int = 8) -> Path:
@@ -42,10 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labels 0 to 3 and no sidecar."""
-    images = list(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
-    return write_beton(
-        tmp_path_factory.mktemp("nameless") / "a.beton", images, [i % 4 for i in range(16)]
-    )
+    return noise_beton(tmp_path_factory.mktemp("nameless") / "a.beton", seed=1, count=16, classes=4)
 
 
 @pytest.mark.parametrize("wanted", [None, 4])
@@ -107,8 +104,7 @@ def test_names_on_one_side_only_are_refused(folders: dict[str, Path], nameless: 
 
 
 def test_without_names_data_val_may_hold_no_larger_labels(nameless: Path, tmp_path: Path) -> None:
-    images = list(np.random.default_rng(1).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8))
-    few = write_beton(tmp_path / "few.beton", images, [i % 2 for i in range(16)])
+    few = noise_beton(tmp_path / "few.beton", seed=1, count=16, classes=2)
     assert open_data(config(nameless, few, None)).matching.label_map is None
     with pytest.raises(
         ValueError, match=r"data\.val = .* holds labels up to 3, but the model has 2 classes"

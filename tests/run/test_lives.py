@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_beton
+from tests.conftest import noise_beton
 from tests.run.lives import Life
-from tests.run.test_train import command, environment, final_state, words
-from tests.test_soak import record
+from tests.soak_results import record
 
-LIVES, EVENTS = 40, 8  # of the soak
+LIVES = 40  # of the soak
+EVENTS = 8  # of each
+SEEDS = 1 << 30
 
 
 @pytest.fixture(scope="module")
 def other_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other pixels than `tiny_beton`'s, of the same shape and labels: every table of the file is
-    the same.
-    """
-    rng = np.random.default_rng(2)
-    images = list(rng.integers(0, 256, (96, 32, 32, 3), dtype=np.uint8))
-    return write_beton(
-        tmp_path_factory.mktemp("other") / "train.beton", images, [i % 10 for i in range(96)]
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tiny_beton: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(
-        command(*words(tiny_beton, folder)),
-        env=environment(),
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    return final_state(folder / "fast_advprop" / "seed0")
+    """Other pixels than `tiny_beton`'s; every table of the file is the same."""
+    return noise_beton(tmp_path_factory.mktemp("other") / "train.beton", seed=2, count=96)
 
 
 def live(
     seed: int, events: int, data: Path, other: Path, folder: Path, expected: dict[str, torch.Tensor]
 ) -> list[str]:
+    """A life's story. What goes wrong tells the seed and the story so far."""
     life = Life(seed, data, other, folder)
     try:
         life.live(events, expected)
@@ -57,9 +38,9 @@ def live(
 
 @pytest.mark.slow
 def test_a_random_life(
-    tiny_beton: Path, other_beton: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    tiny_beton: Path, other_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    live(secrets.randbelow(1 << 30), 4, tiny_beton, other_beton, tmp_path, undisturbed)
+    live(secrets.randbelow(SEEDS), 4, tiny_beton, other_beton, tmp_path, uninterrupted)
 
 
 @pytest.mark.soak
@@ -69,23 +50,23 @@ def test_each_event_alone(
     tiny_beton: Path,
     other_beton: Path,
     tmp_path: Path,
-    undisturbed: dict[str, torch.Tensor],
+    uninterrupted: dict[str, torch.Tensor],
 ) -> None:
     """After a few steps, so that there is something to lose."""
-    life = Life(secrets.randbelow(1 << 30), tiny_beton, other_beton, tmp_path)
+    life = Life(secrets.randbelow(SEEDS), tiny_beton, other_beton, tmp_path)
     life.ends(life.start("run.max_steps=4"), 0)
     life.EVENTS = (event,)  # type: ignore[assignment]
-    life.live(1, undisturbed)
+    life.live(1, uninterrupted)
 
 
 @pytest.mark.soak
 def test_lives(
-    tiny_beton: Path, other_beton: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    tiny_beton: Path, other_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    first = secrets.randbelow(1 << 30)
-    events: dict[str, int] = {}
+    first = secrets.randbelow(SEEDS)
+    events = Counter[str]()
     for seed in range(first, first + LIVES):
-        for line in live(seed, EVENTS, tiny_beton, other_beton, tmp_path / str(seed), undisturbed):
-            name = line.partition(" ")[0]
-            events[name] = events.get(name, 0) + 1
+        folder = tmp_path / str(seed)
+        story = live(seed, EVENTS, tiny_beton, other_beton, folder, uninterrupted)
+        events.update(line.partition(" ")[0] for line in story)
     record("lives", {"first_seed": first, "lives": LIVES, "events": events, "bit_equal": LIVES})

@@ -3,19 +3,15 @@ disk.
 """
 
 import io
-import json
-import os
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fap.run.log import Log, progress, trim
-from fap.versions import commit, processor, versions
+from tests.run.runs import records
 
 VALUES = {"epoch": 1.5, "lr": 0.1, "image_passes_per_second": 1234.4}
 VALUES |= {f"{what}_{kind}": 0.25 for what in ("loss", "acc") for kind in ("clean", "noise", "adv")}
@@ -24,16 +20,6 @@ VALUES |= {f"{what}_{kind}": 0.25 for what in ("loss", "acc") for kind in ("clea
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def records(folder: Path) -> list[dict[str, float | None]]:
-    def refuse(text: str) -> None:
-        raise AssertionError(f"{text} is not JSON")
-
-    return [
-        json.loads(x, parse_constant=refuse)
-        for x in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
 
 
 def test_records_and_plain_lines(tmp_path: Path) -> None:
@@ -186,90 +172,3 @@ print("alive")
     assert "warning: no record of step 300" in out
     assert out.count("TensorBoard is off") == 1
     assert out.endswith("alive\n")
-
-
-def test_versions() -> None:
-    import torch
-
-    found = versions()
-    assert found["torch"] == torch.__version__.partition("+")[0]
-    assert found["python"] == sys.version.split()[0]
-    assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40
-    assert {"ffcv", "numpy", "cuda", "device"} <= found.keys()
-    json.dumps(found)
-
-
-def test_without_git_the_kit_says_which_commit_it_is(monkeypatch):
-    from fap.versions import versions
-
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Done", (), {"stdout": ""}))
-    assert versions.__wrapped__()["commit"] is None
-    monkeypatch.setenv("FAP_COMMIT", "abc-dirty")
-    assert versions.__wrapped__()["commit"] == "abc-dirty"
-
-
-def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fap").mkdir()
-    (tmp_path / "fap" / "versions.py").touch()
-    assert (
-        commit(tmp_path) is None
-    )  # no checkout, or one of a folder above that does not know our file
-
-    def git(*words: str) -> str:
-        told = subprocess.run(
-            ["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True
-        )
-        return told.stdout.strip()
-
-    git("init")
-    assert commit(tmp_path) is None
-    git("add", ".")
-    git("-c", "user.name=x", "-c", "user.email=x", "commit", "-m", "x")
-    head = git("rev-parse", "HEAD")
-    assert commit(tmp_path) == head
-    (tmp_path / "fap" / "new.py").touch()
-    assert commit(tmp_path) == f"{head}-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit(tmp_path) is None  # no git
-    assert commit(tmp_path / "gone") is None
-
-
-def test_a_git_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file server that does not answer."""
-    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 8\n")
-    (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("fap.versions.GIT_SECONDS", 0.2)
-    start = time.monotonic()
-    assert commit(tmp_path) is None
-    assert time.monotonic() - start < 4
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
-def test_the_commit_of_a_checkout_of_somebody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Git calls it dubious ownership."""
-    for place in (
-        "GIT_CONFIG_GLOBAL",
-        "GIT_CONFIG_SYSTEM",
-    ):  # this machine's may trust every folder
-        monkeypatch.setenv(place, os.devnull)
-    (tmp_path / "fap").mkdir()
-    (tmp_path / "fap" / "versions.py").touch()
-    for words in ("init", "add .", "-c user.name=x -c user.email=x commit -m x"):
-        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True, capture_output=True)
-    for folder, folders, files in os.walk(tmp_path):
-        for name in (".", *folders, *files):
-            os.chown(os.path.join(folder, name), 54321, 54321)
-    assert subprocess.run(["git", "status"], cwd=tmp_path, capture_output=True).returncode != 0
-    assert len(commit(tmp_path) or "") == 40
-
-
-def test_the_processor(tmp_path: Path) -> None:
-    info = tmp_path / "cpuinfo"
-    assert processor(info) == platform.machine()
-    info.write_text("processor\t: 0\nBogoMIPS\t: 243\n")  # as on Arm
-    assert processor(info) == platform.machine()
-    info.write_text("processor\t: 0\nmodel name\t: Fast One @ 3 GHz\nmodel name\t: Fast Two\n")
-    assert processor(info) == "Fast One @ 3 GHz"

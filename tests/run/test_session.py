@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fap.cli.signals import STOPPING
+from fap.cli import signals
 from fap.run import session
 from fap.run.session import Interrupted, StopSignal
 
@@ -40,7 +40,7 @@ def send(*numbers: int) -> None:
 
 
 def test_every_command_is_stopped_by_the_same_signals() -> None:
-    assert STOPPING == session.SIGNALS
+    assert signals.SIGNALS is session.SIGNALS
 
 
 @pytest.mark.parametrize("number", session.SIGNALS)

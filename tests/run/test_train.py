@@ -28,56 +28,22 @@ from fap.run.train import NonFinite, NotSaved, Run
 from fap.step.graph import FreshProcessNeeded
 from fap.step.step import Step
 from tests.conftest import write_beton
-
-STEPS = 20  # five epochs of four steps
-
-
-def words(data: Path, runs: Path, *more: str) -> list[str]:
-    return [
-        f"data.train={data}", f"data.val={data}", "data.size=32", "data.resize=32", "data.crop=pad", "data.pipeline=reference",
-        "data.threads=1", "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=16", "method.group_rows=8",
-        "budget.epochs=6", "budget.milestones=[3,5]", "run.device=cpu", "run.log_every=1", f"run.dir={runs}", *more,
-    ]  # fmt: skip
-
-
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "fap.cli.train", *args]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+from tests.run.runs import (
+    STEPS,
+    assert_same,
+    command,
+    environment,
+    final_state,
+    kill_and_resume,
+    records,
+    wait_for_a_record,
+    words,
+)
 
 
 def run(data: Path, runs: Path, *more: str) -> tuple[Path, dict]:
     training = Run(load_config(None, words(data, runs, *more)))
     return training.folder, training.train()
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path, tensors, meta = checkpoint.Checkpoints(folder / "checkpoints").newest()
-    assert meta["step"] == STEPS, path
-    return {k: v for k, v in tensors.items() if k != "metrics"}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(
-    tiny_beton: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        command(*words(tiny_beton, folder)), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return final_state(folder / "fast_advprop" / "seed0")
 
 
 def test_a_run_leaves_everything_that_is_needed_to_understand_it(
@@ -126,34 +92,6 @@ def test_stopping_anywhere_and_resuming_gives_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def kill_and_resume(
-    data: Path, runs: Path, kills: int, expected: dict[str, torch.Tensor], seed: int
-) -> None:
-    rng = random.Random(seed)
-    cmd = command(*words(data, runs, "resume=auto", "run.checkpoint_every=1"))
-    folder = runs / "fast_advprop" / "seed0"
-    for _ in range(kills):
-        before = (
-            len((folder / "metrics.jsonl").read_bytes())
-            if (folder / "metrics.jsonl").exists()
-            else 0
-        )
-        process = subprocess.Popen(
-            cmd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (
-            (folder / "metrics.jsonl").exists()
-            and len((folder / "metrics.jsonl").read_bytes()) != before
-        ):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.25))
-        process.kill()
-        process.wait()
-    done = subprocess.run(cmd, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    assert_same(final_state(folder), expected)
-
-
 @pytest.mark.slow
 def test_kill_9_and_resume(
     tiny_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
@@ -165,11 +103,9 @@ def start(data: Path, runs: Path, *more: str, **options: object) -> tuple[subpro
     """A long run that has written its first record."""
     cmd = command(*words(data, runs, "budget.epochs=600", *more))
     process = subprocess.Popen(cmd, env=environment(), text=True, **options)  # type: ignore[call-overload]
-    metrics = runs / "fast_advprop" / "seed0" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.05)
-    return process, metrics.parent
+    folder = runs / "fast_advprop" / "seed0"
+    wait_for_a_record(folder, process)
+    return process, folder
 
 
 def assert_saved_to_the_last_record(folder: Path) -> None:
@@ -226,10 +162,7 @@ def test_a_signal_without_room_for_the_checkpoint_is_no_success(
     process = subprocess.Popen(
         cmd, env=environment(), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    metrics = tmp_path / "fast_advprop" / "seed0" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_a_record(tmp_path / "fast_advprop" / "seed0", process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1, said
@@ -753,8 +686,8 @@ def test_only_a_run_of_one_rank_starts_itself_again(monkeypatch, capsys, world: 
     monkeypatch.setattr(train, "Run", Failing)
     monkeypatch.setattr(distributed, "connect", lambda: Ranks(0, world, 0))
     monkeypatch.setattr(Ranks, "gather", lambda ranks, fact: [fact] * ranks.world)
-    monkeypatch.setattr(cli.os, "execv", execv)
-    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "_exit", end)
     if world == 1:
         with pytest.raises(Replaced) as replaced:
             cli.main(["run.graph=auto", "--pipeline", "dali"])

@@ -2,7 +2,6 @@
 casts and `.grad`.
 """
 
-import os
 import random
 from collections import Counter
 
@@ -20,12 +19,7 @@ from tests.step.test_graph import ALL, feed, make
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
-    print(f"SEED={value}")  # shown when the test fails
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 class SlowSum:
