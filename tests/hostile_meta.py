@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fap.config import Config
-from fap.step.step import METRICS
+from fap.step.metrics import METRICS
 
 # What a value may become: other types, extremes, and what parsers and messages choke on.
 VALUES: list[Any] = [

@@ -25,7 +25,7 @@ from tests.fuzzing.judge import (
     pick_loaders,
     twins,
 )
-from tests.pipelines.test_folder import listed_slowly, random_tree
+from tests.pipelines.trees import listed_slowly, random_tree
 
 # Listed as often as they shall come.
 WAYS = ["bytes"] * 7 + ["sides"] * 4 + ["empty", "dangling", "folder", "text", "index"]

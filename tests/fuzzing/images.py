@@ -9,7 +9,7 @@ import numpy as np
 import pipelines
 from pipelines import convert
 from tests.fuzzing.damage import mutate
-from tests.pipelines.test_images import random_file
+from tests.pipelines.image_files import random_file
 
 COUNT = 6
 CLASSES = "ab"

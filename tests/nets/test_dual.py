@@ -18,6 +18,7 @@ from fap.nets.dual import convert, evaluate_with, export, norm_state, norms, set
 from fap.nets.norm import DualBatchNorm2d, Group, NormState
 from fap.nets.pretrained import load_plain
 from fap.step.step import Step
+from fap.tasks.classification import Accuracy
 from tests.nets.conftest import randomise_norms
 
 
@@ -237,7 +238,9 @@ USES: dict[str, Callable[[nn.Module], object]] = {
     "set_groups": lambda model: set_groups(model, [Group("main", 2, 0, 1)]),
     "norm_state": norm_state,
     "evaluate_with": lambda model: evaluate_with(model, "main").__enter__(),
-    "evaluate": lambda model: evaluate(model, [], mean=(0.5,) * 3, std=(0.5,) * 3),
+    "evaluate": lambda model: evaluate(
+        model, [], Accuracy(torch.device("cpu"), None, False), mean=(0.5,) * 3, std=(0.5,) * 3
+    ),
     "Step": lambda model: Step(model, Config()),
     "load_plain": lambda model: load_plain(model, small_model().state_dict()),
 }
