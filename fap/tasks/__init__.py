@@ -15,7 +15,10 @@ TASKS = {"classification": "fap.tasks.classification:Classification"}
 
 
 def make_task(config: Config) -> Task:
-    """The task of a run whose data is open, so that `model.num_classes` is known."""
+    """The task of a run whose data is open, so that `model.num_classes` is known.
+
+    Raises ValueError for a config that the task cannot be trained by.
+    """
     module, _, name = TASKS[config.task].partition(":")
-    made: Task = getattr(import_module(module), name)(config)
-    return made
+    task: Task = getattr(import_module(module), name)(config)
+    return task
