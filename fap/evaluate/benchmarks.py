@@ -6,12 +6,10 @@ from pathlib import Path
 
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
-from fap.evaluate.published import corruption_arrays, corruption_folders
+from fap.evaluate.published import SEVERITIES, corruption_arrays, corruption_folders
 from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, EvalSet, StoredSet
 from fap.nets.norm import Bn
 from pipelines import Store
-
-SEVERITIES = range(1, 6)
 
 
 @dataclass(frozen=True)

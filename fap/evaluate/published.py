@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.corrupt import NAMES
 from pipelines.files import shown
 
-SEVERITIES = ("1", "2", "3", "4", "5")
+SEVERITIES = range(1, 6)
 MOST_NAMED = 5  # of what a folder holds instead
 
 
@@ -15,6 +15,7 @@ def corruption_folders(root: Path) -> tuple[dict[tuple[str, int], Path], list[st
 
     Raises ValueError for a folder that holds none of them, OSError.
     """
+    severities = [str(severity) for severity in SEVERITIES]
     found: dict[tuple[str, int], Path] = {}
     unused: list[str] = []
     for entry in _listed(root, "--imagenet-c"):
@@ -22,7 +23,7 @@ def corruption_folders(root: Path) -> tuple[dict[tuple[str, int], Path], list[st
             unused.append(_unused(root, entry.name))
             continue
         for part in _listed(entry, "--imagenet-c"):
-            if part.is_dir() and part.name in SEVERITIES:
+            if part.is_dir() and part.name in severities:
                 found[entry.name, int(part.name)] = part
             else:
                 unused.append(_unused(root, f"{entry.name}/{part.name}"))

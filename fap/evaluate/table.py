@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from fap.evaluate.published import SEVERITIES
 from fap.evaluate.work import Report
 from fap.tasks.base import CorruptionMean, Result
 
@@ -19,7 +20,6 @@ CORRUPTIONS = {
     "imagenet_c": "ImageNet-C",
     "cifar10_c": "CIFAR-10-C",
 }
-SEVERITIES = range(1, 6)
 MOST_LISTED = 10  # lines of one sort
 MOST_ABSENT = 3  # corruptions that a note names
 MOST_PARTS = 4  # of a note
