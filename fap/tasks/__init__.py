@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from fap.config import Config
     from fap.tasks.base import Task
 
-# `config.task`: where its class is. The modules need torch and models, this one nothing, so that a
-# config can be checked without them.
+# `config.task`: where its class is. Not the class itself: its module imports models, which takes
+# seconds, and the config, which asks this table what may be asked for.
 TASKS = {"classification": "fap.tasks.classification:Classification"}
 
 
