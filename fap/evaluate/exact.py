@@ -27,7 +27,7 @@ def evaluate(
     """Evaluate `model`, which is on `device`; afterwards each of its modules is in its former mode.
 
     With torch.distributed initialised, `batches` are this rank's, and the result is that of all
-    ranks where the evaluator's is. Raises ValueError without images or without `bn`.
+    ranks. Raises ValueError without images or without `bn`.
     """
     device = torch.device(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255

@@ -85,12 +85,12 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         )
     config = trained.config
     reading = Reading(
-        trained.task,
-        config.data.size,
-        config.data.resize,
-        wanted.batch,
-        wanted.device,
-        wanted.back_end,
+        task=trained.task,
+        size=config.data.size,
+        resize=config.data.resize,
+        batch=wanted.batch,
+        device=wanted.device,
+        back_end=wanted.back_end,
     )
     sets, unused = eval_sets(wanted, reading, data, workers)
     evaluation = _Evaluation(trained, wanted, results)
@@ -99,14 +99,14 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
     ]
     return Work(
-        path,
-        trained.content,
-        trained.task,
-        config,
-        trained.meta.step,
-        trained.meta.train.classes,
-        items,
-        unused,
+        path=path,
+        content=trained.content,
+        task=trained.task,
+        config=config,
+        step=trained.meta.step,
+        classes=trained.meta.train.classes,
+        items=items,
+        unused=unused,
     )
 
 

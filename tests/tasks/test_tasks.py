@@ -13,6 +13,7 @@ import torch
 from fap.config import make_config
 from fap.tasks import TASKS, make_task
 from fap.tasks.base import CorruptionMean, Task
+from fap.tasks.labels import Matching
 from pipelines.corrupt import NAMES
 
 
@@ -105,6 +106,24 @@ def test_outputs_and_targets_have_one_row_for_each_image(name: str) -> None:
     assert ((hits >= 0) & (hits <= 1)).all()
     # A function of its own row alone.
     assert torch.allclose(task.losses(outputs[1:3], targets[1:3]), losses[1:3])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_must_not_wait_for_the_device_asks_for_no_value(name: str) -> None:
+    """A tensor without storage has shapes alone: whatever asks it for a value fails."""
+    task = made(name)
+    meta = torch.device("meta")
+    outputs = task.plain_model().to(meta)(torch.empty(4, 3, 32, 32, device=meta))
+    targets = task.empty_targets(4, meta)
+    assert task.losses(outputs, targets).shape == (4,)
+    assert task.hits(outputs, targets).shape == (4,)
+    keys = torch.empty(2, dtype=torch.int32, device=meta)
+    assert task.wrong_targets(keys, targets).shape == targets.shape
+    some = torch.arange(3)
+    for matching in (Matching("same"), Matching("some", some), Matching("few", some, True)):
+        task.evaluator(meta, matching).update(outputs, targets)
+    with pytest.raises(RuntimeError):
+        outputs.sum().item()
 
 
 def test_another_task_is_refused_by_the_config() -> None:
