@@ -1,7 +1,7 @@
 """Exact evaluation: every image once, in the mode and through the norms asked for."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -11,12 +11,12 @@ from fap.nets.dual import evaluate_with, norms
 from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Pairs, Result
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def evaluate(
     model: nn.Module,
-    batches: Pairs,  # uint8 images (B, 3, H, W) and their targets, on any device
+    batches: Pairs,  # uint8 images (B, 3, H, W) and their targets (B, ...), on any device
     evaluator: Evaluator,
     *,
     mean: Sequence[float],  # (3,), of pixels in 0..1
@@ -27,15 +27,17 @@ def evaluate(
 ) -> Result:
     """Evaluate `model`, which is on `device`; afterwards each of its modules is in its former mode.
 
-    With torch.distributed initialised, `batches` are this rank's and the result is that of all
+    With torch.distributed initialised, `batches` are this rank's, and the result is that of all
     ranks. Raises ValueError without images or without `bn`.
     """
     device = torch.device(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
-    half = HALF.get(amp)
+    half = HALF[amp]
     # A plain model has no auxiliary norms to choose from.
-    choosing = evaluate_with(model, bn) if norms(model) else nullcontext()
+    choosing: AbstractContextManager[None] = nullcontext()
+    if norms(model):
+        choosing = evaluate_with(model, bn)
     former = [(module, module.training) for module in model.modules()]
     try:
         with torch.inference_mode(), choosing:
@@ -46,6 +48,7 @@ def evaluate(
                     outputs = model((x - mean_255) / std_255)
                 evaluator.update(outputs, targets.to(device))
     finally:
+        # Not `model.train()`: a run may keep some modules in the other mode.
         for module, training in former:
             module.training = training
     return evaluator.result()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from fap.tasks.base import Task
 from pipelines.files import shown
 
 SUFFIX = ".safetensors"
+CIFAR_RESNET = "cifar_resnet"  # the depth follows
+MOST_DIGITS = 9  # of that depth
 # Not torch.tensor and torch.arange: torchvision computes RegNet's widths with them.
 _STORAGE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
@@ -34,13 +36,10 @@ class Trained:
     """A checkpoint of a training run."""
 
     model: nn.Module  # converted, in evaluation mode
+    task: Task
     config: Config
     meta: RunMeta
     content: str  # the file's checksum and size
-
-    @property
-    def task(self) -> Task:
-        return make_task(self.config)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -48,12 +47,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
 
     Raises DamagedCheckpoint, OSError, or ValueError for a checkpoint that is not of a training run.
     """
-    state, meta, config, content = _read(path)
-    model = _converted(config, state)
-    model.load_state_dict(state)
+    read = _read(path)
+    task = make_task(read.config)
+    model = _converted(task, read.state)
+    model.load_state_dict(read.state)
     model.to(device)
     model.to(memory_format=torch.channels_last)
-    return Trained(model.eval(), config, meta, content)
+    return Trained(model.eval(), task, read.config, read.meta, read.content)
 
 
 def export(path: str | Path, out: str | Path) -> dict[str, str]:
@@ -66,21 +66,16 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
     out = Path(out)
     if out.suffix != SUFFIX:
         raise ValueError(
-            f"{out}: only {SUFFIX} files are written, no {out.suffix or 'other'} ones; choose"
-            f" NAME{SUFFIX}"
+            f"{out}: only {SUFFIX} files are written, no {out.suffix or 'other'} ones; "
+            f"choose NAME{SUFFIX}"
         )
     if out.is_symlink() or out.exists():
         raise ValueError(f"{out} exists; choose another name or remove it first")
-    state, meta, config, _ = _read(path)
-    n_classes = config.model.classes
-    header = {"num_classes": n_classes, "size": config.data.size, "step": meta.step,
-              "mean": config.data.mean, "std": config.data.std}  # fmt: skip
-    text = {"model": config.model.name, "run": config.name} | {
-        k: json.dumps(v) for k, v in header.items()
-    }
-    plain = make_task(config).plain_model()
-    weights = dual.export(state, meta.step)
+    read = _read(path)
+    plain = make_task(read.config).plain_model()
+    weights = dual.export(read.state, read.meta.step)
     _load_strictly(plain, weights, path)
+    text = _header(read.config, read.meta)
     try:
         checkpoint.save(out, weights, {}, overwrite=False, **text)
     except FileExistsError:  # made by someone else in the meantime
@@ -93,6 +88,19 @@ def export(path: str | Path, out: str | Path) -> dict[str, str]:
     return text
 
 
+def _header(config: Config, meta: RunMeta) -> dict[str, str]:
+    """The metadata of an exported file: what its user needs to know, numbers as JSON."""
+    numbers = {
+        "num_classes": config.model.classes,
+        "size": config.data.size,
+        "step": meta.step,
+        "mean": config.data.mean,
+        "std": config.data.std,
+    }
+    text = {name: json.dumps(value) for name, value in numbers.items()}
+    return {"model": config.model.name, "run": config.name, **text}
+
+
 def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     try:
         plain.load_state_dict(weights, strict=True)
@@ -102,16 +110,22 @@ def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Pat
         ) from None
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], RunMeta, Config, str]:
-    """The model's tensors, the metadata, the config and the content, each checked and all fitting
-    together.
-    """
+class _Read(NamedTuple):
+    """A run's checkpoint as it was read, its parts checked and fitting together."""
+
+    state: dict[str, Tensor]  # of the model, main and auxiliary norms
+    meta: RunMeta
+    config: Config
+    content: str  # the file's checksum and size
+
+
+def _read(path: str | Path) -> _Read:
     tensors, tree, content = checkpoint.load_with_content(path)
     meta = run_meta(path, tree)
     config = make_config(meta.config)
     state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     _check_model(path, config, state)
-    return state, meta, config, content
+    return _Read(state, meta, config, content)
 
 
 class _WithoutStorage(TorchFunctionMode):
@@ -131,32 +145,20 @@ class _WithoutStorage(TorchFunctionMode):
 
 
 def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> None:
-    """Raise DamagedCheckpoint unless `state` is that of the config's model, and images of the
-    config's size fit it.
+    """Raise unless `state` is that of the config's model, and images of the config's size fit it.
+
+    DamagedCheckpoint for tensors that are not the model's, ValueError for a config without a model.
     """
-    name = config.model.name
-    n_classes = config.model.classes
-    depth = name.removeprefix("cifar_resnet")
-    # Even without storage a million layers, or a table per class, take a while: the file must have
-    # them.
-    if depth != name and depth.isdigit() and (len(depth) > 9 or int(depth) > len(state)):
-        raise DamagedCheckpoint(
-            f"{path}: it holds {len(state)} of the model's tensors, too few for {shown(name)}"
-        )
-    if not any(t.shape[:1] == (n_classes,) for t in state.values()):
-        raise DamagedCheckpoint(
-            f"{path}: no tensor has a row for each of model.num_classes = {n_classes} classes"
-        )
+    _check_effort(path, config, state)
+    name = shown(config.model.name)
     try:
         with warnings.catch_warnings(), _WithoutStorage():
             warnings.simplefilter("ignore")  # of tensors that are not copied
-            model = _converted(config, state)
+            model = _converted(make_task(config), state)
     except ValueError as error:  # it names the field
         raise ValueError(f"{path}: {brief(error)}") from None
     except Exception as error:  # a constructor of torchvision or timm may raise anything
-        raise ValueError(
-            f"{path}: model.name = {shown(name)} cannot be built: {brief(error)}"
-        ) from None
+        raise ValueError(f"{path}: model.name = {name} cannot be built: {brief(error)}") from None
     _compare(path, model.state_dict(), state)
     size = config.data.size
     try:
@@ -168,23 +170,46 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
         ) from None
 
 
+def _check_effort(path: str | Path, config: Config, state: dict[str, Tensor]) -> None:
+    """Raise DamagedCheckpoint for a model that is far larger than the file.
+
+    Even without storage a million layers, or a table per class, take a while.
+    """
+    name = config.model.name
+    n_classes = config.model.classes
+    if name.startswith(CIFAR_RESNET):
+        depth = name.removeprefix(CIFAR_RESNET)
+        if depth.isdigit() and (len(depth) > MOST_DIGITS or int(depth) > len(state)):
+            raise DamagedCheckpoint(
+                f"{path}: it holds {len(state)} of the model's tensors, too few for {shown(name)}"
+            )
+    if not any(tensor.shape[:1] == (n_classes,) for tensor in state.values()):
+        raise DamagedCheckpoint(
+            f"{path}: no tensor has a row for each of model.num_classes = {n_classes} classes"
+        )
+
+
 def _compare(path: str | Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raise DamagedCheckpoint unless names, shapes and types of the tensors are those expected."""
     for name in sorted(expected.keys() ^ state.keys()):
-        what = "is missing" if name in expected else "is none of the model's"
+        what = "is none of the model's"
+        if name in expected:
+            what = "is missing"
         raise DamagedCheckpoint(f"{path}: tensor {shown('model.' + name)} {what}")
     for name, wanted in expected.items():
         found = state[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise DamagedCheckpoint(
-                f"{path}: tensor {shown('model.' + name)} is {found.dtype} of shape"
-                f" {shown(tuple(found.shape))}, the config's model has {wanted.dtype} of shape"
-                f" {tuple(wanted.shape)}"
+                f"{path}: tensor {shown('model.' + name)} is {found.dtype} "
+                f"of shape {shown(tuple(found.shape))}, "
+                f"the config's model has {wanted.dtype} of shape {tuple(wanted.shape)}"
             )
 
 
-def _converted(config: Config, state: dict[str, Tensor]) -> nn.Module:
-    """The config's model, with auxiliary norms if `state` has them. The training step's faster stem
-    is not needed here.
+def _converted(task: Task, state: dict[str, Tensor]) -> nn.Module:
+    """The task's model, with auxiliary norms if `state` has them.
+
+    Without the training step's faster stem, which is not needed here.
     """
     aux = any(name.endswith("aux.running_mean") for name in state)
-    return dual.convert(make_task(config).plain_model(), aux)
+    return dual.convert(task.plain_model(), aux)

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.figure  # a Figure of its own needs no display
 import numpy as np
 
-from fap.evaluate.mce import ALEXNET_ERRORS, EXTRA, lacking, summarise
+from fap.evaluate.table import Number, Table, capped, table_of
+from fap.evaluate.work import Item, Report, Work
 from pipelines.files import shown, write_whole
 
-if TYPE_CHECKING:
-    from fap.evaluate.work import Work
-
-TOP1 = {
-    "clean": "top-1 accuracy",
-    "imagenet_r": "ImageNet-R top-1",
-    "stylized": "Stylized-ImageNet top-1",
-}
-KINDS = {
-    "computed": "computed here, not the published files",
-    "imagenet_c": "ImageNet-C",
-    "cifar10_c": "CIFAR-10-C",
-}
-SUMMARY = {"raw_15": "15 corruptions", "raw_19": "19 corruptions", "mce": "mCE, AlexNet = 100"}
-MOST_LISTED = 10
+MOST_NAMED = 3  # classes, before the last one
 MOST_INCHES = 400  # of the plot's height: matplotlib draws at most 65,536 pixels
+INCHES_PER_BAR = 0.2
+BARS_OF_A_ROW = 0.8  # their share of its height
 
 
 # ---------------------------------------------------------------------- before the work
@@ -45,27 +31,39 @@ def plan(work: Work) -> str:
     if work.classes is None:
         classes += " without names"
     else:
-        classes += f" ({_some(work.classes, 3)})"
+        classes += f" ({_some(work.classes)})"
     lines = [
-        f"{work.path}: {config.name}, seed {config.seed}, step {work.step}: {config.model.name},"
-        f" {classes}"
+        f"{work.path}: {config.name}, seed {config.seed}, step {work.step}: "
+        f"{config.model.name}, {classes}"
     ]
-    for kind, group in groupby(work.items, key=lambda item: item.set.key.split("/")[0]):
-        items = list(group)
-        images = _range(item.count for item in items)
-        source = _where(items[0].set.source, kind)
-        known = sum(item.known is not None for item in items)
-        done = f", {known} of them evaluated before" if known else ""
-        hows = ", ".join(sorted({item.labels for item in items}))
-        n_sets = f"{len(items)} set" + ("s" if len(items) > 1 else "")
-        lines.append(f"  {kind}: {n_sets} of {images} images, {source}, labels {hows}{done}")
-    lines += [f"  not used: {line}" for line in _capped(work.unused)]
+    for benchmark, items in groupby(work.items, key=_benchmark):
+        lines.append(f"  {benchmark}: {_in_words(benchmark, list(items))}")
+    lines += [f"  not used: {line}" for line in capped(work.unused)]
     return "\n".join(lines)
 
 
-def _where(source: Path, kind: str) -> str:
+def _benchmark(item: Item) -> str:
+    return item.set.key.split("/")[0]
+
+
+def _in_words(benchmark: str, items: Sequence[Item]) -> str:
+    """`2 sets of 12 images, FOLDER, labels by name, 1 of them evaluated before`."""
+    n_sets = f"{len(items)} set"
+    if len(items) > 1:
+        n_sets += "s"
+    images = _range([item.count for item in items])
+    source = _where(items[0].set.source, benchmark)
+    hows = ", ".join(sorted({item.labels for item in items}))
+    words = f"{n_sets} of {images} images, {source}, labels {hows}"
+    n_known = sum(item.known is not None for item in items)
+    if n_known:
+        words += f", {n_known} of them evaluated before"
+    return words
+
+
+def _where(source: Path, benchmark: str) -> str:
     """The folder of a whole benchmark rather than that of its first set."""
-    match kind:
+    match benchmark:
         case "imagenet_c":
             source = source.parent.parent
         case "cifar10_c":
@@ -73,140 +71,36 @@ def _where(source: Path, kind: str) -> str:
     return shown(str(source), 300)[1:-1]
 
 
-def _some(names: Sequence[str], most: int) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first names and the last one."""
-    if len(names) <= most + 1:
-        return ", ".join(shown(name, 60)[1:-1] for name in names)
-    first = ", ".join(shown(name, 60)[1:-1] for name in names[:most])
-    return f"{first} ... {shown(names[-1], 60)[1:-1]}"
+    shortened = [shown(name, 60)[1:-1] for name in names]
+    if len(names) <= MOST_NAMED + 1:
+        return ", ".join(shortened)
+    return f"{', '.join(shortened[:MOST_NAMED])} ... {shortened[-1]}"
 
 
-def _range(counts: Any) -> str:
-    counts = sorted(set(counts))
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-
-
-def _capped(lines: Sequence[str]) -> list[str]:
-    if len(lines) <= MOST_LISTED:
-        return list(lines)
-    return [*lines[:MOST_LISTED], f"and {len(lines) - MOST_LISTED} more"]
+def _range(counts: Sequence[int]) -> str:
+    least = min(counts)
+    most = max(counts)
+    if least == most:
+        return f"{least:,}"
+    return f"{least:,} to {most:,}"
 
 
 # ---------------------------------------------------------------------- after it
 
 
-class Table(NamedTuple):
-    """One checkpoint's column."""
-
-    rows: dict[
-        str, tuple[float, float | None]
-    ]  # row: (ours, the paper's); percent but for the loss
-    notes: list[str]  # what no number shows
-
-
-def table_of(report: Mapping[str, Any]) -> Table:
-    """The column and the notes of one report of `fap.evaluate.work.carry_out`."""
-    results = report["results"]
-    paper = {"clean": report["paper"].get("top1")} | report["paper"]
-    rows: dict[str, tuple[float, float | None]] = {}
-    for key, row in TOP1.items():
-        if key in results:
-            rows[row] = (100 * results[key]["top1"], paper.get(key))
-    rows["top-5 accuracy"] = (100 * results["clean"]["top5"], None)
-    rows["loss"] = (results["clean"]["loss"], None)
-
-    notes = _label_notes(report["labels"])
-    kinds: dict[
-        str, dict[str, dict[int, dict[str, Any]]]
-    ] = {}  # {kind: {corruption: {severity: result}}}
-    for key, result in results.items():
-        if "/" in key:
-            kind, name, severity = key.split("/")
-            kinds.setdefault(kind, {}).setdefault(name, {})[int(severity)] = result
-    for kind, by_name in kinds.items():
-        errors = {
-            name: {s: 1 - result["top1"] for s, result in by.items()}
-            for name, by in by_name.items()
-        }
-        of_alexnet = kind == "imagenet_c" or (kind == "computed" and not report["small"])
-        refused = _why_no_means(by_name, of_alexnet)
-        n_sets = sum(len(by) for by in errors.values())
-        for key, value in summarise(errors).items():
-            if key == "mean":
-                rows[f"error, all {n_sets} sets ({KINDS[kind]})"] = (value, None)
-            elif key not in refused:
-                of_paper = (
-                    paper.get("imagenet_c") if key == "raw_19" and kind != "cifar10_c" else None
-                )
-                rows[f"error, {SUMMARY[key]} ({KINDS[kind]})"] = (value, of_paper)
-        for name, by in errors.items():
-            rows[f"error, {name} ({KINDS[kind]}){_severities(by)}"] = (
-                100 * fmean(by.values()),
-                None,
-            )
-        notes += [
-            f"{SUMMARY[key]} ({KINDS[kind]}): not computed: {why}" for key, why in refused.items()
-        ]
-    notes += [f"not used: {line}" for line in _capped(report["unused"])]
-    return Table(rows, notes)
-
-
-def _severities(by: Mapping[int, Any]) -> str:
-    if len(by) == 5:
-        return ""
-    plural = "severity" if len(by) == 1 else "severities"
-    return f", over {plural} {', '.join(map(str, sorted(by)))} only"
-
-
-def _why_no_means(
-    by_name: Mapping[str, Mapping[int, Mapping[str, Any]]], of_alexnet: bool
-) -> dict[str, str]:
-    """{mean that must not be computed: the reason}."""
-    refused: dict[str, str] = {}
-    counts = Counter(result["count"] for by in by_name.values() for result in by.values())
-    if len(counts) > 1:
-        usual = counts.most_common(1)[0][0]
-        odd = [
-            f"{name} at severity {severity} has {result['count']:,} images"
-            for name, by in by_name.items()
-            for severity, result in by.items()
-            if result["count"] != usual
-        ]
-        why = f"{'; '.join(_capped(odd))}, but most sets have {usual:,}"
-        refused = dict.fromkeys(SUMMARY, why)
-    for key, names in (
-        ("raw_15", [*ALEXNET_ERRORS]),
-        ("raw_19", [*ALEXNET_ERRORS, *EXTRA]),
-        ("mce", [*ALEXNET_ERRORS]),
-    ):
-        why = lacking(by_name, names)
-        if why:
-            refused[key] = why
-    if not of_alexnet:
-        refused["mce"] = "AlexNet's errors are those of ImageNet-C"
-    return refused
-
-
-def _label_notes(labels: Mapping[str, str]) -> list[str]:
-    """One line for each way in which labels were matched."""
-    ways: defaultdict[str, list[str]] = defaultdict(list)
-    for key, how in labels.items():
-        kind = key.split("/")[0]
-        if kind not in ways[how]:
-            ways[how].append(kind)
-    if len(ways) == 1:
-        return [f"labels of all sets: {how}" for how in ways]
-    return [f"labels of {', '.join(kinds)}: {how}" for how, kinds in ways.items()]
-
-
-def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+def markdown(reports: Sequence[Report]) -> str:
     """The checkpoints side by side, then what no number shows."""
     tables = [table_of(report) for report in reports]
-    settings = reports[0]["settings"]
-    count = reports[0]["results"]["clean"]["count"]
-    lines = [f"{count} images of {_plain(settings['data'])}, {settings['bn']} BN; percent.", ""]
-    lines.append(f"| | {' | '.join(_plain(head(report)) for report in reports)} |")
-    lines.append("|---" + "|--:" * len(reports) + "|")
+    settings = reports[0].settings
+    count = reports[0].results["clean"]["count"]
+    lines = [
+        f"{count} images of {_plain(settings['data'])}, {settings['bn']} BN; percent.",
+        "",
+        f"| | {' | '.join(_plain(head(report)) for report in reports)} |",
+        "|---" + "|--:" * len(reports) + "|",
+    ]
     for row in _all_rows(tables):
         lines.append(f"| {row} | {' | '.join(_cell(table.rows.get(row)) for table in tables)} |")
     notes = dict.fromkeys(note for table in tables for note in table.notes)
@@ -215,9 +109,9 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def head(report: Mapping[str, Any]) -> str:
+def head(report: Report) -> str:
     """A checkpoint's name in tables and plot."""
-    return f"{report['name']}, seed {report['seed']}, step {report['step']}"
+    return f"{report.name}, seed {report.seed}, step {report.step}"
 
 
 def _all_rows(tables: Sequence[Table]) -> list[str]:
@@ -229,38 +123,46 @@ def _plain(text: str) -> str:
     return shown(text, 400)[1:-1].replace("|", "\\|")
 
 
-def _cell(value: tuple[float, float | None] | None) -> str:
-    if value is None:
+def _cell(number: Number | None) -> str:
+    if number is None:
         return ""
-    ours, paper = value
-    return f"{ours:.2f}" if paper is None else f"{ours:.2f} (paper {paper:g})"
+    if number.paper is None:
+        return f"{number.ours:.2f}"
+    return f"{number.ours:.2f} (paper {number.paper:g})"
 
 
-def write_report(reports: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write report.md, report.json and report.png, each completely or not at all. Raises OSError."""
+def write_report(reports: Sequence[Report], out: Path) -> None:
+    """Write report.md, report.json and report.png, each whole or not at all. Raises OSError."""
     write_whole(out / "report.md", [markdown(reports).encode(errors="backslashreplace")])
-    full = []
+    trees = []
     for report in reports:
         table = table_of(report)
-        summary = {row: ours for row, (ours, _) in table.rows.items()}
-        full.append({**report, "summary": summary, "notes": table.notes})
-    write_whole(out / "report.json", [json.dumps(full, indent=1).encode()])
+        summary = {row: number.ours for row, number in table.rows.items()}
+        trees.append({**report.tree(), "summary": summary, "notes": table.notes})
+    write_whole(out / "report.json", [json.dumps(trees, indent=1).encode()])
     write_whole(out / "report.png", [_plot(reports)])
 
 
-def _plot(reports: Sequence[Mapping[str, Any]]) -> bytes:
-    tables = [table_of(report).rows for report in reports]
-    rows = [row for row in dict.fromkeys(row for table in tables for row in table) if row != "loss"]
-    height = min(MOST_INCHES, 1 + 0.2 * len(rows) * (1 + len(reports)))
+def _plot(reports: Sequence[Report]) -> bytes:
+    """A PNG: the rows that are percentages, a bar for each checkpoint."""
+    tables = [table_of(report) for report in reports]
+    others = {
+        title
+        for report in reports
+        for metric, title in report.task.rows.items()
+        if metric not in report.task.percents
+    }
+    rows = [row for row in _all_rows(tables) if row not in others]
+    height = min(MOST_INCHES, 1 + INCHES_PER_BAR * len(rows) * (1 + len(reports)))
     figure = matplotlib.figure.Figure(figsize=(10, height), layout="constrained")
     axes = figure.add_subplot(xlabel="percent")
-    width = 0.8 / len(reports)
+    bar = BARS_OF_A_ROW / len(reports)
+    absent = Number(float("nan"))
     for i, (report, table) in enumerate(zip(reports, tables, strict=True)):
-        values = [table.get(row, (float("nan"), None))[0] for row in rows]
-        axes.barh(
-            np.arange(len(rows)) + (i + 0.5) * width, values, width, label=_unmarked(head(report))
-        )
-    axes.set_yticks(np.arange(len(rows)) + 0.4, rows)
+        values = [table.rows.get(row, absent).ours for row in rows]
+        middles = np.arange(len(rows)) + (i + 0.5) * bar
+        axes.barh(middles, values, bar, label=_unmarked(head(report)))
+    axes.set_yticks(np.arange(len(rows)) + BARS_OF_A_ROW / 2, rows)
     axes.invert_yaxis()
     axes.legend()
     file = io.BytesIO()
@@ -269,5 +171,8 @@ def _plot(reports: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _unmarked(text: str) -> str:
-    """matplotlib reads `$` as mathematics, and leaves labels that start with `_` out of the legend."""
+    """A label that matplotlib shows as it is.
+
+    It reads `$` as mathematics, and leaves labels that start with `_` out of the legend.
+    """
     return shown(text, 100)[1:-1].replace("$", r"\$").lstrip("_")

@@ -1,6 +1,4 @@
-"""Results of finished sets, each a small file of its own, found again by what they were computed
-from.
-"""
+"""Results of finished sets, each a small file, found again by what it was computed from."""
 
 import hashlib
 import json
@@ -13,6 +11,16 @@ from fap.tasks.base import Result, Task
 from pipelines.files import read_regular, write_whole
 
 MOST_BYTES = 1 << 16  # of one result
+# What reading, parsing and checking raise where a file is not what `Results.keep` wrote.
+NO_RESULT = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def digest(of: Any) -> str:
@@ -21,43 +29,41 @@ def digest(of: Any) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A file name of at most 100 plain characters, whatever the text: it may come out of a
-    stranger's checkpoint.
+    """A file name of at most 100 plain characters.
+
+    `text` may be anything: a run's name comes out of a checkpoint, which may be a stranger's.
     """
     return re.sub(r"[^A-Za-z0-9_-]", "_", text[:100]) or "_"
 
 
 class Results:
-    """The results kept in `folder`. Two processes may share it: a file is written once and whole."""
+    """The results kept in `folder`. Processes may share it: a file is written once and whole."""
 
     def __init__(self, folder: Path, say: Callable[[str], Any]) -> None:
         """`say` is told of what cannot be read or written: it costs time, never a result."""
         self.folder = folder
         self.say = say
 
-    def find(self, name: str, of: dict[str, Any], count: int, task: Task) -> Result | None:
-        """The result computed from exactly `of`, on `count` images; None where there is none, or a
-        damaged one.
-        """
+    def find(
+        self,
+        name: str,
+        of: dict[str, Any],  # JSON: all that the result depends on
+        count: int,  # images
+        task: Task,
+    ) -> Result | None:
+        """The result computed from exactly `of`; None where there is none, or a damaged one."""
         file = self._file(name, of)
         try:
             return _checked(json.loads(read_regular(file, MOST_BYTES)), digest(of), count, task)
         except FileNotFoundError:
             return None
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            self.say(
-                f"warning: {file} is no result ({str(error)[:200]}); the set is evaluated again"
-            )
+        except NO_RESULT as error:
+            why = str(error)[:200]
+            self.say(f"warning: {file} is no result ({why}); the set is evaluated again")
             return None
 
     def keep(self, name: str, of: dict[str, Any], result: Result) -> None:
+        """Write a result for `find`, which is to be asked with the same `name` and `of`."""
         content = {"of": digest(of), "set": name, "result": result}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +76,11 @@ class Results:
 
 
 def _checked(tree: Any, of: str, count: int, task: Task) -> Result:
-    """A result out of a file. Raises ValueError, TypeError or LookupError for anything else."""
+    """A result out of a file. Raises one of `NO_RESULT` for anything else."""
     if tree["of"] != of:
         raise ValueError("it was computed from something else")
-    found = task.check_result(tree["result"])
-    if type(found["count"]) is not int or found["count"] != count:
+    metrics = dict(tree["result"])
+    found = metrics.pop("count")
+    if type(found) is not int or found != count:
         raise ValueError("another number of images")
-    return found
+    return task.check_metrics(metrics) | {"count": count}

@@ -9,13 +9,16 @@ if TYPE_CHECKING:
     from fap.config import Config
     from fap.tasks.base import Task
 
-# `config.task`: where its class is. The modules need torch and models, this one nothing, so that a
-# config can be checked without them.
+# `config.task`: where its class is. Not the class itself: its module imports models, which takes
+# seconds, and the config, which asks this table what may be asked for.
 TASKS = {"classification": "fap.tasks.classification:Classification"}
 
 
 def make_task(config: Config) -> Task:
-    """The task of a run whose data is open, so that `model.num_classes` is known."""
+    """The task of a run whose data is open, so that `model.num_classes` is known.
+
+    Raises ValueError for a config that the task cannot be trained by.
+    """
     module, _, name = TASKS[config.task].partition(":")
-    made: Task = getattr(import_module(module), name)(config)
-    return made
+    task: Task = getattr(import_module(module), name)(config)
+    return task

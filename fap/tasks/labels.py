@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pipelines.files import shown
 
+MOST_NAMED = 3  # class names in a message
+
 
 class Matching(NamedTuple):
     """How the data's labels become the model's."""
@@ -23,8 +25,11 @@ class Matching(NamedTuple):
 SAME_CLASSES = Matching("the data's labels are the model's classes")
 
 
-def match_classes(names: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """int64 (len(names),): where each of the data's class names stands among the model's.
+def match_classes(
+    names: Sequence[str],  # the data's
+    classes: Sequence[str],  # the model's
+) -> Tensor:  # int64 (len(names),)
+    """Where each of the data's class names stands among the model's.
 
     Raises ValueError for a name that is unknown or there twice.
     """
@@ -50,11 +55,13 @@ def match_labels(
     by_position: bool = False,
     restrict: bool = False,
 ) -> Matching:
-    """Match labels by class names, or by position where that is all there is. Raises ValueError.
+    """Match labels by class names, or by position where that is all there is.
 
     Where only one side has names, nothing shows whether the orders agree (folders 0, 1, 10, 100, 2
     are sorted as text), so `by_position` must allow it, and the counts must be equal. `restrict`
     (ImageNet-R) needs names.
+
+    Raises ValueError for labels beyond the classes, and where names or counts do not fit.
     """
     _check_range(names, labels, n_classes)
     if names and classes:
@@ -63,7 +70,9 @@ def match_labels(
             how = f"by name ({len(names)} of {len(classes)} classes)"
         return Matching(how, match_classes(names, classes), restrict)
 
-    lacking = "the checkpoint" if names else "the data"
+    lacking = "the data"
+    if names:
+        lacking = "the checkpoint"
     if restrict:
         lack = f"{lacking} has none"
         if not names and not classes:
@@ -89,6 +98,7 @@ def match_labels(
 
 
 def _check_range(names: Sequence[str] | None, labels: tuple[int, int], n_classes: int) -> None:
+    """Raise ValueError for labels that are beyond the data's own names, or the model's classes."""
     least, greatest = labels
     if names is None:
         known = n_classes
@@ -100,6 +110,8 @@ def _check_range(names: Sequence[str] | None, labels: tuple[int, int], n_classes
         raise ValueError(f"its labels are {least} to {greatest}, but {whose} {known} classes")
 
 
-def _first(names: Sequence[str], most: int = 3) -> str:
-    listed = ", ".join(shown(name, 60) for name in names[:most])
-    return listed + (" ..." if len(names) > most else "")
+def _first(names: Sequence[str]) -> str:
+    listed = ", ".join(shown(name, 60) for name in names[:MOST_NAMED])
+    if len(names) > MOST_NAMED:
+        listed += " ..."
+    return listed
