@@ -127,8 +127,7 @@ def test_what_must_not_wait_for_the_device_asks_for_no_value(name: str) -> None:
 
 
 def test_another_task_is_refused_by_the_config() -> None:
-    listed = ", ".join(TASKS)
-    with pytest.raises(ValueError, match=f"task.*must be one of {listed}"):
+    with pytest.raises(ValueError, match="task = 'clasification': must be 'classification'"):
         make_config({"name": "tiny", "task": "clasification"})
 
 
