@@ -36,16 +36,14 @@ THREADS = usable_cores()
 Batches = Iterator[int]  # rows of each batch
 
 
-def ours(
-    name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65
-) -> Batches:
-    """One of this project's pipelines on a `.beton` or a folder."""
+def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: float) -> Batches:
+    """One of this project's pipelines on a `.beton` or a folder; `options` are the back end's."""
     store = open_store(source)
     heights, widths = (
         np.tile(sides, EPOCHS) for sides in (store.heights, store.widths)
     )  # no pause between epochs
     plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
-    loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
+    loader = open_loader(name, store, size=SIZE, device=device, **options)
     yield from (
         len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store)))
     )
@@ -173,7 +171,9 @@ def main() -> None:
     every["stock DALI"] = partial(stock_dali, a.images, a.batch)
     if torch.cuda.is_available():
         every |= {
-            f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, a.batch, "cuda", load)
+            f"dali, GPU, hw {load}": partial(
+                ours, "dali", a.beton, a.batch, "cuda", hw_decoder_load=load
+            )
             for load in HW_LOADS
         }
         every["stock DALI, GPU"] = partial(stock_dali, a.images, a.batch, "mixed")
