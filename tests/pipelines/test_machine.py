@@ -213,15 +213,14 @@ def test_this_machine() -> None:
 def test_threads_follow_the_quota(
     jpeg_store: Any, jpeg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import convert, open_loader
-    from pipelines import corrupt_batches as corrupt
+    from pipelines import convert, open_loader, workers
     from pipelines.loaders import base as batch
     from pipelines.sources import folder
 
-    for module in (batch, convert, corrupt):
+    for module in (batch, convert, workers):
         monkeypatch.setattr(module, "usable_cores", lambda: 3)
     assert open_loader("ffcv", jpeg_store, size=32).threads == 3
-    with corrupt.Workers() as pool:
+    with workers.Workers() as pool:
         assert pool.n == 3
     asked = []
     run_ahead = folder.run_ahead
