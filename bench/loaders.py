@@ -71,21 +71,20 @@ def batches_of(name: str, images: Path, beton: Path, batch: int) -> Batches:
         case "stock DALI, GPU":
             return stock_dali(images, batch, "mixed")
     if name.startswith(DALI_GPU):
-        return ours("dali", beton, batch, "cuda", float(name.removeprefix(DALI_GPU)))
+        load = float(name.removeprefix(DALI_GPU))
+        return ours("dali", beton, batch, "cuda", hw_decoder_load=load)
     return ours(name, beton, batch)
 
 
-def ours(
-    name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65
-) -> Batches:
-    """One of this project's pipelines on a `.beton` or a folder."""
+def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: float) -> Batches:
+    """One of this project's pipelines on a `.beton` or a folder; `options` are the back end's."""
     store = open_store(source)
     # One plan for all epochs, so that there is no pause between them.
     heights = np.tile(store.heights, EPOCHS)
     widths = np.tile(store.widths, EPOCHS)
     plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
     plan = replace(plan, index=plan.index % len(store))
-    loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
+    loader = open_loader(name, store, size=SIZE, device=device, **options)
     for one in loader.load(plan):
         yield len(one.images)
 

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,16 +11,23 @@ T = TypeVar("T")
 def run_ahead(
     calls: Iterable[Callable[[], T]], threads: int, ahead: int
 ) -> Generator[T, None, None]:
-    """Results of the calls, in order, from a pool of threads; at most `ahead` calls run or wait, or
-    their results do.
+    """Results of the calls, in order, from a pool of threads.
+
+    While the consumer holds one result, at most `ahead` - 1 calls have been started: they wait, run
+    or are done. A call is not taken from `calls` earlier. Closing the generator cancels what waits
+    and returns when what runs has ended.
+
+    Raises:
+        Whatever a call raises, in its turn; the calls after it are cancelled.
     """
-    pool, calls = ThreadPoolExecutor(threads), iter(calls)
-    tasks: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    started: deque[Future[T]] = deque()
     try:
-        while True:
-            tasks.extend(map(pool.submit, islice(calls, ahead - len(tasks))))
-            if not tasks:
-                return
-            yield tasks.popleft().result()
+        for call in calls:
+            started.append(pool.submit(call))
+            if len(started) == ahead:
+                yield started.popleft().result()
+        while started:
+            yield started.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -65,10 +65,8 @@ def train(rank: int, world: int, port: int, method: list[str], seed: int, out: P
         rows = torch.from_numpy(plan.index[k].astype(np.int64))
         draws = {}
         if step.n_adv:
-            shuffle = torch.from_numpy(
-                plan.shuffle[k, rank * step.n_adv : (rank + 1) * step.n_adv].copy()
-            )
-            draws = {"shuffle": shuffle, "noise_key": torch.from_numpy(plan.noise_key[k].copy())}
+            names = ("shuffle", "noise_key")
+            draws = {name: torch.from_numpy(getattr(plan, name)[k].copy()) for name in names}
         step.feed(images[rows], labels[rows], 0.05, **draws)
         step()
     dist_metrics = step.take_metrics()

@@ -23,7 +23,7 @@ from fap.evaluate.results import Results
 from fap.evaluate.work import carry_out, look
 from fap.run.session import limit_threads
 from pipelines.corrupt import NAMES, QUICK, SMALL
-from pipelines.corrupt_batches import Workers
+from pipelines.workers import Workers
 
 DESCRIPTION = (
     "Exact accuracy of checkpoints on clean images and under corruptions, "

@@ -24,7 +24,7 @@ from fap.tasks.labels import Matching
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
-from pipelines.corrupt_batches import Workers
+from pipelines.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -260,11 +260,11 @@ class Run:
     # ------------------------------------------------------------------ the data
 
     def _open_loader(self, store: pipelines.Store) -> pipelines.Loader:
-        options = self.config.data.model_dump(
-            include={"size", "threads", "prefetch", "hw_decoder_load"}
-        )
+        data = self.config.data
+        # Each back end gets the options that it has: not all of them decode in threads, say.
+        options = data.model_dump(include=pipelines.loader_options(data.pipeline))
         return pipelines.open_loader(
-            self.config.data.pipeline, store, device=self.device, **options
+            data.pipeline, store, size=data.size, device=self.device, **options
         )
 
     @contextmanager
@@ -291,17 +291,11 @@ class Run:
 
     def _draws(self, plan: pipelines.EpochPlan) -> dict[str, Tensor]:
         """The plan's draws for the step, on the device, one row per step."""
-        first = self.ranks.rank * self.step.n_adv
-        shuffle = plan.shuffle[:, first : first + self.step.n_adv] - (
-            first if self.config.method.shuffle == "groups" else 0
-        )
-        names = (
-            ("noise_key", "mix_lam", "mix_box", "mix_partner")
-            if self.config.data.mix
-            else ("noise_key",)
-        )
-        draws = {"shuffle": shuffle} | {name: getattr(plan, name) for name in names}
-        return {k: torch.from_numpy(v.copy()).to(self.device) for k, v in draws.items()}
+        names = ["shuffle", "noise_key"]
+        if self.config.data.mix:
+            names += ["mix_lam", "mix_box", "mix_partner"]
+        draws = {name: torch.from_numpy(getattr(plan, name).copy()) for name in names}
+        return {name: draw.to(self.device) for name, draw in draws.items()}
 
     # ------------------------------------------------------------------ the record
 
@@ -473,11 +467,36 @@ def in_words(result: Result, task: Task) -> str:
 
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
     """The plan of a run: global rows per step, groups, augmentation and the scope of the shuffle."""
-    method, data, rows = config.method, config.data, config.optim.clean_batch
-    groups = rows // method.group_rows if method.adv_group_rows else 0
+    method = config.method
+    data = config.data
+    clean_rows = config.optim.clean_batch
+
+    # Vanilla training has no adversarial rows; each other method a group per clean group.
+    adv_groups = 0
+    if method.adv_group_rows:
+        adv_groups = clean_rows // method.group_rows
+
+    match method.shuffle:
+        case "ranks":
+            shuffle_groups = adv_groups
+        case "groups":
+            shuffle_groups = adv_groups // ranks.world
+        case _:
+            shuffle_groups = 0
     return pipelines.PlanSpec(
-        **data.model_dump(include={"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}), seed=config.seed,
-        clean_rows=rows, adv_rows=groups * method.adv_group_rows, clean_group_rows=method.group_rows, adv_group_rows=method.adv_group_rows or 1,
+        seed=config.seed,
+        size=data.size,
+        clean_rows=clean_rows,
+        clean_group_rows=method.group_rows,
+        adv_rows=adv_groups * method.adv_group_rows,
+        adv_group_rows=method.adv_group_rows or 1,
         adv_are_copies=method.entry.attacked == "copies",
-        shuffle_groups={"ranks": groups, "groups": groups // ranks.world}.get(method.shuffle or "off", 0),
-    )  # fmt: skip
+        shuffle_groups=shuffle_groups,
+        crop=data.crop,
+        scale=data.scale,
+        ratio=data.ratio,
+        pad=data.pad,
+        flip=data.flip,
+        mix=data.mix,
+        mix_alpha=data.mix_alpha,
+    )

@@ -1,5 +1,4 @@
-"""Execute an epoch plan on CPU cores: FFCV's C++ JPEG decoder, our own area resize, a pool of
-threads.
+"""Execute an epoch plan on CPU cores: FFCV's C++ JPEG decoder, our own area resize, many threads.
 
 A thread reads, decodes and resizes row by row: the decoded image stays in its cache, and only the
 window is resized.
@@ -7,23 +6,26 @@ window is resized.
 
 import importlib.util
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from ctypes import CDLL, c_bool, c_uint32, c_uint64, c_void_p
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from torch import Tensor
 
 from pipelines.ahead import run_ahead
-from pipelines.loaders.base import Loader
+from pipelines.loaders.area import area_resize
+from pipelines.loaders.base import ThreadedLoader
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.store import JPG, DamagedData
 
+# Few enough that all threads have work, enough that starting a task costs little beside it.
 ROWS_PER_TASK = 8
+
+WHOLE_IMAGE = (0, 0)  # x and y of the decoder's crop, which we do not use
 
 
 def _load_decoder() -> Any:
@@ -32,169 +34,144 @@ def _load_decoder() -> Any:
     Loaded without `import ffcv`, which takes seconds and sets torch's threads to 1.
     """
     spec = importlib.util.find_spec("ffcv")
-    library = (
-        next(Path(spec.origin).parent.glob("_libffcv*.so"), None) if spec and spec.origin else None
-    )
-    if library is None:
+    libraries: list[Path] = []
+    if spec and spec.origin:
+        libraries = list(Path(spec.origin).parent.glob("_libffcv*.so"))
+    if not libraries:
         raise ImportError("no module named 'ffcv' with its native library")
-    function = CDLL(str(library)).imdecode
-    # source, bytes, height, width; target, crop height, width, x, y, scale numerator, denominator,
-    # crop?, flip?
+    function = CDLL(str(libraries[0])).imdecode
     function.argtypes = [
-        c_void_p,
-        c_uint64,
-        c_uint32,
-        c_uint32,
-        c_void_p,
-        *[c_uint32] * 6,
-        c_bool,
-        c_bool,
+        c_void_p,  # source
+        c_uint64,  # its bytes
+        c_uint32,  # height
+        c_uint32,  # width
+        c_void_p,  # target
+        c_uint32,  # crop: height
+        c_uint32,  # width
+        c_uint32,  # x
+        c_uint32,  # y
+        c_uint32,  # scale: numerator
+        c_uint32,  # denominator
+        c_bool,  # crop?
+        c_bool,  # flip?
     ]
     return function
 
 
-_imdecode, _this_thread = _load_decoder(), threading.local()
+_imdecode = _load_decoder()
+_this_thread = threading.local()  # `scratch`, where a thread decodes; it grows to the largest image
 
 
-def _compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`numba.njit` whose machine code is kept beside this file or in the user's cache: compiled
-    once, not once per run.
+class FfcvLoader(ThreadedLoader):
+    """See `Loader`.
 
-    Where it cannot be kept, or what was kept is damaged, it is compiled for this process alone.
-    Numba's errors for that are of many types: no folder to write (RuntimeError), a full disk
-    (OSError), half a pickle.
+    The images of a step are decoded into a slot, a buffer of its own. There are `prefetch` + 1 of
+    them, used in turn: one belongs to the consumer, the others to the threads that fill them.
     """
 
-    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(signature, nogil=True, fastmath=True, cache=True)(function)
-        except Exception:
-            return njit(signature, nogil=True, fastmath=True)(
-                function
-            )  # raises again what the cache did not cause
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+        on_gpu = self.device.type == "cuda"
+        n_rows = plan.index.shape[1]
+        steps = range(start_step, len(plan))
+        parts = [slice(row, row + ROWS_PER_TASK) for row in range(0, n_rows, ROWS_PER_TASK)]
 
-    return compile_
-
-
-@njit(nogil=True, fastmath=True)
-def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
-    """Box filter over [start, start + extent): first source pixel (n_out,) and weights (taps,
-    n_out), 0 outside the image.
-    """
-    step, place = extent / n_out, np.arange(n_out)
-    low = start + step * (n_out - 1 - place if flip else place)
-    first = np.floor(low).astype(np.int64)
-    pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
-    share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
-    share = np.maximum(share, 0.0) * (pixel >= 0) * (pixel < limit)
-    return first, (share / step).astype(np.float32)
-
-
-@_compiled(
-    types.void(
-        types.Array(types.uint8, 3, "C", readonly=True),
-        *[types.float64] * 4,
-        types.boolean,
-        types.uint8[:, :, ::1],
-    )
-)
-def _area(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
-    """Each pixel of out (O, O, 3) is the mean of the box of source (H, W, 3) that it covers,
-    rounded; zeros lie around it.
-    """
-    stride, n = 3 * source.shape[1], 3 * out.shape[1]
-    ys, wy = _taps(top, height, source.shape[0], out.shape[0], False)
-    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1], flip)
-    begin, end = 3 * min(xs[0], xs[-1]), 3 * (max(xs[0], xs[-1]) + len(wx_pixel))
-    # one entry per channel value: the inner loops then run over contiguous memory and vectorise
-    at = (3 * xs.reshape(-1, 1) + np.arange(3) - begin).ravel().astype(np.uint32)
-    wx = (wx_pixel.reshape(-1, len(xs), 1) * np.ones(3, np.float32)).reshape(-1, n)
-    low, high = max(begin, 0), min(end, stride)
-    line, values = np.zeros(end - begin, np.float32), np.empty(n, np.float32)
-    inside = line[low - begin : high - begin]  # the rest stays zero
-    rows, result = source.reshape(-1, stride), out.reshape(-1, n)
-    for y in range(out.shape[0]):
-        inside[:] = 0
-        for k in range(len(wy)):
-            w = wy[k, y]
-            if w > 0:
-                row = rows[ys[y] + k, low:high]
-                for i in range(high - low):
-                    inside[i] += w * np.float32(row[i])
-        for j in range(n):
-            values[j] = np.float32(0.5) + wx[0, j] * line[at[j]]
-        for k in range(1, len(wx)):
-            shift = np.uint32(3 * k)
-            for j in range(n):
-                values[j] += wx[k, j] * line[at[j] + shift]
-        for j in range(n):
-            result[y, j] = np.uint8(np.int32(values[j]))
-
-
-class FfcvLoader(Loader):
-    """See `Loader`."""
-
-    def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
-        rows, steps, cuda = (
-            plan.index.shape[1],
-            range(start_step, len(plan)),
-            self.device.type == "cuda",
-        )
-        # one slot is in use, `prefetch` are being filled
+        # Pinned, so that the GPU copies from them by itself.
         slots = torch.empty(
-            (self.prefetch + 1, rows, self.size, self.size, 3), dtype=torch.uint8, pin_memory=cuda
+            (self.prefetch + 1, n_rows, self.size, self.size, 3),
+            dtype=torch.uint8,
+            pin_memory=on_gpu,
         )
-        out, side = slots.numpy(), torch.cuda.Stream(self.device) if cuda else None
-        parts = [slice(i, i + ROWS_PER_TASK) for i in range(0, rows, ROWS_PER_TASK)]
-        calls = (
-            partial(self._rows, plan, (step, part), out[step % len(out), part])
-            for step in steps
-            for part in parts
-        )
-        with closing(run_ahead(calls, self.threads, self.prefetch * len(parts))) as done:
+        # Copies to the GPU go beside the work that the consumer has queued there, not behind it.
+        copies = None
+        if on_gpu:
+            copies = torch.cuda.Stream(self.device)
+
+        def fillings() -> Iterator[Callable[[], None]]:
+            for step in steps:
+                slot = slots[step % len(slots)].numpy()
+                for part in parts:
+                    yield self._filling(plan, step, part, slot[part])
+
+        # `prefetch` steps of tasks are ahead of the consumer, and no more: a task of step s, which
+        # writes into the slot of step s - prefetch - 1, is only started when the consumer has asked
+        # for the step after that one.
+        n_ahead = self.prefetch * len(parts)
+        with closing(run_ahead(fillings(), self.threads, n_ahead)) as filled:
             for step in steps:
                 for _ in parts:
-                    next(done)
-                with torch.cuda.stream(
-                    side
-                ):  # beside the work that the consumer queued; on a CPU nothing is copied
+                    next(filled)
+                # On a CPU nothing is copied: the consumer reads the slot itself. To a GPU the host
+                # waits for the copy, so the slot is free before anyone asks for the next step.
+                with torch.cuda.stream(copies):
                     images = slots[step % len(slots)].to(self.device)
-                if cuda:
-                    images.record_stream(
-                        torch.cuda.current_stream(self.device)
-                    )  # its memory waits for the consumer
+                if on_gpu:
+                    # Its memory was allocated on the copies' stream, but the consumer's reads it:
+                    # once the tensor is gone it must not be given away before they are done.
+                    images.record_stream(torch.cuda.current_stream(self.device))
                 yield images
 
-    def _rows(self, plan: EpochPlan, at: tuple[int, slice], out: np.ndarray) -> None:
-        rows = (array[at].tolist() for array in (plan.index, plan.window, plan.flip))
-        for i, (top, left, height, width), flip, target in zip(*rows, out, strict=True):
-            if i == PADDING:
-                target.fill(0)
-            else:  # the decoder halves the image for less work, the box filter does the rest
-                by = 2 if min(height, width) >= 2 * self.size and self.store.modes[i] == JPG else 1
-                _area(
-                    self._image(i, by), top / by, left / by, height / by, width / by, flip, target
-                )
+    def _filling(
+        self,
+        plan: EpochPlan,
+        step: int,
+        part: slice,
+        target: np.ndarray,  # uint8 (rows of the part, size, size, 3)
+    ) -> Callable[[], None]:
+        """A task: decode some rows of a step into `target`."""
 
-    def _image(self, index: int, divisor: int) -> np.ndarray:
-        """One decoded sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3); valid until this
-        thread's next.
+        def fill() -> None:
+            # As Python numbers: each is read once, and numpy's own take longer to make.
+            indices = plan.index[step, part].tolist()
+            windows = plan.window[step, part].tolist()
+            flips = plan.flip[step, part].tolist()
+            for index, window, flip, out in zip(indices, windows, flips, target, strict=True):
+                if index == PADDING:
+                    out.fill(0)
+                else:
+                    self._show(index, window, flip, out)
+
+        return fill
+
+    def _show(self, index: int, window: list[int], flip: bool, out: np.ndarray) -> None:
+        """Fill out (size, size, 3) with a window of a sample."""
+        top, left, height, width = window
+        # Where the window is at least twice as large as the output, the decoder halves the image,
+        # for less work than decoding it whole. The box filter does the rest.
+        divisor = 1
+        if min(height, width) >= 2 * self.size and self.store.modes[index] == JPG:
+            divisor = 2
+        image = self._decoded(index, divisor)
+        area_resize(
+            image, top / divisor, left / divisor, height / divisor, width / divisor, flip, out
+        )
+
+    def _decoded(self, index: int, divisor: int) -> np.ndarray:
+        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3).
+
+        A JPEG lies in this thread's scratch memory: it is valid until the thread decodes its next.
         """
         encoded = self.store.read(index)
-        height, width = int(self.store.heights[index]), int(self.store.widths[index])
+        height = int(self.store.heights[index])
+        width = int(self.store.widths[index])
         if self.store.modes[index] != JPG:
             return encoded.reshape(height, width, 3)
-        shape = (-(-height // divisor), -(-width // divisor), 3)
-        n = shape[0] * shape[1] * 3
-        scratch = getattr(_this_thread, "scratch", np.empty(0, np.uint8))
-        if scratch.size < n:
-            scratch = _this_thread.scratch = np.empty(n, np.uint8)
-        source, target = (
-            (encoded.ctypes.data, encoded.size, height, width),
-            (scratch.ctypes.data, height, width),
-        )
-        if _imdecode(*source, *target, 0, 0, 1, divisor, False, False):
+
+        shape = (_ceil_div(height, divisor), _ceil_div(width, divisor), 3)
+        n_bytes = shape[0] * shape[1] * shape[2]
+        scratch = getattr(_this_thread, "scratch", None)
+        if scratch is None or scratch.size < n_bytes:
+            scratch = np.empty(n_bytes, np.uint8)
+            _this_thread.scratch = scratch
+
+        source = (encoded.ctypes.data, encoded.size, height, width)
+        target = (scratch.ctypes.data, height, width, *WHOLE_IMAGE)
+        scale = (1, divisor)
+        if _imdecode(*source, *target, *scale, False, False):
             raise DamagedData(
                 f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly"
             )
-        return scratch[:n].reshape(shape)
+        return scratch[:n_bytes].reshape(shape)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,11 +1,10 @@
-"""The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, one row at a
-time.
-"""
+"""The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, row by row."""
 
 from collections.abc import Generator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
@@ -14,11 +13,10 @@ from pipelines.store import JPG, DamagedData
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out, n_in): how much of each output pixel's box every input pixel covers. Shrinks and
-    enlarges.
+    """(n_out, n_in): how much of each output pixel's box every input pixel covers.
 
-    Rows sum to 1: the resize of all loaders is `area_matrix @ image @ area_matrix.T`, rounded to
-    nearest.
+    Rows sum to 1, when it shrinks and when it enlarges. The resize of all loaders is
+    `area_matrix @ image @ area_matrix.T`, rounded to nearest.
     """
     edges = np.arange(n_out + 1)[:, None] * (n_in / n_out)
     pixels = np.arange(n_in)
@@ -26,14 +24,18 @@ def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     return np.maximum(covered, 0) * (n_out / n_in)
 
 
-def crop_resize(image: np.ndarray, window: np.ndarray, size: int) -> np.ndarray:
-    """The window (top, left, height, width) of image (H, W, 3) at (size, size, 3); zeros outside
-    the image.
-    """
-    top, left, height, width = map(int, window)
-    margin = max(0, -top, -left, top + height - image.shape[0], left + width - image.shape[1])
+def crop_resize(
+    image: np.ndarray,  # uint8 (H, W, 3)
+    window: np.ndarray,  # top, left, height, width in pixels of the image
+    size: int,
+) -> np.ndarray:
+    """The window at (size, size, 3), uint8; zeros outside the image."""
+    top, left, height, width = window.tolist()
+    bottom_beyond = top + height - image.shape[0]
+    right_beyond = left + width - image.shape[1]
+    margin = max(0, -top, -left, bottom_beyond, right_beyond)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
-    crop = padded[top + margin : top + margin + height, left + margin : left + margin + width]
+    crop = padded[top + margin :, left + margin :][:height, :width]
     resized = np.einsum(
         "yh,hwc,xw->yxc", area_matrix(height, size), crop, area_matrix(width, size), optimize=True
     )
@@ -41,26 +43,26 @@ def crop_resize(image: np.ndarray, window: np.ndarray, size: int) -> np.ndarray:
 
 
 class ReferenceLoader(Loader):
-    """See `Loader`. One thread, no prefetch."""
+    """See `Loader`. One thread, nothing is decoded ahead, no options."""
 
-    def _images(self, plan: EpochPlan, start_step: int) -> Generator[torch.Tensor, None, None]:
-        for index, window, flip in zip(
-            *(a[start_step:] for a in (plan.index, plan.window, plan.flip)), strict=True
-        ):
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+        for step in range(start_step, len(plan)):
+            index = plan.index[step]
             images = np.zeros((len(index), self.size, self.size, 3), np.uint8)
             for row in np.flatnonzero(index != PADDING):
-                images[row] = crop_resize(self._decode(int(index[row])), window[row], self.size)
+                image = self._decode(int(index[row]))
+                images[row] = crop_resize(image, plan.window[step, row], self.size)
+            flip = plan.flip[step]
             images[flip] = images[flip, :, ::-1]
             yield torch.from_numpy(images).to(self.device)
 
     def _decode(self, index: int) -> np.ndarray:
+        """One sample as it is stored, upright: uint8 (H, W, 3)."""
         encoded = self.store.read(index)
         if self.store.modes[index] != JPG:
             return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
         try:
-            return np.asarray(
-                open_image(encoded.tobytes()).convert("RGB")
-            )  # as it is stored: upright
+            return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
         except UNREADABLE as error:
             raise DamagedData(
                 f"{self.store.file(index)}: sample {index}: {reason(error)}"

@@ -215,13 +215,13 @@ def test_this_machine() -> None:
 def test_threads_follow_the_quota(
     jpeg_store: Any, jpeg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import convert, corrupt_batches, open_loader, progress
+    from pipelines import convert, open_loader, progress, workers
     from pipelines.loaders import base
 
-    for module in (base, convert, corrupt_batches):
+    for module in (base, convert, workers):
         monkeypatch.setattr(module, "usable_cores", lambda: 3)
-    assert open_loader("reference", jpeg_store, size=32).threads == 3
-    with corrupt_batches.Workers() as pool:
+    assert open_loader("ffcv", jpeg_store, size=32).threads == 3
+    with workers.Workers() as pool:
         assert pool.n == 3
     asked = []
     run_ahead = progress.run_ahead

@@ -27,32 +27,34 @@ def same(a: EpochPlan, b: EpochPlan) -> dict[str, bool]:
     return {name: np.array_equal(getattr(a, name), getattr(b, name)) for name in ARRAYS}
 
 
+def measures(windows: np.ndarray) -> dict[str, np.ndarray]:
+    top, left, height, width = windows.T
+    return {
+        "area": height * width,
+        "ratio": width / height,
+        "top": top,
+        "left": left,
+        "bottom": top + height,
+        "right": left + width,
+    }
+
+
 @pytest.mark.parametrize("shape", ["random", (30, 400), (500, 60)])
 def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) -> None:
     seed = random.SystemRandom().randrange(2**31)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 600, 2).tolist() if shape == "random" else shape
-    image, n = torch.empty(1, height, width), 3000
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
-    )
+    n = 3000
+    image = torch.empty(1, height, width)
+    draws = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
+    theirs = np.array(draws, float)
     plan = draw_epoch(PlanSpec(seed, 32, n, clean_group_rows=n), *sides(n, height, width), epoch=0)
     ours = plan.window.reshape(n, 4).astype(float)
-    for name, of in {
-        "area": lambda w: w[:, 2] * w[:, 3],
-        "ratio": lambda w: w[:, 3] / w[:, 2],
-        "top": lambda w: w[:, 0],
-        "left": lambda w: w[:, 1],
-        "bottom": lambda w: w[:, 0] + w[:, 2],
-        "right": lambda w: w[:, 1] + w[:, 3],
-    }.items():
-        assert ks_2samp(of(ours), of(theirs), method="asymp").pvalue > 1e-6, (
-            name,
-            height,
-            width,
-            seed,
-        )
+    expected = measures(theirs)
+    for name, values in measures(ours).items():
+        found = ks_2samp(values, expected[name], method="asymp")
+        assert found.pvalue > 1e-6, (name, height, width, seed)
 
 
 @given(
@@ -71,9 +73,8 @@ def test_windows_lie_inside_any_image(shapes: list[tuple[int, int]], seed: int) 
 
 def test_pad_windows_are_uniform() -> None:
     n = 8100
-    plan = draw_epoch(
-        PlanSpec(2, 32, n, clean_group_rows=n, crop="pad"), *sides(n, 32, 32), epoch=0
-    )
+    spec = PlanSpec(2, 32, n, clean_group_rows=n, crop="pad")
+    plan = draw_epoch(spec, *sides(n, 32, 32), epoch=0)
     corner = plan.window[0, :, :2] + 4
     assert (plan.window[..., 2:] == 32).all()
     assert chisquare(np.bincount(corner[:, 0] * 9 + corner[:, 1], minlength=81)).pvalue > 1e-6
@@ -87,14 +88,16 @@ def test_an_epoch_is_a_permutation_and_drops_the_partial_batch() -> None:
     assert (plan.n_clean, plan.n_adv) == (128, 64)
     assert len(np.unique(plan.index)) == 3 * 192
     assert plan.index.max() < n
-    assert not np.array_equal(np.sort(plan.index.ravel()), np.arange(3 * 192)), (
-        "the dropped rows never change"
-    )
+    # Else the same images would be dropped in every epoch.
+    assert not np.array_equal(np.sort(plan.index.ravel()), np.arange(3 * 192))
 
 
 def test_same_key_same_plan_and_other_epochs_and_seeds_differ() -> None:
     spec = replace(SPEC, mix="cutmix")
-    draw = lambda spec, epoch: draw_epoch(spec, *sides(600), epoch)  # noqa: E731
+
+    def draw(spec: PlanSpec, epoch: int) -> EpochPlan:
+        return draw_epoch(spec, *sides(600), epoch)
+
     assert all(same(draw(spec, 3), draw(spec, 3)).values())
     for other in (draw(spec, 4), draw(replace(spec, seed=2), 3)):
         assert not any(same(draw(spec, 3), other).values())
@@ -115,8 +118,87 @@ def test_rank_slices_partition_the_epoch(world: int) -> None:
     np.testing.assert_array_equal(np.concatenate([p.noise_key for p in ranks], 1), plan.noise_key)
     partner = [p.mix_partner + r * p.n_clean for r, p in enumerate(ranks)]
     np.testing.assert_array_equal(np.concatenate(partner, 1), plan.mix_partner)
-    assert all(np.array_equal(p.shuffle, plan.shuffle) for p in ranks)
+    np.testing.assert_array_equal(np.concatenate([p.shuffle for p in ranks], 1), plan.shuffle)
     assert all(p.mix_partner.min() >= 0 and p.mix_partner.max() < p.n_clean for p in ranks)
+
+
+def slow_for_rank(plan: EpochPlan, rank: int, world: int) -> dict[str, list]:
+    """What one rank gets of each array, step by step, group by group, row by row."""
+    spec = plan.spec
+    clean_groups = spec.clean_rows // spec.clean_group_rows
+    adv_groups = spec.adv_rows // spec.adv_group_rows
+    first_clean = rank * (clean_groups // world) * spec.clean_group_rows
+    first_adv = rank * (adv_groups // world) * spec.adv_group_rows
+    own: dict[str, list] = {name: [] for name in ARRAYS}
+    for step in range(len(plan)):
+        row: dict[str, list] = {name: [] for name in ARRAYS}
+        loaded = []
+        for place in range(first_clean, first_clean + spec.clean_rows // world):
+            loaded.append(place)
+            row["mix_partner"].append(plan.mix_partner[step, place] - first_clean)
+        for place in range(first_adv, first_adv + spec.adv_rows // world):
+            if not spec.adv_are_copies:
+                loaded.append(spec.clean_rows + place)
+            source = plan.shuffle[step, place]
+            # All groups are one scope: rows come from all ranks, in their numbers.
+            if spec.shuffle_groups != adv_groups:
+                source -= first_adv
+            row["shuffle"].append(source)
+        for place in loaded:
+            for name in ("index", "window", "flip"):
+                row[name].append(getattr(plan, name)[step, place])
+        for group in range(adv_groups // world):
+            row["noise_key"].append(plan.noise_key[step, rank * (adv_groups // world) + group])
+        for name in ARRAYS:
+            whole = name in ("mix_lam", "mix_box")  # the same on every rank
+            own[name].append(getattr(plan, name)[step] if whole else row[name])
+    return own
+
+
+@pytest.mark.parametrize("scope", ["off", "one rank", "all ranks"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_rank_gets_all_it_needs_as_in_plain_loops(world: int, scope: str) -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    rng = np.random.default_rng(seed)
+    groups_of_a_rank = int(rng.integers(1, 4))
+    groups = groups_of_a_rank * world
+    clean_group_rows = int(rng.integers(1, 6))
+    adv_group_rows = int(rng.integers(1, 5))
+    spec = PlanSpec(
+        seed=seed,
+        size=32,
+        clean_rows=groups * clean_group_rows,
+        clean_group_rows=clean_group_rows,
+        adv_rows=groups * adv_group_rows,
+        adv_group_rows=adv_group_rows,
+        adv_are_copies=bool(rng.integers(2)),
+        mix=[None, "mixup", "cutmix"][rng.integers(3)],  # type: ignore[arg-type]
+        shuffle_groups={"off": 0, "one rank": groups_of_a_rank, "all ranks": groups}[scope],
+    )
+    plan = draw_epoch(spec, *sides(3 * spec.loaded_rows), epoch=0)
+    gathered = np.arange(spec.adv_rows)  # adversarial rows of all ranks, one after the other
+    for rank in range(world):
+        own = plan.for_rank(rank, world)
+        slow = slow_for_rank(plan, rank, world)
+        for name in ARRAYS:
+            np.testing.assert_array_equal(getattr(own, name), slow[name], str((name, rank, spec)))
+        # As the step uses it: the rows of all ranks, or this rank's alone.
+        rows = gathered
+        if scope != "all ranks":
+            rows = np.split(gathered, world)[rank]
+        mine = slice(rank * own.n_adv, (rank + 1) * own.n_adv)
+        np.testing.assert_array_equal(rows[own.shuffle], plan.shuffle[:, mine])
+
+
+def test_a_scope_that_ends_inside_a_rank_is_numbered_over_all_ranks() -> None:
+    spec = replace(SPEC, clean_rows=64 * 8, adv_rows=16 * 8, shuffle_groups=3)
+    assert not spec.shuffles_within_ranks(2)
+    assert not replace(spec, shuffle_groups=8).shuffles_within_ranks(2)
+    for groups in (0, 1, 2, 4):
+        assert replace(spec, shuffle_groups=groups).shuffles_within_ranks(2)
+    plan = draw_epoch(spec, *sides(640), epoch=0)
+    both = [plan.for_rank(rank, 2).shuffle for rank in range(2)]
+    np.testing.assert_array_equal(np.concatenate(both, 1), plan.shuffle)
 
 
 def test_groups_that_do_not_divide_among_ranks_are_refused() -> None:

@@ -207,7 +207,7 @@ def test_threads_need_no_semaphores(no_semaphores: None, jpeg_folder: Path, tmp_
 def test_what_cannot_be_kept_is_compiled_all_the_same(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.loaders import ffcv
+    from pipelines.loaders import area
 
     asked = []
 
@@ -217,8 +217,8 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(
             raise error
         return lambda function: function
 
-    monkeypatch.setattr(ffcv, "njit", njit)
-    assert ffcv._compiled("signature")(abs)(-3) == 3
+    monkeypatch.setattr(area, "njit", njit)
+    assert area._compiled("signature")(abs)(-3) == 3
     assert asked == [("signature", {"nogil": True, "fastmath": True})] * 2
 
 

@@ -229,7 +229,7 @@ def spies(seen: Seen) -> Iterator[None]:
 
     def opened(name: str, store: pipelines.Store, **options: Any) -> pipelines.Loader:
         seen.loaders.append((name, Path(store.path).name, dict(options)))
-        loader = open_loader("reference", store, **options)
+        loader = open_loader("reference", store, size=options["size"], device=options["device"])
         load = loader.load
 
         def loaded(plan: EpochPlan, start_step: int = 0) -> Iterator[pipelines.Batch]:
