@@ -202,7 +202,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--synthetic", action="store_true", help="no loader (the default without --data)"
     )
-    parser.add_argument("--pipeline", choices=["ffcv", "dali", "reference"], default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(pipelines.BACK_ENDS), default="ffcv")
     parser.add_argument(
         "--block", type=int, help="steps per block; default 20 with --data, 5 on a GPU, 1 on a CPU"
     )

@@ -29,6 +29,7 @@ from bench.demo_words import BASE, EQUAL_COST, LABELS, Cost
 from bench.study import RUNS, Files, convert, last_checkpoint, same_settings, summary
 from fap.cli.output import survive
 from fap.config import load_config
+from pipelines.back_ends import BACK_ENDS
 from pipelines.machine import usable_cores
 
 STEPS_PER_BLOCK = 3  # of the measurement of cost
@@ -290,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="the short version: under 2 minutes")
-    parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
     args = parser.parse_args(argv)
     survive()
     torch.set_num_threads(1)  # ours, too, shall be one thread beside another process

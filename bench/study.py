@@ -22,6 +22,7 @@ from bench.common import RESULTS, ROOT
 from bench.study_report import report
 from fap.cli.output import survive
 from pipelines import open_store
+from pipelines.back_ends import BACK_ENDS
 from pipelines.corrupt import NAMES
 from pipelines.machine import usable_cores
 
@@ -212,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("study",))
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
-    parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
     args = parser.parse_args()
     survive()
     size = SIZES[args.size]

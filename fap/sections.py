@@ -30,6 +30,7 @@ from fap.fields import (
     key_of,
 )
 from fap.methods import DEFAULT_METHOD, METHODS, Method
+from pipelines.back_ends import BACK_ENDS
 from pipelines.files import shown
 
 UNSET: Any = None  # a default that a validator replaces
@@ -168,7 +169,8 @@ class DataConfig(Section):
     """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and
     `reference`)."""
     val: FilePath | None = None
-    pipeline: Literal["ffcv", "dali", "reference"] = "ffcv"
+    pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS))] = "ffcv"
+    """The loader: one of `pipelines.back_ends.BACK_ENDS`."""
     size: PositiveInt = 224
     resize: PositiveInt = 256
     """Evaluation: shorter side before the centre crop of `size` pixels."""

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from pipelines.loaders import BACK_ENDS, loader_options, open_loader
+from pipelines.back_ends import BACK_ENDS
+from pipelines.loaders import loader_options, open_loader
 from pipelines.loaders.base import Batch, Loader
 from pipelines.machine import settle_in
 from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan

@@ -22,6 +22,7 @@ from bench.common import ROOT, options
 from bench.gpu import sheets
 from bench.study import Files, Size, convert, evaluated, train
 from bench.study_report import report
+from pipelines.back_ends import BACK_ENDS
 from pipelines.convert import convert_arrays
 from pipelines.sources import cifar10
 
@@ -124,7 +125,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kit", type=Path, help="folder of CIFAR-10 in sheets, for a machine without a network"
     )
-    parser.add_argument("--pipeline", choices=("ffcv", "dali", "reference"), default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
     parser.add_argument(
         "--toy", action="store_true", help="noise instead of CIFAR-10, one short run per arm"
     )

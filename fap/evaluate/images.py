@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,7 +25,7 @@ from pipelines.corrupt_batches import corrupted
 from pipelines.sources import arrays, cifar10
 from pipelines.sources.sidecar import sidecar_path
 
-BackEnd = Literal["ffcv", "dali", "reference"]
+BackEnd = str  # one of `pipelines.BACK_ENDS`
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 """uint8 images (B, 3, H, W), and what each row is: (B, ...)."""
 

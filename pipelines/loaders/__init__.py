@@ -1,34 +1,14 @@
-"""The back ends that execute an epoch plan. To add one, see `pipelines.loaders.base.Loader`."""
+"""Loaders: back ends that execute an epoch plan, opened by name."""
 
 from importlib import import_module
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from pipelines.back_ends import BACK_ENDS
 from pipelines.loaders.base import Loader
 from pipelines.store import Store
-
-
-class BackEnd(NamedTuple):
-    """Where a loader is. It is imported when it is asked for: its packages may be missing."""
-
-    module: str
-    loader: str  # the class in it
-    install: str  # how to install what it needs
-
-
-BACK_ENDS = {
-    "ffcv": BackEnd(
-        "pipelines.loaders.ffcv",
-        "FfcvLoader",
-        "pip install --no-deps ffcv==1.0.2 (README lists the system packages)",
-    ),
-    "dali": BackEnd(
-        "pipelines.loaders.dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"
-    ),
-    "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
-}
 
 
 def open_loader(

@@ -30,7 +30,7 @@ class Loader(ABC):
     """Executes plans of `size` x `size` pixels, and draws nothing at random.
 
     A new back end is one file, with a subclass that has an `_images`, and one line in
-    `pipelines.loaders.BACK_ENDS`. If it has options, it takes them as keyword arguments of its
+    `pipelines.back_ends.BACK_ENDS`. If it has options, it takes them as keyword arguments of its
     `__init__`, each written out: `open_loader` takes these and no others. A user sets option `x` by
     the config's field `data.x`.
 

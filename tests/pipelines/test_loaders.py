@@ -31,7 +31,7 @@ from pipelines import (
     open_loader,
     open_store,
 )
-from pipelines.loaders import BACK_ENDS, BackEnd
+from pipelines.back_ends import BACK_ENDS, BackEnd
 from pipelines.loaders.base import was_drawn_for
 from pipelines.loaders.reference import ReferenceLoader, crop_resize
 from pipelines.plan import PADDING
