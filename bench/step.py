@@ -23,8 +23,9 @@ from fap.config import Config, make_config
 from fap.nets.build import build, plain
 from fap.nets.norm import Group, norm_state, set_groups
 from fap.nets.stem import stem_of
-from fap.run.session import Stopwatch, set_up_torch
-from fap.run.train import plan_spec
+from fap.run.epoch import plan_spec
+from fap.run.stopwatch import Stopwatch
+from fap.run.torch_setup import set_up_torch
 from fap.step.graph import runner
 from fap.step.step import Step
 

@@ -34,8 +34,10 @@ def _train(argv: Sequence[str] | None) -> None:
         from fap.checkpoint import DamagedCheckpoint
         from fap.config import load_config
         from fap.distributed import ONE_RANK, connect, disconnect, lost_a_rank
+        from fap.run.monitor import NonFinite
+        from fap.run.saving import NotSaved
         from fap.run.session import Interrupted, StopSignal
-        from fap.run.train import NonFinite, NotSaved, Run
+        from fap.run.train import Run
         from fap.step.graph import FreshProcessNeeded, out_of_memory
 
     parser = argparse.ArgumentParser(prog="fap-train", description=__doc__)
