@@ -3,7 +3,7 @@
 A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the old
 files and at most a stale temporary one. A CRC32 of the whole file (its own digits read as zeros)
 stands in its header: a damaged file is noticed before any of it is used. The checksum is no
-signature, so what the file says is not trusted either: `fap.run.meta` checks the metadata,
+signature, so what the file says is not trusted either: `fap.run_meta` checks the metadata,
 `fap.evaluate.load` the model's tensors.
 """
 

@@ -17,7 +17,7 @@ from bench.common import ROOT, write_json
 from fap.config import load_config
 from fap.run.train import Run
 from fap.versions import versions
-from tests.run.test_train import STEPS, command, environment, final_state, kill_and_resume, words
+from tests.run.runs import STEPS, command, environment, final_state, kill_and_resume, words
 
 EPOCHS = int(os.environ.get("SOAK_EPOCHS", 200))
 GROWTH_MB = 4  # between the second and the last quarter of the epochs

@@ -20,7 +20,7 @@ from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint, brief
 from fap.config import Config
 from fap.nets import norm
-from fap.run.meta import RunMeta, run_meta
+from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
 from pipelines.files import shown

@@ -14,9 +14,9 @@ from fap.checkpoint import Checkpoints, DamagedCheckpoint
 from fap.config import Config
 from fap.distributed import Ranks
 from fap.run.data import RunData
-from fap.run.meta import RunMeta, run_meta
 from fap.run.resume import check_same_data, check_same_run
 from fap.run.session import StopSignal
+from fap.run_meta import RunMeta, run_meta
 from fap.step.graph import out_of_memory
 from fap.step.step import METRICS, Step
 from fap.tasks.base import Result, Task
@@ -102,7 +102,7 @@ class Saving:
         return not failed
 
     def _meta(self, progress: Progress) -> dict[str, Any]:
-        """What `fap.run.meta.RunMeta` reads."""
+        """What `fap.run_meta.RunMeta` reads."""
         return {
             "config": self.config.model_dump(mode="json"),
             "step": progress.step,

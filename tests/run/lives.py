@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fap.run.session import SIGNALS
-from tests.run.test_train import command, environment, final_state, words
+from tests.run.runs import command, environment, final_state, words
 
 PATIENCE_S = 120  # for one start of a run that takes seconds
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import write_beton
 from tests.run.lives import Life
-from tests.run.test_train import command, environment, final_state, words
+from tests.run.runs import command, environment, final_state, words
 from tests.test_soak import record
 
 LIVES, EVENTS = 40, 8  # of the soak
