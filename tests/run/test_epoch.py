@@ -119,10 +119,12 @@ def test_two_ranks_shuffle_within_their_scope_and_train_like_one(
     train_on(config, ONE_RANK, plan, copy.deepcopy(model), one)
     two = on_two_ranks(config, plan, model)
     assert set(two) == {0, 1}
-    weights = one[0].flat.param.data
+    alone = one[0].flat
+    weights = alone.param.data
     for step in two.values():
-        torch.testing.assert_close(step.flat.param.data, weights, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(step.flat.stats, one[0].flat.stats, rtol=1e-9, atol=1e-12)
+        flat = step.flat
+        torch.testing.assert_close(flat.param.data, weights, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(flat.stats, alone.stats, rtol=1e-9, atol=1e-12)
     both = torch.cat([adversarial_rows(two[rank]) for rank in range(2)])
     torch.testing.assert_close(both, adversarial_rows(one[0]), rtol=1e-9, atol=1e-9)
     # Without the shuffle the same step trains otherwise, so the above can tell.

@@ -1,6 +1,7 @@
 """What `fap-train` says of failures, and how it starts itself again after one."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,8 +172,8 @@ def test_only_a_run_of_one_rank_starts_itself_again(
     monkeypatch.setattr(train, "Run", Failing)
     monkeypatch.setattr(distributed, "connect", lambda: Ranks(0, world, 0))
     monkeypatch.setattr(Ranks, "gather", lambda ranks, fact: [fact] * ranks.world)
-    monkeypatch.setattr(cli.os, "execv", execv)
-    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "_exit", end)
     if world == 1:
         given = ["run.graph=auto", "--pipeline", "dali"]
         with pytest.raises(Replaced) as replaced:
