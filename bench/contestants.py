@@ -17,8 +17,9 @@ from fap.config import Config, make_config
 from fap.nets.build import build
 from fap.nets.dual import norm_state
 from fap.nets.stem import stem_of
-from fap.run.session import Stopwatch, set_up_torch
-from fap.run.train import plan_spec
+from fap.run.epoch import plan_spec
+from fap.run.stopwatch import Stopwatch
+from fap.run.torch_setup import set_up_torch
 from fap.step.graph import runner
 from fap.step.passes import passes_of
 from fap.step.step import Step

@@ -20,7 +20,7 @@ LEAVES = {"pipelines.files", "pipelines.machine", "pipelines.names", "pipelines.
 
 # The settings of a run as data: they know no room.
 SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "budget"}
-BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "optim", "tasks"}
+BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "optim", "run_meta", "tasks"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "optim": {"config", "methods"},
     "draws": set[str](),
     "distributed": set[str](),
-    "checkpoint": {"config"},
+    "checkpoint": set[str](),
+    "run_meta": {"config", "checkpoint"},
     "nets": {"config", "checkpoint"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "sections", "methods", "nets", "tasks", "distributed", "draws", "optim"},
@@ -50,8 +51,6 @@ EXCEPTIONS = {
     ("fap.distributed", "fap.step.layout"): "ranks exchange rows as they lie in memory, "
     "which the step's module for rows knows",
     ("fap.config", "fap.tasks"): "the names of the tasks, a registry that imports nothing",
-    ("fap.checkpoint", "fap.step.metrics"): "the metadata hold one total for each of METRICS; "
-    "another set of names is refused",
 }
 
 

@@ -21,7 +21,7 @@ from fap.evaluate import report
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.results import Results
 from fap.evaluate.work import carry_out, look
-from fap.run.session import limit_threads
+from fap.run.torch_setup import limit_threads
 from pipelines.corrupt import NAMES, QUICK, SMALL
 from pipelines.workers import Workers
 

@@ -21,16 +21,19 @@ from fap import distributed
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.run import train
+from fap.run.monitor import NonFinite
+from fap.run.saving import NotSaved
 from fap.run.session import Interrupted, StopSignal
 from fap.step.graph import FreshProcessNeeded, out_of_memory
+from fap.tasks.base import Task
 
 # Faults of the user, of the data or of the machine. Their text says all; a traceback would hide it.
 FAULTS = (
     ValueError,
     OSError,
     ImportError,
-    train.NonFinite,
-    train.NotSaved,
+    NonFinite,
+    NotSaved,
     DamagedCheckpoint,
     pipelines.DamagedData,
 )
@@ -45,7 +48,8 @@ def run(argv: Sequence[str] | None) -> None:
             ranks = distributed.connect()
             with ranks.together():
                 config = wanted(args)
-            result = train.Run(config, ranks, stop).train()
+            training = train.Run(config, ranks, stop)
+            result = training.train()
             distributed.disconnect()
         except Interrupted as stopped:
             _end(stopped.exit_code, str(stopped), ranks.world)
@@ -61,7 +65,7 @@ def run(argv: Sequence[str] | None) -> None:
                 raise
             _end(1, problem, ranks.world)
     if ranks.first:
-        _report(result)
+        _report(result, training.task)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,11 +109,11 @@ def _problem(error: Exception) -> str | None:
     return None
 
 
-def _report(result: dict[str, Any]) -> None:
+def _report(result: dict[str, Any], task: Task) -> None:
     last = result["last"]
-    accuracy = f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%}"
+    reached = ", ".join(f"{words} {last[name]:.2%}" for name, words in task.percents.items())
     cost = f"{result['image_passes']:,} image passes in {result['seconds']:.0f} s"
-    print(f"done: {accuracy} after {cost}")
+    print(f"done: {reached} after {cost}")
 
 
 def _end(code: int, message: str, world: int) -> NoReturn:

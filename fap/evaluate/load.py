@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fap import checkpoint
-from fap.checkpoint import DamagedCheckpoint, RunMeta, brief, run_meta
-from fap.config import Config, make_config
+from fap.checkpoint import DamagedCheckpoint, brief
+from fap.config import Config
 from fap.nets import dual
+from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
 from pipelines.files import shown
@@ -122,7 +123,7 @@ class _Read(NamedTuple):
 def _read(path: str | Path) -> _Read:
     tensors, tree, content = checkpoint.load_with_content(path)
     meta = run_meta(path, tree)
-    config = make_config(meta.config)
+    config = meta.config
     state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     _check_model(path, config, state)
     return _Read(state, meta, config, content)

@@ -1,10 +1,13 @@
-"""The data of a run: opened, counted, and its classes matched, before anything is built or written."""
+"""The data of a run: opened, counted, its classes matched, before anything is built or written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 import pipelines
 from fap.config import Config
@@ -32,7 +35,7 @@ def open_data(config: Config) -> RunData:
 
     Raises:
         ValueError: a field is unset, `model.num_classes` is not the data's, or the classes of the
-        two do not match.
+            two do not match.
         DamagedData: as the stores raise it.
     """
     train = _open("train", config)
@@ -43,34 +46,51 @@ def open_data(config: Config) -> RunData:
     lines = [*_lines("train", train), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
         lines.append(
-            f"classes    {n_classes}: data.train has no class names, its largest label is"
-            f" {n_classes - 1}"
+            f"classes    {n_classes}: data.train has no class names, "
+            f"its largest label is {n_classes - 1}"
         )
     return RunData(train, val, train.identity(), val.identity(), n_classes, matching, lines)
+
+
+def open_loader(config: Config, store: pipelines.Store, device: torch.device) -> pipelines.Loader:
+    """The config's back end for `store`. ImportError if its package is missing."""
+    data = config.data
+    options = data.model_dump(include=pipelines.loader_options(data.pipeline))
+    return pipelines.open_loader(data.pipeline, store, size=data.size, device=device, **options)
+
+
+@contextmanager
+def closing(loader: pipelines.Loader, say: Callable[[str], Any]) -> Iterator[pipelines.Loader]:
+    """Close it after the block; a failure to is secondary, and hides no error of the block."""
+    try:
+        yield loader
+    finally:
+        try:
+            loader.close()
+        except Exception as error:
+            say(f"warning: the loader was not closed properly: {error}")
 
 
 def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
     path = getattr(config.data, field)
     if path is None:
         raise ValueError(
-            f"data.{field} is not set: give a .beton file (make one with fap-convert) or an image"
-            " folder"
+            f"data.{field} is not set: "
+            "give a .beton file (make one with fap-convert) or an image folder"
         )
     store = pipelines.open_store(path)
     least = int(store.labels.min())
     most = int(store.labels.max())
     if least < 0:
         raise ValueError(
-            f"data.{field} = {readable(store.path)} holds labels {least} to {most}: a label must"
-            " not be negative"
+            f"data.{field} = {readable(store.path)} holds labels {least} to {most}: "
+            "a label must not be negative"
         )
     return store
 
 
 def _class_count(config: Config, train: pipelines.Store) -> int:
-    """The model's classes: those that data.train names, else as many as `model.num_classes` or the
-    labels say.
-    """
+    """The model's classes: those that data.train names, else what the config or the labels say."""
     path = readable(train.path)
     wanted = config.model.num_classes
     most = int(train.labels.max())
@@ -78,51 +98,57 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
         found = len(train.classes)
         if wanted is not None and wanted != found:
             raise ValueError(
-                f"model.num_classes = {wanted}, but data.train = {path} names {found} classes"
-                f" ({_names(train.classes)}): write model.num_classes={found}, or leave it out"
+                f"model.num_classes = {wanted}, but data.train = {path} names {found} classes "
+                f"({_names(train.classes)}): write model.num_classes={found}, or leave it out"
             )
     else:
-        found = most + 1 if wanted is None else wanted
+        found = most + 1
+        if wanted is not None:
+            found = wanted
         if most >= found:
             raise ValueError(
                 f"model.num_classes = {found}, but data.train = {path} holds labels 0 to {most}"
             )
     if found < 2:
         raise ValueError(
-            f"data.train = {path} has a single class, so there is nothing to learn; are the class"
-            " folders deeper?"
+            f"data.train = {path} has a single class, so there is nothing to learn; "
+            "are the class folders deeper?"
         )
     return found
 
 
 def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Matching:
-    """By name where both have names, so that data.val may lack classes; by number where neither
-    has.
-    """
+    """By name where both have names, so that data.val may lack classes; else by number."""
     where = f"data.val = {readable(val.path)}"
-    if (train.classes is None) != (val.classes is None):
-        named, nameless = ("val", "train") if train.classes is None else ("train", "val")
-        raise ValueError(
-            f"data.{named} has class names and data.{nameless} has none, so labels could only be"
-            " compared by number, and a wrong order gives wrong accuracies without a word: convert"
-            " both with fap-convert, which writes the names; or read both without names, as a"
-            " .beton whose .json is put aside"
-        )
-    if train.classes is not None and val.classes is not None:
-        if val.classes == train.classes:
-            return SAME_CLASSES
-        try:
-            return Matching("by name", match_classes(val.classes, train.classes))
-        except ValueError as error:
+    if train.classes is None and val.classes is None:
+        most = int(val.labels.max())
+        if most >= n_classes:
             raise ValueError(
-                f"{where} does not fit data.train = {readable(train.path)}: {error}"
-            ) from None
-    most = int(val.labels.max())
-    if most >= n_classes:
+                f"{where} holds labels up to {most}, but the model has {n_classes} classes"
+            )
+        return SAME_CLASSES
+    if train.classes is None:
+        raise ValueError(_one_sided("val", "train"))
+    if val.classes is None:
+        raise ValueError(_one_sided("train", "val"))
+    if val.classes == train.classes:
+        return SAME_CLASSES
+    try:
+        return Matching("by name", match_classes(val.classes, train.classes))
+    except ValueError as error:
         raise ValueError(
-            f"{where} holds labels up to {most}, but the model has {n_classes} classes"
-        )
-    return SAME_CLASSES
+            f"{where} does not fit data.train = {readable(train.path)}: {error}"
+        ) from None
+
+
+def _one_sided(named: str, nameless: str) -> str:
+    return (
+        f"data.{named} has class names and data.{nameless} has none, "
+        "so labels could only be compared by number, "
+        "and a wrong order gives wrong accuracies without a word: "
+        "convert both with fap-convert, which writes the names; "
+        "or read both without names, as a .beton whose .json is put aside"
+    )
 
 
 def _lines(field: str, store: pipelines.Store) -> list[str]:
@@ -132,8 +158,7 @@ def _lines(field: str, store: pipelines.Store) -> list[str]:
 
 def _names(classes: Sequence[str]) -> str:
     """All of a few names, else the first and the last ones."""
-    if len(classes) <= 2 * NAMES_SHOWN:
-        return ", ".join(map(shown, classes))
-    first = ", ".join(map(shown, classes[:NAMES_SHOWN]))
-    last = ", ".join(map(shown, classes[-NAMES_SHOWN:]))
-    return f"{first} ... {last}"
+    names = [shown(name) for name in classes]
+    if len(names) <= 2 * NAMES_SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[:NAMES_SHOWN])} ... {', '.join(names[-NAMES_SHOWN:])}"

@@ -1,6 +1,4 @@
-"""The folder of a run: one process at a time, and nothing written before the run has proved that it
-can start.
-"""
+"""The folder of a run: one process at a time, and nothing written before the run has begun."""
 
 from __future__ import annotations
 
@@ -14,14 +12,16 @@ from typing import IO, Any
 from pipelines.files import lock, write_whole
 
 LOCK = ".lock"
+MOST_TRIES = 100  # to lock a folder that others remove meanwhile
 FILES = (LOCK, "config.yaml", "versions.json", "metrics.jsonl", "result.json")
 
 
 class RunFolder:
     """`path`, and who may write into it.
 
-    `take` locks it, `begin` writes the first files, `release` unlocks it and, if the run has not
-    begun, leaves the place as it was. Ranks other than the first only read and call none of them.
+    `take` locks it, `begin` writes the first files once a step has shown that the run can start,
+    `has_begun` makes them stay. `release` unlocks it and, if the run has not begun, leaves the
+    place as it was. Ranks other than the first only read: they neither take it nor begin.
     """
 
     def __init__(self, path: Path, say: Callable[[str], Any]) -> None:
@@ -29,69 +29,76 @@ class RunFolder:
         self.begun = False
         self._say = say
         self._lock: IO[bytes] | None = None
+        self._has_locks = True  # its file system
         self._made: list[Path] = []  # the folders that were not there, the outermost first
         self._was_empty = False
-        self._exclusive = True
         self._written: list[tuple[Path, Path | None]] = []  # and where their former content lies
 
     def take(self, *, may_go_on: bool) -> None:
         """Lock the folder, made where it is missing.
 
         Raises:
-            ValueError: another process holds it; or it holds an earlier run and not `may_go_on`; or
-                one of its files is something else, such as a named pipe, on which we would wait for
-                ever.
+            ValueError: another process holds it; or it holds an earlier run and not `may_go_on`;
+                or one of its files is something else, such as a named pipe, on which we would wait
+                for ever.
             OSError: it cannot be made.
         """
-        for path in (self.path / name for name in FILES):
+        for name in FILES:
+            path = self.path / name
             if os.path.lexists(path) and not path.is_file():
                 raise ValueError(
                     f"{path}: is not a file, and a run writes one of this name; remove it"
                 )
-        self._made = [p for p in reversed([self.path, *self.path.parents]) if not p.exists()]
+        parents = [self.path, *self.path.parents]
+        self._made = [folder for folder in reversed(parents) if not folder.exists()]
         self._lock = self._locked()
-        empty = os.listdir(self.path) == [LOCK]
-        self._was_empty = empty and self._exclusive
-        if not empty and not may_go_on:
+        is_empty = os.listdir(self.path) == [LOCK]
+        # Without locks another process may be about to write here: nothing of its is removed.
+        self._was_empty = is_empty and self._has_locks
+        if not is_empty and not may_go_on:
             raise ValueError(
-                f"{self.path} holds an earlier run and is never overwritten: resume=auto, another"
-                " name or seed"
+                f"{self.path} holds an earlier run and is never overwritten: "
+                "resume=auto, another name or seed"
             )
 
     def _locked(self) -> IO[bytes]:
-        for _ in range(100):
+        """The lock file, open and locked; the folder is made where it is missing."""
+        path = self.path / LOCK
+        for _ in range(MOST_TRIES):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                file = open(self.path / LOCK, "ab")  # noqa: SIM115
+                file = open(path, "ab")  # noqa: SIM115
             except FileNotFoundError:  # a process that could not start has just removed the folder
                 continue
-            try:
-                self._exclusive = lock(file)
-                if not self._exclusive:
-                    self._say(
-                        f"warning: the file system of {self.path} has no locks: never start two"
-                        " runs in this folder"
-                    )
-            except BlockingIOError:
-                file.close()
-                raise ValueError(
-                    f"another process trains in {self.path}: wait for it, or use another name or"
-                    " seed (several processes of one run are started with torchrun)"
-                ) from None
+            self._lock_file(file)
             # Its last holder may have removed the file after we opened it; then others lock another
             # file.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path / LOCK)):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     return file
             file.close()
-        raise OSError(f"{self.path / LOCK}: cannot be made, or others remove it all the time")
+        raise OSError(f"{path}: cannot be made, or others remove it all the time")
+
+    def _lock_file(self, file: IO[bytes]) -> None:
+        try:
+            self._has_locks = lock(file)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another process trains in {self.path}: wait for it, or use another name or seed "
+                "(several processes of one run are started with torchrun)"
+            ) from None
+        if not self._has_locks:
+            self._say(
+                f"warning: the file system of {self.path} has no locks: "
+                "never start two runs in this folder"
+            )
 
     def begin(self, files: Mapping[str, str], step: int) -> None:
-        """Write what says how the run runs from `step` on. Raises OSError; `release` then undoes
-        it.
+        """Write what says how the run runs from `step` on.
 
         What said otherwise before is kept as NAME-until-step-N, unless none of its steps have been
-        saved: then this attempt takes its place.
+        saved: then this attempt takes its place. Raises OSError; `release` then undoes it.
         """
         for name, text in files.items():
             path = self.path / name
@@ -114,8 +121,10 @@ class RunFolder:
                 former.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Errors are those of a folder that is gone or failing: nobody could do anything about
-        them.
+        """Unlock the folder; if the run has not begun, leave the place as it was.
+
+        Raises nothing: errors are those of a folder that is gone or failing, and nobody could do
+        anything about them.
         """
         if not self.begun:
             with contextlib.suppress(OSError):

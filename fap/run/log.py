@@ -1,5 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a progress bar or, where there is no terminal,
-plain lines.
+"""What a run tells: metrics.jsonl, TensorBoard, and progress.
+
+Progress is a bar or, where there is no terminal, plain lines.
 """
 
 import contextlib
@@ -17,8 +18,7 @@ from tqdm import tqdm
 
 
 class Log:
-    """The log of one run in `folder`, continued after step `done` of `steps`; `quiet` (ranks > 0):
-    none at all.
+    """The log of one run in `folder`, continued after step `done` of `steps`.
 
     A full disk costs records, never the run. Shown as progress: `progress(values)`, and when the
     last step is due.
@@ -30,14 +30,17 @@ class Log:
         done: int,
         steps: int,
         *,
-        quiet: bool = False,
-        out: TextIO | None = None,
+        quiet: bool = False,  # of ranks > 0: no log at all
+        out: TextIO | None = None,  # None: standard output
     ):
         self.done = done
         self.steps = steps
         self.started = time.monotonic()
-        self._out = open(os.devnull, "w") if quiet else out  # noqa: SIM115
-        file = os.devnull if quiet else Path(folder) / "metrics.jsonl"
+        self._out = out
+        file: str | Path = Path(folder) / "metrics.jsonl"
+        if quiet:
+            self._out = open(os.devnull, "w")  # noqa: SIM115
+            file = os.devnull
         self.file = open(file, "ab", buffering=0)  # noqa: SIM115
         if not quiet:
             trim(file, done)
@@ -54,24 +57,19 @@ class Log:
 
     @property
     def out(self) -> TextIO:
-        """Looked up whenever it is used: standard output may have been replaced since
-        (`fap.cli.output`).
-        """
+        """Looked up whenever it is used: `fap.cli.output` may have replaced standard output."""
         return self._out or sys.stdout
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics of the steps since the last call: recorded, and shown as progress."""
         self.record(step, values, "steps")
-        if self.bar.disable:
-            seconds = (
-                (time.monotonic() - self.started) / max(1, step - self.done) * (self.steps - step)
-            )
-            self.say(
-                f"step {step}/{self.steps}  {progress(values)}  ETA {tqdm.format_interval(seconds)}"
-            )
-        else:
+        if not self.bar.disable:
             self.bar.set_postfix_str(progress(values), refresh=False)
             self.advance(step)
+            return
+        seconds_per_step = (time.monotonic() - self.started) / max(1, step - self.done)
+        seconds_left = tqdm.format_interval(seconds_per_step * (self.steps - step))
+        self.say(f"step {step}/{self.steps}  {progress(values)}  ETA {seconds_left}")
 
     def advance(self, step: int) -> None:
         """Move the bar, if there is one; cheap enough for every step."""
@@ -84,7 +82,7 @@ class Log:
 
     def close(self) -> None:
         """Never raises: whatever could not be closed, the run is over."""
-        for close in (self.file.close, lambda: self._on_board(SummaryWriter.close), self.bar.close):
+        for close in (self.file.close, self._close_board, self.bar.close):
             try:
                 close()
             except Exception as error:
@@ -92,8 +90,16 @@ class Log:
 
     def record(self, step: int, values: Mapping[str, float], group: str = "epochs") -> None:
         """Metrics of an epoch: recorded only. `group` heads their names in TensorBoard."""
-        finite = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        line = json.dumps({"step": step, **finite}).encode() + b"\n"
+        numbers: dict[str, float | None] = {"step": step}
+        for name, value in values.items():
+            numbers[name] = None  # JSON has no NaN and no infinity
+            if math.isfinite(value):
+                numbers[name] = float(value)
+        self._append(json.dumps(numbers).encode() + b"\n", step)
+        for name, value in values.items():
+            self._on_board(SummaryWriter.add_scalar, f"{group}/{name}", float(value), step)
+
+    def _append(self, line: bytes, step: int) -> None:
         end = None
         try:
             end = self.file.seek(0, os.SEEK_END)
@@ -104,8 +110,6 @@ class Log:
                 with contextlib.suppress(OSError):
                     self.file.truncate(end)  # half a record would spoil the next one
             self.say(f"warning: no record of step {step} in {self.file.name}: {error}")
-        for name, value in values.items():
-            self._on_board(SummaryWriter.add_scalar, f"{group}/{name}", float(value), step)
 
     def _on_board(self, method: Callable[..., None], *args: Any) -> None:
         try:
@@ -115,10 +119,15 @@ class Log:
             self.board = None
             self.say(f"warning: TensorBoard is off from here on: {error}")
 
+    def _close_board(self) -> None:
+        self._on_board(SummaryWriter.close)
+
 
 def progress(values: Mapping[str, float]) -> str:
-    """`epoch 1.25  clean 2.301 45.0%  noise ...  adv ...  1,234 image passes/s`, of the values there are."""
-    parts = [f"epoch {values['epoch']:.2f}"] if "epoch" in values else []
+    """`epoch 1.25  clean 2.301 45.0%  noise ...  1,234 image passes/s`, of the values there are."""
+    parts = []
+    if "epoch" in values:
+        parts.append(f"epoch {values['epoch']:.2f}")
     for kind in ("clean", "noise", "adv"):
         if f"loss_{kind}" in values:
             parts.append(f"{kind} {values[f'loss_{kind}']:.3f} {values[f'acc_{kind}']:.1%}")
@@ -129,11 +138,17 @@ def progress(values: Mapping[str, float]) -> str:
 
 def trim(path: str | Path, step: int) -> None:
     """Cut a metrics.jsonl before the first record of a later step or the first torn one."""
-    kept = 0
-    with (
-        open(path, "rb") as lines,
-        contextlib.suppress(ValueError, LookupError, TypeError),
-    ):  # no record at all
-        while (line := lines.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
-            kept += len(line)
-    os.truncate(path, kept)
+    kept_bytes = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n") or not _is_record_until(step, line):
+                break
+            kept_bytes += len(line)
+    os.truncate(path, kept_bytes)
+
+
+def _is_record_until(step: int, line: bytes) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, LookupError, TypeError):  # no record at all
+        return False

@@ -19,32 +19,27 @@ from pipelines.files import shown
 # What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
 # precision.
 FREE_DATA = {"train", "val", "threads", "prefetch", "hw_decoder_load"}  # data: compared by content
-PER_RANK_RUN = {
-    "dir",
-    "torch_threads",
-}  # else ranks would save, evaluate or stop at different steps
+# What may differ between ranks; else they would save, evaluate or stop at different steps.
+PER_RANK_RUN = {"dir", "torch_threads"}
 
 
 def check_same_run(saved: Config, now: Config, path: Path) -> None:
-    """Raise ValueError, with each field's two values, if `now` would not go on as the run that
-    wrote `path` began.
+    """Raise ValueError if `now` would not go on as the run that wrote `path` began.
+
+    The message gives each field's two values.
     """
     ours = _flat(now)
     theirs = _flat(saved)
     # A field that has a meaning for one of the two only follows from another one, which differs
     # too.
     differ = [field for field in ours if field in theirs and ours[field] != theirs[field]]
-    if "method.name" in differ:
-        differ = [
-            field for field in differ if field == "method.name" or not field.startswith("method.")
-        ]
+    if "method.name" in differ:  # then a dozen of its fields follow
+        differ = [f for f in differ if f == "method.name" or not f.startswith("method.")]
     if differ:
-        listed = "\n".join(
-            f"  {field}: {shown(theirs[field])}, now {shown(ours[field])}" for field in differ
-        )
+        lines = [f"  {field}: {shown(theirs[field])}, now {shown(ours[field])}" for field in differ]
         raise ValueError(
-            f"resume=auto: {path} was trained with other settings; use another name or"
-            f" seed:\n{listed}"
+            f"resume=auto: {path} was trained with other settings; use another name or seed:\n"
+            + "\n".join(lines)
         )
 
 
@@ -59,14 +54,14 @@ def check_same_data(
         differ.append(f"classes {shown(saved['classes'])}, now {shown(now['classes'])}")
     if not differ and saved["content"] != now["content"]:
         differ.append(
-            f"as many images and the same classes, but another content ({saved['content']}, now"
-            f" {now['content']})"
+            "as many images and the same classes, "
+            f"but another content ({saved['content']}, now {now['content']})"
         )
     if differ:
         raise ValueError(
-            f"resume=auto: {path} was trained with other data than {field} is now:"
-            f" {'; '.join(differ)}. Its path may change, its content may not; use another name or"
-            " seed"
+            f"resume=auto: {path} was trained with other data than {field} is now: "
+            f"{'; '.join(differ)}. "
+            "Its path may change, its content may not; use another name or seed"
         )
 
 
@@ -74,32 +69,24 @@ def facts(
     config: Config, train: Mapping[str, Any], val: Mapping[str, Any], resumed: Path | None
 ) -> dict[str, Any]:
     """What all ranks must have in common before the first step."""
-    settings = {
-        f"run.{k}": v for k, v in config.run.model_dump(mode="json", exclude=PER_RANK_RUN).items()
-    }
     start = "none"
     if resumed is not None:
         start = f"{resumed.stem}, checksum {checksum(resumed)}"
-    return {
-        "checkpoint": start,
-        "data.train": dict(train),
-        "data.val": dict(val),
-        **_flat(config),
-        **settings,
-    }
+    found = {"checkpoint": start, "data.train": dict(train), "data.val": dict(val), **_flat(config)}
+    settings = config.run.model_dump(mode="json", exclude=PER_RANK_RUN)
+    return found | {f"run.{field}": value for field, value in settings.items()}
 
 
 def checksum(path: Path) -> str:
-    """The CRC32 that stands in a checkpoint; `fap.checkpoint.load` has compared it with the
-    content.
-    """
+    """The CRC32 that stands in a checkpoint; who loaded it has compared it with the content."""
     with safe_open(path, "pt") as file:
         return str(file.metadata()["crc32"])
 
 
 def checksum_of(tensors: Mapping[str, Tensor]) -> str:
-    """CRC32 of a model's tensors on the CPU: what `model.init`, or this machine's random numbers,
-    came to.
+    """CRC32 of a model's tensors on the CPU.
+
+    They are what `model.init`, or this machine's random numbers, came to.
     """
     crc32 = 0
     for name in sorted(tensors):
@@ -108,17 +95,18 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """The fields that a run's result depends on, as `section.field`: without `data.pad`, say, where
-    nothing is padded.
+    """The fields that a run's result depends on, as `section.field`.
+
+    Without those that have no meaning in it, such as `data.pad` where nothing is padded.
     """
     tree = config.model_dump(
         mode="json", exclude={"resume": True, "paper": True, "run": True, "data": FREE_DATA}
     )
     data = tree["data"]
-    for field in ("scale", "ratio"):
-        if config.data.crop == "pad":
-            data.pop(field)
-    if config.data.crop != "pad":
+    if config.data.crop == "pad":
+        data.pop("scale")
+        data.pop("ratio")
+    else:
         data.pop("pad")
     if config.data.mix is None:
         data.pop("mix_alpha")

@@ -1,35 +1,28 @@
-"""The process that a run lives in: signals that ask it to stop, what its time goes to, and torch's
-settings.
-"""
+"""Signals that ask a run to stop, and what ends a run that can no longer hear them."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-from fap.config import Config
 from fap.signals import SIGNALS
-from pipelines.machine import usable_cores
 
-T = TypeVar("T")
-
-PATIENCE = (
-    10.0  # seconds without progress after a signal; torchrun, Slurm and Kubernetes kill after 30
-)
+# Seconds:
+PATIENCE = 10.0  # without progress after a signal; torchrun, Slurm and Kubernetes kill after 30
 SAVING_PATIENCE = 120.0  # while a checkpoint is written, which may take a slow disk long
-ONE_CTRL_C = 2.0  # seconds: torchrun and the shell may both hand on the same Ctrl-C
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+ONE_CTRL_C = 2.0  # torchrun and the shell may both hand on the same Ctrl-C
+LOOK_EVERY = 1.0  # at the run's progress, once a signal has come
+TIME_TO_SAY = 1.0
+
+END = 0  # no signal's number: the listening thread ends
+MOST_AT_ONCE = 64  # numbers read from the pipe
 
 
 class Interrupted(BaseException):
@@ -61,21 +54,15 @@ class StopSignal:
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self.number: int | None = None
-        self.patience = patience
-        self._starting = True
-        self._saving = False
-        self._last_beat: float | None = None
-        self._longest_pause = 0.0
+        self._pace = Pace(patience)
+        self._watch = Watch(self._pace)
 
     def __enter__(self) -> StopSignal:
-        self._ear, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
-        self._former_wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        self._former = {s: signal.getsignal(s) for s in SIGNALS}
-        for s, handler in self._former.items():
+        self._watch.open()
+        self._former = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self._former.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(s, self._note)
-        self._watch = threading.Thread(target=self._listen, name="signals", daemon=True)
+                signal.signal(number, self._note)
         self._watch.start()
         return self
 
@@ -83,146 +70,143 @@ class StopSignal:
         # Asked to leave, and leaving: the last of a scheduler's signals must not change the exit
         # code.
         leaving = self.number is not None and isinstance(error, SystemExit)
-        for s, handler in self._former.items():
-            signal.signal(s, signal.SIG_IGN if leaving else handler)
-        signal.set_wakeup_fd(self._former_wakeup)
-        os.write(self._mouth, b"\0")  # no signal's number: the thread ends
-        self._watch.join()
-        os.close(self._ear)
-        os.close(self._mouth)
+        for number, handler in self._former.items():
+            if leaving:
+                handler = signal.SIG_IGN
+            signal.signal(number, handler)
+        self._watch.close()
 
     def run_begins(self) -> None:
         """From here on there is something to save."""
-        self._starting = False
+        self._pace.starting = False
 
     def beat(self) -> None:
         """The run makes progress."""
+        self._pace.beat()
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """A block that may take long without a beat."""
+        return self._pace.saving()
+
+    def _note(self, number: int, *_: Any) -> None:
+        """The main thread's handler."""
+        if self.number is None:
+            self.number = number
+            if self._pace.starting:
+                raise Interrupted(number)
+
+
+class Pace:
+    """How a run moves, for the thread that has to tell a slow run from one that hangs."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.starting = True
+        self.last_beat = 0.0  # of time.monotonic; 0: none yet
+        self._is_saving = False
+        self._longest_pause = 0.0
+
+    def beat(self) -> None:
         now = time.monotonic()
-        if self._last_beat is not None:  # the first step also compiles and warms up
-            self._longest_pause = max(self._longest_pause, now - self._last_beat)
-        self._last_beat = now
+        if self.last_beat:  # not before the first step, which also compiles and warms up
+            self._longest_pause = max(self._longest_pause, now - self.last_beat)
+        self.last_beat = now
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """A block that may take long without a beat."""
-        self._saving = True
+        self._is_saving = True
         try:
             yield
         finally:
-            self._last_beat = time.monotonic()  # a pause, but not one between steps
-            self._saving = False
+            self.last_beat = time.monotonic()  # a pause, but not one between steps
+            self._is_saving = False
 
-    # ------------------------------------------------------------------ the main thread's handler
+    @property
+    def limit(self) -> float:
+        """Seconds without a beat after which a run that was asked to leave is taken to hang."""
+        if self._is_saving:
+            return SAVING_PATIENCE
+        return self.patience + 2 * self._longest_pause
 
-    def _note(self, number: int, *_: Any) -> None:
-        if self.number is None:
-            self.number = number
-            if self._starting:
-                raise Interrupted(number)
 
-    # ------------------------------------------------------------------ the thread
+class Watch:
+    """A thread that hears the signals too, and ends the process if nothing else does.
+
+    Python writes the number of every signal that it handles into a pipe, even while the main thread
+    sleeps in C code.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._first: int | None = None  # signal
+        self._heard_at = 0.0
+
+    def open(self) -> None:
+        """Have signals written into the pipe, where they wait for the thread."""
+        self._ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        self._former_wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._former_wakeup)
+        os.write(self._mouth, bytes([END]))
+        self._thread.join()
+        os.close(self._ear)
+        os.close(self._mouth)
 
     def _listen(self) -> None:
-        first: int | None = None
-        heard_at = 0.0
         while True:
-            # Nothing to watch until a signal comes; then look about every second.
-            wait = None if first is None else min(1.0, self.patience)
+            # Nothing to watch until a signal comes; then the run's progress.
+            wait = None
+            if self._first is not None:
+                wait = min(LOOK_EVERY, self._pace.patience)
             ready, _, _ = select.select([self._ear], [], [], wait)
-            if not ready and first is not None:
-                quiet_since = max(heard_at, self._last_beat or 0.0)
-                limit = self._limit()
-                if time.monotonic() - quiet_since >= limit:
-                    name = signal.Signals(first).name
-                    self._end(
-                        first,
-                        f"{name}, but no progress for {limit:.0f} s (does another rank hang?)",
-                    )
+            if not ready:
+                self._check_progress()
                 continue
-            for number in os.read(self._ear, 64):
-                if number == 0:
+            for number in os.read(self._ear, MOST_AT_ONCE):
+                if number == END:
                     return
-                if number not in SIGNALS:
-                    continue
-                name = signal.Signals(number).name
-                if first is None:
-                    first = number
-                    heard_at = time.monotonic()
-                    if not self._starting:
-                        self._say(f"{name}: saving and leaving after this step")
-                elif number == signal.SIGINT and time.monotonic() - heard_at >= ONE_CTRL_C:
-                    self._end(number, "Ctrl-C again")
-                else:
-                    self._say(f"{name}: already leaving; Ctrl-C ends at once")
+                if number in SIGNALS:
+                    self._hear(number)
 
-    def _limit(self) -> float:
-        return SAVING_PATIENCE if self._saving else self.patience + 2 * self._longest_pause
+    def _check_progress(self) -> None:
+        assert self._first is not None
+        quiet_since = max(self._heard_at, self._pace.last_beat)
+        limit = self._pace.limit
+        if time.monotonic() - quiet_since >= limit:
+            name = signal.Signals(self._first).name
+            why = f"{name}, but no progress for {limit:.0f} s (does another rank hang?)"
+            _end(self._first, why)
 
-    def _end(self, number: int, why: str) -> None:
-        self._say(f"{why}: ending without a save, the last checkpoint stays")
-        os._exit(128 + number)
-
-    def _say(self, message: str) -> None:
-        """Print beside the main thread, which may hang in the middle of a print."""
-        said = threading.Thread(
-            target=print,
-            args=(f"fap-train: {message}",),
-            kwargs={"file": sys.stderr, "flush": True},
-        )
-        said.daemon = True
-        said.start()
-        said.join(1.0)
+    def _hear(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._first is None:
+            self._first = number
+            self._heard_at = time.monotonic()
+            if not self._pace.starting:
+                _say(f"{name}: saving and leaving after this step")
+        elif number == signal.SIGINT and time.monotonic() - self._heard_at >= ONE_CTRL_C:
+            _end(number, "Ctrl-C again")
+        else:
+            _say(f"{name}: already leaving; Ctrl-C ends at once")
 
 
-class Stopwatch:
-    """Seconds since the last lap, and how many of them were spent waiting for the loader."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.waited = 0.0
-
-    def on(self, batches: Iterable[T]) -> Iterator[T]:
-        before = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - before
-            yield batch
-            before = time.perf_counter()
-
-    def lap(self) -> tuple[float, float]:
-        former, self.start = self.start, time.perf_counter()
-        waited, self.waited = self.waited, 0.0
-        return self.start - former, waited
+def _end(number: int, why: str) -> None:
+    _say(f"{why}: ending without a save, the last checkpoint stays")
+    os._exit(128 + number)
 
 
-def limit_threads(wanted: int | None = None) -> None:
-    """torch's CPU threads: `wanted`, else its own default, which knows nothing of a container's CPU
-    quota, or fewer.
-    """
-    torch.set_num_threads(wanted or min(torch.get_num_threads(), usable_cores()))
+def _say(message: str) -> None:
+    """Print in a thread of its own: the main thread may hang in the middle of a print."""
 
+    def say() -> None:
+        print(f"fap-train: {message}", file=sys.stderr, flush=True)
 
-def set_up_torch(device: torch.device) -> None:
-    """What makes every step of this process faster and changes no result but by rounding."""
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        # glibc keeps what a step frees: else the next step's page faults take a fifth of its time
-        # (bench/NOTES.md).
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def norm_kernel(config: Config, device: torch.device) -> Literal["auto", "triton", "framework"]:
-    """`run.norm_kernel` as `fap.nets.norm.NormState` says it. ValueError where Triton cannot run."""
-    wanted = config.run.norm_kernel
-    if wanted == "framework" or config.run.compile:  # the framework's is what a compiler fuses
-        return "framework"
-    if wanted == "triton":
-        lacks = ""
-        if device.type != "cuda":
-            lacks = "it needs a GPU"
-        elif find_spec("triton") is None:
-            lacks = "it needs the package triton"
-        if lacks:
-            raise ValueError(f"run.norm_kernel = 'triton': {lacks}; use 'auto' or 'framework'")
-    return wanted
+    said = threading.Thread(target=say, daemon=True)
+    said.start()
+    said.join(TIME_TO_SAY)

@@ -1,70 +1,98 @@
 """What a run is about to do, in words and numbers, printed before it does it."""
 
+from __future__ import annotations
+
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
 from fap.step.step import Step
 
 
-def describe(config: Config, budget: Budget, step: Step, shuffle_groups: int) -> str:
-    """A few lines: method, passes, effective eps, batch-norm groups, budget, parameters, shuffle."""
-    m, data, cost = config.method, config.data, float(cost_per_image(config.method))
-    groups = config.optim.clean_batch // m.group_rows
-    shown = " | ".join(
-        " + ".join(f"{block.kind} {block.n_rows}" for block in one.blocks) for one in step.passes
-    )
+def describe(
+    config: Config,
+    budget: Budget,
+    step: Step,
+    shuffle_groups: int,  # among which the rows of one change places
+) -> str:
+    """A few lines: method, model, passes, batch-norm groups, effective eps, shuffle, budget."""
+    method = config.method
+    shared, main, aux = step.network.flat.counts
+    how: str = method.name
+    if method.schedule is not None:
+        how += f" {method.schedule}"
     lines = [
-        f"run        {config.name}, seed {config.seed}: {m.name} {m.schedule or ''}".rstrip(),
-        f"model      {config.model.name}, {config.model.classes} classes, {data.size} px",
-        "parameters shared {:,}, main BN {:,}, aux BN {:,}".format(*step.network.flat.counts),
-        f"step       {len(step.passes)} pass{'es' * (len(step.passes) > 1)} per device: {shown}",
-        f"BN groups  {groups} main of {m.group_rows} rows"
-        + (f", {groups} auxiliary of {m.adv_group_rows}" if m.adv_group_rows else ""),
+        f"run        {config.name}, seed {config.seed}: {how}",
+        f"model      {config.model.name}, {config.model.classes} classes, {config.data.size} px",
+        f"parameters shared {shared:,}, main BN {main:,}, aux BN {aux:,}",
+        _passes(step),
+        _groups(config),
     ]
-    if m.eps_255 is not None:
-        per_channel = ", ".join(f"{m.eps_255 / 255 / s:.5f}" for s in data.std)
-        start = "random start" if m.random_start else "no random start (FGSM)"
-        steps = f"{m.attack_steps} step(s) of {m.step_size_255:g}/255, {start}"
-        if m.targeted is not None:  # an attack of its own
-            aim = "towards a random wrong label" if m.targeted else "away from the true label"
-            steps += f", {aim}, through {m.attack_bn} statistics"
-        lines.append(
-            f"attack     eps {m.eps_255:g}/255 = {per_channel} after normalisation; {steps}"
+    if method.eps_255 is not None:
+        lines.append(_attack(config, method.eps_255))
+        lines.append(_shuffle(config, shuffle_groups))
+    lines.append(_budget(config, budget))
+    lines += _rate(budget, config.run.max_steps)
+    return "\n".join(lines)
+
+
+def _passes(step: Step) -> str:
+    shown = []
+    for one in step.passes:
+        shown.append(" + ".join(f"{block.kind} {block.n_rows}" for block in one.blocks))
+    passes = "pass"
+    if len(shown) > 1:
+        passes = "passes"
+    return f"step       {len(shown)} {passes} per device: {' | '.join(shown)}"
+
+
+def _groups(config: Config) -> str:
+    method = config.method
+    n_groups = config.optim.clean_batch // method.group_rows
+    line = f"BN groups  {n_groups} main of {method.group_rows} rows"
+    if method.adv_group_rows:
+        line += f", {n_groups} auxiliary of {method.adv_group_rows}"
+    return line
+
+
+def _attack(config: Config, eps_255: float) -> str:
+    method = config.method
+    per_channel = ", ".join(f"{eps_255 / 255 / std:.5f}" for std in config.data.std)
+    start = "no random start (FGSM)"
+    if method.random_start:
+        start = "random start"
+    steps = f"{method.attack_steps} step(s) of {method.step_size_255:g}/255, {start}"
+    if method.targeted is not None:  # an attack of its own
+        aim = "away from the true label"
+        if method.targeted:
+            aim = "towards a random wrong label"
+        steps += f", {aim}, through {method.attack_bn} statistics"
+    return f"attack     eps {eps_255:g}/255 = {per_channel} after normalisation; {steps}"
+
+
+def _shuffle(config: Config, shuffle_groups: int) -> str:
+    scope = config.method.shuffle
+    if scope == "off":
+        return "shuffle    off"
+    effect = f"adversarial rows change places among {shuffle_groups} groups"
+    if shuffle_groups < 2:
+        effect = (
+            "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
         )
-        effect = f"adversarial rows change places among {shuffle_groups} groups"
-        if shuffle_groups < 2:
-            effect = (
-                "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section"
-                " 4.3)"
-            )
-        lines.append(
-            "shuffle    off" if m.shuffle == "off" else f"shuffle    {m.shuffle}: {effect}"
-        )
-    vanilla = budget.epochs * cost_per_image(m) / config.budget.epochs
-    spent = (
-        f"{budget.epochs} epochs of {budget.steps_per_epoch:,} steps at {cost:g} image passes per"
-        " image"
+    return f"shuffle    {scope}: {effect}"
+
+
+def _budget(config: Config, budget: Budget) -> str:
+    cost = cost_per_image(config.method)
+    vanilla = budget.epochs * cost / config.budget.epochs
+    return (
+        f"budget     {budget.epochs} epochs of {budget.steps_per_epoch:,} steps "
+        f"at {float(cost):g} image passes per image = {budget.image_passes:,} image passes, "
+        f"{float(vanilla):.3f} x vanilla's"
     )
-    lines.append(
-        f"budget     {spent} = {budget.image_passes:,} image passes, {float(vanilla):.3f} x"
-        " vanilla's"
-    )
-    return "\n".join([*lines, *_rate(budget, config.run.max_steps)])
 
 
 def _rate(budget: Budget, max_steps: int | None) -> list[str]:
-    """Every learning rate with the epoch and step, counted from 0, from which it holds; then the
-    falls that never come.
-    """
-    first = f"lr {budget.base_lr:g}"
-    if budget.warmup_steps:
-        epochs = budget.warmup_steps / budget.steps_per_epoch
-        first = (
-            f"lr rises to {budget.base_lr:g} over {budget.warmup_steps:,} steps ({epochs:.4g}"
-            " epochs)"
-        )
-        if max_steps is not None and max_steps < budget.warmup_steps:
-            first += f", run.max_steps = {max_steps:,} ends the run before"
-    rates = [first]
+    """Learning rates and from where each holds, counted from 0; then the falls that never come."""
+    rates = [_first_rate(budget, max_steps)]
     after_the_end = []
     after_max_steps = []
     for fall in budget.falls:
@@ -82,12 +110,24 @@ def _rate(budget: Budget, max_steps: int | None) -> list[str]:
     lines = [f"rate       {'; '.join(rates)}"]
     if after_the_end:
         lines.append(
-            f"           WITHOUT EFFECT, the run ends after {budget.epochs} epochs:"
-            f" {'; '.join(after_the_end)}"
+            f"           WITHOUT EFFECT, the run ends after {budget.epochs} epochs: "
+            f"{'; '.join(after_the_end)}"
         )
     if after_max_steps:
         lines.append(
-            f"           WITHOUT EFFECT, run.max_steps = {max_steps:,} ends the run before:"
-            f" {'; '.join(after_max_steps)}"
+            f"           WITHOUT EFFECT, run.max_steps = {max_steps:,} ends the run before: "
+            f"{'; '.join(after_max_steps)}"
         )
     return lines
+
+
+def _first_rate(budget: Budget, max_steps: int | None) -> str:
+    if not budget.warmup_steps:
+        return f"lr {budget.base_lr:g}"
+    epochs = budget.warmup_steps / budget.steps_per_epoch
+    rate = (
+        f"lr rises to {budget.base_lr:g} over {budget.warmup_steps:,} steps ({epochs:.4g} epochs)"
+    )
+    if max_steps is not None and max_steps < budget.warmup_steps:
+        rate += f", run.max_steps = {max_steps:,} ends the run before"
+    return rate

@@ -1,4 +1,4 @@
-"""A run that takes seconds: its settings, its command, and what it leaves."""
+"""A run that takes seconds: its settings, its command, what it leaves, and what may go wrong."""
 
 import json
 import os
@@ -7,10 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from fap import checkpoint
+from fap.checkpoint import Checkpoints
+from fap.config import load_config
+from fap.run.train import Run
+from fap.step.step import Step
 
 STEPS = 20  # five epochs of four steps
 RUN = Path("fast_advprop") / "seed0"  # of the run, in the folder of runs
@@ -48,16 +53,26 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
-def wait_for_a_record(folder: Path, *processes: subprocess.Popen) -> None:
+def run(data: Path, runs: Path, *more: str) -> tuple[Path, dict[str, Any]]:
+    """A run in this process: its folder and its result."""
+    training = Run(load_config(None, words(data, runs, *more)))
+    return training.folder, training.train()
+
+
+def started(*words: str) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own, to its end."""
+    return subprocess.run(command(*words), env=environment(), capture_output=True, text=True)
+
+
+def wait_for_a_record(folder: Path, *processes: subprocess.Popen[str]) -> None:
     """Until the run in `folder` has written its first record. None of the processes may end."""
-    metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
+    while not _size(folder / "metrics.jsonl"):
         for process in processes:
             assert process.poll() is None, "ended before its first record"
         time.sleep(0.05)
 
 
-def records(folder: Path) -> list[dict]:
+def records(folder: Path) -> list[dict[str, Any]]:
     """What the run has logged, which is JSON in the strict sense: NaN is none."""
 
     def refuse(text: str) -> None:
@@ -67,12 +82,22 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+def steps_recorded(folder: Path) -> list[dict[str, Any]]:
+    """The records of steps, without those of epochs."""
+    return [record for record in records(folder) if "lr" in record]
+
+
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
     """The last checkpoint's tensors, but for the metrics' counters."""
-    newest = checkpoint.Checkpoints(folder / "checkpoints").newest()
+    newest = Checkpoints(folder / "checkpoints").newest()
     assert newest is not None
     path, tensors, meta = newest
     assert meta["step"] == STEPS, path
+    return without_metrics(tensors)
+
+
+def without_metrics(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The counters start anew with every record, and a stop may move a record."""
     return {name: value for name, value in tensors.items() if name != "metrics"}
 
 
@@ -104,4 +129,30 @@ def kill_and_resume(
 
 
 def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+    """In bytes; 0 where there is no file."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+# ---------------------------------------------------------------------- what may go wrong
+
+
+def no_room(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def fail_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(step: Step) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Step, "__call__", out_of_memory)
+
+
+def fail_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pipelines.loaders.reference", None)
+
+
+def fail_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fap.run.train.Log", no_room)

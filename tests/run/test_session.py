@@ -165,7 +165,8 @@ with StopSignal(patience=0.5) as stop:
     print("ready", flush=True)
     libc = ctypes.CDLL(None)
     everything = (ctypes.c_ulong * 16)(*[2**64 - 1] * 16)
-    libc.pthread_sigmask(0, everything, None)  # so that nothing wakes the main thread, which then sleeps in C code
+    # So that nothing wakes the main thread, which then sleeps in C code.
+    libc.pthread_sigmask(0, everything, None)
     libc.sleep(100)
 """
 
@@ -188,15 +189,3 @@ def test_a_process_that_hangs_in_c_code_is_ended() -> None:
     assert child.returncode == 143
     assert time.monotonic() - begun < 8
     assert "SIGTERM, but no progress for" in said
-
-
-@pytest.mark.parametrize(("wanted", "cores", "used"), [(None, 2, 2), (None, 100, 4), (3, 2, 3)])
-def test_threads_follow_a_quota_unless_their_number_is_given(
-    wanted: int | None, cores: int, used: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_to: list[int] = []
-    monkeypatch.setattr(session, "usable_cores", lambda: cores)
-    monkeypatch.setattr(session.torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(session.torch, "set_num_threads", set_to.append)
-    session.limit_threads(wanted)
-    assert set_to == [used]
