@@ -13,7 +13,7 @@ import torch
 
 from fap.cli import eval as cli
 from fap.evaluate import work
-from fap.run import session
+from fap.run import torch_setup
 from tests.evaluate.world import CHECKPOINT, command, fresh, refused, run
 
 
@@ -178,7 +178,7 @@ def told_until(sign: str, process: subprocess.Popen[str]) -> list[str]:
 
 def test_threads_follow_a_quota(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    monkeypatch.setattr(session, "usable_cores", lambda: 1)
+    monkeypatch.setattr(torch_setup, "usable_cores", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     run(world, out="quota")
     assert used == [1]

@@ -70,7 +70,7 @@ def train_on(
     labels = torch.from_numpy(rng.integers(0, 5, IMAGES))
     step = Step(model, config, ranks)
     own = plan.for_rank(ranks.rank, ranks.world)
-    draws = step_draws(own, config, ranks, torch.device("cpu"))
+    draws = step_draws(own, config, torch.device("cpu"))
     for k in range(len(own)):
         rows = torch.from_numpy(own.index[k].astype(np.int64))
         step.feed(images[rows], labels[rows], 0.1, **{name: v[k] for name, v in draws.items()})
@@ -142,6 +142,6 @@ def test_a_step_is_fed_what_it_reads() -> None:
     ):
         config = load_config(None, [f"data.mix={mix}", "optim.clean_batch=64", "data.size=8"])
         plan = draw_epoch(plan_spec(config), sides, sides, epoch=0)
-        draws = step_draws(plan, config, ONE_RANK, torch.device("cpu"))
+        draws = step_draws(plan, config, torch.device("cpu"))
         assert draws.keys() == names
         assert {len(values) for values in draws.values()} == {len(plan)}

@@ -40,6 +40,7 @@ SEPARATELY = (
 )
 FIVE = ("data.train={five}", "data.val={five}", "model.num_classes=5")
 PAD = ("data.crop=pad",)
+DALI = ("data.pipeline=dali",)
 MIX = ("data.mix=mixup",)
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
@@ -84,9 +85,9 @@ CASES = {
     "data.mix_alpha": Case("data.mix_alpha=0.1", ("plan.mix_lam", "input.mix_lam", "weights"), MIX),
     "data.mean": Case("data.mean=[0.1,0.5,0.5]", ("weights", "evaluations")),
     "data.std": Case("data.std=[0.5,0.5,0.1]", ("weights", "evaluations")),
-    "data.threads": Case("data.threads=2", ("loaders",)),
-    "data.prefetch": Case("data.prefetch=1", ("loaders",)),
-    "data.hw_decoder_load": Case("data.hw_decoder_load=0", ("loaders",)),
+    "data.threads": Case("data.threads=2", ("loaders",), DALI),
+    "data.prefetch": Case("data.prefetch=1", ("loaders",), DALI),
+    "data.hw_decoder_load": Case("data.hw_decoder_load=0", ("loaders",), DALI),
     "optim.clean_batch": Case("optim.clean_batch=16", ("steps", "rates", "passes", "input.images")),
     "optim.lr": Case("optim.lr=0.2", ("rates", "weights")),
     "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from fap.config import load_config
+from fap.distributed import Ranks
 from fap.run import train
 from fap.run.monitor import NonFinite, check_finite, leak, skipped_steps
-from fap.step.metrics import METRICS
+from fap.step.metrics import METRICS, Metrics
 from tests.run.runs import records, run
 from tests.run.wiring import observe, written
 
