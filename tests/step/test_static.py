@@ -229,9 +229,9 @@ def is_view(func: Any) -> bool:
     return bool(aliases) and not any(alias.is_write for alias in aliases)
 
 
-def n_operators(call: Callable[[], Any]) -> int:
+def n_operators(call: Callable[..., Any], *args: Any) -> int:
     with Operators() as operators:
-        call()
+        call(*args)
     return operators.n
 
 
@@ -252,9 +252,7 @@ def n_beside_the_network(variant: str, model: str, amp: Amp) -> int:
     """Operators of a step that are not its passes' forwards and backwards."""
     step = make(variant, amp=amp, model=model)
     n_whole = n_operators(step)
-    n_network = 0
-    for one in step.passes:
-        n_network += n_operators(lambda one=one: forward_and_backward(step, one))
+    n_network = sum(n_operators(forward_and_backward, step, one) for one in step.passes)
     return n_whole - n_network
 
 
