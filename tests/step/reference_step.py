@@ -80,7 +80,7 @@ class Result:
     """What a step found, before the optimiser spends it."""
 
     gradients: dict[str, dict[str, Tensor]]
-    """"shared" | "main" | "aux" -> parameter -> gradient."""
+    """Under "shared", "main" and "aux", by the parameter's name."""
     adversarial: Tensor | None
     """(n_adv, 3, H, W) grey levels, as crafted in this step, before any shuffle."""
     losses: dict[Kind, Tensor]
@@ -399,7 +399,7 @@ class Twin:
             parameter -= lr * self.velocity[parameter]
 
     def bn_state(self) -> dict[str, dict[str, Tensor]]:
-        """ "main" | "aux" -> "layer.running_mean" | "layer.running_var" -> value."""
+        """Running means and variances, under "main" and "aux", by layer and name."""
         found: dict[str, dict[str, Tensor]] = {"main": {}, "aux": {}}
         for which, model in (("main", self.main), ("aux", self.aux)):
             for layer, bn in bn_layers(model).items():

@@ -1,4 +1,4 @@
-"""A captured step equals the eager one, on a GPU, without a host sync; and so does a compiled one."""
+"""A captured step equals the eager one, on a GPU, without a host sync; so does a compiled one."""
 
 from __future__ import annotations
 
