@@ -11,7 +11,7 @@ from fap.draws import dropout_seed
 
 
 def test_dropout_seeds_are_fixed_numbers() -> None:
-    """Frozen: a resumed run repeats a step's dropout in whatever process, and on whatever machine."""
+    """Frozen: a resumed run repeats a step's dropout, in any process and on any machine."""
     assert dropout_seed(0, 0, 0) == 2635072618980576772
     assert dropout_seed(3, 1000, 2) == 10045376428444654063
 
@@ -24,20 +24,22 @@ def test_dropout_seeds_differ_in_each_argument_and_spread_their_bits() -> None:
         for rank in range(4)
     ]
     seeds = [dropout_seed(*run) for run in runs]
-    low = [s % 2**32 for s in seeds]  # all that the CPU's generator takes
     assert len(set(seeds)) == len(seeds)
+    low = [seed % 2**32 for seed in seeds]  # all that the CPU's generator takes
     assert len(low) - len(set(low)) <= 2  # of 8,000 draws out of 2**32 even one pair is rare
-    bits = np.array([[s >> i & 1 for i in range(64)] for s in seeds])
+
+    bits = np.array([[seed >> i & 1 for i in range(64)] for seed in seeds])
     assert abs(bits.mean(0) - 0.5).max() < 0.04  # 7 standard deviations
-    flips = (bits[4:2000] != bits[:1996]).mean(0)  # from one step to the next
+    # From one step to the next, of the first seed: its four ranks lie between.
+    flips = (bits[4:2000] != bits[:1996]).mean(0)
     assert abs(flips - 0.5).max() < 0.08
 
 
 @pytest.mark.slow
 def test_dropout_seeds_are_those_of_any_process() -> None:
     code = (
-        "from fap.draws import dropout_seed; print(dropout_seed(3, 1000, 2),"
-        " dropout_seed(2**40, 7, 0))"
+        "from fap.draws import dropout_seed; "
+        "print(dropout_seed(3, 1000, 2), dropout_seed(2**40, 7, 0))"
     )
     said = set()
     for hash_seed in ("0", "1"):

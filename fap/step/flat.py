@@ -1,6 +1,6 @@
 """Parameters, gradients and running statistics as views of flat buffers.
 
-The order is shared | main | aux, so the update-speed synchronisation is two slice multiplications,
+The order is shared | main | aux. So the update-speed synchronisation is two slice multiplications,
 the reduction over ranks one all-reduce, the optimiser one kernel, and restoring the running
 statistics of a skipped step one `where`.
 """
@@ -16,74 +16,105 @@ ALIGN = 64  # elements; keeps every view as aligned as a fresh allocation
 
 
 class Flat:
-    """Moves a converted model's parameters into flat buffers, in place; the model must already be
-    on its device.
+    """A converted model's parameters, moved into flat buffers in place.
+
+    The model must already be on its device: moving it afterwards would undo the views.
     """
 
     def __init__(self, model: nn.Module, first: Collection[nn.Parameter] = ()) -> None:
-        """`first`: shared parameters that lie together at the front (`fap.step.half` copies them as
-        one).
+        """`first`: shared parameters to lie together at the very front.
+
+        `fap.step.half` copies those as one slice.
         """
-        main = {p for n in norms(model) for p in (n.weight, n.bias)}
-        aux = {p for n in norms(model) if n.aux is not None for p in n.aux.parameters()}
-        front = set(first)
-        parts = (front, {*model.parameters()} - front - main - aux, main, aux)
         self.parameters = dict(model.named_parameters())
         self.slices: dict[str, slice] = {}
-        bounds, end = [0], 0
-        for part in parts:
-            for name, p in self.parameters.items():
-                if p in part:
-                    self.slices[name] = slice(end, end + p.numel())
-                    end += -(-p.numel() // ALIGN) * ALIGN
-            bounds.append(end)
-        self.first, _, self.main, self.aux = map(slice, bounds, bounds[1:])
-        self.shared = slice(0, self.main.start)  # begins with `first`
-        n_front, n_rest, n_main, n_aux = (sum(p.numel() for p in part) for part in parts)
-        self.counts = (n_front + n_rest, n_main, n_aux)
+        """Where each parameter lies in the buffers, by its name."""
 
-        self.param = nn.Parameter(next(model.parameters()).new_zeros(end))
-        self.grad = self.param.grad = torch.zeros_like(self.param)
+        main: set[nn.Parameter] = set()
+        aux: set[nn.Parameter] = set()
+        for norm in norms(model):
+            main |= {norm.weight, norm.bias}
+            if norm.aux is not None:
+                aux |= {*norm.aux.parameters()}
+        front = set(first)
+        rest = {*model.parameters()} - front - main - aux
+
+        self.first = self._place(front, 0)
+        after_shared = self._place(rest, self.first.stop).stop
+        self.shared = slice(0, after_shared)  # begins with `first`
+        self.main = self._place(main, after_shared)
+        self.aux = self._place(aux, self.main.stop)
+        self.counts = (_n_values(front) + _n_values(rest), _n_values(main), _n_values(aux))
+        """Values of the shared, main and auxiliary parameters, without the gaps between them."""
+
+        self.param = nn.Parameter(next(model.parameters()).new_zeros(self.aux.stop))
+        self.grad = torch.zeros_like(self.param)
+        self.param.grad = self.grad
+        values = self.named(self.param.data)
         gradients = self.named(self.grad)
-        for name, view in self.named(self.param.data).items():
-            self.parameters[name].data = view.copy_(self.parameters[name].data)
-            self.parameters[name].grad = gradients[name]
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name].copy_(parameter.data)
+            parameter.grad = gradients[name]
+
+        # Counters of batches are integers and stay where they are.
         statistics = [b for n in norms(model) for b in n.buffers() if b.is_floating_point()]
         self.stats = torch.cat(statistics)
-        for buffer, view in zip(
-            statistics, self.stats.split([len(b) for b in statistics]), strict=True
-        ):
+        views = self.stats.split([len(buffer) for buffer in statistics])
+        for buffer, view in zip(statistics, views, strict=True):
             buffer.data = view
 
+    def _place(self, part: Collection[nn.Parameter], start: int) -> slice:
+        """Give the parameters of a part their places from `start` on, in the model's order."""
+        end = start
+        for name, parameter in self.parameters.items():
+            if parameter in part:
+                self.slices[name] = slice(end, end + parameter.numel())
+                end = _aligned(end + parameter.numel())
+        return slice(start, end)
+
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of a flat buffer under the parameters' names and shapes."""
+        """Views of a flat buffer under the parameters' names and shapes.
+
+        They have the parameters' strides: convolutions are channels_last in the buffer too.
+        """
         return {
-            k: flat[self.slices[k]].as_strided(p.shape, p.stride())
-            for k, p in self.parameters.items()
+            name: flat[self.slices[name]].as_strided(parameter.shape, parameter.stride())
+            for name, parameter in self.parameters.items()
         }
 
 
-class GradientSum:
-    """Adds up the gradients of several passes in a flat buffer, with a few kernels per pass instead
-    of one or two each.
+def _aligned(n: int) -> int:
+    """`n` elements, rounded up to where the next view may begin."""
+    return (n + ALIGN - 1) // ALIGN * ALIGN
 
-    Gradients of another dtype than the buffer's (`fap.step.half`) are first brought together in a
-    flat buffer of their own, then added as one tensor. Twin: autograd's accumulation into `.grad`.
+
+def _n_values(parameters: Collection[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+class GradientSum:
+    """Adds up the gradients of several passes in a flat buffer.
+
+    It takes a few kernels per pass, where one or two per parameter would be usual. Gradients of
+    another dtype than the buffer's (`fap.step.half`) are first brought together in a flat buffer
+    of their own, then added as one tensor. Twin: autograd's accumulation into `.grad`.
     """
 
     def __init__(
         self,
         flat: Flat,
         total: Tensor,  # (len(flat.param),)
-        half_dtype: torch.dtype
-        | None = None,  # of the gradients that are not of total's dtype; those of flat.first only
+        half_dtype: torch.dtype | None = None,  # of gradients that are not of total's dtype
     ) -> None:
+        """Gradients of `half_dtype` may only come for the parameters of `flat.first`."""
         self.total = total
-        self.strides = [p.stride() for p in flat.parameters.values()]
+        self.strides = [parameter.stride() for parameter in flat.parameters.values()]
         self.targets = [total[flat.slices[name]] for name in flat.parameters]
         self.front = total[flat.first]
-        # Static and zero between the parameters: what lies there is added too.
-        self.half = None if half_dtype is None else torch.zeros_like(self.front, dtype=half_dtype)
+        self.half: Tensor | None = None
+        if half_dtype is not None:
+            # Static, and zero between the parameters: what lies there is added too.
+            self.half = torch.zeros_like(self.front, dtype=half_dtype)
         self.half_targets: list[Tensor | None] = []
         for name in flat.parameters:
             place = flat.slices[name]
@@ -94,8 +125,9 @@ class GradientSum:
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one pass's gradients, in the order of `flat.parameters`; None where the pass did not
-        use the parameter.
+        """Add one pass's gradients, in the order of `flat.parameters`.
+
+        None stands where the pass did not use the parameter.
         """
         same_targets: list[Tensor] = []
         same_values: list[Tensor] = []
@@ -118,6 +150,7 @@ class GradientSum:
             torch._foreach_add_(same_targets, same_values)
         if half_values:
             assert self.half is not None
+            # The whole half buffer is added, so what an earlier pass left in it must not count.
             if stale:
                 torch._foreach_zero_(stale)
             torch._foreach_copy_(half_targets, half_values)
@@ -128,11 +161,10 @@ def _in_memory_order(
     gradient: Tensor,
     strides: tuple[int, ...],  # of its parameter, which is dense
 ) -> Tensor:  # (gradient.numel(),)
-    """The values in the parameter's memory order: a view if the gradient already has it, else a
-    copy.
-    """
-    sides = zip(gradient.shape, gradient.stride(), strides, strict=True)
-    if any(size > 1 and own != wanted for size, own, wanted in sides):
+    """The values in the parameter's memory order, copied only where they have another one."""
+    dimensions = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    # The stride of a dimension of one means nothing.
+    if any(length > 1 and own != wanted for length, own, wanted in dimensions):
         ordered = torch.empty_strided(
             gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
         )

@@ -27,7 +27,9 @@ def layout_copies(events: Iterable[Any]) -> list[str]:
                 if not in_the_stem(event):
                     by = f"{event.name} on {event.input_shapes}"
                     offences.append(f"{kernel.name} launched by {by}")
-    on_the_device = Counter(e.name for e in events if e.device_type != DeviceType.CPU)
+
+    # What ran on the device but belongs to no operator cannot be the stem's.
+    on_the_device = Counter(event.name for event in events if event.device_type != DeviceType.CPU)
     for name, count in (on_the_device - launched).items():
         if transposes(name):
             offences += [f"{name} launched by no operator of the profile"] * count
@@ -41,11 +43,18 @@ def transposes(kernel: str) -> bool:
 def in_the_stem(event: Any) -> bool:
     """Is it, or what called it, a convolution of three channels, or the backward of one?"""
     while event is not None:
-        if "conv" in event.name.lower() and event.input_shapes:
-            # forward: input, weight, ...; backward: gradient of the output, input, weight, ...
-            first = 1 if "backward" in event.name.lower() else 0
-            operands = event.input_shapes[first : first + 2]
-            if len(operands) == 2 and all(shape[1:2] == [STEM_CHANNELS] for shape in operands):
-                return True
+        if is_stem_convolution(event):
+            return True
         event = event.cpu_parent
     return False
+
+
+def is_stem_convolution(event: Any) -> bool:
+    name = event.name.lower()
+    if "conv" not in name or not event.input_shapes:
+        return False
+    # forward: input, weight, ...; backward: gradient of the output, input, weight, ...
+    first = 1 if "backward" in name else 0
+    operands = event.input_shapes[first : first + 2]
+    # A weight with three input channels tells the stem from a depthwise convolution of three.
+    return len(operands) == 2 and all(shape[1:2] == [STEM_CHANNELS] for shape in operands)

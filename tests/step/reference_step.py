@@ -1,9 +1,11 @@
-"""The slow twin of `fap/step/step.py`: the same training step in the plainest PyTorch, float64 on a CPU.
+"""The slow twin of `fap/step/step.py`: the same training step in the plainest PyTorch.
 
-Written from the paper (Algorithm 1, section 3.2.2) and the project's semantics alone; it imports
-nothing of `fap`. Two ordinary models share every parameter that is not batch norm's; each
-batch-norm group goes through the network alone, in train mode, one forward and one backward per
-group. Everything random is an input.
+float64 on a CPU, no buffers, no fusing. Written from the paper (Algorithm 1, section 3.2.2) and
+the project's semantics alone; it imports nothing of `fap`. Two ordinary models share every
+parameter that is not batch norm's. Each batch-norm group goes through its model alone, in training
+mode, one forward and one backward per group. Everything random is an input.
+
+Images are in grey levels of 0..255 throughout; they are normalised right before a forward.
 """
 
 from __future__ import annotations
@@ -11,40 +13,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-BN_MOMENTUM, SGD_MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-4
+BN_MOMENTUM = 0.1
+SGD_MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
 
-
-@dataclass(frozen=True)
-class Draws:
-    """One step's input. Rows [0, n_clean) are clean, the rest adversarial.
-
-    Where adversarial rows are copies (COPIES) there are clean ones only.
-    """
-
-    images: Tensor  # uint8 (B, 3, H, W)
-    labels: Tensor  # int64 (B,)
-    delta0: Tensor | None = None  # (n_adv, 3, H, W) grey levels, uniform in +-eps
-    shuffle: Tensor | None = None  # int64 (n_adv,): new_rows = rows[shuffle]; None = as they are
-    target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
-    direction: Tensor | None = None  # (n_adv, 3, H, W): random steps go along its sign
-    mix: Literal["mixup", "cutmix"] | None = None
-    lam: float = 1.0  # weight of a clean row's own label
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right: of the partner
-    partner: Tensor | None = None  # int64 (n_clean,)
-
-
-RECYCLING = ("fast_advprop", "noise")
-COPIES = ("advprop", "adversarial_training")
-RANDOM = ("noise", "fgsm_noise")
+Kind = Literal["clean", "noise", "adv"]
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Batch-norm layer -> mean and unbiased variance of a group."""
 
 
 @dataclass(frozen=True)
 class Rules:
+    """What stays the same for a run."""
+
     method: Literal[
         "vanilla",
         "fast_advprop",
@@ -55,10 +41,10 @@ class Rules:
         "fgsm_noise",
     ]
     clean_group_rows: int
-    adv_group_rows: int = 0  # rows of one auxiliary BN group
+    adv_group_rows: int = 0
     n_adv: int = 0
-    pipelined: bool = False  # fast_advprop, noise: one pass, adversarial rows trained a step later
-    weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # clean, noise, adversarial
+    pipelined: bool = False  # fast_advprop, noise: adversarial rows are trained a step later
+    weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # of clean, noise, adversarial rows
     sync: bool = True
     combine: Literal["sum", "mean"] = "sum"
     eps_255: float = 1.0
@@ -71,307 +57,408 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """One step's input. The clean rows come first, then those to be attacked.
+
+    Methods that attack copies of the clean rows (COPIES) get clean ones only.
+    """
+
+    images: Tensor  # uint8 (B, 3, H, W)
+    labels: Tensor  # int64 (B,)
+    delta0: Tensor | None = None  # (n_adv, 3, H, W) grey levels, uniform in +-eps
+    shuffle: Tensor | None = None  # int64 (n_adv,): new rows = rows[shuffle]; None: as they are
+    target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
+    direction: Tensor | None = None  # (n_adv, 3, H, W): random steps go along its sign
+    mix: Literal["mixup", "cutmix"] | None = None
+    lam: float = 1.0  # weight of a clean row's own label
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right: of the partner
+    partner: Tensor | None = None  # int64 (n_clean,)
+
+
+@dataclass(frozen=True)
 class Result:
+    """What a step found, before the optimiser spends it."""
+
     gradients: dict[str, dict[str, Tensor]]
-    """"shared" | "main" | "aux" -> parameter name -> gradient."""
+    """Under "shared", "main" and "aux", by the parameter's name."""
     adversarial: Tensor | None
     """(n_adv, 3, H, W) grey levels, as crafted in this step, before any shuffle."""
-    losses: dict[str, Tensor]
-    """Kind -> per-example losses, in the order in which the rows were forwarded."""
+    losses: dict[Kind, Tensor]
+    """Of each row, in the order in which the rows were forwarded."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
-    """Rows of one kind on their way through one of the two models, cut into BN groups."""
+    """Rows of one kind, with what the network should say of them."""
 
-    kind: str
+    kind: Kind
     images: Tensor  # float64 (n, 3, H, W) grey levels
-    labels: Tensor
-    other_labels: Tensor | None = None
-    lam: float = 1.0
+    labels: Tensor  # int64 (n,)
+    other_labels: Tensor | None = None  # int64 (n,): of the images that are mixed in
+    lam: float = 1.0  # share of `labels`
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
-def bn_modules(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+COPIES = ("advprop", "adversarial_training")
+RANDOM = ("noise", "fgsm_noise")
+SINGLE_NORM = ("vanilla", "adversarial_training")
 
 
-def is_bn_parameter(model: nn.Module, name: str) -> bool:
-    return name.rpartition(".")[0] in bn_modules(model)
+class Twin:
+    """A model in training. `step`, then `optimise`, make one step of `fap.step.step.Step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,  # float64, with plain nn.BatchNorm2d; its norms become the main ones
+        rules: Rules,
+    ) -> None:
+        self.rules = rules
+        self.main, self.aux = two_models(model)
+        self.has_aux = rules.method not in SINGLE_NORM
+        self.carry: tuple[Tensor, Tensor] | None = None
+        """`pipelined`: images and labels that the step before has crafted."""
+        self.velocity: dict[nn.Parameter, Tensor] = {}
+        self.losses: dict[Kind, Tensor] = {}
+
+    def step(self, draws: Draws) -> Result:
+        """Gradients and running statistics of one step; the weights stay until `optimise`."""
+        self.main.zero_grad(set_to_none=True)
+        self.aux.zero_grad(set_to_none=True)
+        self.losses = {}
+        adversarial: Tensor | None = None
+        match self.rules.method:
+            case "vanilla":
+                self._vanilla(draws)
+            case "fast_advprop" | "noise":
+                if self.rules.pipelined:
+                    adversarial = self._fast_advprop_pipelined(draws)
+                else:
+                    adversarial = self._fast_advprop(draws)
+            case "advprop" | "decoupled" | "fgsm_noise":
+                adversarial = self._advprop(draws)
+            case "adversarial_training":
+                adversarial = self._adversarial_training(draws)
+        return Result(self._synchronised(), adversarial, self.losses)
+
+    # ------------------------------------------------------------------ the methods
+
+    def _vanilla(self, draws: Draws) -> None:
+        clean = self._clean(draws)
+        self._weigh(n_clean=len(clean))
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+
+    def _fast_advprop(self, draws: Draws) -> Tensor:
+        """Algorithm 1: one backward of the noise rows trains, and gives the attack its sign."""
+        clean = self._clean(draws)
+        x, labels = self._attacked(draws)
+        self._weigh(n_clean=len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + self._random_start(draws), labels)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        (gradient,) = self._train(self.aux, [noise], self.rules.adv_group_rows)
+        adversarial = self._ascend(noise.images, x, self._direction(gradient, draws))
+        shuffled = self._shuffled(adversarial, labels, draws)
+        self._train(self.aux, [shuffled], self.rules.adv_group_rows)
+        return adversarial
+
+    def _fast_advprop_pipelined(self, draws: Draws) -> Tensor:
+        """The same, but the adversarial rows wait for the next step.
+
+        There they share their groups with its noise rows. The first step has nothing to train yet:
+        its own noise rows stand in.
+        """
+        clean = self._clean(draws)
+        x, labels = self._attacked(draws)
+        self._weigh(n_clean=len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + self._random_start(draws), labels)
+        carried_images, carried_labels = self.carry or (noise.images, labels)
+        carried = self._shuffled(carried_images, carried_labels, draws)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        gradient, _ = self._train(self.aux, [noise, carried], self.rules.adv_group_rows)
+        adversarial = self._ascend(noise.images, x, self._direction(gradient, draws))
+        self.carry = (adversarial, labels)
+        return adversarial
+
+    def _advprop(self, draws: Draws) -> Tensor:
+        """AdvProp, decoupled training, FGSM noise: an attack of its own, then training."""
+        clean = self._clean(draws)
+        x, labels = self._attacked(draws)
+        self._weigh(n_clean=len(clean), n_adv=len(x))
+        if self.rules.method in RANDOM:
+            start = x + self._random_start(draws)
+            adversarial = self._ascend(start, x, self._direction(None, draws))
+        else:
+            adversarial = self._pgd(self.aux, x, labels, draws)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        shuffled = self._shuffled(adversarial, labels, draws)
+        self._train(self.aux, [shuffled], self.rules.adv_group_rows)
+        return adversarial
+
+    def _adversarial_training(self, draws: Draws) -> Tensor:
+        """Madry et al.: nothing but adversarial rows, through the only norms there are."""
+        x, labels = self._attacked(draws)
+        self._weigh(n_adv=len(x))
+        adversarial = self._pgd(self.main, x, labels, draws)
+        self._train(self.main, [Rows("adv", adversarial, labels)], self.rules.adv_group_rows)
+        return adversarial
+
+    # ------------------------------------------------------------------ rows
+
+    def _n_clean(self, draws: Draws) -> int:
+        if self.rules.method in COPIES:
+            return len(draws.images)
+        return len(draws.images) - self.rules.n_adv
+
+    def _clean(self, draws: Draws) -> Rows:
+        """The clean rows, mixed if the step mixes."""
+        n_clean = self._n_clean(draws)
+        images = draws.images[:n_clean].double()
+        labels = draws.labels[:n_clean]
+        if draws.mix is None:
+            return Rows("clean", images, labels)
+        others = images[draws.partner]
+        if draws.mix == "mixup":
+            mixed = draws.lam * images + (1 - draws.lam) * others
+        else:
+            top, left, bottom, right = draws.box
+            mixed = images.clone()
+            mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        return Rows("clean", mixed, labels, labels[draws.partner], draws.lam)
+
+    def _attacked(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Images and labels of what is attacked: rows of its own, or every clean row, unmixed."""
+        first = self._n_clean(draws)
+        if self.rules.method in COPIES:
+            first = 0
+        return draws.images[first:].double(), draws.labels[first:]
+
+    def _shuffled(self, images: Tensor, labels: Tensor, draws: Draws) -> Rows:
+        """Adversarial rows in the order in which they are trained (shuffling BN)."""
+        if draws.shuffle is None:
+            return Rows("adv", images, labels)
+        return Rows("adv", images[draws.shuffle], labels[draws.shuffle])
+
+    # ------------------------------------------------------------------ weights (section 3.2.2)
+
+    def _weigh(self, n_clean: int = 0, n_noise: int = 0, n_adv: int = 0) -> None:
+        """Fix what each row's loss counts, and what each part's gradient is multiplied by.
+
+        The loss of a step is the sum of w l / W over its rows, with W the sum of w: 80 for 64 clean
+        rows at 1, 16 noise and 16 adversarial ones at 1/2. The shared parameters get gradients from
+        all of W, the norms from some of it. Update-speed synchronisation (`sync`) makes up for it.
+        """
+        n_rows: dict[Kind, int] = {"clean": n_clean, "noise": n_noise, "adv": n_adv}
+        weight: dict[Kind, float] = dict(zip(n_rows, self.rules.weights, strict=True))
+        reached = {kind: weight[kind] * n_rows[kind] for kind in n_rows}
+        total = sum(reached.values())
+        self.factor: dict[Kind, float] = {}
+        for kind, n in n_rows.items():
+            if self.rules.combine == "sum":
+                self.factor[kind] = weight[kind] / total
+            elif n:
+                # Algorithm 1 to the letter: the sum of means, g_clean + b g_noise + b g_adv.
+                self.factor[kind] = weight[kind] / n
+        self.speed = {"shared": 1.0, "main": 1.0, "aux": 1.0}
+        if self.rules.sync:
+            assert self.rules.combine == "sum"
+            self.speed["main"] = total / reached["clean"]
+            if n_noise + n_adv:
+                self.speed["aux"] = total / (reached["noise"] + reached["adv"])
+
+    def _synchronised(self) -> dict[str, dict[str, Tensor]]:
+        """Multiply the gradients by their part's speed; returns copies."""
+        found: dict[str, dict[str, Tensor]] = {"shared": {}, "main": {}, "aux": {}}
+        for part, name, parameter in self._parameters():
+            assert parameter.grad is not None
+            parameter.grad *= self.speed[part]
+            found[part][name] = parameter.grad.clone()
+        return found
+
+    def _parameters(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Part, name and parameter of all that is trained."""
+        found = []
+        for name, parameter in self.main.named_parameters():
+            part = "main" if is_bn_parameter(self.main, name) else "shared"
+            found.append((part, name, parameter))
+        if self.has_aux:
+            for name, parameter in self.aux.named_parameters():
+                if is_bn_parameter(self.aux, name):
+                    found.append(("aux", name, parameter))
+        return found
+
+    # ------------------------------------------------------------------ passes
+
+    def _train(self, model: nn.Module, parts: Sequence[Rows], group_rows: int) -> list[Tensor]:
+        """Forward and backward of each batch-norm group alone: so many rows of every part.
+
+        Returns each part's input gradient in grey levels, of the sum over its rows of factor x
+        loss. The running statistics move once, by the mean over the groups.
+        """
+        inputs = [part.images.clone().requires_grad_() for part in parts]
+        losses: dict[Kind, list[Tensor]] = {part.kind: [] for part in parts}
+        seen: list[Statistics] = []
+        for start in range(0, len(parts[0]), group_rows):
+            rows = slice(start, start + group_rows)
+            grey = torch.cat([images[rows] for images in inputs])
+            logits, statistics = forward_alone(model, self._normalise(grey))
+            seen.append(statistics)
+            loss = logits.new_zeros(())
+            for part, own_logits in zip(parts, logits.split(group_rows), strict=True):
+                of_rows = self._losses_of(part, rows, own_logits)
+                losses[part.kind].append(of_rows.detach())
+                loss = loss + self.factor[part.kind] * of_rows.sum()
+            loss.backward()
+        for kind, of_groups in losses.items():
+            self.losses[kind] = torch.cat(of_groups)
+        move_running_statistics(model, seen)
+        return [images.grad for images in inputs if images.grad is not None]
+
+    def _normalise(self, grey: Tensor) -> Tensor:
+        mean = torch.tensor(self.rules.mean, dtype=torch.float64).view(3, 1, 1)
+        std = torch.tensor(self.rules.std, dtype=torch.float64).view(3, 1, 1)
+        return (grey / 255 - mean) / std
+
+    def _losses_of(self, part: Rows, rows: slice, logits: Tensor) -> Tensor:
+        """Of some rows of a part, (rows,): if they are mixed, lam of one label and 1 - lam."""
+        losses = self._cross_entropy(logits, part.labels[rows])
+        if part.other_labels is None:
+            return losses
+        other_losses = self._cross_entropy(logits, part.other_labels[rows])
+        return part.lam * losses + (1 - part.lam) * other_losses
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(1 - s) x that of the label + s x its mean over the classes, of each row."""
+        log_p = logits.log_softmax(1)
+        s = self.rules.label_smoothing
+        of_label = log_p[torch.arange(len(labels)), labels]
+        return -(1 - s) * of_label - s * log_p.mean(1)
+
+    # ------------------------------------------------------------------ the attack
+
+    def _random_start(self, draws: Draws) -> Tensor:
+        assert draws.delta0 is not None
+        return draws.delta0.double()
+
+    def _direction(self, gradient: Tensor | None, draws: Draws) -> Tensor:
+        """The gradient's sign, or a random one."""
+        if self.rules.method in RANDOM:
+            gradient = draws.direction
+        assert gradient is not None
+        return sign(gradient)
+
+    def _ascend(self, current: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+        """One step, projected into the ball of radius eps around x and into 0..255."""
+        eps_255 = self.rules.eps_255
+        step_255 = max(self.rules.step_255, eps_255 / self.rules.attack_steps)
+        moved = current + step_255 * direction
+        near = torch.minimum(torch.maximum(moved, x - eps_255), x + eps_255)
+        return near.clamp(0, 255)
+
+    def _pgd(self, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """K projected sign steps away from the label, or towards a target.
+
+        No parameter gets a gradient, no running statistics move.
+        """
+        current = x + self._random_start(draws)
+        for _ in range(self.rules.attack_steps):
+            if draws.target is None:
+                direction = sign(self._input_gradient(model, current, labels))
+            else:
+                direction = -sign(self._input_gradient(model, current, draws.target))
+            current = self._ascend(current, x, direction)
+        return current
+
+    def _input_gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Of the sum of the losses, each group alone."""
+        gradients = []
+        n = self.rules.adv_group_rows
+        for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
+            leaf = grey.clone().requires_grad_()
+            if self.rules.attack_bn == "batch":
+                logits, _ = forward_alone(model, self._normalise(leaf))
+            else:
+                logits = model.eval()(self._normalise(leaf))
+            loss = self._cross_entropy(logits, group_labels).sum()
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+        return torch.cat(gradients)
+
+    # ------------------------------------------------------------------ the optimiser
+
+    @torch.no_grad()
+    def optimise(self, lr: float) -> None:
+        """SGD with momentum and weight decay on every parameter, batch norm's included."""
+        for _, _, parameter in self._parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad + WEIGHT_DECAY * parameter
+            before = self.velocity.get(parameter, torch.zeros_like(parameter))
+            self.velocity[parameter] = SGD_MOMENTUM * before + gradient
+            parameter -= lr * self.velocity[parameter]
+
+    def bn_state(self) -> dict[str, dict[str, Tensor]]:
+        """Running means and variances, under "main" and "aux", by layer and name."""
+        found: dict[str, dict[str, Tensor]] = {"main": {}, "aux": {}}
+        for which, model in (("main", self.main), ("aux", self.aux)):
+            for layer, bn in bn_layers(model).items():
+                found[which][f"{layer}.running_mean"] = bn.running_mean.clone()
+                found[which][f"{layer}.running_var"] = bn.running_var.clone()
+        return found
+
+
+# ---------------------------------------------------------------------- models
 
 
 def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """`model` itself and a copy with batch-norm layers of its own whose other parameters are
-    `model`'s.
-    """
+    """`model`, and a copy with norms of its own whose other parameters are `model`'s."""
     aux = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if not is_bn_parameter(model, name):
             owner, _, leaf = name.rpartition(".")
             setattr(aux.get_submodule(owner), leaf, parameter)
+    for bn in [*bn_layers(model).values(), *bn_layers(aux).values()]:
+        bn.momentum = 0.0  # forwards leave the running statistics alone: `_train` moves them
     return model, aux
 
 
-@dataclass
-class Twin:
-    model: nn.Module  # float64, plain nn.BatchNorm2d; becomes the main-BN model
-    rules: Rules
-    carry: tuple[Tensor, Tensor] | None = None  # `pipelined`: images and labels of step t-1
-
-    def __post_init__(self) -> None:
-        self.main, self.aux = two_models(self.model)
-        self.has_aux = self.rules.method not in ("vanilla", "adversarial_training")
-        self.velocity: dict[int, Tensor] = {}
-
-    # ------------------------------------------------------------------ the step
-
-    def step(self, draws: Draws) -> Result:
-        """Gradients and running statistics of one step; the weights stay until `optimise`."""
-        rules = self.rules
-        for model in (self.main, self.aux):
-            model.zero_grad(set_to_none=True)
-        self.losses: dict[str, Tensor] = {}
-        n_clean = len(draws.images)
-        if rules.method not in COPIES:
-            n_clean -= rules.n_adv
-        clean = self._mix_clean(draws, n_clean)
-        adversarial = None
-
-        if rules.method == "vanilla":
-            self._count(n_clean, 0, 0)
-            self._train(self.main, [clean], rules.clean_group_rows)
-
-        elif rules.method in RECYCLING:
-            x, labels = self._attacked_rows(draws, n_clean)
-            self._count(n_clean, len(x), len(x))
-            noise = x + self._delta0(draws)
-            parts = [Rows("noise", noise, labels)]
-            if rules.pipelined:  # the first step has nothing to carry
-                parts.append(self._shuffled("adv", *(self.carry or (noise, labels)), draws))
-            self._train(self.main, [clean], rules.clean_group_rows)
-            gradient = self._train(self.aux, parts, rules.adv_group_rows)[0]
-            if rules.method in RANDOM:
-                assert draws.direction is not None
-                gradient = draws.direction
-            adversarial = self._project(x, noise + self._step_size() * self._sign(gradient))
-            self.carry = (adversarial, labels)
-            if not rules.pipelined:
-                self._train(
-                    self.aux,
-                    [self._shuffled("adv", adversarial, labels, draws)],
-                    rules.adv_group_rows,
-                )
-
-        elif rules.method == "adversarial_training":  # Madry et al.: nothing else, one set of norms
-            x, labels = self._attacked_rows(draws, n_clean)
-            self._count(0, 0, len(x))
-            adversarial = self._pgd(self.main, x, labels, draws)
-            self._train(self.main, [Rows("adv", adversarial, labels)], rules.clean_group_rows)
-
-        else:  # decoupled, advprop, fgsm_noise: an attack without reuse, then one training pass
-            x, labels = self._attacked_rows(draws, n_clean)
-            self._count(n_clean, 0, len(x))
-            if rules.method in RANDOM:
-                assert draws.direction is not None
-                step = self._step_size() * self._sign(draws.direction)
-                adversarial = self._project(x, x + self._delta0(draws) + step)
-            else:
-                adversarial = self._pgd(self.aux, x, labels, draws)
-            self._train(self.main, [clean], rules.clean_group_rows)
-            self._train(
-                self.aux, [self._shuffled("adv", adversarial, labels, draws)], rules.adv_group_rows
-            )
-
-        return Result(self._synchronised(), adversarial, self.losses)
-
-    def _attacked_rows(self, draws: Draws, n_clean: int) -> tuple[Tensor, Tensor]:
-        first = n_clean
-        if self.rules.method in COPIES:  # of every clean row, unmixed
-            first = 0
-        return draws.images[first:].double(), draws.labels[first:]
-
-    def _mix_clean(self, draws: Draws, n_clean: int) -> Rows:
-        images, labels = draws.images[:n_clean].double(), draws.labels[:n_clean]
-        if draws.mix is None:
-            return Rows("clean", images, labels)
-        partner = draws.partner
-        if draws.mix == "mixup":
-            mixed = draws.lam * images + (1 - draws.lam) * images[partner]
-        else:
-            top, left, bottom, right = draws.box
-            mixed = images.clone()
-            mixed[:, :, top:bottom, left:right] = images[partner][:, :, top:bottom, left:right]
-        return Rows("clean", mixed, labels, labels[partner], draws.lam)
-
-    def _shuffled(self, kind: str, images: Tensor, labels: Tensor, draws: Draws) -> Rows:
-        order = torch.arange(len(images)) if draws.shuffle is None else draws.shuffle
-        return Rows(kind, images[order], labels[order])
-
-    # ------------------------------------------------------------------ weights (semantics: shared parameters' gradient, β, update-speed sync)
-
-    def _count(self, clean: int, noise: int, adv: int) -> None:
-        """Fix each example's factor in the loss, and how much weight reaches the shared, main and
-        aux parameters.
-        """
-        n = {"clean": clean, "noise": noise, "adv": adv}
-        w = dict(zip(n, self.rules.weights, strict=True))
-        total = sum(w[kind] * n[kind] for kind in n)
-        if self.rules.combine == "mean":
-            # Algorithm 1 to the letter: g_clean + β g_noise + β g_adv of means.
-            self.factor = {kind: w[kind] / n[kind] if n[kind] else 0.0 for kind in n}
-        else:
-            self.factor = {kind: w[kind] / total for kind in n}
-        self.speed = {"shared": 1.0, "main": 1.0, "aux": 1.0}
-        if self.rules.sync:
-            assert self.rules.combine == "sum"
-            self.speed["main"] = total / (w["clean"] * clean)
-            if noise + adv:
-                self.speed["aux"] = total / (w["noise"] * noise + w["adv"] * adv)
-
-    def _synchronised(self) -> dict[str, dict[str, Tensor]]:
-        out: dict[str, dict[str, Tensor]] = {"shared": {}, "main": {}, "aux": {}}
-        for name, parameter in self.main.named_parameters():
-            out["main" if is_bn_parameter(self.main, name) else "shared"][name] = parameter
-        for name, parameter in self.aux.named_parameters():
-            if is_bn_parameter(self.aux, name) and self.has_aux:
-                out["aux"][name] = parameter
-        for part, parameters in out.items():
-            for parameter in parameters.values():
-                assert parameter.grad is not None
-                parameter.grad *= self.speed[part]
-        return {part: {n: p.grad.clone() for n, p in ps.items()} for part, ps in out.items()}
-
-    # ------------------------------------------------------------------ passes
-
-    def _normalise(self, grey: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(v, dtype=torch.float64).view(3, 1, 1)
-            for v in (self.rules.mean, self.rules.std)
-        )
-        return (grey / 255 - mean) / std
-
-    def _example_losses(self, logits: Tensor, rows: Rows) -> Tensor:
-        """(1 - s) x cross-entropy of the label + s x mean cross-entropy over the classes, per
-        example.
-        """
-        log_p, s = logits.log_softmax(1), self.rules.label_smoothing
-
-        def of(labels: Tensor) -> Tensor:
-            return -(1 - s) * log_p[torch.arange(len(labels)), labels] - s * log_p.mean(1)
-
-        if rows.other_labels is None:
-            return of(rows.labels)
-        return rows.lam * of(rows.labels) + (1 - rows.lam) * of(rows.other_labels)
-
-    def _train(self, model: nn.Module, parts: Sequence[Rows], group: int) -> list[Tensor]:
-        """Forward and backward of each BN group alone: `group` rows of every part. One
-        running-statistics average.
-
-        Returns each part's input gradient in grey levels (the sum over examples of factor x loss).
-        """
-        inputs = [part.images.clone().requires_grad_() for part in parts]
-        statistics, losses = [], {part.kind: [] for part in parts}
-        for start in range(0, len(parts[0].images), group):
-            rows = slice(start, start + group)
-            logits, seen = forward_alone(
-                model, self._normalise(torch.cat([x[rows] for x in inputs]))
-            )
-            statistics.append(seen)
-            loss = logits.new_zeros(())
-            for part, out in zip(parts, logits.split(group), strict=True):
-                other = None if part.other_labels is None else part.other_labels[rows]
-                each = self._example_losses(
-                    out, Rows(part.kind, out, part.labels[rows], other, part.lam)
-                )
-                losses[part.kind].append(each.detach())
-                loss = loss + self.factor[part.kind] * each.sum()
-            loss.backward()
-        self.losses |= {kind: torch.cat(each) for kind, each in losses.items()}
-        for layer, bn in bn_modules(model).items():
-            mean = torch.stack([seen[layer][0] for seen in statistics]).mean(0)
-            var = torch.stack([seen[layer][1] for seen in statistics]).mean(0)
-            bn.running_mean = (1 - BN_MOMENTUM) * bn.running_mean + BN_MOMENTUM * mean
-            bn.running_var = (1 - BN_MOMENTUM) * bn.running_var + BN_MOMENTUM * var
-        return [x.grad for x in inputs]
-
-    # ------------------------------------------------------------------ the attack, in grey levels of 0..255
-
-    def _delta0(self, draws: Draws) -> Tensor:
-        assert draws.delta0 is not None
-        return draws.delta0.double()
-
-    def _step_size(self) -> float:
-        return max(self.rules.step_255, self.rules.eps_255 / self.rules.attack_steps)
-
-    def _sign(self, g: Tensor) -> Tensor:
-        return torch.where(torch.isfinite(g), torch.sign(g), torch.zeros_like(g))
-
-    def _project(self, x: Tensor, candidate: Tensor) -> Tensor:
-        near = torch.minimum(
-            torch.maximum(candidate, x - self.rules.eps_255), x + self.rules.eps_255
-        )
-        return near.clamp(0, 255)
-
-    def _pgd(self, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """K projected sign steps; no parameter gradient, no running statistics."""
-        target, towards = (labels, 1.0) if draws.target is None else (draws.target, -1.0)
-        current = x + self._delta0(draws)
-        for _ in range(self.rules.attack_steps):
-            pieces = []
-            for start in range(0, len(x), self.rules.adv_group_rows):
-                rows = slice(start, start + self.rules.adv_group_rows)
-                grey = current[rows].clone().requires_grad_()
-                if self.rules.attack_bn == "batch":
-                    logits, _ = forward_alone(model, self._normalise(grey))
-                else:
-                    logits = model.eval()(self._normalise(grey))
-                loss = self._example_losses(logits, Rows("attack", grey, target[rows])).sum()
-                pieces.append(torch.autograd.grad(loss, grey)[0])
-            direction = towards * self._sign(torch.cat(pieces))
-            current = self._project(x, current + self._step_size() * direction)
-        return current
-
-    # ------------------------------------------------------------------ the optimiser
-
-    def optimise(self, lr: float) -> None:
-        """SGD, momentum 0.9, weight decay 1e-4 on every parameter, batch norm's included."""
-        parameters = {id(p): p for model in (self.main, self.aux) for p in model.parameters()}
-        with torch.no_grad():
-            for key, p in parameters.items():
-                if p.grad is not None:
-                    g = p.grad + WEIGHT_DECAY * p
-                    self.velocity[key] = (
-                        SGD_MOMENTUM * self.velocity.get(key, torch.zeros_like(p)) + g
-                    )
-                    p -= lr * self.velocity[key]
-
-    def bn_state(self) -> dict[str, dict[str, Tensor]]:
-        """ "main" | "aux" -> "layer.running_mean" | "layer.running_var" -> value."""
-        return {
-            which: {
-                f"{layer}.{name}": getattr(bn, name).clone()
-                for layer, bn in bn_modules(model).items()
-                for name in ("running_mean", "running_var")
-            }
-            for which, model in (("main", self.main), ("aux", self.aux))
-        }
+def bn_layers(model: nn.Module) -> dict[str, Any]:
+    """The nn.BatchNorm2d of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
 
-def forward_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Logits in train mode, and each BN layer's batch mean and unbiased variance; running
-    statistics untouched.
-    """
-    model.train()
-    layers = bn_modules(model)
-    kept = {name: (bn.running_mean, bn.running_var, bn.momentum) for name, bn in layers.items()}
-    for bn in layers.values():
-        # With momentum 1 a plain BN layer leaves exactly this group's statistics in its buffers.
-        bn.running_mean, bn.running_var = (
-            torch.zeros_like(bn.running_mean),
-            torch.ones_like(bn.running_var),
-        )
-        bn.momentum = 1.0
-    logits = model(x)
-    seen = {name: (bn.running_mean, bn.running_var) for name, bn in layers.items()}
-    for name, bn in layers.items():
-        bn.running_mean, bn.running_var, bn.momentum = kept[name]
+def is_bn_parameter(model: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[0] in bn_layers(model)
+
+
+def forward_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
+    """Logits of one group in training mode, and the statistics that each norm has found."""
+    seen: Statistics = {}
+
+    def look_at(name: str, bn: nn.BatchNorm2d) -> Any:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].detach()
+            seen[name] = (values.mean((0, 2, 3)), values.var((0, 2, 3), unbiased=True))
+
+        return bn.register_forward_pre_hook(look)
+
+    hooks = [look_at(name, bn) for name, bn in bn_layers(model).items()]
+    logits = model.train()(x)
+    for hook in hooks:
+        hook.remove()
     return logits, seen
+
+
+def move_running_statistics(model: nn.Module, seen: Sequence[Statistics]) -> None:
+    """One exponential average of the mean over the groups."""
+    for name, bn in bn_layers(model).items():
+        mean = torch.stack([statistics[name][0] for statistics in seen]).mean(0)
+        var = torch.stack([statistics[name][1] for statistics in seen]).mean(0)
+        bn.running_mean = (1 - BN_MOMENTUM) * bn.running_mean + BN_MOMENTUM * mean
+        bn.running_var = (1 - BN_MOMENTUM) * bn.running_var + BN_MOMENTUM * var
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """Of what is not finite: 0."""
+    return torch.where(gradient.isfinite(), gradient.sign(), 0.0)

@@ -13,40 +13,38 @@ from torch import Tensor, nn
 from fap.config import load_config
 from fap.distributed import ONE_RANK
 from fap.step.step import Step
+from tests.step.made_steps import changed
 from tests.step.reference_step import Twin, forward_alone
 from tests.step.twin_checks import TinyResNet, config_of, draw, models, rules_of
 
 
+def method_of(name: str) -> dict[str, Any]:
+    """The fields of a method's config; a third of the rows is attacked where it has rows for it."""
+    if name in ("vanilla", "advprop"):
+        return {"name": name, "p_adv": None}
+    return {"name": name, "p_adv": "1/3"}
+
+
 @pytest.mark.parametrize("name", ["advprop", "decoupled"])
 def test_what_an_unset_attack_is(name: str) -> None:
-    """Targeted, through running statistics: the same step as when it is said, and another one than
-    with any other value.
+    """Targeted, through running statistics.
+
+    It is the same step as when that is said, and another one than with any other value.
     """
-    method: dict[str, Any] = {
-        "name": name,
-        "p_adv": None if name == "advprop" else "1/3",
-        "attack_steps": 2,
-        "eps_255": 4.0,
-    }
-    unset = config_of(method)
+    method = method_of(name) | {"attack_steps": 2, "eps_255": 4.0}
     converted = models(TinyResNet)[0]
-    feed, _ = draw(unset)
-    made = {}
+    feed, _ = draw(config_of(method))
+    made: dict[tuple[bool | None, str | None], Tensor] = {}
     for targeted in (None, True, False):
         for attack_bn in (None, "running", "batch"):
-            step = Step(
-                copy.deepcopy(converted),
-                config_of(method | {"targeted": targeted, "attack_bn": attack_bn}),
-            )
+            config = config_of(method | {"targeted": targeted, "attack_bn": attack_bn})
+            step = Step(copy.deepcopy(converted), config)
             step.feed(lr=0.1, **feed)
             step()
             made[targeted, attack_bn] = step.adv.rows.images_255.clone()
     for (targeted, attack_bn), adversarial in made.items():
-        stated = (targeted is not False, attack_bn != "batch")
-        assert torch.equal(adversarial, made[None, None]) == (stated == (True, True)), (
-            targeted,
-            attack_bn,
-        )
+        as_unset = targeted is not False and attack_bn != "batch"
+        assert torch.equal(adversarial, made[None, None]) is as_unset, (targeted, attack_bn)
 
 
 def test_shipped_configs_say_that_they_attack_as_the_paper_reads() -> None:
@@ -71,40 +69,30 @@ def test_shipped_configs_say_that_they_attack_as_the_paper_reads() -> None:
 def test_an_attack_crafts_and_moves_no_statistics(
     name: str, attack_bn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the attack alone everything in the model is as it was: weights, statistics, counters."""
-    method = {
-        "name": name,
-        "p_adv": None if name == "advprop" else "1/3",
-        "attack_bn": attack_bn,
-        "attack_steps": 5,
-    }
-    config = config_of(method)
+    """After the attack alone the model is as it was: weights, statistics, counters."""
+    config = config_of(method_of(name) | {"attack_bn": attack_bn, "attack_steps": 5})
     step = Step(models(TinyResNet)[0], config)
-    seen: list[list[str]] = []
+    seen: list[set[str]] = []
 
-    def attack_and_look(*args: Tensor) -> Tensor:
+    def attack_and_look(*args: Any) -> Tensor:
         before = {k: v.clone() for k, v in step.network.model.state_dict().items()}
         made = Step._craft(step, *args)
-        seen.append(
-            [k for k, v in step.network.model.state_dict().items() if not torch.equal(v, before[k])]
-        )
+        seen.append(changed(before, step.network.model.state_dict()))
         return made
 
     monkeypatch.setattr(step, "_craft", attack_and_look)
     step.feed(lr=0.1, **draw(config)[0])
     step()
-    assert seen == [[]]
+    assert seen == [set()]
     assert step.metrics.take(ONE_RANK)["steps"] == 1
 
 
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("method", ["vanilla", "fast_advprop", "advprop", "decoupled"])
 def test_one_class_is_refused(method: str, classes: int) -> None:
-    p_adv = None if method in ("vanilla", "advprop") else "1/3"
-    base = config_of({"name": method, "p_adv": p_adv})
-    config = base.model_copy(
-        update={"model": base.model.model_copy(update={"num_classes": classes})}
-    )
+    base = config_of(method_of(method))
+    of_model = base.model.model_copy(update={"num_classes": classes})
+    config = base.model_copy(update={"model": of_model})
     model = models(TinyResNet)[0]
     if classes == 1:
         with pytest.raises(ValueError, match=r"model\.num_classes = 1: .*at least 2"):
@@ -120,33 +108,30 @@ def test_pgd_stays_in_the_ball_and_moves_the_loss(targeted: bool) -> None:
         {"name": "decoupled", "attack_steps": 5, "eps_255": 4.0, "targeted": targeted}
     )
     converted, plain = models(TinyResNet)
-    step, twin = Step(converted, config), Twin(plain, rules_of(config))
+    step = Step(converted, config)
+    twin = Twin(plain, rules_of(config))
     feed, draws = draw(config)
     step.feed(lr=0.0, **feed)
     step()
-    x, labels = (
-        feed["images"][step.inputs.n_clean :].double(),
-        feed["targets"][step.inputs.n_clean :],
-    )
-    assert (step.adv.rows.images_255 - x).abs().max() <= 4
-    assert step.adv.rows.images_255.min() >= 0
-    assert step.adv.rows.images_255.max() <= 255
+    x = feed["images"][step.inputs.n_clean :].double()
+    labels = feed["targets"][step.inputs.n_clean :]
+    made = step.adv.rows.images_255
+    assert (made - x).abs().max() <= 4
+    assert made.min() >= 0
+    assert made.max() <= 255
 
     def loss(grey: Tensor, target: Tensor) -> float:
-        parts = zip(
-            grey.split(config.method.adv_group_rows),
-            target.split(config.method.adv_group_rows),
-            strict=True,
-        )
-        each = [
-            nn.functional.cross_entropy(forward_alone(twin.aux, twin._normalise(g))[0], t)
-            for g, t in parts
-        ]
-        return sum(e.item() for e in each)
+        group_rows = config.method.adv_group_rows
+        total = 0.0
+        for images, wanted in zip(grey.split(group_rows), target.split(group_rows), strict=True):
+            logits, _ = forward_alone(twin.aux, twin._normalise(images))
+            total += nn.functional.cross_entropy(logits, wanted).item()
+        return total
 
     assert draws.delta0 is not None
+    start = x + draws.delta0
     if targeted:
         assert draws.target is not None
-        assert loss(step.adv.rows.images_255, draws.target) < loss(x + draws.delta0, draws.target)
+        assert loss(made, draws.target) < loss(start, draws.target)
     else:
-        assert loss(step.adv.rows.images_255, labels) > loss(x + draws.delta0, labels)
+        assert loss(made, labels) > loss(start, labels)

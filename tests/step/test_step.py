@@ -16,10 +16,15 @@ from fap.distributed import ONE_RANK
 from fap.methods import ATTACK, METHODS, Method
 from fap.nets.dual import convert
 from fap.step.step import Step
+from tests.step.made_steps import SCHEDULES
 from tests.step.twin_checks import TinyNet, TinyResNet, check, config_of, draw, models
 
 FAST = {"name": "fast_advprop"}
-SCHEDULES = ("sequential", "fused", "pipelined", "parallel")
+
+
+def values_of(fields: dict[str, Any]) -> str:
+    """A test's id."""
+    return "-".join(str(value) for value in fields.values()) or "defaults"
 
 
 @pytest.mark.parametrize("net", [TinyNet, TinyResNet])
@@ -42,9 +47,7 @@ SEPARATE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("attack_bn", ["running", "batch"])
 @pytest.mark.parametrize("targeted", [True, False])
 @pytest.mark.parametrize("name", ["advprop", "decoupled"])
-@pytest.mark.parametrize(
-    "more", SEPARATE, ids=lambda m: "-".join(map(str, m.values())) or "defaults"
-)
+@pytest.mark.parametrize("more", SEPARATE, ids=values_of)
 def test_attack_without_reuse(
     name: str, targeted: bool, attack_bn: str, more: dict[str, Any], groups: int
 ) -> None:
@@ -125,7 +128,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("method", ["vanilla", "decoupled", *SCHEDULES])
 def test_data_options(method: str, option: dict[str, Any]) -> None:
-    given: dict[str, Any] = FAST | {"schedule": method} if method in SCHEDULES else {"name": method}
+    given: dict[str, Any] = {"name": method}
+    if method in SCHEDULES:
+        given = FAST | {"schedule": method}
     if method == "vanilla":
         given["p_adv"] = None
     check(config_of(given, groups=3, **option), steps=3)
@@ -157,17 +162,22 @@ def test_switch_equals_the_twin_and_differs_from_the_default(
     for config in configs:
         step = Step(copy.deepcopy(converted), config)
         for feed in feeds:
-            if "p_adv" in switch:  # fewer adversarial rows: the first ones of the same batch
-                n = config.loader_adv_rows
-                feed = {
-                    k: v[: step.inputs.n_clean + n] if k in ("images", "targets") else v
-                    for k, v in feed.items()
-                }
-                feed["shuffle"] = feed["shuffle"][feed["shuffle"] < n]
-            step.feed(lr=0.1, **feed)
+            step.feed(lr=0.1, **cut(feed, step.inputs.n_clean, config.loader_adv_rows))
             step()
         after.append(step.network.flat.param.data.clone())
     assert (after[0] - after[1]).abs().max() > 1e-6
+
+
+def cut(feed: dict[str, Any], n_clean: int, n_adv: int) -> dict[str, Any]:
+    """The same batch with fewer adversarial rows, the first ones; all of them if it has no more."""
+    rows = slice(0, n_clean + n_adv)
+    order = feed["shuffle"]
+    fewer = {
+        "images": feed["images"][rows],
+        "targets": feed["targets"][rows],
+        "shuffle": order[order < n_adv],
+    }
+    return feed | fewer
 
 
 def test_any_combination() -> None:

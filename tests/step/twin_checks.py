@@ -1,4 +1,4 @@
-"""What compares `fap.step.step.Step` with its slow twin: models, configs, random input, equality."""
+"""Compares `fap.step.step.Step` with its slow twin: models, configs, random input, equality."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TinyResNet(nn.Module):
 
 
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
-    """`groups` groups of clean rows; a third of the rows adversarial unless the method says else."""
+    """`groups` groups of clean rows; a third of the rows adversarial unless `method` says else."""
     smoothing = data.pop("label_smoothing", 0.0)
     return make_config(
         {
