@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipelines.files import GIGABYTE, open_regular, read_regular, shown, write_whole
+from pipelines.files import GIGABYTE, one_line, open_regular, read_regular, shown, write_whole
 
 MOST_BYTES = 64 * GIGABYTE  # of a file
 MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one either
@@ -115,7 +115,7 @@ def load_with_content(path: str | Path) -> tuple[dict[str, Tensor], dict[str, An
         meta = _metadata(path, header)
         tensors = safetensors.torch.load(blob)
     except GARBLED as error:
-        raise DamagedCheckpoint(f"{path}: garbled header ({brief(error)})") from error
+        raise DamagedCheckpoint(f"{path}: garbled header ({one_line(error)})") from error
     return tensors, meta, f"{checksum.decode()}-{len(blob)}"
 
 
@@ -158,14 +158,6 @@ def _metadata(path: str | Path, header: Any) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise DamagedCheckpoint(f"{path}: its metadata is no mapping but {shown(meta)}")
     return meta
-
-
-def brief(error: Exception, most: int = 400) -> str:
-    """An error's text for one line of a message, cut where a file could make it long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) <= most:
-        return text
-    return f"{text[:most]} ..."
 
 
 # ---------------------------------------------------------------------- the checkpoints of a run

@@ -29,10 +29,11 @@ from fap.sections import (
     RunConfig,
 )
 from fap.tasks import TASKS
-from pipelines.files import read_regular, shown
+from pipelines.files import read_regular, readable, shown
 
 MOST_BYTES = 1 << 16  # of a YAML file; a complete config has 2,000
 MOST_LINES = 10  # of one error
+MOST_KEY = 60  # characters of a key in an error
 
 # Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
 RENAMED = {"method.group": "method.group_rows"}
@@ -174,7 +175,7 @@ def with_current_names(tree: Any) -> Any:
 
 
 def _read(file: str | Path) -> dict[str, Any]:
-    where = f"config {_cut(str(file), 300)}"
+    where = f"config {readable(file, 300)}"
     try:
         text = read_regular(os.path.expanduser(file), MOST_BYTES)
     except FileNotFoundError:
@@ -194,7 +195,7 @@ def _stem(file: str | Path) -> str:
     stem = Path(file).stem
     if not SAFE_NAME.fullmatch(stem):
         raise ValueError(
-            f"config {_cut(str(file), 300)}: {shown(stem)} cannot name a run ({NAME_RULE}); "
+            f"config {readable(file, 300)}: {shown(stem)} cannot name a run ({NAME_RULE}); "
             "give name=..."
         )
     return stem
@@ -234,7 +235,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
 
 
 def _override_value(key: str, text: str) -> Any:
-    said = f"{_cut(key)} = {shown(text)}"
+    said = f"{readable(key, MOST_KEY)} = {shown(text)}"
     if key in SECTIONS:
         fields = ", ".join(SECTIONS[key].model_fields)
         raise ValueError(f"{said}: {key} is a section; set its fields: {fields}")
@@ -282,7 +283,7 @@ MESSAGES = {
 def _describe(error: Any) -> str:
     """One of pydantic's findings as a line: the field, the value, what is allowed."""
     place = [str(part) for part in error["loc"] if part != "[key]"]
-    field = ".".join(_cut(part) for part in place)
+    field = ".".join(readable(part, MOST_KEY) for part in place)
     if field in RENAMED:
         return f"{field}: is now called {RENAMED[field]}"
     if error["type"] == "extra_forbidden":
@@ -303,16 +304,7 @@ def _describe(error: Any) -> str:
 def _known_keys(place: Sequence[str]) -> str:
     *parents, key = place
     section = SECTIONS[parents[0]] if parents else Config
-    near = difflib.get_close_matches(_cut(key), section.model_fields, n=1)
+    near = difflib.get_close_matches(readable(key, MOST_KEY), section.model_fields, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(section.model_fields)}"
-
-
-def _cut(text: str, most: int = 60) -> str:
-    """A key or a path for a message: shortened, and without what a terminal would act on."""
-    if not text.isprintable():
-        text = ascii(text)[1:-1]
-    if len(text) <= most:
-        return text
-    return f"{text[:most]}..."

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fap.step.layout import image_order, memory_order
+from fap.layout import image_order, memory_order
 from pipelines.files import shown
 
 MOST_DIFFERENCES = 20  # named in one message

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fap.checkpoint import DamagedCheckpoint, brief
+from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, make_config, with_current_names
-from pipelines.files import shown
+from pipelines.files import one_line, shown
 from pipelines.names import checked_names
 
 MOST_CONFIG_KEYS = 1000  # of a config's top level; ours has a dozen
@@ -96,7 +96,7 @@ def _config_of(tree: dict[str, Any]) -> Config:
     try:
         return make_config(with_current_names(tree))
     except NO_CONFIG as error:
-        raise ValueError(f"its config is none of this version: {brief(error)}") from None
+        raise ValueError(f"its config is none of this version: {one_line(error)}") from None
 
 
 def run_meta(path: str | Path, meta: dict[str, Any]) -> RunMeta:
@@ -120,4 +120,4 @@ def _first_of(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"][:MOST_PARTS])
     if not field:  # found by a validator of the whole: its text names the field, and is cut already
         return first["msg"].removeprefix("Value error, ")
-    return f"{shown(field)}: {brief(ValueError(first['msg']))}"
+    return f"{shown(field)}: {one_line(ValueError(first['msg']))}"

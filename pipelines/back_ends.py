@@ -1,4 +1,4 @@
-"""The registry of loaders, for whoever must know their names: the standard library is enough for it.
+"""The registry of loaders, for whoever must know their names: it needs the standard library only.
 
 To add a loader, see `pipelines.loaders.base.Loader`.
 """

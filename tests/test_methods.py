@@ -1,4 +1,4 @@
-"""The methods as data: costs against the paper's formulas, and entries that cannot mean anything."""
+"""The methods as data: costs against the paper's formulas, and entries that mean nothing."""
 
 from fractions import Fraction
 from typing import Any

@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from torch import nn
 
 from fap.nets.dual import evaluate_with, norms
 from fap.nets.norm import Bn
+from fap.step.half import HALF, Amp
 from fap.tasks.base import Evaluator, Pairs, Result
-
-HALF = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def evaluate(
@@ -23,7 +21,7 @@ def evaluate(
     std: Sequence[float],
     bn: Bn = "main",
     device: torch.device | str = "cpu",
-    amp: Literal["off", "fp16", "bf16"] = "off",
+    amp: Amp = "off",
 ) -> Result:
     """Evaluate `model`, which is on `device`; afterwards each of its modules is in its former mode.
 
@@ -33,7 +31,7 @@ def evaluate(
     device = torch.device(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
-    half = HALF[amp]
+    half = HALF.get(amp)
     # A plain model has no auxiliary norms to choose from.
     choosing: AbstractContextManager[None] = nullcontext()
     if norms(model):

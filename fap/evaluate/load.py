@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fap import checkpoint
-from fap.checkpoint import DamagedCheckpoint, brief
+from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config
 from fap.nets import dual
 from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
-from pipelines.files import shown
+from pipelines.files import one_line, shown
 
 SUFFIX = ".safetensors"
 CIFAR_RESNET = "cifar_resnet"  # the depth follows
@@ -107,7 +107,7 @@ def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Pat
         plain.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: the plain model does not load these weights: {brief(error)}"
+            f"{path}: the plain model does not load these weights: {one_line(error)}"
         ) from None
 
 
@@ -157,9 +157,11 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
             warnings.simplefilter("ignore")  # of tensors that are not copied
             model = _converted(make_task(config), state)
     except ValueError as error:  # it names the field
-        raise ValueError(f"{path}: {brief(error)}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # a constructor of torchvision or timm may raise anything
-        raise ValueError(f"{path}: model.name = {name} cannot be built: {brief(error)}") from None
+        raise ValueError(
+            f"{path}: model.name = {name} cannot be built: {one_line(error)}"
+        ) from None
     _compare(path, model.state_dict(), state)
     size = config.data.size
     try:
@@ -167,7 +169,7 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
             model.eval()(torch.empty(1, 3, size, size, device="meta"))
     except Exception as error:
         raise ValueError(
-            f"{path}: data.size = {size}: the model does not accept such images: {brief(error)}"
+            f"{path}: data.size = {size}: the model does not accept such images: {one_line(error)}"
         ) from None
 
 

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 from pipelines.corrupt import NAMES
-from pipelines.files import shown
+from pipelines.files import readable
 
 SEVERITIES = range(1, 6)
 MOST_NAMED = 5  # of what a folder holds instead
@@ -63,7 +63,7 @@ def _listed(folder: Path, option: str) -> list[Path]:
 
 def _unused(root: Path, name: str) -> str:
     """A path for a message, with the corruption that its name may be meant for."""
-    path = shown(str(root / name))[1:-1]
+    path = readable(str(root / name))
     first = name.split("/")[0].removesuffix(".npy")
     near = difflib.get_close_matches(first, NAMES, n=1)
     if near and near[0] != first:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fap.evaluate.table import Number, Table, capped, table_of
 from fap.evaluate.work import Item, Report, Work
-from pipelines.files import shown, write_whole
+from pipelines.files import readable, write_whole
 
 MOST_NAMED = 3  # classes, before the last one
 MOST_INCHES = 400  # of the plot's height: matplotlib draws at most 65,536 pixels
@@ -68,12 +68,12 @@ def _where(source: Path, benchmark: str) -> str:
             source = source.parent.parent
         case "cifar10_c":
             source = source.parent
-    return shown(str(source), 300)[1:-1]
+    return readable(str(source), 300)
 
 
 def _some(names: Sequence[str]) -> str:
     """The first names and the last one."""
-    shortened = [shown(name, 60)[1:-1] for name in names]
+    shortened = [readable(name, 60) for name in names]
     if len(names) <= MOST_NAMED + 1:
         return ", ".join(shortened)
     return f"{', '.join(shortened[:MOST_NAMED])} ... {shortened[-1]}"
@@ -120,7 +120,7 @@ def _all_rows(tables: Sequence[Table]) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text out of a file or a path, for a table's cell: one line, no column of its own."""
-    return shown(text, 400)[1:-1].replace("|", "\\|")
+    return readable(text, 400).replace("|", "\\|")
 
 
 def _cell(number: Number | None) -> str:
@@ -175,4 +175,4 @@ def _unmarked(text: str) -> str:
 
     It reads `$` as mathematics, and leaves labels that start with `_` out of the legend.
     """
-    return shown(text, 100)[1:-1].replace("$", r"\$").lstrip("_")
+    return readable(text, 100).replace("$", r"\$").lstrip("_")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fap.distributed import Ranks
-from fap.step.layout import image_order, memory_order
+from fap.layout import image_order, memory_order
 
 
 class Rows(NamedTuple):
