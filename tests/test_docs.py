@@ -310,7 +310,7 @@ def test_config_fields_exist(page: Path) -> None:
 
 
 def test_tests_that_are_named_exist() -> None:
-    """tests/README.md: `test_data`, `test_store::test_identity...`, `::test_...` of the last file."""
+    """tests/README.md: `test_data`, `test_store::test_identity...`, `::test_...` of the last."""
     file = ""
     for span in re.findall(r"`([\w/]*(?:::[\w*]+)?)`", (ROOT / "tests" / "README.md").read_text()):
         name, _, test = span.partition("::")
