@@ -12,6 +12,9 @@ They are carried out in the order of the page in a scratch folder that begins as
 `pipelines` and `configs`. A `# run` block is a process of its own in that folder, which stands
 first on its path. It sees every file that the blocks above it wrote, and must exit with 0. A page
 shows what it does not run as another language (`text`), so no Python of it is unproved.
+
+What the blocks of a page write counts as being there on that page: the files, the names in them,
+and the test of each new file, which the reader is told to write.
 """
 
 import ast
@@ -21,10 +24,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 
@@ -32,7 +35,6 @@ from fap.config import SECTIONS, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fap", "pipelines", "configs", "bench", "tests")
-EXTEND = ROOT / "docs" / "extend.md"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -43,8 +45,6 @@ PAGES = [
 ]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
-# Described before they are written. One that has come must leave this list: a test sees to it.
-COMING: set[str] = set()
 # Files that a user or a run has, not we.
 NOT_OURS = {"a.yaml", "b.yaml", "config.yaml", "table.md"}
 OUR_SUFFIXES = (".py", ".md", ".sh", ".yaml", ".toml", ".txt")
@@ -81,6 +81,55 @@ def words(page: str) -> list[str]:
     return [word.strip("()[],;:'\"") for line in code_lines(page) for word in line.split()]
 
 
+class Example(NamedTuple):
+    """A block of Python, and what it is for."""
+
+    what: Literal["file", "append", "run"]
+    path: str  # of the file that it makes or adds to; empty for "run"
+    code: str
+
+
+def examples(page: str) -> Iterator[Example]:
+    """The blocks of Python of a page; see this module's docstring."""
+    for block in fences(page):
+        if block.language != "python":
+            continue
+        first, _, code = block.text.partition("\n")
+        match first.removeprefix("# ").split():
+            case ["file:", path]:
+                yield Example("file", path, code)
+            case ["append:", path]:
+                yield Example("append", path, code)
+            case ["run"]:
+                yield Example("run", "", code)
+            case _:
+                raise AssertionError(f"a block of Python begins with {first!r}: see this module")
+
+
+def written_by(page: str) -> dict[str, str]:
+    """Files that the examples of a page make or add to, by their paths from the root: their text
+    afterwards.
+    """
+    texts: dict[str, str] = {}
+    for example in examples(page):
+        match example.what:
+            case "file":
+                texts[example.path] = example.code
+            case "append":
+                if example.path not in texts:
+                    texts[example.path] = (ROOT / example.path).read_text()
+                texts[example.path] += f"\n\n{example.code}"
+    return texts
+
+
+def place_of_test(path: str) -> str:
+    """Where a module's test belongs: the tests mirror the folders of `fap`, and `pipelines`."""
+    package, *folders, name = Path(path).parts
+    if package == "fap":
+        return "/".join(["tests", *folders, f"test_{name}"])
+    return f"tests/{package}/test_{name}"
+
+
 def is_placeholder(word: str) -> bool:
     """`NAME.yaml`, `step_*.safetensors`, `runs/<name>`, `data.train=...`: it stands for others."""
     parts = re.split(r"[/.]", word)
@@ -106,7 +155,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists() or str(file.relative_to(ROOT)) in COMING, target
+        assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), target
@@ -115,46 +164,54 @@ def test_links_lead_somewhere(page: Path) -> None:
 def is_there(word: str, page: Path) -> bool:
     """As a path from the root, from the page, or as the name of a file somewhere."""
     path = word.rstrip("/")
-    if path in COMING or f"{page.parent.name}/{path}" in COMING:
-        return True
     if (ROOT / path).exists() or (page.parent / path).exists():
         return True
     found = list(ROOT.glob(f"docs/{path}"))
     for package in PACKAGES:
         found += (ROOT / package).rglob(path)
-    coming = [name for name in COMING if Path(name).name == path]
-    return "/" not in path and bool(found or coming)
+    return "/" not in path and bool(found)
 
 
 @EVERY_PAGE
 def test_files_and_folders_exist(page: Path) -> None:
-    for word in words(page.read_text()):
+    text = page.read_text()
+    written = set(written_by(text))
+    written |= {place_of_test(path) for path in written if not (ROOT / path).exists()}
+    for word in words(text):
         ours = word.endswith(OUR_SUFFIXES) or (word.split("/")[0] in PACKAGES and "/" in word)
         if ours and not (is_placeholder(word) or Path(word).name in (*NOT_OURS, *OUR_SUFFIXES)):
-            assert is_there(word.partition("::")[0], page), word
+            path = word.partition("::")[0]
+            assert path in written or is_there(path, page), word
 
 
 @EVERY_PAGE
 def test_names_in_the_code_exist(page: Path) -> None:
     """`fap.step.step.Step` and the like, and `python -m bench.step`."""
-    for word in words(page.read_text()):
+    text = page.read_text()
+    written = written_by(text)
+    for word in words(text):
         match = re.fullmatch(rf"((?:{'|'.join(PACKAGES)})(?:\.\w+)+)", word)
         if match and not word.endswith(OUR_SUFFIXES):
-            assert name_exists(word), word
+            assert name_exists(word, written), word
 
 
-def name_exists(dotted: str) -> bool:
+def name_exists(
+    dotted: str,
+    written: Mapping[str, str],  # texts of files that are elsewhere, or otherwise, than in the tree
+) -> bool:
     """A module, a name in it, or a name in a class of it."""
     parts = dotted.split(".")
     for n in range(len(parts), 0, -1):
-        path = ROOT.joinpath(*parts[:n])
-        if path.is_dir() and n == len(parts):
-            return True
-        file = path.with_suffix(".py")
-        if path.is_dir():
-            file = path / "__init__.py"
-        if file.is_file():
-            return has_name(ast.parse(file.read_text()).body, parts[n:])
+        path = "/".join(parts[:n])
+        if (ROOT / path).is_dir():
+            if n == len(parts):
+                return True
+            path = f"{path}/__init__"
+        file = f"{path}.py"
+        if file in written:
+            return has_name(ast.parse(written[file]).body, parts[n:])
+        if (ROOT / file).is_file():
+            return has_name(ast.parse((ROOT / file).read_text()).body, parts[n:])
     return False
 
 
@@ -176,10 +233,6 @@ def has_name(body: list[ast.stmt], names: list[str]) -> bool:
         if names[0] in found:
             return has_name(getattr(node, "body", []), names[1:])
     return False
-
-
-def test_what_has_come_is_no_longer_coming() -> None:
-    assert [path for path in sorted(COMING) if (ROOT / path).exists()] == []
 
 
 # ------------------------------------------------------------------ commands
@@ -257,14 +310,17 @@ def test_config_fields_exist(page: Path) -> None:
 
 
 def test_tests_that_are_named_exist() -> None:
-    """tests/README.md: `test_store::test_identity...`, or `::test_...` of the file before it."""
+    """tests/README.md: `test_data`, `test_store::test_identity...`, `::test_...` of the last."""
     file = ""
     for span in re.findall(r"`([\w/]*(?:::[\w*]+)?)`", (ROOT / "tests" / "README.md").read_text()):
         name, _, test = span.partition("::")
         file = name or file
+        if not (test or Path(file).name.startswith("test_")):
+            continue
+        sources = [path.read_text() for path in (ROOT / "tests").rglob(f"{file}.py")]
+        assert sources, span
         if not test:
             continue
-        sources = [path.read_text() for path in (ROOT / "tests").rglob(f"{Path(file).name}.py")]
         tests = [found for text in sources for found in re.findall(r"^def (\w+)", text, re.M)]
         assert any(fnmatch(found, test) for found in tests), span
 
@@ -298,8 +354,7 @@ def test_the_layout_in_design_names_every_module() -> None:
         for package in ("fap", "pipelines")
         for path in modules(ROOT / package)
     ]
-    coming = [path for path in COMING if path.endswith(".py")]
-    assert sorted(named) == sorted([*files, *coming])
+    assert sorted(named) == sorted(files)
 
 
 # ------------------------------------------------------------------ the examples of docs/extend.md
@@ -310,24 +365,20 @@ def run_examples(page: str, scratch: Path) -> int:
     for package in ("fap", "pipelines", "configs"):
         shutil.copytree(ROOT / package, scratch / package, ignore=shutil.ignore_patterns("*.pyc"))
     runs = 0
-    for block in fences(page):
-        if block.language != "python":
-            continue
-        first, _, rest = block.text.partition("\n")
-        match first.removeprefix("# ").split():
-            case ["file:", path]:
-                file = scratch / path
-                assert not file.exists(), f"{path} is there already; '# append:' adds to a file"
+    for example in examples(page):
+        file = scratch / example.path
+        match example.what:
+            case "file":
+                assert not file.exists(), (
+                    f"{example.path} is there already; '# append:' adds to a file"
+                )
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(rest)
-            case ["append:", path]:
-                file = scratch / path
-                file.write_text(f"{file.read_text()}\n\n{rest}")
-            case ["run"]:
-                run_block(rest, scratch)
+                file.write_text(example.code)
+            case "append":
+                file.write_text(f"{file.read_text()}\n\n{example.code}")
+            case "run":
+                run_block(example.code, scratch)
                 runs += 1
-            case _:
-                raise AssertionError(f"a block of Python begins with {first!r}: see this module")
     return runs
 
 
@@ -345,9 +396,8 @@ def run_block(code: str, scratch: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EXTEND.exists(), reason="docs/extend.md is not written yet")
 def test_the_examples_of_extend_run(tmp_path: Path) -> None:
-    assert run_examples(EXTEND.read_text(), tmp_path) > 0
+    assert run_examples((ROOT / "docs" / "extend.md").read_text(), tmp_path) > 0
 
 
 EXAMPLE = """
@@ -374,6 +424,31 @@ assert (answer, MORE) == (42, 7)
 def test_examples_are_written_and_run(tmp_path: Path) -> None:
     assert run_examples(EXAMPLE, tmp_path) == 1
     assert not (ROOT / "fap" / "extra").exists()
+
+
+def test_what_examples_write_is_there_on_their_page_only() -> None:
+    written = written_by(EXAMPLE)
+    assert set(written) == {"fap/extra/mine.py", "configs/table.py"}
+    for name in ("fap.extra.mine", "fap.extra.mine.answer", "configs.table.MORE"):
+        assert name_exists(name, written)
+        assert not name_exists(name, {})
+    assert name_exists("configs.table.TABLE", written)
+    assert not name_exists("fap.extra.mine.question", written)
+
+
+@pytest.mark.parametrize(
+    ("path", "test"),
+    [
+        ("fap/budget.py", "tests/test_budget.py"),
+        ("fap/tasks/mce.py", "tests/tasks/test_mce.py"),
+        ("pipelines/plan.py", "tests/pipelines/test_plan.py"),
+        ("pipelines/sources/beton.py", "tests/pipelines/test_beton.py"),
+    ],
+)
+def test_the_test_of_a_module_is_where_the_tests_mirror_it(path: str, test: str) -> None:
+    assert (ROOT / path).is_file()
+    assert (ROOT / test).is_file()
+    assert place_of_test(path) == test
 
 
 @pytest.mark.parametrize(
