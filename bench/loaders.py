@@ -27,7 +27,7 @@ import torch
 
 from bench.common import ROOT, alternate, options, report, settings_of, spread
 from bench.jpegs import make
-from pipelines import PlanSpec, draw_epoch, open_loader, open_store
+from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert import convert_folder
 from pipelines.machine import usable_cores
 
@@ -38,7 +38,6 @@ WARM_UP = 4  # batches after the first one
 MEMORY_SAMPLES = 5
 MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
 
-OURS = ("ffcv", "dali", "reference")
 HW_LOADS = ("0.65", "0.9", "0.99")  # of the GPU's JPEG decoder
 DALI_GPU = "dali, GPU, hw "
 
@@ -50,7 +49,7 @@ Batches = Iterator[int]  # rows of each batch
 
 def names() -> list[str]:
     """The contestants of this machine."""
-    found = [*OURS, "dali, folder", "torchvision", "stock FFCV", "stock DALI"]
+    found = [*BACK_ENDS, "dali, folder", "torchvision", "stock FFCV", "stock DALI"]
     if torch.cuda.is_available():
         found += [DALI_GPU + load for load in HW_LOADS]
         found.append("stock DALI, GPU")

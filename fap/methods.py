@@ -39,7 +39,8 @@ class Method:
         assert attacks == ("adv" in self.norms), "adversarial rows are made where they are trained"
         assert "clean" in self.norms or self.attacked == "copies", "loaded rows are trained"
         assert attacks or "noise" not in self.norms, "noise rows are the start of an attack"
-        assert ("p_adv" in self.defaults) == (self.attacked == "own rows")
+        has_p_adv = "p_adv" in self.defaults
+        assert has_p_adv == (self.attacked == "own rows"), "p_adv says how many own rows there are"
 
     @property
     def recycles(self) -> bool:

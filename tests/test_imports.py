@@ -20,7 +20,7 @@ LEAVES = {"pipelines.files", "pipelines.machine", "pipelines.names", "pipelines.
 
 # The settings of a run as data: they know no room.
 SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "budget"}
-BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "optim", "run_meta", "tasks"}
+BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "run_meta", "tasks"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
@@ -31,7 +31,6 @@ MAY_IMPORT = {
     "sections": SETTINGS,
     "config": SETTINGS,
     "budget": SETTINGS,
-    "optim": {"config", "methods"},
     "draws": set[str](),
     "layout": set[str](),
     "distributed": {"layout"},

@@ -51,8 +51,8 @@ def test_a_random_direction_costs_no_passes() -> None:
         ({"norms": {"clean": "main"}, "attacked": "copies"}, "where they are trained"),
         ({"norms": {"adv": "main"}, "attacked": "own rows"}, "loaded rows are trained"),
         ({"norms": {"clean": "main", "noise": "aux"}}, "start of an attack"),
-        ({"norms": {"clean": "main", "adv": "aux"}, "attacked": "own rows"}, ""),  # no p_adv
-        ({"norms": {"adv": "main"}, "attacked": "copies", "defaults": {"p_adv": P}}, ""),
+        ({"norms": {"clean": "main", "adv": "aux"}, "attacked": "own rows"}, "p_adv"),
+        ({"norms": {"adv": "main"}, "attacked": "copies", "defaults": {"p_adv": P}}, "p_adv"),
     ],
 )
 def test_an_entry_without_meaning_cannot_be_made(entry: dict[str, Any], why: str) -> None:
