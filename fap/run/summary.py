@@ -28,6 +28,7 @@ def describe(
     ]
     if method.eps_255 is not None:
         lines.append(_attack(config, method.eps_255))
+    if method.shuffle is not None:
         lines.append(_shuffle(config, shuffle_groups))
     lines.append(_budget(config, budget))
     lines += _rate(budget, config.run.max_steps)
@@ -45,12 +46,18 @@ def _passes(step: Step) -> str:
 
 
 def _groups(config: Config) -> str:
+    """Of the clean rows, then of the adversarial ones, where they are trained."""
     method = config.method
     n_groups = config.optim.clean_batch // method.group_rows
-    line = f"BN groups  {n_groups} main of {method.group_rows} rows"
-    if method.adv_group_rows:
-        line += f", {n_groups} auxiliary of {method.adv_group_rows}"
-    return line
+    words = {"main": "main", "aux": "auxiliary"}
+    parts: list[str] = []
+    if "clean" in method.entry.norms:
+        norms = words[method.entry.norms["clean"]]
+        parts.append(f"{n_groups} {norms} of {method.group_rows} rows")
+    if "adv" in method.entry.norms:
+        norms = words[method.entry.norms["adv"]]
+        parts.append(f"{n_groups} {norms} of {method.adv_group_rows} rows")
+    return f"BN groups  {', '.join(parts)}"
 
 
 def _attack(config: Config, eps_255: float) -> str:

@@ -19,9 +19,7 @@ def lines(tree: dict[str, Any], images: int = IMAGENET) -> dict[str, str]:
     config = with_classes(
         make_config(tree | {"model": small, "data": {"size": 32, "resize": 32}}), 7
     )
-    model = build(
-        config.model.name, config.model.classes, aux=config.method.name != "vanilla", size=32
-    )
+    model = build(config.model.name, config.model.classes, aux=config.method.entry.has_aux, size=32)
     found: dict[str, str] = {}
     for line in describe(config, budget(config, images), Step(model, config), 2).splitlines():
         word, _, rest = line.partition(" ")
@@ -109,3 +107,19 @@ def test_falls_that_meet_or_never_come_are_named(
     said = lines(tree)
     assert said["rate"] == rate
     assert said.get("more") == more
+
+
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [
+        ("vanilla", "4 main of 64 rows"),
+        ("fast_advprop", "4 main of 64 rows, 4 auxiliary of 16 rows"),
+        ("advprop", "4 main of 64 rows, 4 auxiliary of 64 rows"),
+        ("adversarial_training", "4 main of 64 rows"),
+    ],
+)
+def test_groups_are_told_by_the_norms_that_they_go_through(method: str, groups: str) -> None:
+    said = lines({"method": {"name": method}})
+    assert said["BN"] == f"groups  {groups}"
+    assert ("attack" in said) == (method != "vanilla")
+    assert ("shuffle" in said) == (method not in ("vanilla", "adversarial_training"))
