@@ -6,7 +6,7 @@ Config, budget, plan and step read the entries of `METHODS`. To add a method, ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -14,6 +14,13 @@ from typing import Any, Literal
 Kind = Literal["clean", "noise", "adv"]
 """Of a row: an image as it was loaded, at the attack's start, at its end."""
 KINDS: tuple[Kind, ...] = ("clean", "noise", "adv")
+
+
+# eps 1 and one step: section 4.1.
+ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
+
+# Where the attack takes gradients for itself: what it aims at, and the statistics it sees.
+OWN_GRADIENT = ("targeted", "attack_bn")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Method:
 
     With `noise` among them the attack is recycled: the gradient of the pass that trains the noise
     rows also makes the adversarial ones. Without it adversarial rows cost passes of their own.
+    Two kinds that go through the same norms still have groups of their own, and move the running
+    statistics one after the other.
     """
     attacked: Literal["nothing", "own rows", "copies"] = "nothing"
     """The images that become adversarial rows: rows that the loader delivers for it
@@ -35,12 +44,25 @@ class Method:
     """Fields of `method` that have a meaning here, with the values they have when unset."""
 
     def __post_init__(self) -> None:
+        """An entry that the step would read otherwise than it was meant cannot be made."""
         attacks = self.attacked != "nothing"
         assert attacks == ("adv" in self.norms), "adversarial rows are made where they are trained"
         assert "clean" in self.norms or self.attacked == "copies", "loaded rows are trained"
-        assert attacks or "noise" not in self.norms, "noise rows are the start of an attack"
-        has_p_adv = "p_adv" in self.defaults
-        assert has_p_adv == (self.attacked == "own rows"), "p_adv says how many own rows there are"
+        if self.recycles:
+            assert attacks, "noise rows are the start of an attack"
+            assert self.norms["noise"] == self.norms["adv"], "noise and adv may share a group"
+        self._only(attacks, ATTACK, "an attack has a radius, steps and a start")
+        self._only(self.attacked == "own rows", ["p_adv"], "it says how many own rows there are")
+        self._only(self.recycles, ["schedule"], "it orders noise and adversarial rows")
+        self._only(self.takes_gradients, OWN_GRADIENT, "an attack with gradients of its own")
+        for kind in KINDS:
+            if f"weight_{kind}" in self.defaults:
+                assert kind in self.norms, f"weight_{kind} is that of rows which are trained"
+
+    def _only(self, wanted: bool, fields: Collection[str], why: str) -> None:
+        """`fields` have defaults where they are `wanted`, and no meaning elsewhere."""
+        for name in fields:
+            assert (name in self.defaults) == wanted, f"{name}: {why}"
 
     @property
     def recycles(self) -> bool:
@@ -82,9 +104,6 @@ class Method:
         loaded = 1 + n_adv if self.attacked == "own rows" else 1
         return passes / loaded
 
-
-# eps 1 and one step: section 4.1.
-ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
 
 # Fast AdvProp (section 3.2).
 RECYCLED = ATTACK | {

@@ -166,8 +166,8 @@ class MethodConfig(Section):
 
 class DataConfig(Section):
     train: FilePath | None = None
-    """A `.beton` file, or an image folder in ImageNet's layout (pipelines `dali` and
-    `reference`)."""
+    """What one of `pipelines.sources` opens: a `.beton` file, or an image folder in ImageNet's
+    layout."""
     val: FilePath | None = None
     pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS))] = "ffcv"
     """The loader: one of `pipelines.back_ends.BACK_ENDS`."""

@@ -44,20 +44,44 @@ def test_a_random_direction_costs_no_passes() -> None:
     assert not method.takes_gradients
 
 
+CLEAN_AND_AUX = {"clean": "main", "adv": "aux"}
+RECYCLED = {"clean": "main", "noise": "aux", "adv": "aux"}
+OWN_ATTACK = ATTACK | {"targeted": False, "attack_bn": "batch"}
+
+
+def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name}
+
+
 @pytest.mark.parametrize(
-    ("entry", "why"),
+    ("norms", "attacked", "defaults", "why"),
     [
-        ({"norms": {"clean": "main", "adv": "aux"}}, "where they are trained"),
-        ({"norms": {"clean": "main"}, "attacked": "copies"}, "where they are trained"),
-        ({"norms": {"adv": "main"}, "attacked": "own rows"}, "loaded rows are trained"),
-        ({"norms": {"clean": "main", "noise": "aux"}}, "start of an attack"),
-        ({"norms": {"clean": "main", "adv": "aux"}, "attacked": "own rows"}, "p_adv"),
-        ({"norms": {"adv": "main"}, "attacked": "copies", "defaults": {"p_adv": P}}, "p_adv"),
+        (CLEAN_AND_AUX, "nothing", {}, "where they are trained"),
+        ({"clean": "main"}, "copies", {}, "where they are trained"),
+        ({"adv": "main"}, "own rows", {}, "loaded rows are trained"),
+        ({"clean": "main", "noise": "aux"}, "nothing", {}, "start of an attack"),
+        # Otherwise than it says: noise would go through the norms of adv.
+        (RECYCLED | {"noise": "main"}, "own rows", {}, "may share a group"),
+        (CLEAN_AND_AUX, "own rows", OWN_ATTACK, "p_adv"),
+        (CLEAN_AND_AUX, "copies", OWN_ATTACK | {"p_adv": P}, "p_adv"),
+        ({"clean": "main"}, "nothing", {"eps_255": 1.0}, "eps_255"),
+        (CLEAN_AND_AUX, "copies", without(OWN_ATTACK, "eps_255"), "eps_255"),
+        (CLEAN_AND_AUX, "copies", without(OWN_ATTACK, "random_start"), "random_start"),
+        # Otherwise than it seems: adversarial rows would be trained before they are made.
+        (RECYCLED, "copies", ATTACK, "schedule"),
+        (CLEAN_AND_AUX, "copies", OWN_ATTACK | {"schedule": "fused"}, "schedule"),
+        # Silently the batch's statistics, and away from the target.
+        (CLEAN_AND_AUX, "copies", without(OWN_ATTACK, "attack_bn"), "attack_bn"),
+        (CLEAN_AND_AUX, "copies", without(OWN_ATTACK, "targeted"), "targeted"),
+        (RECYCLED, "copies", OWN_ATTACK | {"schedule": "fused"}, "targeted"),
+        (CLEAN_AND_AUX, "copies", OWN_ATTACK | {"weight_noise": 1.0}, "weight_noise"),
     ],
 )
-def test_an_entry_without_meaning_cannot_be_made(entry: dict[str, Any], why: str) -> None:
+def test_an_entry_that_means_nothing_cannot_be_made(
+    norms: dict[Any, Any], attacked: Any, defaults: dict[str, Any], why: str
+) -> None:
     with pytest.raises(AssertionError, match=why):
-        Method(**entry)
+        Method(norms, attacked, defaults=defaults)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -23,6 +23,7 @@ from fap.evaluate.results import Results
 from fap.evaluate.work import carry_out, look
 from fap.run.torch_setup import limit_threads
 from pipelines.corrupt import NAMES, QUICK, SMALL
+from pipelines.sources import accepted
 from pipelines.workers import Workers
 
 DESCRIPTION = (
@@ -71,7 +72,7 @@ def _add_image_sets(parser: ArgumentParser) -> None:
     """What is evaluated, and on which images."""
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
-    add("--data", required=True, help="clean images: a .beton file or an image folder")
+    add("--data", required=True, help=f"clean images: {accepted()}")
     add(
         "--corrupt",
         nargs="*",

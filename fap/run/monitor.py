@@ -44,8 +44,11 @@ def leak(rates: Mapping[str, float], config: Config, epoch: int) -> str:
         return ""
     if not rates.get("acc_adv", 0) > rates.get("acc_clean", 1):
         return ""
-    return (
+    warning = (
         f"warning: epoch {epoch}: training accuracy of adversarial rows ({rates['acc_adv']:.1%}) "
         f"is above that of clean rows ({rates['acc_clean']:.1%}): "
-        "statistics leak labels (section 4.3); see method.shuffle"
+        "statistics leak labels (section 4.3)"
     )
+    if config.method.shuffle is not None:
+        warning += "; see method.shuffle"
+    return warning

@@ -15,16 +15,20 @@ from pipelines.store import Store
 SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore)
 
 
+def accepted() -> str:
+    """What `open_store` opens, for messages."""
+    return " or ".join(source.described_as for source in SOURCES)
+
+
 def source_of(path: Path) -> type[Store]:
     """The source that accepts `path`.
 
     Raises:
         ValueError: nothing is there, or what no source accepts.
     """
-    accepted = " or ".join(source.described_as for source in SOURCES)
     if not path.exists():
-        raise ValueError(f"{readable(path)}: no such file or folder; expected {accepted}")
+        raise ValueError(f"{readable(path)}: no such file or folder; expected {accepted()}")
     for source in SOURCES:
         if source.accepts(path):
             return source
-    raise ValueError(f"{readable(path)}: expected {accepted}")
+    raise ValueError(f"{readable(path)}: expected {accepted()}")

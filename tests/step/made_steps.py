@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from fap.config import make_config
+from fap.methods import METHODS
 from fap.nets.build import build
 from fap.step.half import Amp
 from fap.step.step import Step
 
 SCHEDULES = ("sequential", "fused", "pipelined", "parallel")
-VARIANTS = ("vanilla", *SCHEDULES, "advprop", "decoupled", "adversarial_training")
+SCHEDULED = ("fast_advprop", "noise")  # of one kind of step
+VARIANTS = (*SCHEDULES, *(name for name in METHODS if name not in SCHEDULED))
 """Methods, and of Fast AdvProp its schedules."""
-COPYING = ("advprop", "adversarial_training")
+COPYING = tuple(name for name in METHODS if METHODS[name].attacked == "copies")
 """Variants that attack copies of the clean rows, which are not mixed."""
 
 CLASSES = 10

@@ -57,10 +57,10 @@ def test_shipped_configs_say_that_they_attack_as_the_paper_reads() -> None:
             assert "  targeted: true\n  attack_bn: running\n" in text, file
             assert "# Read from the paper (section 3.2.2)" in text, file
             assert (method.targeted, method.attack_bn) == (True, "running")
-        elif method.name == "adversarial_training":
-            assert (method.targeted, method.attack_bn) == (False, "running")
         else:
-            assert (method.targeted, method.attack_bn) == (None, None)
+            defaults = method.entry.defaults
+            said = (method.targeted, method.attack_bn)
+            assert said == (defaults.get("targeted"), defaults.get("attack_bn")), file
     assert found >= 10
 
 
