@@ -106,6 +106,9 @@ RANDOM = ("noise", "fgsm_noise")
 SINGLE_NORM = ("vanilla", "adversarial_training")
 
 
+# ---------------------------------------------------------------------- the step
+
+
 class Twin:
     """A model in training. `step`, then `optimise`, make one step of `fap.step.step.Step`."""
 
@@ -120,13 +123,12 @@ class Twin:
         self.carry: tuple[Tensor, Tensor] | None = None
         """`pipelined`: images and labels that the step before has crafted."""
         self.velocity: dict[nn.Parameter, Tensor] = {}
-        self.losses: dict[Kind, Tensor] = {}
 
     def step(self, draws: Draws) -> Result:
         """Gradients and running statistics of one step; the weights stay until `optimise`."""
         self.main.zero_grad(set_to_none=True)
         self.aux.zero_grad(set_to_none=True)
-        self.losses = {}
+        self.losses: dict[Kind, Tensor] = {}
         adversarial: Tensor | None = None
         match self.rules.method:
             case "vanilla":
@@ -145,22 +147,22 @@ class Twin:
     # ------------------------------------------------------------------ the methods
 
     def _vanilla(self, draws: Draws) -> None:
-        clean = self._clean(draws)
-        self._weigh(n_clean=len(clean))
+        clean = clean_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, n_clean=len(clean))
         self._train(self.main, [clean], self.rules.clean_group_rows)
 
     def _fast_advprop(self, draws: Draws) -> Tensor:
         """Algorithm 1: one backward of the noise rows trains, and gives the attack its sign."""
-        clean = self._clean(draws)
-        x, labels = self._attacked(draws)
-        self._weigh(n_clean=len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", x + self._random_start(draws), labels)
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + random_start(draws), labels)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
         (gradient,) = self._train(self.aux, [noise], self.rules.adv_group_rows)
-        adversarial = self._ascend(noise.images, x, self._direction(gradient, draws))
-        shuffled = self._shuffled(adversarial, labels, draws)
-        self._train(self.aux, [shuffled], self.rules.adv_group_rows)
+        direction = direction_of(self.rules, gradient, draws)
+        adversarial = ascend(self.rules, noise.images, x, direction)
+        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
         return adversarial
 
     def _fast_advprop_pipelined(self, draws: Draws) -> Tensor:
@@ -169,112 +171,76 @@ class Twin:
         There they share their groups with its noise rows. The first step has nothing to train yet:
         its own noise rows stand in.
         """
-        clean = self._clean(draws)
-        x, labels = self._attacked(draws)
-        self._weigh(n_clean=len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", x + self._random_start(draws), labels)
-        carried_images, carried_labels = self.carry or (noise.images, labels)
-        carried = self._shuffled(carried_images, carried_labels, draws)
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + random_start(draws), labels)
+        carried = self.carry or (noise.images, labels)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
-        gradient, _ = self._train(self.aux, [noise, carried], self.rules.adv_group_rows)
-        adversarial = self._ascend(noise.images, x, self._direction(gradient, draws))
+        parts = [noise, shuffled(*carried, draws)]
+        gradient, _ = self._train(self.aux, parts, self.rules.adv_group_rows)
+        direction = direction_of(self.rules, gradient, draws)
+        adversarial = ascend(self.rules, noise.images, x, direction)
         self.carry = (adversarial, labels)
         return adversarial
 
     def _advprop(self, draws: Draws) -> Tensor:
         """AdvProp, decoupled training, FGSM noise: an attack of its own, then training."""
-        clean = self._clean(draws)
-        x, labels = self._attacked(draws)
-        self._weigh(n_clean=len(clean), n_adv=len(x))
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_adv=len(x))
         if self.rules.method in RANDOM:
-            start = x + self._random_start(draws)
-            adversarial = self._ascend(start, x, self._direction(None, draws))
+            direction = direction_of(self.rules, None, draws)
+            adversarial = ascend(self.rules, x + random_start(draws), x, direction)
         else:
-            adversarial = self._pgd(self.aux, x, labels, draws)
+            adversarial = pgd(self.rules, self.aux, x, labels, draws)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
-        shuffled = self._shuffled(adversarial, labels, draws)
-        self._train(self.aux, [shuffled], self.rules.adv_group_rows)
+        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
         return adversarial
 
     def _adversarial_training(self, draws: Draws) -> Tensor:
         """Madry et al.: nothing but adversarial rows, through the only norms there are."""
-        x, labels = self._attacked(draws)
-        self._weigh(n_adv=len(x))
-        adversarial = self._pgd(self.main, x, labels, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, n_adv=len(x))
+        adversarial = pgd(self.rules, self.main, x, labels, draws)
         self._train(self.main, [Rows("adv", adversarial, labels)], self.rules.adv_group_rows)
         return adversarial
 
-    # ------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------ what they share
 
-    def _n_clean(self, draws: Draws) -> int:
-        if self.rules.method in COPIES:
-            return len(draws.images)
-        return len(draws.images) - self.rules.n_adv
+    def _train(self, model: nn.Module, parts: Sequence[Rows], group_rows: int) -> list[Tensor]:
+        """Forward and backward of each batch-norm group alone: so many rows of every part.
 
-    def _clean(self, draws: Draws) -> Rows:
-        """The clean rows, mixed if the step mixes."""
-        n_clean = self._n_clean(draws)
-        images = draws.images[:n_clean].double()
-        labels = draws.labels[:n_clean]
-        if draws.mix is None:
-            return Rows("clean", images, labels)
-        others = images[draws.partner]
-        if draws.mix == "mixup":
-            mixed = draws.lam * images + (1 - draws.lam) * others
-        else:
-            top, left, bottom, right = draws.box
-            mixed = images.clone()
-            mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-        return Rows("clean", mixed, labels, labels[draws.partner], draws.lam)
-
-    def _attacked(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Images and labels of what is attacked: rows of its own, or every clean row, unmixed."""
-        first = self._n_clean(draws)
-        if self.rules.method in COPIES:
-            first = 0
-        return draws.images[first:].double(), draws.labels[first:]
-
-    def _shuffled(self, images: Tensor, labels: Tensor, draws: Draws) -> Rows:
-        """Adversarial rows in the order in which they are trained (shuffling BN)."""
-        if draws.shuffle is None:
-            return Rows("adv", images, labels)
-        return Rows("adv", images[draws.shuffle], labels[draws.shuffle])
-
-    # ------------------------------------------------------------------ weights (section 3.2.2)
-
-    def _weigh(self, n_clean: int = 0, n_noise: int = 0, n_adv: int = 0) -> None:
-        """Fix what each row's loss counts, and what each part's gradient is multiplied by.
-
-        The loss of a step is the sum of w l / W over its rows, with W the sum of w: 80 for 64 clean
-        rows at 1, 16 noise and 16 adversarial ones at 1/2. The shared parameters get gradients from
-        all of W, the norms from some of it. Update-speed synchronisation (`sync`) makes up for it.
+        Returns each part's input gradient in grey levels, of the sum over its rows of factor x
+        loss. The running statistics move once, by the mean over the groups.
         """
-        n_rows: dict[Kind, int] = {"clean": n_clean, "noise": n_noise, "adv": n_adv}
-        weight: dict[Kind, float] = dict(zip(n_rows, self.rules.weights, strict=True))
-        reached = {kind: weight[kind] * n_rows[kind] for kind in n_rows}
-        total = sum(reached.values())
-        self.factor: dict[Kind, float] = {}
-        for kind, n in n_rows.items():
-            if self.rules.combine == "sum":
-                self.factor[kind] = weight[kind] / total
-            elif n:
-                # Algorithm 1 to the letter: the sum of means, g_clean + b g_noise + b g_adv.
-                self.factor[kind] = weight[kind] / n
-        self.speed = {"shared": 1.0, "main": 1.0, "aux": 1.0}
-        if self.rules.sync:
-            assert self.rules.combine == "sum"
-            self.speed["main"] = total / reached["clean"]
-            if n_noise + n_adv:
-                self.speed["aux"] = total / (reached["noise"] + reached["adv"])
+        inputs = [part.images.clone().requires_grad_() for part in parts]
+        losses: dict[Kind, list[Tensor]] = {part.kind: [] for part in parts}
+        seen: list[Statistics] = []
+        for start in range(0, len(parts[0]), group_rows):
+            rows = slice(start, start + group_rows)
+            grey = torch.cat([images[rows] for images in inputs])
+            logits, statistics = forward_alone(model, normalise(self.rules, grey))
+            seen.append(statistics)
+            loss = logits.new_zeros(())
+            for part, own_logits in zip(parts, logits.split(group_rows), strict=True):
+                of_rows = losses_of(self.rules, part, rows, own_logits)
+                losses[part.kind].append(of_rows.detach())
+                loss = loss + self.weights.factor[part.kind] * of_rows.sum()
+            loss.backward()
+        for kind, of_groups in losses.items():
+            self.losses[kind] = torch.cat(of_groups)
+        move_running_statistics(model, seen)
+        return [images.grad for images in inputs if images.grad is not None]
 
     def _synchronised(self) -> dict[str, dict[str, Tensor]]:
         """Multiply the gradients by their part's speed; returns copies."""
         found: dict[str, dict[str, Tensor]] = {"shared": {}, "main": {}, "aux": {}}
         for part, name, parameter in self._parameters():
             assert parameter.grad is not None
-            parameter.grad *= self.speed[part]
+            parameter.grad *= self.weights.speed[part]
             found[part][name] = parameter.grad.clone()
         return found
 
@@ -290,104 +256,6 @@ class Twin:
                     found.append(("aux", name, parameter))
         return found
 
-    # ------------------------------------------------------------------ passes
-
-    def _train(self, model: nn.Module, parts: Sequence[Rows], group_rows: int) -> list[Tensor]:
-        """Forward and backward of each batch-norm group alone: so many rows of every part.
-
-        Returns each part's input gradient in grey levels, of the sum over its rows of factor x
-        loss. The running statistics move once, by the mean over the groups.
-        """
-        inputs = [part.images.clone().requires_grad_() for part in parts]
-        losses: dict[Kind, list[Tensor]] = {part.kind: [] for part in parts}
-        seen: list[Statistics] = []
-        for start in range(0, len(parts[0]), group_rows):
-            rows = slice(start, start + group_rows)
-            grey = torch.cat([images[rows] for images in inputs])
-            logits, statistics = forward_alone(model, self._normalise(grey))
-            seen.append(statistics)
-            loss = logits.new_zeros(())
-            for part, own_logits in zip(parts, logits.split(group_rows), strict=True):
-                of_rows = self._losses_of(part, rows, own_logits)
-                losses[part.kind].append(of_rows.detach())
-                loss = loss + self.factor[part.kind] * of_rows.sum()
-            loss.backward()
-        for kind, of_groups in losses.items():
-            self.losses[kind] = torch.cat(of_groups)
-        move_running_statistics(model, seen)
-        return [images.grad for images in inputs if images.grad is not None]
-
-    def _normalise(self, grey: Tensor) -> Tensor:
-        mean = torch.tensor(self.rules.mean, dtype=torch.float64).view(3, 1, 1)
-        std = torch.tensor(self.rules.std, dtype=torch.float64).view(3, 1, 1)
-        return (grey / 255 - mean) / std
-
-    def _losses_of(self, part: Rows, rows: slice, logits: Tensor) -> Tensor:
-        """Of some rows of a part, (rows,): if they are mixed, lam of one label and 1 - lam."""
-        losses = self._cross_entropy(logits, part.labels[rows])
-        if part.other_labels is None:
-            return losses
-        other_losses = self._cross_entropy(logits, part.other_labels[rows])
-        return part.lam * losses + (1 - part.lam) * other_losses
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(1 - s) x that of the label + s x its mean over the classes, of each row."""
-        log_p = logits.log_softmax(1)
-        s = self.rules.label_smoothing
-        of_label = log_p[torch.arange(len(labels)), labels]
-        return -(1 - s) * of_label - s * log_p.mean(1)
-
-    # ------------------------------------------------------------------ the attack
-
-    def _random_start(self, draws: Draws) -> Tensor:
-        assert draws.delta0 is not None
-        return draws.delta0.double()
-
-    def _direction(self, gradient: Tensor | None, draws: Draws) -> Tensor:
-        """The gradient's sign, or a random one."""
-        if self.rules.method in RANDOM:
-            gradient = draws.direction
-        assert gradient is not None
-        return sign(gradient)
-
-    def _ascend(self, current: Tensor, x: Tensor, direction: Tensor) -> Tensor:
-        """One step, projected into the ball of radius eps around x and into 0..255."""
-        eps_255 = self.rules.eps_255
-        step_255 = max(self.rules.step_255, eps_255 / self.rules.attack_steps)
-        moved = current + step_255 * direction
-        near = torch.minimum(torch.maximum(moved, x - eps_255), x + eps_255)
-        return near.clamp(0, 255)
-
-    def _pgd(self, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-        """K projected sign steps away from the label, or towards a target.
-
-        No parameter gets a gradient, no running statistics move.
-        """
-        current = x + self._random_start(draws)
-        for _ in range(self.rules.attack_steps):
-            if draws.target is None:
-                direction = sign(self._input_gradient(model, current, labels))
-            else:
-                direction = -sign(self._input_gradient(model, current, draws.target))
-            current = self._ascend(current, x, direction)
-        return current
-
-    def _input_gradient(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Of the sum of the losses, each group alone."""
-        gradients = []
-        n = self.rules.adv_group_rows
-        for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
-            leaf = grey.clone().requires_grad_()
-            if self.rules.attack_bn == "batch":
-                logits, _ = forward_alone(model, self._normalise(leaf))
-            else:
-                logits = model.eval()(self._normalise(leaf))
-            loss = self._cross_entropy(logits, group_labels).sum()
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
-        return torch.cat(gradients)
-
-    # ------------------------------------------------------------------ the optimiser
-
     @torch.no_grad()
     def optimise(self, lr: float) -> None:
         """SGD with momentum and weight decay on every parameter, batch norm's included."""
@@ -396,7 +264,7 @@ class Twin:
             gradient = parameter.grad + WEIGHT_DECAY * parameter
             before = self.velocity.get(parameter, torch.zeros_like(parameter))
             self.velocity[parameter] = SGD_MOMENTUM * before + gradient
-            parameter -= lr * self.velocity[parameter]
+            parameter.sub_(lr * self.velocity[parameter])
 
     def bn_state(self) -> dict[str, dict[str, Tensor]]:
         """Running means and variances, under "main" and "aux", by layer and name."""
@@ -408,7 +276,170 @@ class Twin:
         return found
 
 
-# ---------------------------------------------------------------------- models
+# ---------------------------------------------------------------------- rows
+
+
+def clean_rows(rules: Rules, draws: Draws) -> Rows:
+    """Mixed if the step mixes."""
+    n_clean = n_clean_of(rules, draws)
+    images = draws.images[:n_clean].double()
+    labels = draws.labels[:n_clean]
+    if draws.mix is None:
+        return Rows("clean", images, labels)
+    others = images[draws.partner]
+    if draws.mix == "mixup":
+        mixed = draws.lam * images + (1 - draws.lam) * others
+    else:
+        top, left, bottom, right = draws.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return Rows("clean", mixed, labels, labels[draws.partner], draws.lam)
+
+
+def attacked_rows(rules: Rules, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Images and labels of what is attacked: rows of its own, or every clean row, unmixed."""
+    first = n_clean_of(rules, draws)
+    if rules.method in COPIES:
+        first = 0
+    return draws.images[first:].double(), draws.labels[first:]
+
+
+def n_clean_of(rules: Rules, draws: Draws) -> int:
+    if rules.method in COPIES:
+        return len(draws.images)
+    return len(draws.images) - rules.n_adv
+
+
+def shuffled(images: Tensor, labels: Tensor, draws: Draws) -> Rows:
+    """Adversarial rows in the order in which they are trained (shuffling BN)."""
+    if draws.shuffle is None:
+        return Rows("adv", images, labels)
+    return Rows("adv", images[draws.shuffle], labels[draws.shuffle])
+
+
+# ---------------------------------------------------------------------- weights (section 3.2.2)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a row's loss counts, and what the gradients are multiplied by after all passes."""
+
+    factor: dict[Kind, float]
+    speed: dict[str, float]  # of the "shared", "main" and "aux" parameters
+
+
+def weights_of(rules: Rules, n_clean: int = 0, n_noise: int = 0, n_adv: int = 0) -> Weights:
+    """The loss of a step is the sum of w l / W over its rows, with W the sum of w.
+
+    That is 80 for 64 clean rows at 1, 16 noise and 16 adversarial ones at 1/2. The shared
+    parameters get gradients from all of W, the norms from some of it. Update-speed synchronisation
+    (`sync`) makes up for it.
+    """
+    n_rows: dict[Kind, int] = {"clean": n_clean, "noise": n_noise, "adv": n_adv}
+    weight: dict[Kind, float] = dict(zip(n_rows, rules.weights, strict=True))
+    reached = {kind: weight[kind] * n_rows[kind] for kind in n_rows}
+    total = sum(reached.values())
+    factor: dict[Kind, float] = {}
+    for kind, n in n_rows.items():
+        if rules.combine == "sum":
+            factor[kind] = weight[kind] / total
+        elif n:
+            # Algorithm 1 to the letter: the sum of means, g_clean + beta g_noise + beta g_adv.
+            factor[kind] = weight[kind] / n
+    speed = {"shared": 1.0, "main": 1.0, "aux": 1.0}
+    if rules.sync:
+        assert rules.combine == "sum"
+        speed["main"] = total / reached["clean"]
+        if n_noise + n_adv:
+            speed["aux"] = total / (reached["noise"] + reached["adv"])
+    return Weights(factor, speed)
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def normalise(rules: Rules, grey: Tensor) -> Tensor:
+    mean = torch.tensor(rules.mean, dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor(rules.std, dtype=torch.float64).view(3, 1, 1)
+    return (grey / 255 - mean) / std
+
+
+def losses_of(rules: Rules, part: Rows, rows: slice, logits: Tensor) -> Tensor:
+    """Of some rows of a part, (rows,). Mixed ones count both labels: lam of one, 1 - lam."""
+    losses = cross_entropy(rules, logits, part.labels[rows])
+    if part.other_labels is None:
+        return losses
+    other_losses = cross_entropy(rules, logits, part.other_labels[rows])
+    return part.lam * losses + (1 - part.lam) * other_losses
+
+
+def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
+    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,)."""
+    log_p = logits.log_softmax(1)
+    of_label = log_p[torch.arange(len(labels)), labels]
+    return -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+
+
+# ---------------------------------------------------------------------- the attack
+
+
+def random_start(draws: Draws) -> Tensor:
+    assert draws.delta0 is not None
+    return draws.delta0.double()
+
+
+def direction_of(rules: Rules, gradient: Tensor | None, draws: Draws) -> Tensor:
+    """The gradient's sign, or a random one."""
+    if rules.method in RANDOM:
+        gradient = draws.direction
+    assert gradient is not None
+    return sign(gradient)
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """Of what is not finite: 0."""
+    return torch.where(gradient.isfinite(), gradient.sign(), 0.0)
+
+
+def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+    """One step, projected into the ball of radius eps around x and into 0..255."""
+    step_255 = max(rules.step_255, rules.eps_255 / rules.attack_steps)
+    moved = current + step_255 * direction
+    near = torch.minimum(torch.maximum(moved, x - rules.eps_255), x + rules.eps_255)
+    return near.clamp(0, 255)
+
+
+def pgd(rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+    """K projected sign steps away from the label, or towards a target.
+
+    No parameter gets a gradient, no running statistics move.
+    """
+    current = x + random_start(draws)
+    for _ in range(rules.attack_steps):
+        if draws.target is None:
+            direction = sign(input_gradient(rules, model, current, labels))
+        else:
+            direction = -sign(input_gradient(rules, model, current, draws.target))
+        current = ascend(rules, current, x, direction)
+    return current
+
+
+def input_gradient(rules: Rules, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Of the sum of the losses, each group alone."""
+    gradients = []
+    n = rules.adv_group_rows
+    for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
+        leaf = grey.clone().requires_grad_()
+        if rules.attack_bn == "batch":
+            logits, _ = forward_alone(model, normalise(rules, leaf))
+        else:
+            logits = model.eval()(normalise(rules, leaf))
+        loss = cross_entropy(rules, logits, group_labels).sum()
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.cat(gradients)
+
+
+# ---------------------------------------------------------------------- models and norms
 
 
 def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -419,7 +450,7 @@ def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             owner, _, leaf = name.rpartition(".")
             setattr(aux.get_submodule(owner), leaf, parameter)
     for bn in [*bn_layers(model).values(), *bn_layers(aux).values()]:
-        bn.momentum = 0.0  # forwards leave the running statistics alone: `_train` moves them
+        bn.momentum = 0.0  # forwards leave the running statistics alone: the step moves them
     return model, aux
 
 
@@ -457,8 +488,3 @@ def move_running_statistics(model: nn.Module, seen: Sequence[Statistics]) -> Non
         var = torch.stack([statistics[name][1] for statistics in seen]).mean(0)
         bn.running_mean = (1 - BN_MOMENTUM) * bn.running_mean + BN_MOMENTUM * mean
         bn.running_var = (1 - BN_MOMENTUM) * bn.running_var + BN_MOMENTUM * var
-
-
-def sign(gradient: Tensor) -> Tensor:
-    """Of what is not finite: 0."""
-    return torch.where(gradient.isfinite(), gradient.sign(), 0.0)

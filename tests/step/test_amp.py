@@ -45,9 +45,9 @@ def perturbation(amp: Amp, data: dict[str, Any]) -> tuple[Tensor, Tensor, torch.
     asked: list[Tensor] = []
     publish = step.adv.publish
 
-    def watched(adv_255: Tensor, targets: Tensor) -> None:
-        asked.append((adv_255 - images[step.inputs.n_clean :].float()).clone())
-        publish(adv_255, targets)
+    def watched(images_255: Tensor, targets: Tensor) -> None:
+        asked.append((images_255 - images[step.inputs.n_clean :].float()).clone())
+        publish(images_255, targets)
 
     step.adv.publish = watched  # type: ignore[method-assign]
     with Received() as received:

@@ -14,7 +14,7 @@ from fap.config import load_config
 from fap.distributed import ONE_RANK
 from fap.step.step import Step
 from tests.step.made_steps import changed
-from tests.step.reference_step import Twin, forward_alone
+from tests.step.reference_step import Twin, forward_alone, normalise
 from tests.step.twin_checks import TinyResNet, config_of, draw, models, rules_of
 
 
@@ -124,7 +124,7 @@ def test_pgd_stays_in_the_ball_and_moves_the_loss(targeted: bool) -> None:
         group_rows = config.method.adv_group_rows
         total = 0.0
         for images, wanted in zip(grey.split(group_rows), target.split(group_rows), strict=True):
-            logits, _ = forward_alone(twin.aux, twin._normalise(images))
+            logits, _ = forward_alone(twin.aux, normalise(twin.rules, images))
             total += nn.functional.cross_entropy(logits, wanted).item()
         return total
 
