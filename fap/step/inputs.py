@@ -39,6 +39,7 @@ class Inputs:
         config: Config,
         task: Task,
         device: torch.device,
+        *,
         n_clean: int,  # rows of one device, as all counts here
         n_loaded_adv: int,
         n_adv: int,

@@ -66,20 +66,20 @@ class Step:
             config,
             self.task,
             self.device,
-            n_clean,
-            config.loader_adv_rows // ranks.world,
-            self.n_adv,
-            self.n_adv_groups,
+            n_clean=n_clean,
+            n_loaded_adv=config.loader_adv_rows // ranks.world,
+            n_adv=self.n_adv,
+            n_adv_groups=self.n_adv_groups,
         )
         size = config.data.size
         self.pass_input = [
             image_buffer(one.n_rows, size, self.dtype, self.device) for one in self.passes
         ]
-        adv = Rows(
+        buffers = Rows(
             image_buffer(self.n_adv, size, self.dtype, self.device),
             self.task.empty_targets(self.n_adv, self.device),
         )
-        self.adv = AdversarialRows(adv, self.method, ranks, self.inputs.shuffle)
+        self.adv = AdversarialRows(buffers, self.method, ranks, self.inputs.shuffle)
         self.streams = Streams(
             flat, self.network.half_dtype, parallel=self.method.schedule == "parallel"
         )

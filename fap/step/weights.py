@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fap.methods import KINDS, Kind
+from fap.nets.norm import Bn
 from fap.sections import MethodConfig
 
 
@@ -35,9 +36,9 @@ def weights_of(
     `combine: mean` is Algorithm 1 to the letter: means over each kind, added with their weights.
     """
     weight: dict[Kind, float] = {
-        "clean": method.weight_clean or 1.0,
-        "noise": method.weight_noise or 1.0,
-        "adv": method.weight_adv or 1.0,
+        "clean": _one_if_unset(method.weight_clean),
+        "noise": _one_if_unset(method.weight_noise),
+        "adv": _one_if_unset(method.weight_adv),
     }
     if method.combine == "mean":
         of_row = {kind: weight[kind] / (n_rows[kind] * world) for kind in KINDS if n_rows[kind]}
@@ -45,10 +46,18 @@ def weights_of(
 
     reached: dict[Kind, float] = {kind: weight[kind] * n_rows[kind] * world for kind in KINDS}
     total = sum(reached.values())
-    factors = {"main": 1.0, "aux": 1.0}
-    if method.sync:
-        for bn in factors:
-            through = [reached[kind] for kind in KINDS if method.entry.norms.get(kind) == bn]
-            if sum(through):
-                factors[bn] = total / sum(through)
-    return Weights({kind: weight[kind] / total for kind in KINDS}, **factors)
+
+    def speed(bn: Bn) -> float:
+        """The factor of a set of norms' gradients; 1 for norms that no row goes through."""
+        through = sum(reached[kind] for kind in KINDS if method.entry.norms.get(kind) == bn)
+        if not (method.sync and through):
+            return 1.0
+        return total / through
+
+    of_row = {kind: weight[kind] / total for kind in KINDS}
+    return Weights(of_row, main=speed("main"), aux=speed("aux"))
+
+
+def _one_if_unset(weight: float | None) -> float:
+    """A method with one kind of rows has no weights."""
+    return 1.0 if weight is None else weight
