@@ -23,6 +23,7 @@ from fap.distributed import ONE_RANK, Ranks, Votes, connect
 from fap.nets.build import build, plain
 from fap.run.epoch import plan_spec, step_draws
 from fap.run.train import Run
+from fap.step.rows import Rows, shuffled
 from fap.step.step import Step
 from tests.conftest import noise_beton
 from tests.run.runs import RUN, environment, records, wait_for_a_record
@@ -68,7 +69,7 @@ def train(rank: int, world: int, port: int, method: list[str], seed: int, out: P
     model = build("cifar_resnet8", 5, aux=c.method.name != "vanilla", size=8).double()
     step = Step(model, c, ranks)
     plan = plan_of(c, ranks, epoch=0)
-    draws = step_draws(plan, c, ranks, torch.device("cpu"))
+    draws = step_draws(plan, c, torch.device("cpu"))
     for k in range(5):
         rows = torch.from_numpy(plan.index[k].astype(np.int64))
         of_this_step = {name: values[k] for name, values in draws.items()}
@@ -120,12 +121,12 @@ def exchange(rank: int, world: int, port: int, out: Path) -> None:
     ranks = join(rank, world, port)
     c = config(["method.p_adv=1/3"])
     plan = plan_of(c, ranks, epoch=3)
-    shuffle = step_draws(plan, c, ranks, torch.device("cpu"))["shuffle"][0]
+    shuffle = step_draws(plan, c, torch.device("cpu"))["shuffle"][0]
     number = torch.arange(rank * ADV, (rank + 1) * ADV)  # a group each
     images = number.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     images = images.contiguous(memory_format=torch.channels_last)
-    found = (ranks.gather_rows(images)[shuffle], ranks.gather_rows(number)[shuffle])
-    torch.save(found, out / f"{rank}.pt")
+    found = shuffled(Rows(images, number), shuffle, "ranks", ranks)
+    torch.save(tuple(found), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
