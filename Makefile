@@ -8,12 +8,12 @@ WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo test check lint soak study bench gpu kit clean
+.PHONY: help setup demo test check lint configs soak study bench gpu kit clean
 help:
 	@echo "make demo [FAST=1] [PIPELINE=ffcv|dali|reference]   vanilla training and Fast AdvProp on real images: cost, accuracy,"
 	@echo "              figures, a verdict; 10 to 15 minutes on 2 cores after set-up, FAST=1 under 2"
 	@echo "make test     the tests (with a GPU: the GPU tests too)"
-	@echo "make check    lint, types, quick tests"
+	@echo "make check    lint, types, quick tests              make configs  write configs/ from its table"
 	@echo "make study SIZE=small|full   the comparison of methods over several seeds"
 	@echo "make bench    speed of conversion, loaders and steps       make soak   hours of stress"
 	@echo "make gpu [SECONDS=7200]   on a GPU machine: tests, speed, profile, study, and a table of them (bench/gpu/README.md)"
@@ -39,6 +39,9 @@ lint: setup
 check: lint
 	$(PYTEST) -m "not slow and not gpu and not soak"
 
+configs: setup
+	$(PY) -m configs.make
+
 soak: setup
 	$(PY) -m pytest -v -rs -m soak
 
@@ -58,4 +61,4 @@ kit: setup
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find fap pipelines bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fap pipelines configs bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,113 +1,263 @@
-"""Does Fast AdvProp cost what vanilla training costs? Whole runs under one budget, compared in one process.
+"""Does Fast AdvProp cost what vanilla training costs? Whole runs under one budget.
 
-A whole run is seconds per step x steps under the budget (`fap.budget`) + an evaluation per epoch + start-up
-(capture, compilation). Each schedule alternates with a vanilla step in short blocks, so that both meet the same
-clock speed and the same neighbours; the ratio of medians has a bootstrap interval over the blocks.
+    python -m bench.cost_parity                                     # synthetic images
+    python -m bench.cost_parity --data train.beton --pipeline ffcv  # with the loader
 
-    python -m bench.cost_parity                                      # synthetic; ResNet-50 on a GPU, CIFAR size without
-    python -m bench.cost_parity --data train.beton --pipeline ffcv   # with the loader
+A whole run is seconds per step x steps under the budget (`fap.budget`) + an evaluation per epoch +
+start-up (capture, compilation). Each schedule alternates with a vanilla step in short blocks in one
+process, so that both meet the same clock speed and the same neighbours. The ratio of medians has a
+bootstrap interval over the blocks. ResNet-50 on a GPU, CIFAR size without. Writes
+bench/results/cost_parity_{cpu,cuda}.json, .md and .png.
 """
 
+import argparse
 import gc
 import timeit
-from functools import partial
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import pipelines
-from bench.common import alternate, options, ratio, report, spread
-from bench.step import AMPS, DEVICE, GPU, SCHEDULES, Contestant, config_of
-from fap.budget import budget
-from fap.evaluate import evaluate
-from fap.step import passes
+from bench.common import alternate, options, ratio, report, settings_of, spread
+from bench.contestants import (
+    AMPS,
+    DEVICE,
+    GPU,
+    LARGEST_CIFAR_SIZE,
+    MODEL,
+    SCHEDULES,
+    SIZE,
+    Contestant,
+    config_of,
+    largest_pass,
+)
+from fap.budget import Budget, budget
+from fap.config import Config
+from fap.evaluate.exact import evaluate
+
+# Images of the runs whose cost is computed without --data: to train on, to evaluate on.
+IMAGENET_IMAGES = (1_281_167, 50_000)
+CIFAR10_IMAGES = (50_000, 10_000)
+GROUP_ROWS = 64  # of vanilla's batch norm, as on several GPUs
+EVALUATION_BATCHES = 3
+EVALUATION_REPEATS = 3
 
 
-def evaluation(c: Contestant) -> float:
+class Case(NamedTuple):
+    """One schedule, and the vanilla training that it is compared with."""
+
+    amp: str
+    model: str
+    rows: int  # clean ones
+    p_adv: str
+    schedule: str
+    bn: str  # vanilla's batch norm: over `groups` of 64 or over the `whole` batch
+
+
+def compare(case: Case, a: Any, store: pipelines.Store | None) -> dict[str, Any]:
+    """Whole runs of one schedule and of vanilla training: seconds of the parts, and their ratio."""
+    configs = configs_of(case, a)
+    ours, vanilla = [Contestant(config, case.amp, store, a.pipeline) for config in configs]
+    train_images, val_images = images_of(a, store)
+    our_budget, base_budget = [budget(config, train_images) for config in configs]
+    evaluation_s = evaluation(vanilla) * val_images  # the same network for both
+
+    def block(contestant: Contestant) -> tuple[float, float]:
+        return contestant.block(a.block)
+
+    (our_seconds, our_waits), (base_seconds, base_waits) = alternate(
+        block, [ours, vanilla], a.rounds
+    )
+    ours.close()
+    vanilla.close()
+    our_fixed = evaluation_s * our_budget.epochs + ours.startup
+    base_fixed = evaluation_s * base_budget.epochs + vanilla.startup
+    our_training = our_seconds * our_budget.steps
+    base_training = base_seconds * base_budget.steps
+    return {
+        "ideal": our_budget.image_passes / base_budget.image_passes,
+        "ours": whole_run(ours, our_budget, our_seconds, our_waits, evaluation_s),
+        "vanilla": whole_run(vanilla, base_budget, base_seconds, base_waits, evaluation_s),
+        "whole_run": ratio(our_training, base_training, (our_fixed, base_fixed)),
+        "steps_only": ratio(our_training, base_training),
+    }
+
+
+def configs_of(case: Case, a: Any) -> tuple[Config, Config]:
+    """Of Fast AdvProp and of the vanilla training beside it."""
+    ours = config_of(case.model, case.rows, a.size, p_adv=case.p_adv, schedule=case.schedule)
+    rows = case.rows
+    if a.equal_rows:
+        # The nearest whole groups: a CPU's time per row grows with the pass.
+        rows = max(GROUP_ROWS, round(largest_pass(ours) / GROUP_ROWS) * GROUP_ROWS)
+    group_rows = GROUP_ROWS if case.bn == "groups" else rows
+    vanilla = config_of(case.model, rows, a.size, name="vanilla", group_rows=group_rows)
+    return ours, vanilla
+
+
+def images_of(a: Any, store: pipelines.Store | None) -> tuple[int, int]:
+    """Training and validation images of the run whose cost is computed."""
+    if store is not None:
+        return len(store), a.val_images
+    if a.size > LARGEST_CIFAR_SIZE:
+        return IMAGENET_IMAGES
+    return CIFAR10_IMAGES
+
+
+def evaluation(contestant: Contestant) -> float:
     """Seconds per image of the evaluation, loading left out; the best of three."""
-    data, batches = c.config.data, [c.sample] * 3
-    run = partial(evaluate, c.model, batches, mean=data.mean, std=data.std, device=DEVICE, amp=c.step.amp)
-    return min(timeit.repeat(run, number=1, repeat=3)) / (3 * len(c.sample.images))
+    data = contestant.config.data
+    step = contestant.step
+    batches = [(contestant.sample.images, contestant.targets[0])] * EVALUATION_BATCHES
+
+    def run() -> None:
+        evaluate(
+            contestant.model,
+            batches,
+            step.task.evaluator(DEVICE),
+            mean=data.mean,
+            std=data.std,
+            device=DEVICE,
+            amp=step.network.amp,
+        )
+
+    seconds = min(timeit.repeat(run, number=1, repeat=EVALUATION_REPEATS))
+    return seconds / sum(len(images) for images, _ in batches)
 
 
-def compare(a: Any, store: Any, amp: Any, model: str, rows: int, p_adv: str, schedule: str, bn: str) -> dict[str, Any]:
-    """One schedule against vanilla training with batch norm over groups of 64 (`groups`) or over the `whole` batch."""
-    ours = config_of(model, rows, a.size, p_adv=p_adv, schedule=schedule)
-    blocks = passes(schedule, rows, ours.loader_adv_rows, ours.loader_adv_rows, ours.method.group)
-    largest = max(sum(b.stop - b.start for b in p) for p in blocks)
-    base_rows = max(64, round(largest / 64) * 64) if a.equal_rows else rows
-    base = config_of(model, base_rows, a.size, name="vanilla", group=64 if bn == "groups" else base_rows)
-    pair = [Contestant(c, amp, store, a.pipeline) for c in (ours, base)]
-    train, val = (len(store), a.val_images) if store else (1_281_167, 50_000) if a.size > 64 else (50_000, 10_000)
-    budgets = [budget(c.config, train) for c in pair]
-    per_image = evaluation(pair[1])
-    times = alternate([partial(c.block, a.block) for c in pair], a.rounds)
-    result: dict[str, Any] = {"ideal": budgets[0].image_passes / budgets[1].image_passes}
-    fixed, training = [], []
-    for name, c, b, (seconds, waited) in zip(("ours", "vanilla"), pair, budgets, times, strict=True):
-        if c.loader is not None:
-            c.loader.close()
-        median, evaluations = float(np.median(seconds)), per_image * val * b.epochs
-        training.append(seconds * b.steps)
-        fixed.append(evaluations + c.startup)
-        whole = median * b.steps + fixed[-1]
-        result[name] = {
-            "rows": c.config.optim.clean_batch, "bn_group": c.config.method.group, "how": c.how, "steps": b.steps,
-            "s_per_step": spread(seconds), "whole_run_s": whole, "evaluation_share": evaluations / whole,
-            "startup_s": c.startup, "waiting_share": float(np.median(waited / seconds)),
-            "passes_per_s": b.image_passes_per_step / median, "tflop_per_s": c.flops / median / 1e12,
-        }  # fmt: skip
-    return result | {"whole_run": ratio(*training, fixed), "steps_only": ratio(*training)}
+def whole_run(
+    contestant: Contestant,
+    planned: Budget,
+    seconds: np.ndarray,  # (rounds,), per step
+    waited: np.ndarray,  # (rounds,): those of them spent waiting for data
+    evaluation_s: float,  # of one evaluation
+) -> dict[str, Any]:
+    """What a whole run takes, by parts."""
+    per_step = float(np.median(seconds))
+    evaluations_s = evaluation_s * planned.epochs
+    whole_s = per_step * planned.steps + evaluations_s + contestant.startup
+    return {
+        "rows": contestant.config.optim.clean_batch,
+        "bn_group": contestant.config.method.group_rows,
+        "how": contestant.how,
+        "steps": planned.steps,
+        "s_per_step": spread(seconds),
+        "whole_run_s": whole_s,
+        "evaluation_share": evaluations_s / whole_s,
+        "startup_s": contestant.startup,
+        "waiting_share": float(np.median(waited / seconds)),
+        "passes_per_s": planned.image_passes_per_step / per_step,
+        "tflop_per_s": contestant.flops / per_step / 1e12,
+    }
 
 
-def row(r: dict[str, Any]) -> dict[str, Any]:
-    """The cells of a result's line in the table."""
-    ours, vanilla = r["ours"], r["vanilla"]
-    return {k: r[k] for k in ("model", "rows", "p_adv", "amp", "schedule")} | {
-        "vanilla rows / BN group": f"{vanilla['rows']} / {vanilla['bn_group']}", "s per step": ours["s_per_step"],
-        "vanilla's": vanilla["s_per_step"], "whole run / vanilla's": r["whole_run"], "ideal": r["ideal"],
-        "image passes/s": ours["passes_per_s"], "TFLOP/s": ours["tflop_per_s"], "waiting": ours["waiting_share"],
+def row(result: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table."""
+    ours = result["ours"]
+    vanilla = result["vanilla"]
+    case = {k: result[k] for k in ("model", "rows", "p_adv", "amp", "schedule")}
+    return case | {
+        "vanilla rows / BN group": f"{vanilla['rows']} / {vanilla['bn_group']}",
+        "s per step": ours["s_per_step"],
+        "vanilla's": vanilla["s_per_step"],
+        "whole run / vanilla's": result["whole_run"],
+        "ideal": result["ideal"],
+        "image passes/s": ours["passes_per_s"],
+        "TFLOP/s": ours["tflop_per_s"],
+        "waiting": ours["waiting_share"],
         "evaluation": ours["evaluation_share"],
-    }  # fmt: skip
+    }
 
 
-def main(argv: Any = None) -> int:
-    p = options(
-        __doc__, models=["resnet50" if GPU else "cifar_resnet8"], size=224 if GPU else 32, rows=[64, 256] if GPU else [256],
-        p_adv=["1/5"], schedules=["fused", *SCHEDULES], equal_rows=not GPU, val_images=50_000,
-        rounds=12 if GPU else 20,
-    )  # fmt: skip
-    p.add_argument("--amp", nargs="+", choices=AMPS, default=[AMPS[0]])
-    p.add_argument("--vanilla-bn", nargs="+", choices=["groups", "whole"], default=["groups", "whole"][: 2 - GPU])
-    source = p.add_mutually_exclusive_group()
+# ------------------------------------------------------------------ the command
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    rows = [256]
+    rounds = 20
+    norms = ["groups", "whole"]
+    if GPU:
+        rows = [64, 256]
+        rounds = 12
+        norms = ["groups"]
+    parser = options(
+        __doc__,
+        models=[MODEL],
+        size=SIZE,
+        rows=rows,
+        p_adv=["1/5"],
+        schedules=["fused", *SCHEDULES],
+        equal_rows=not GPU,
+        val_images=50_000,
+        rounds=rounds,
+    )
+    parser.add_argument("--amp", nargs="+", choices=AMPS, default=[AMPS[0]])
+    parser.add_argument("--vanilla-bn", nargs="+", choices=["groups", "whole"], default=norms)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help=".beton file or image folder")
-    source.add_argument("--synthetic", action="store_true", help="no loader (the default without --data)")
-    p.add_argument("--pipeline", choices=["ffcv", "dali", "reference"], default="ffcv")
-    p.add_argument("--block", type=int, help="steps per block; default 20 with --data, 5 on a GPU, 1 on a CPU")
-    p.add_argument("--max-ratio", type=float, help="exit 1 if a whole-run ratio is above it or not measured")
-    a = p.parse_args(argv)
-    a.block = a.block or (20 if a.data else 5 if GPU else 1)
+    source.add_argument(
+        "--synthetic", action="store_true", help="no loader (the default without --data)"
+    )
+    parser.add_argument("--pipeline", choices=tuple(pipelines.BACK_ENDS), default="ffcv")
+    parser.add_argument(
+        "--block", type=int, help="steps per block; default 20 with --data, 5 on a GPU, 1 on a CPU"
+    )
+    parser.add_argument(
+        "--max-ratio", type=float, help="exit 1 if a whole-run ratio is above it or not measured"
+    )
+    a = parser.parse_args(argv)
+    if not a.block:
+        a.block = steps_per_block(with_loader=bool(a.data))
+    return a
+
+
+def steps_per_block(with_loader: bool) -> int:
+    if with_loader:
+        return 20
+    return 5 if GPU else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = parsed(argv)
     store = pipelines.open_store(a.data) if a.data else None
-    a.train_images = len(store) if store else "synthetic"
+    settings = settings_of(a, train_images=len(store) if store else "synthetic")
     results: list[dict[str, Any]] = []
-    for cell in product(a.amp, a.models, a.rows, a.p_adv, a.schedules, a.vanilla_bn):
-        r = dict(zip(("amp", "model", "rows", "p_adv", "schedule", "bn"), cell, strict=True))
+    for values in product(a.amp, a.models, a.rows, a.p_adv, a.schedules, a.vanilla_bn):
+        case = Case(*values)
+        result: dict[str, Any] = case._asdict()
         try:
-            r |= compare(a, store, *cell)
-        except Exception as e:  # out of GPU memory, a failed capture, Triton's errors, which are no RuntimeError
-            r["error"] = f"{type(e).__name__}: {e}".splitlines()[0]
+            result |= compare(case, a, store)
+        # Out of GPU memory, a failed capture, Triton's errors, which are no RuntimeError: it costs
+        # this line.
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         gc.collect()
         torch.cuda.empty_cache()
-        results.append(r)
-        # after every cell: a time-out loses nothing
-        lines = report(f"cost_parity_{DEVICE.type}", a, results, ["whole run / vanilla's"], row)
-        print(*(lines if len(results) == 1 else lines[-1:]), sep="\n", flush=True)
-    missed = [r for r in results if a.max_ratio and not r.get("whole_run", {"ratio": np.inf})["ratio"] <= a.max_ratio]
-    print(f"gate: {len(missed)} of {len(results)} above {a.max_ratio}" if a.max_ratio else "no gate (--max-ratio)")
-    return int(bool(missed))
+        results.append(result)
+        # Written after every case: a time-out loses nothing. Said: the head once, then one line.
+        file = a.out / f"cost_parity_{DEVICE.type}"
+        lines = report(file, settings, results, ["whole run / vanilla's"], row)
+        if len(results) > 1:
+            lines = lines[-1:]
+        print(*lines, sep="\n", flush=True)
+    return gate(results, a.max_ratio)
+
+
+def gate(results: list[dict[str, Any]], max_ratio: float | None) -> int:
+    """The exit status: 1 if a ratio is above `max_ratio`, or was not measured."""
+    if not max_ratio:
+        print("no gate (--max-ratio)")
+        return 0
+    missed = 0
+    for result in results:
+        if "whole_run" not in result or not result["whole_run"]["ratio"] <= max_ratio:
+            missed += 1
+    print(f"gate: {missed} of {len(results)} above {max_ratio}")
+    return int(missed > 0)
 
 
 if __name__ == "__main__":

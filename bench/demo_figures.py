@@ -1,4 +1,7 @@
-"""The demo's figures, drawn without a display: bars of accuracy, and images with their perturbations."""
+"""The demo's figures: bars of accuracy, and images with their perturbations.
+
+A library of `bench.demo`, drawn without a display.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,9 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.demo_measure import Example
-from bench.study import bars
+from bench.study_report import bars
 
 AMPLIFIED = 20  # times the perturbation, around middle grey
+MIDDLE_GREY = 128
+HEADS = ("clean", "with random noise", "adversarial", "the noise", "the adversarial part")
 
 
 def accuracy(
@@ -21,15 +26,16 @@ def accuracy(
     file: Path,
 ) -> None:
     """Above the measures, below every corruption."""
-    corruptions = {name: name.replace("_", " ") for name in next(iter(rows.values()))[0]["corruptions"]}
+    some_run = next(iter(rows.values()))[0]
+    corruptions = {name: name.replace("_", " ") for name in some_run["corruptions"]}
+
+    def values_by_arm(measure: str) -> dict[str, list[float]]:
+        return {labels[arm]: [value(run, measure) for run in runs] for arm, runs in rows.items()}
+
     figure = Figure((11, 8), layout="constrained")
-    for axes, of in zip(figure.subplots(2, 1), (measures, corruptions), strict=True):
-        groups = {
-            label: {labels[arm]: [value(run, measure) for run in runs] for arm, runs in rows.items()}
-            for measure, label in of.items()
-        }
-        bars(axes, groups)
-    upper, lower = figure.axes
+    upper, lower = figure.subplots(2, 1)
+    for axes, shown in ((upper, measures), (lower, corruptions)):
+        bars(axes, {label: values_by_arm(measure) for measure, label in shown.items()})
     upper.set_title("Accuracy after training: bars are means, dots are single seeds")
     upper.legend(loc="upper right")
     lower.tick_params("x", rotation=60)
@@ -37,22 +43,30 @@ def accuracy(
 
 
 def triplets(examples: Sequence[Example], eps_255: float, file: Path) -> None:
-    """A line per image: clean, noisy, adversarial, and what was added, amplified around middle grey."""
+    """A line per image: clean, noisy, adversarial, and what was added, amplified."""
     figure = Figure((10, 0.8 + 2.1 * len(examples)), layout="constrained")
     figure.suptitle(
-        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels, and what the network of seed 0 calls them.\n"
+        f"The three kinds of training rows, eps = {eps_255:g} of 255 grey levels, "
+        "and what the network of seed 0 calls them.\n"
         f"The two columns on the right show what was added, {AMPLIFIED} times as strong."
     )
-    heads = ("clean", "with random noise", "adversarial", "the noise", "the adversarial part")
-    for i, (line, example) in enumerate(zip(figure.subplots(len(examples), 5, squeeze=False), examples, strict=True)):
-        clean = example.images_255[0]
-        added = [128 + AMPLIFIED * (image - clean) for image in example.images_255[1:]]
-        for j, (axes, image) in enumerate(zip(line, (*example.images_255, *added), strict=True)):
+    lines = figure.subplots(len(examples), len(HEADS), squeeze=False)
+    for line, example in zip(lines, examples, strict=True):
+        clean, noisy, adversarial = example.images_255
+        added = [MIDDLE_GREY + AMPLIFIED * (image - clean) for image in (noisy, adversarial)]
+        images = (clean, noisy, adversarial, *added)
+        # What was added is not shown to the network.
+        answers = [_answer(example, called) for called in example.called] + ["", ""]
+        for axes, image, answer in zip(line, images, answers, strict=True):
             axes.imshow(image.clip(0, 255).astype(np.uint8))
             axes.set_axis_off()
-            title = heads[j] if i == 0 else ""
-            if j < 3:
-                called = example.called[j]
-                title += f"\n{'right' if called == example.label else 'wrong'}: {called}"
-            axes.set_title(title, fontsize=9)
+            axes.set_title(answer, fontsize=9)
+    for axes, head in zip(lines[0], HEADS, strict=True):
+        axes.set_title(head + axes.get_title(), fontsize=9)
     figure.savefig(file, dpi=120)
+
+
+def _answer(example: Example, called: str) -> str:
+    """What the network calls an image, on a line of its own."""
+    judged = "right" if called == example.label else "wrong"
+    return f"\n{judged}: {called}"

@@ -1,7 +1,8 @@
 """The demo's numbers in words: a table, the single seeds, and a verdict that the numbers decide.
 
-A run is a dictionary: `seed`; `train_clean`, `clean`, `corrupted`, `adversarial` and `corruptions` (by name) in percent of
-images that are right; `steps`, `image_passes`, `cpu_seconds` (None if the run was interrupted).
+A library of `bench.demo`. A run is a dictionary: `seed`; `train_clean`, `clean`, `corrupted`,
+`adversarial` and `corruptions` (by name) in percent of images that are right; `steps`,
+`image_passes`, `cpu_seconds` (None if the run was interrupted).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,16 @@ from scipy import stats
 
 Runs = Sequence[Mapping[str, Any]]
 Rows = Mapping[str, Runs]  # by arm, each arm's in the order of the seeds
-BASE, EQUAL_COST, EQUAL_STEPS = "vanilla", "fast_advprop", "fast_advprop_equal_steps"
-LABELS = {BASE: "vanilla", EQUAL_COST: "Fast AdvProp, equal cost", EQUAL_STEPS: "Fast AdvProp, equal steps"}
+
+# The arms.
+BASE = "vanilla"
+EQUAL_COST = "fast_advprop"
+EQUAL_STEPS = "fast_advprop_equal_steps"
+LABELS = {
+    BASE: "vanilla",
+    EQUAL_COST: "Fast AdvProp, equal cost",
+    EQUAL_STEPS: "Fast AdvProp, equal steps",
+}
 MEASURES = {
     "clean": "clean images",
     "corrupted": "corrupted images",
@@ -36,12 +45,18 @@ class Cost:
 
 
 def value(run: Mapping[str, Any], measure: str) -> float:
-    return run[measure] if measure in run else run["corruptions"][measure]
+    """Percent right of one of MEASURES, or under one corruption."""
+    if measure in run:
+        return run[measure]
+    return run["corruptions"][measure]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the seeds of one arm's accuracy minus another's, in points; limits of the paired t-test (95%)."""
+    """One arm's accuracy minus another's, in points: mean over the seeds, limits of the t-test.
+
+    The test is paired by seed, the limits are those of 95%. One seed has no limits.
+    """
 
     n: int
     mean: float
@@ -50,10 +65,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `undecided`: the interval includes 0, as that of one seed, which has no limits, does."""
-        if self.low <= 0 <= self.high:
-            return "undecided"
-        return "better" if self.low > 0 else "worse"
+        """`better`, `worse`, or `undecided`: the interval includes 0, as that of one seed does."""
+        if self.low > 0:
+            return "better"
+        if self.high < 0:
+            return "worse"
+        return "undecided"
 
     def __str__(self) -> str:
         if self.n < 2:
@@ -62,10 +79,13 @@ class Difference:
 
 
 def difference(ours: Runs, base: Runs, measure: str) -> Difference:
-    """Of runs of the same seeds."""
-    assert [r["seed"] for r in ours] == [r["seed"] for r in base]
-    gaps = np.array([value(a, measure) - value(b, measure) for a, b in zip(ours, base, strict=True)])
-    n, mean = len(gaps), float(gaps.mean())
+    """Of two arms, runs of the same seeds in the same order."""
+    assert [run["seed"] for run in ours] == [run["seed"] for run in base]
+    ours_right = np.array([value(run, measure) for run in ours])
+    base_right = np.array([value(run, measure) for run in base])
+    gaps = ours_right - base_right
+    n = len(gaps)
+    mean = float(gaps.mean())
     if n < 2:
         return Difference(n, mean, -np.inf, np.inf)
     margin = float(stats.t.ppf(0.975, n - 1) * gaps.std(ddof=1) / np.sqrt(n))
@@ -77,57 +97,71 @@ def difference(ours: Runs, base: Runs, measure: str) -> Difference:
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up, so that it also reads well in a terminal."""
-    rows = [list(head), *map(list, lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    widths = [max(len(text) for text in column) for column in zip(head, *lines, strict=True)]
+    rule = ["-" * widths[0]]  # the first column is words, the others are numbers
+    for width in widths[1:]:
+        rule.append("-" * (width - 1) + ":")
     out = []
-    for row in (rows[0], rule, *rows[1:]):
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+    for texts in (head, rule, *lines):
+        cells = [texts[0].ljust(widths[0])]
+        for text, width in zip(texts[1:], widths[1:], strict=True):
+            cells.append(text.rjust(width))
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 
+def mean_right(runs: Runs, measure: str) -> str:
+    return f"{fmean(value(run, measure) for run in runs):.1f}"
+
+
 def main_table(rows: Rows) -> str:
     """A line per arm: mean accuracies and what a run took."""
-    head = ["percent right on", "training images", *MEASURES.values(), "steps", "image passes", "CPU seconds"]
+    head = [
+        "percent right on",
+        "training images",
+        *MEASURES.values(),
+        "steps",
+        "image passes",
+        "CPU seconds",
+    ]
     lines = []
     for arm, runs in rows.items():
-        seconds = [r["cpu_seconds"] for r in runs if r["cpu_seconds"] is not None]
-        lines.append(
-            [
-                LABELS[arm],
-                f"{fmean(r['train_clean'] for r in runs):.1f}",
-                *(f"{fmean(value(r, m) for r in runs):.1f}" for m in MEASURES),
-                f"{runs[0]['steps']:,}",
-                f"{runs[0]['image_passes']:,}",
-                f"{median(seconds):.0f}" if seconds else "not known",
-            ]
-        )
+        seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
+        line = [LABELS[arm], mean_right(runs, "train_clean")]
+        for measure in MEASURES:
+            line.append(mean_right(runs, measure))
+        line.append(f"{runs[0]['steps']:,}")
+        line.append(f"{runs[0]['image_passes']:,}")
+        line.append(f"{median(seconds):.0f}" if seconds else "not known")
+        lines.append(line)
     return markdown(head, lines)
 
 
 def seeds_table(rows: Rows) -> str:
     """A line per seed and arm, then the differences to vanilla with their intervals."""
-    n = len(rows[BASE])
     head = ["every seed", *MEASURES.values()]
     lines = []
     for i, run in enumerate(rows[BASE]):
         for arm, runs in rows.items():
-            lines.append([f"seed {run['seed']}, {LABELS[arm]}", *(f"{value(runs[i], m):.1f}" for m in MEASURES)])
+            accuracies = [f"{value(runs[i], measure):.1f}" for measure in MEASURES]
+            lines.append([f"seed {run['seed']}, {LABELS[arm]}", *accuracies])
     for arm, runs in rows.items():
-        if arm != BASE:
-            gaps = [str(difference(runs, rows[BASE], m)) for m in MEASURES]
-            lines.append([f"{LABELS[arm]} - vanilla, {n} seed{'s' * (n > 1)}", *gaps])
+        if arm == BASE:
+            continue
+        gaps = [str(difference(runs, rows[BASE], measure)) for measure in MEASURES]
+        lines.append([f"{LABELS[arm]} - vanilla, {seeds_in_words(len(runs), one='1')}", *gaps])
     return markdown(head, lines)
 
 
 def corruptions_table(rows: Rows) -> str:
     """A line per corruption: mean accuracies, then the differences to vanilla."""
     others = [arm for arm in rows if arm != BASE]
-    head = ["percent right under", *(LABELS[arm] for arm in rows), *(f"{LABELS[arm]} - vanilla" for arm in others)]
+    head = ["percent right under"]
+    head += [LABELS[arm] for arm in rows]
+    head += [f"{LABELS[arm]} - vanilla" for arm in others]
     lines = []
     for name in rows[BASE][0]["corruptions"]:
-        means = [f"{fmean(value(r, name) for r in runs):.1f}" for runs in rows.values()]
+        means = [mean_right(runs, name) for runs in rows.values()]
         gaps = [str(difference(rows[arm], rows[BASE], name)) for arm in others]
         lines.append([name, *means, *gaps])
     return markdown(head, lines)
@@ -136,9 +170,16 @@ def corruptions_table(rows: Rows) -> str:
 # ------------------------------------------------------------------ the verdict
 
 
-def verdict(cost: Cost, rows: Rows, images: int, paper: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lines of Markdown that the numbers decide: in short, the cost, each comparison, what this size cannot show."""
-    base, ours = rows[BASE], rows[EQUAL_COST]
+Paper = Mapping[str, Mapping[str, float]]  # by arm: top1 and imagenet_c, in percent
+
+
+def verdict(cost: Cost, rows: Rows, images: int, paper: Paper) -> list[str]:
+    """Lines of Markdown that the numbers decide.
+
+    In short; the cost; each comparison; what this size cannot show.
+    """
+    base = rows[BASE]
+    ours = rows[EQUAL_COST]
     said = [f"- {headline(cost, rows)}", f"- {cost_sentence(cost, rows)}"]
     steps = f"{ours[0]['steps']:,} optimiser steps against {base[0]['steps']:,}"
     said += comparison(f"At equal cost ({steps}), Fast AdvProp compared with vanilla:", ours, base)
@@ -146,7 +187,8 @@ def verdict(cost: Cost, rows: Rows, images: int, paper: Mapping[str, Mapping[str
         times = rows[EQUAL_STEPS][0]["image_passes"] / base[0]["image_passes"]
         lead = f"With as many optimiser steps as vanilla, at {times:.2f} times its image passes:"
         said += comparison(lead, rows[EQUAL_STEPS], base)
-    return [*said, f"- {limits_sentence(rows, images, paper)}"]
+    said.append(f"- {limits_sentence(rows, images, paper)}")
+    return said
 
 
 def headline(cost: Cost, rows: Rows) -> str:
@@ -155,33 +197,38 @@ def headline(cost: Cost, rows: Rows) -> str:
     for measure, name in MEASURES.items():
         found[difference(rows[EQUAL_COST], rows[BASE], measure).verdict].append(name)
     parts = [f"{answer} on {', '.join(names)}" for answer, names in found.items() if names]
-    return f"In short: Fast AdvProp, at {cost.ratio:.2f} times the cost of vanilla training, is here {'; '.join(parts)}."
+    return (
+        f"In short: Fast AdvProp, at {cost.ratio:.2f} times the cost of vanilla training, "
+        f"is here {'; '.join(parts)}."
+    )
 
 
 def cost_sentence(cost: Cost, rows: Rows) -> str:
     """Four answers: cheaper, within 5%, dearer, not decided."""
     if cost.high < 1:
-        answer = "it is cheaper"
+        judged = "it is cheaper"
     elif cost.high <= MOST_COST:
-        answer = "at most 5% more, which the project allows itself"
+        judged = "at most 5% more, which the project allows itself"
     elif cost.low > MOST_COST:
-        answer = "more than the 5% that the project allows itself"
+        judged = "more than the 5% that the project allows itself"
     else:
-        answer = "whether that is at most 5% more is undecided"
+        judged = "whether that is at most 5% more is undecided"
     passes = rows[EQUAL_COST][0]["image_passes"] / rows[BASE][0]["image_passes"]
     return (
-        f"Cost: a Fast AdvProp run costs {cost.ratio:.2f} times what a vanilla run costs (95% interval {cost.low:.2f} to "
-        f"{cost.high:.2f}; {passes:.2f} times the image passes): {answer}. Steps of both took turns in one process."
+        f"Cost: a Fast AdvProp run costs {cost.ratio:.2f} times what a vanilla run costs "
+        f"(95% interval {cost.low:.2f} to {cost.high:.2f}; {passes:.2f} times the image passes): "
+        f"{judged}. Steps of both took turns in one process."
     )
 
 
 def comparison(lead: str, ours: Runs, base: Runs) -> list[str]:
+    """A line with the lead, then one per measure."""
     lines = [f"- {lead}"]
     for measure, name in MEASURES.items():
         where = name
         if measure == "corrupted":
             where += f" (mean of {len(base[0]['corruptions'])})"
-        start = fmean(value(r, measure) for r in base)
+        start = fmean(value(run, measure) for run in base)
         lines.append(f"  - {where}: {answer(difference(ours, base, measure), start)}")
     return lines
 
@@ -198,16 +245,22 @@ def answer(d: Difference, start: float) -> str:
     return f"{gap}: {d.verdict}, as far as {d.n} seeds of this size show"
 
 
-def limits_sentence(rows: Rows, images: int, paper: Mapping[str, Mapping[str, float]]) -> str:
+def limits_sentence(rows: Rows, images: int, paper: Paper) -> str:
     """What the size of this demo leaves open, and the paper's numbers where it matters."""
     n = len(rows[BASE])
-    seeds = "one seed" if n == 1 else f"{n} seeds"
+    seeds = seeds_in_words(n, one="one")
     wide = ""
     if n > 1:
         wide = f" Intervals of {seeds} are wide, and chance alone decides one in twenty."
-    ours, base = paper[EQUAL_COST], paper[BASE]
+    ours = paper[EQUAL_COST]
+    base = paper[BASE]
     return (
-        f"What this cannot show: results of {seeds} of a tiny network on {images} images say nothing about ImageNet.{wide} "
-        f"There, with a ResNet-50 at equal cost, the paper reports {base['top1']} -> {ours['top1']}% right on clean images and "
-        f"{base['imagenet_c']} -> {ours['imagenet_c']}% wrong under corruptions."
+        f"What this cannot show: results of {seeds} of a tiny network on {images} images "
+        f"say nothing about ImageNet.{wide} There, with a ResNet-50 at equal cost, "
+        f"the paper reports {base['top1']} -> {ours['top1']}% right on clean images "
+        f"and {base['imagenet_c']} -> {ours['imagenet_c']}% wrong under corruptions."
     )
+
+
+def seeds_in_words(n: int, one: str) -> str:
+    return f"{one} seed" if n == 1 else f"{n} seeds"

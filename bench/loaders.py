@@ -1,13 +1,16 @@
-"""Loaders against each other: same images, same cores, taking turns, each in a process of its own.
+"""How many images per second do the loaders give? Same images, same cores, taking turns.
 
-    python -m bench.loaders --out DIR
+    python -m bench.loaders [--images DIR] [--beton FILE] [--only NAME ...] [--memory-limit MB]
 
-Training crops of 224 px as uint8. A round runs every contestant once. Throughput is steady state: the first batches are
-dropped, epochs follow each other without a pause. CPU time is that of all its processes; memory their proportional set
-size (mapped files included), the largest of five samples; start-up the time from the start of the interpreter to the
-first batch. With a GPU, decoding there joins in.
+Training crops of 224 px as uint8. Each contestant is a process of its own, and a round runs every
+contestant once. Throughput is steady state: the first batches are dropped, epochs follow each other
+without a pause. CPU time is that of all its processes; memory their proportional set size (mapped
+files included), the largest of five samples; start-up the time from the start of the interpreter to
+the first batch. With a GPU, decoding there joins in. Writes bench/results/loaders.json, .md and
+.png, or loaders_memory_limit with a limit.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,32 +19,73 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.common import ROOT, alternate, options, report, spread
+from bench.common import ROOT, alternate, options, report, settings_of, spread
 from bench.jpegs import make
-from pipelines import PlanSpec, draw_epoch, open_loader, open_store
+from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert import convert_folder
 from pipelines.machine import usable_cores
 
-SIZE, EPOCHS, HW_LOADS = 224, 60, (0.65, 0.9, 0.99)
-MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
+SIZE = 224  # pixels a side
+EPOCHS = 60  # more than a measurement takes
 THREADS = usable_cores()
+WARM_UP = 4  # batches after the first one
+MEMORY_SAMPLES = 5
+MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
+
+HW_LOADS = ("0.65", "0.9", "0.99")  # of the GPU's JPEG decoder
+DALI_GPU = "dali, GPU, hw "
+
 Batches = Iterator[int]  # rows of each batch
 
 
-def ours(name: Any, source: Path, batch: int, device: str = "cpu", hw_decoder_load: float = 0.65) -> Batches:
-    """One of this project's pipelines on a `.beton` or a folder."""
+# ------------------------------------------------------------------ contestants
+
+
+def names() -> list[str]:
+    """The contestants of this machine."""
+    found = [*BACK_ENDS, "dali, folder", "torchvision", "stock FFCV", "stock DALI"]
+    if torch.cuda.is_available():
+        found += [DALI_GPU + load for load in HW_LOADS]
+        found.append("stock DALI, GPU")
+    return found
+
+
+def batches_of(name: str, images: Path, beton: Path, batch: int) -> Batches:
+    """What the contestant gives, without an end or for 60 epochs."""
+    match name:
+        case "dali, folder":
+            return ours("dali", images, batch)
+        case "torchvision":
+            return torchvision_folder(images, batch)
+        case "stock FFCV":
+            return stock_ffcv(beton, batch)
+        case "stock DALI":
+            return stock_dali(images, batch)
+        case "stock DALI, GPU":
+            return stock_dali(images, batch, "mixed")
+    if name.startswith(DALI_GPU):
+        load = float(name.removeprefix(DALI_GPU))
+        return ours("dali", beton, batch, "cuda", hw_decoder_load=load)
+    return ours(name, beton, batch)
+
+
+def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: float) -> Batches:
+    """One of this project's pipelines on a `.beton` or a folder; `options` are the back end's."""
     store = open_store(source)
-    heights, widths = (np.tile(sides, EPOCHS) for sides in (store.heights, store.widths))  # no pause between epochs
-    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group=batch), heights, widths, 0)
-    loader = open_loader(name, store, size=SIZE, device=device, hw_decoder_load=hw_decoder_load)
-    yield from (len(batch.images) for batch in loader.load(replace(plan, index=plan.index % len(store))))
+    # One plan for all epochs, so that there is no pause between them.
+    heights = np.tile(store.heights, EPOCHS)
+    widths = np.tile(store.widths, EPOCHS)
+    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
+    plan = replace(plan, index=plan.index % len(store))
+    loader = open_loader(name, store, size=SIZE, device=device, **options)
+    for one in loader.load(plan):
+        yield len(one.images)
 
 
 def stock_ffcv(beton: Path, batch: int) -> Batches:
@@ -50,11 +94,21 @@ def stock_ffcv(beton: Path, batch: int) -> Batches:
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToTensor
 
-    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip(), ToTensor()]
-    pipelines = {"image": image, "label": [IntDecoder(), ToTensor(), Squeeze()]}
-    indices = np.tile(np.arange(len(open_store(beton))), EPOCHS)
-    loader = Loader(str(beton), batch, THREADS, order=OrderOption.RANDOM, os_cache=True, indices=indices, pipelines=pipelines)
-    yield from (len(images) for images, _ in loader)
+    decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE))
+    loader = Loader(
+        str(beton),
+        batch,
+        THREADS,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        indices=np.tile(np.arange(len(open_store(beton))), EPOCHS),
+        pipelines={
+            "image": [decoder, RandomHorizontalFlip(), ToTensor()],
+            "label": [IntDecoder(), ToTensor(), Squeeze()],
+        },
+    )
+    for images, _ in loader:
+        yield len(images)
 
 
 def torchvision_folder(images: Path, batch: int) -> Batches:
@@ -66,20 +120,26 @@ def torchvision_folder(images: Path, batch: int) -> Batches:
     steps = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     data = ImageFolder(str(images), steps)
     sampler = RandomSampler(data, num_samples=EPOCHS * len(data))
-    yield from (len(rows) for rows, _ in DataLoader(data, batch, sampler=sampler, num_workers=THREADS))
+    for rows, _ in DataLoader(data, batch, sampler=sampler, num_workers=THREADS):
+        yield len(rows)
 
 
 def stock_dali(images: Path, batch: int, device: str = "cpu") -> Batches:
     """NVIDIA's ImageNet example: readers.file, image_random_crop, resize, flip."""
     from nvidia.dali import Pipeline, fn
 
-    with Pipeline(batch, THREADS, 0 if device == "mixed" else None, prefetch_queue_depth=3) as pipeline:
+    gpu = 0 if device == "mixed" else None
+    with Pipeline(batch, THREADS, gpu, prefetch_queue_depth=3) as pipeline:
         jpegs, labels = fn.readers.file(file_root=str(images), random_shuffle=True)
-        x = fn.resize(fn.decoders.image_random_crop(jpegs, device=device), size=[SIZE, SIZE])
-        pipeline.set_outputs(fn.flip(x, horizontal=fn.random.coin_flip()), labels)
+        crops = fn.decoders.image_random_crop(jpegs, device=device)
+        resized = fn.resize(crops, size=[SIZE, SIZE])
+        pipeline.set_outputs(fn.flip(resized, horizontal=fn.random.coin_flip()), labels)
     pipeline.build()
     while True:
         yield len(torch.from_dlpack(pipeline.run()[0].as_tensor()))
+
+
+# ------------------------------------------------------------------ measuring
 
 
 def number(file: Path, key: str) -> int:
@@ -87,90 +147,148 @@ def number(file: Path, key: str) -> int:
     return int(file.read_text().split(key)[1].split()[0])
 
 
-def counters(memory: bool = False) -> np.ndarray:
-    """Wall seconds, CPU seconds and bytes from the disk of this process and all below it; with `memory` also its kB."""
-    proc = [Path("/proc/self")]
-    for process in proc:  # grows while it is read
+def processes() -> list[Path]:
+    """This process and all below it, as folders of /proc."""
+    found = []
+    waiting = [Path("/proc/self")]
+    while waiting:
+        process = waiting.pop()
+        found.append(process)
         for task in process.glob("task/*/children"):
-            proc += [Path("/proc", pid) for pid in task.read_text().split()]
-    ticks = sum(int(t) for p in proc for t in (p / "stat").read_text().rpartition(")")[2].split()[11:15])
-    disk = sum(number(p / "io", "read_bytes:") for p in proc)
-    shares = [number(p / "smaps_rollup", "\nPss:") for p in proc] if memory else []
-    return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), disk, sum(shares)])
+            waiting += [Path("/proc", pid) for pid in task.read_text().split()]
+    return found
+
+
+def ticks(process: Path) -> int:
+    """Clock ticks of computing, user and system, of a process and of its ended children."""
+    after_name = (process / "stat").read_text().rpartition(")")[2]
+    return sum(int(text) for text in after_name.split()[11:15])
+
+
+def counters() -> np.ndarray:
+    """Wall seconds, CPU seconds and bytes from the disk of this process and all below it."""
+    tree = processes()
+    cpu_ticks = sum(ticks(process) for process in tree)
+    disk_bytes = sum(number(process / "io", "read_bytes:") for process in tree)
+    return np.array([time.perf_counter(), cpu_ticks / os.sysconf("SC_CLK_TCK"), disk_bytes])
+
+
+def memory_mb() -> float:
+    """Proportional set size of this process and all below it."""
+    return sum(number(process / "smaps_rollup", "\nPss:") for process in processes()) / 1e3
 
 
 def forget(path: Path, limit_bytes: float) -> None:
-    """Never more of the file is cached: after every `limit_bytes` from the disk, drop its pages (no cgroup needed)."""
-    file, done = os.open(path, os.O_RDONLY), -np.inf
+    """Keep no more than so much of the file in the page cache; never returns.
+
+    After every `limit_bytes` from the disk its pages are dropped: no cgroup is needed.
+    """
+    file = os.open(path, os.O_RDONLY)
+    dropped_at = -np.inf
     while True:
-        if (read := counters()[2]) - done > limit_bytes:
+        read_bytes = counters()[2]
+        if read_bytes - dropped_at > limit_bytes:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            done = read
+            dropped_at = read_bytes
         time.sleep(0.02)
 
 
 def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
     """MEASURES of one contestant in this process; see the module's docstring."""
     next(batches)
-    startup = time.time() - launched
-    for _ in range(4):
+    startup_s = time.time() - launched
+    for _ in range(WARM_UP):
         next(batches)
-    images, begin = 0, counters()
+    images = 0
+    begin = counters()
     while images == 0 or time.perf_counter() - begin[0] < seconds:
         images += next(batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    wall, cpu, disk, _ = (counters() - begin).tolist()
-    memory = max((next(batches), counters(memory=True)[3] / 1e3)[1] for _ in range(5))
-    return [images / wall, 1e3 * cpu / images, memory, startup, disk / images / 1e3]
+    wall_s, cpu_s, disk_bytes = (counters() - begin).tolist()
+    largest_mb = 0.0
+    for _ in range(MEMORY_SAMPLES):
+        next(batches)
+        largest_mb = max(largest_mb, memory_mb())
+    return [images / wall_s, 1e3 * cpu_s / images, largest_mb, startup_s, disk_bytes / images / 1e3]
 
 
-def main() -> None:
+# ------------------------------------------------------------------ the command
+
+
+def parsed() -> argparse.Namespace:
     parser = options(__doc__, images=ROOT / "data" / "jpegs", rounds=5, seconds=8.0, batch=256)
-    parser.add_argument("--beton", type=Path, help="the images as .beton; default IMAGES.beton; what is missing is made")
+    parser.add_argument(
+        "--beton",
+        type=Path,
+        help="the images as .beton; default IMAGES.beton; what is missing is made",
+    )
     parser.add_argument("--only", nargs="+", help="contestants")
-    parser.add_argument("--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="MB", help="page cache for the .beton; pread only"
+    )
     parser.add_argument("--child", nargs=2, help="used by the bench itself")
     a = parser.parse_args()
     a.beton = a.beton or a.images.with_suffix(".beton")
-    every: dict[str, Any] = {name: partial(ours, name, a.beton, a.batch) for name in ("ffcv", "dali", "reference")}
-    every["dali, folder"] = partial(ours, "dali", a.images, a.batch)
-    every["torchvision"] = partial(torchvision_folder, a.images, a.batch)
-    every["stock FFCV"] = partial(stock_ffcv, a.beton, a.batch)
-    every["stock DALI"] = partial(stock_dali, a.images, a.batch)
-    if torch.cuda.is_available():
-        every |= {f"dali, GPU, hw {load}": partial(ours, "dali", a.beton, a.batch, "cuda", load) for load in HW_LOADS}
-        every["stock DALI, GPU"] = partial(stock_dali, a.images, a.batch, "mixed")
     if a.child:
-        if a.memory_limit:
-            threading.Thread(target=forget, args=(a.beton, 1e6 * a.memory_limit), daemon=True).start()
-        name, launched = a.child
-        print(json.dumps(measure(every[name](), a.seconds, float(launched))), flush=True)
-        os._exit(0)  # some contestants never join their threads
-    a.images.exists() or make(a.images)
-    a.beton.exists() or convert_folder(a.images, a.beton)
-    if a.memory_limit and a.beton.stat().st_size < 1e6 * a.memory_limit:
-        parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {a.beton.stat().st_size / 1e6:.0f} MB")
+        return a
+    if not a.images.exists():
+        make(a.images)
+    if not a.beton.exists():
+        convert_folder(a.images, a.beton)
+    file_mb = a.beton.stat().st_size / 1e6
+    if a.memory_limit and file_mb < a.memory_limit:
+        parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {file_mb:.0f} MB")
+    if not a.only:
+        a.only = ["ffcv", "dali"] if a.memory_limit else names()
+    for name in a.only:
+        if name not in names():
+            parser.error(f"--only {name!r}: must be of {', '.join(names())}")
+    return a
+
+
+def be_child(a: argparse.Namespace) -> None:
+    """Measure one contestant and print what was found; never returns."""
+    name, launched = a.child
+    if a.memory_limit:
+        limit = (a.beton, 1e6 * a.memory_limit)
+        threading.Thread(target=forget, args=limit, daemon=True).start()
+    batches = batches_of(name, a.images, a.beton, a.batch)
+    print(json.dumps(measure(batches, a.seconds, float(launched))), flush=True)
+    os._exit(0)  # some contestants never join their threads
+
+
+def main() -> None:
+    a = parsed()
+    if a.child:
+        be_child(a)
     failed: dict[str, str] = {}
 
     def in_child(name: str) -> list[float]:
-        command = [sys.executable, "-m", "bench.loaders", *sys.argv[1:], "--child", name, str(time.time())]
+        command = [sys.executable, "-m", "bench.loaders", *sys.argv[1:]]
+        command += ["--child", name, str(time.time())]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            failed[name] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        found = [np.nan] * len(MEASURES) if done.returncode else json.loads(done.stdout.splitlines()[-1])
-        print(f"{name}: {failed.get(name, found)}", flush=True)
-        return found
+        if done.returncode == 0:
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}: {found}", flush=True)
+            return found
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        failed[name] = said[-1]
+        print(f"{name}: {failed[name]}", flush=True)
+        return [np.nan] * len(MEASURES)
 
-    a.only = a.only or (["ffcv", "dali"] if a.memory_limit else list(every))
-    if unknown := [name for name in a.only if name not in every]:
-        parser.error(f"--only {unknown[0]!r}: must be of {', '.join(every)}")
-    found = alternate([partial(in_child, name) for name in a.only], a.rounds, warm_up=0)
-    results: list[dict[str, Any]] = [
-        {"loader": name, **({"error": failed[name]} if name in failed else dict(zip(MEASURES, map(spread, r), strict=True)))}
-        for name, r in zip(a.only, found, strict=True)
-    ]
-    print(*report("loaders_memory_limit" if a.memory_limit else "loaders", a, results, MEASURES[:2]), sep="\n")
+    found = alternate(in_child, a.only, a.rounds, warm_up=0)
+    results: list[dict[str, Any]] = []
+    for name, values in zip(a.only, found, strict=True):  # (measures, rounds)
+        result: dict[str, Any] = {"loader": name}
+        if name in failed:
+            result["error"] = failed[name]
+        else:
+            for measured, rounds in zip(MEASURES, values, strict=True):
+                result[measured] = spread(rounds)
+        results.append(result)
+    file = a.out / ("loaders_memory_limit" if a.memory_limit else "loaders")
+    print(*report(file, settings_of(a), results, MEASURES[:2]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """YAML in which a word means what it looks like: the language of the configs.
 
-Plain YAML 1.1 reads `010` as 8, `1:30` as 90, `on` as true, `2026-11-27` as a date and `1e-4` as text, lets the last of two
-equal keys win, and expands a few lines of aliases to gigabytes. Here an unquoted word is `null` (or `~`, or nothing), `true`,
-`false`, a decimal number, or else text; keys are always text; and what no config needs (aliases, anchors, tags, several
-documents, deep nesting, equal keys) is refused before anything is built. PyYAML's parser does the reading.
+Plain YAML 1.1 reads `010` as 8, `1:30` as 90, `on` as true, `2026-11-27` as a date and `1e-4` as
+text, lets the last of two equal keys win, and expands a few lines of aliases to gigabytes. Here an
+unquoted word is `null` (or `~`, or nothing), `true`, `false`, a decimal number, or else text; keys
+are always text; and what no config needs (aliases, anchors, tags, several documents, deep nesting,
+equal keys) is refused before anything is built. PyYAML's parser does the reading.
 """
 
 import math
@@ -32,7 +33,10 @@ class _NotPlainError(Exception):
 
 
 def load(text: str | bytes, where: str) -> Any:
-    """The value that `text` holds, None if it is empty. Raises ValueError, beginning with `where`, with line and reason."""
+    """The value that `text` holds, None if it is empty.
+
+    Raises ValueError: `where`, the line and the reason.
+    """
     try:
         return _document(yaml.parse(text, Loader=yaml.SafeLoader))
     except _NotPlainError as error:
@@ -60,7 +64,8 @@ def plain(word: str) -> Any:
         return int(word)
     if DECIMAL.fullmatch(word):
         value = float(word)
-        return value if math.isfinite(value) else word
+        if math.isfinite(value):
+            return value
     return word
 
 
@@ -82,7 +87,9 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> Any:
         raise _NotPlainError(event, "an alias (*name) is not allowed; write the value out")
     assert isinstance(event, yaml.NodeEvent)
     if event.anchor is not None:
-        raise _NotPlainError(event, "an anchor (&name) is not allowed; quote text that begins with &")
+        raise _NotPlainError(
+            event, "an anchor (&name) is not allowed; quote text that begins with &"
+        )
     if getattr(event, "tag", None) is not None:
         raise _NotPlainError(event, "a tag (!name) is not allowed; quote text that begins with !")
     if depth > MOST_DEPTH:

@@ -1,404 +1,156 @@
 """ImageNet-C's 19 corruptions (15 and 4 extra) at 5 severities, and CIFAR-10-C's for small images.
 
-Definitions and constants: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations" (ICLR 2019) and its published generators. Images computed here are new draws
-of the published distribution, not the published files: those had other random numbers and, for ImageNet-C,
-passed through JPEG at quality 85. Motion blur is ImageMagick's, which the generators call.
+Constants: those of the published generators (see `corruptions.py`). Images computed here are new
+draws of the published distribution, not the published files: those had other random numbers and,
+for ImageNet-C, passed through JPEG at quality 85.
 """
 
-import importlib.util
-import io
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import repeat
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-import cv2
 import numpy as np
-import torch
-from PIL import Image
-from scipy.ndimage import map_coordinates
 
-from .batch import Batch, run_ahead
-from .convert import BetonWriter, Sample
-from .machine import usable_cores
-from .store import RAW
+from pipelines import corruptions
+from pipelines.corruptions import SMALL, is_small
 
-Rng = np.random.Generator
-SMALL = 64  # pixels; images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them
+__all__ = ["CORRUPTIONS", "NAMES", "QUICK", "SMALL", "Corruption", "corrupt"]
 
-# fmt: off
-# name: (five constants of ImageNet-C, five of CIFAR-10-C), severity 1 to 5; their names stand where they are used
-CONSTANTS: dict[str, tuple[tuple, tuple]] = {
-    "gaussian_noise": ((.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
-    "shot_noise": ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
-    "impulse_noise": ((.03, .06, .09, .17, .27), (.01, .02, .03, .05, .07)),
-    "defocus_blur": (((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
-    "glass_blur": (((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
-    "motion_blur": (((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": (((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
-                  ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01))),
-    "snow": (((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
-              (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
-             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
-              (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
-    "frost": (((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
-    "fog": (((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
-    "brightness": ((.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
-    "contrast": ((.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
-    "elastic_transform": (((2, .7, .1), (2, .08, .2), (.05, .01, .02), (.07, .01, .02), (.12, .01, .02)),
-                          ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))),
-    "pixelate": ((.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65)),
-    "jpeg_compression": ((25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
-    "speckle_noise": ((.15, .2, .35, .45, .6), (.06, .1, .12, .16, .2)),
-    "gaussian_blur": ((1, 2, 3, 4, 6), (.4, .6, .7, .8, 1)),
-    "spatter": (((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
-                 (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
-                 (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
-    "saturate": (((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+
+class Corruption(NamedTuple):
+    """A definition and its constants for severity 1 to 5: a number or several, in its order."""
+
+    define: Callable[..., np.ndarray]
+    imagenet_c: tuple[float | tuple[float, ...], ...]
+    cifar10_c: tuple[float | tuple[float, ...], ...]
+
+
+CORRUPTIONS = {
+    # The 15 of ImageNet-C.
+    "gaussian_noise": Corruption(
+        corruptions.gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)
+    ),
+    "shot_noise": Corruption(corruptions.shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": Corruption(
+        corruptions.impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)
+    ),
+    "defocus_blur": Corruption(
+        corruptions.defocus_blur,
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    ),
+    "glass_blur": Corruption(
+        corruptions.glass_blur,
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    ),
+    "motion_blur": Corruption(
+        corruptions.motion_blur,
+        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    ),
+    "zoom_blur": Corruption(
+        corruptions.zoom_blur,
+        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+        ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
+    ),
+    "snow": Corruption(
+        corruptions.snow,
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+        (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+    ),
+    "frost": Corruption(
+        corruptions.frost,
+        ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    ),
+    "fog": Corruption(
+        corruptions.fog,
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+    ),
+    "brightness": Corruption(
+        corruptions.brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)
+    ),
+    "contrast": Corruption(
+        corruptions.contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)
+    ),
+    "elastic_transform": Corruption(
+        corruptions.elastic_transform,
+        ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
+        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    ),
+    "pixelate": Corruption(
+        corruptions.pixelate, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)
+    ),
+    "jpeg_compression": Corruption(
+        corruptions.jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)
+    ),
+    # The 4 extra ones.
+    "speckle_noise": Corruption(
+        corruptions.speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)
+    ),
+    "gaussian_blur": Corruption(
+        corruptions.gaussian_blur, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)
+    ),
+    "spatter": Corruption(
+        corruptions.spatter,
+        (
+            (0.65, 0.3, 4, 0.69, 0.6, 0),
+            (0.65, 0.3, 3, 0.68, 0.6, 0),
+            (0.65, 0.3, 2, 0.68, 0.5, 0),
+            (0.65, 0.3, 1, 0.65, 1.5, 1),
+            (0.67, 0.4, 1, 0.65, 1.5, 1),
+        ),
+        (
+            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+            (0.65, 0.3, 1, 0.69, 0.5, 0),
+            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+        ),
+    ),
+    "saturate": Corruption(
+        corruptions.saturate,
+        ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+        ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+    ),
 }
-# fmt: on
-NAMES = tuple(CONSTANTS)  # the 15 of ImageNet-C, then the 4 extra ones
+NAMES = tuple(CORRUPTIONS)
 QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # one of each family
+SEVERITIES = range(1, 6)
 
 
-def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone. `index` is the image's number.
+def corrupt(
+    image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0
+) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone.
 
-    Raises ValueError for an unknown name or severity.
+    `index` is the image's number: images of one seed draw differently.
+
+    Raises:
+        ValueError: an unknown name or severity.
     """
-    if name not in CONSTANTS or severity not in range(1, 6):
-        raise ValueError(f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5")
-    constants = CONSTANTS[name][max(image.shape[:2]) <= SMALL][severity - 1]
+    if name not in CORRUPTIONS or severity not in SEVERITIES:
+        raise ValueError(
+            f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5"
+        )
+    corruption = CORRUPTIONS[name]
+    of_all_severities = corruption.cifar10_c if is_small(image) else corruption.imagenet_c
+    constants = of_all_severities[severity - 1]
+    if not isinstance(constants, tuple):
+        constants = (constants,)
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
-    define = FORMULAS.get(name) or globals()[f"_{name}"]
-    x = define(image / 255, *(constants if isinstance(constants, tuple) else (constants,)), rng)
+    x = corruption.define(image / 255, *constants, rng)
     return (x.clip(0, 1) * 255).astype(np.uint8)  # truncates, as published
-
-
-# A definition: float (H, W, 3), 0 is black and 1 white, and constants -> the same, not yet clipped.
-FORMULAS: dict[str, Callable[..., np.ndarray]] = {
-    "gaussian_noise": lambda x, sigma, rng: x + sigma * rng.standard_normal(x.shape),
-    "shot_noise": lambda x, photons, rng: rng.poisson(x * photons) / photons,
-    "impulse_noise": lambda x, share, rng: np.where(rng.random(x.shape) <= share, rng.random(x.shape) <= 0.5, x),
-    "speckle_noise": lambda x, sigma, rng: x + x * sigma * rng.standard_normal(x.shape),
-    "gaussian_blur": lambda x, sigma, rng: _gauss(x, sigma),
-    "contrast": lambda x, factor, rng: x * factor + x.mean((0, 1)) * (1 - factor),
-    "brightness": lambda x, offset, rng: _hsv(x, 2, 1, offset),
-    "saturate": lambda x, factor, offset, rng: _hsv(x, 1, factor, offset),
-    "motion_blur": lambda x, radius, sigma, rng: np.rint(_streak(x, radius, sigma, rng.uniform(-45, 45)) * 255) / 255,
-}
-
-
-def _hsv(x: np.ndarray, channel: int, factor: float, offset: float) -> np.ndarray:
-    hsv = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2HSV)
-    hsv[..., channel] = (hsv[..., channel] * factor + offset).clip(0, 1)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-def _pil(x: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.rint(x * 255).astype(np.uint8))
-
-
-def _jpeg_compression(x: np.ndarray, quality: int, rng: Rng) -> np.ndarray:
-    _pil(x).save(file := io.BytesIO(), "JPEG", quality=quality)
-    return np.asarray(Image.open(file)) / 255
-
-
-def _pixelate(x: np.ndarray, share: float, rng: Rng) -> np.ndarray:
-    (h, w), box = x.shape[:2], Image.Resampling.BOX
-    return np.asarray(_pil(x).resize((int(w * share), int(h * share)), box).resize((w, h), box)) / 255
-
-
-def _zoom_blur(x: np.ndarray, end: float, step: float, rng: Rng) -> np.ndarray:
-    factors = np.arange(1, end, step)
-    return (x + sum(_zoom(x, f) for f in factors)) / (len(factors) + 1)
-
-
-def _fog(x: np.ndarray, thickness: float, decay: float, rng: Rng) -> np.ndarray:
-    haze = thickness * _plasma(1 << (max(x.shape) - 1).bit_length(), decay, rng)
-    return (x + haze[: x.shape[0], : x.shape[1], None]) * x.max() / (x.max() + thickness)
-
-
-def _gauss(x: np.ndarray, sigma: float, cut: float = 4, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
-    kernel = cv2.getGaussianKernel(2 * int(cut * sigma + 0.5) + 1, sigma or 1)
-    return cv2.sepFilter2D(x, -1, kernel, kernel, borderType=border)
-
-
-def _streak(x: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
-    """One-sided motion blur of (H, W, C); pixels of the edge are repeated."""
-    (h, w), taps = x.shape[:2], np.arange(n := 2 * radius + 1)
-    weights = np.exp(-(taps**2) / (2 * sigma**2))
-    ys, xs = (n + np.ceil(taps * along(np.deg2rad(degrees)) - 0.5).astype(int) for along in (np.sin, np.cos))
-    padded = np.pad(x, ((n, n), (n, n), (0, 0)), mode="edge")
-    return sum(k * padded[i : i + h, j : j + w] for k, i, j in zip(weights / weights.sum(), ys, xs, strict=True))
-
-
-def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
-    """The centre of (H, W, C) enlarged by `factor` >= 1: linear, corners aligned, trimmed to (H, W, C)."""
-    for _ in range(2):  # along the rows, then along the columns
-        side = len(x)
-        crop = int(np.ceil(side / factor))
-        full = round(crop * factor)
-        at = (side - crop) // 2 + (np.arange(side) + (full - side) // 2) * (crop - 1) / (full - 1)
-        low = np.minimum(at.astype(int), side - 2)
-        share = (at - low)[:, None, None]
-        x = (x[low] * (1 - share) + x[low + 1] * share).swapaxes(0, 1)
-    return x
-
-
-def _plasma(side: int, decay: float, rng: Rng) -> np.ndarray:
-    """Diamond-square height map on a torus, (side, side) in [0, 1]; `side` a power of two."""
-    field, step, swing = np.zeros((side, side)), side, 100.0
-    while step > 1:
-        half, corners = step // 2, field[::step, ::step]
-        jitter = swing * rng.uniform(-swing, swing, (3, *corners.shape))
-        below, right = np.roll(corners, -1, 0), np.roll(corners, -1, 1)
-        centres = (corners + below + right + np.roll(below, -1, 1)) / 4 + jitter[0]
-        field[half::step, half::step] = centres
-        field[::step, half::step] = (corners + right + centres + np.roll(centres, 1, 0)) / 4 + jitter[1]
-        field[half::step, ::step] = (corners + below + centres + np.roll(centres, 1, 1)) / 4 + jitter[2]
-        step, swing = half, swing / decay
-    return (field - field.min()) / np.ptp(field)
-
-
-def _defocus_blur(x: np.ndarray, radius: float, sigma: float, rng: Rng) -> np.ndarray:
-    line = np.arange(-max(8, int(radius)), max(8, int(radius)) + 1) ** 2
-    disk = (line[:, None] + line <= radius**2).astype(np.float32)
-    side = 3 if radius <= 8 else 5
-    return cv2.filter2D(x, -1, cv2.GaussianBlur(disk / disk.sum(), (side, side), sigma))
-
-
-def _glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) -> np.ndarray:
-    h, w = x.shape[:2]
-    cells = np.arange(h * w).reshape(h, w)
-    visit = cells[h - reach : reach : -1, w - reach : reach : -1].ravel()
-    pixel = cells.ravel().tolist()
-    for _ in range(rounds):
-        dx, dy = rng.integers(-reach, reach, (2, len(visit)))
-        # The generator's swap, being one of numpy views, only copies the neighbour.
-        for here, there in zip(visit.tolist(), (visit + dy * w + dx).tolist(), strict=True):
-            pixel[here] = pixel[there]
-    return _gauss(np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape) / 255, sigma)
-
-
-def _snow(x: np.ndarray, *constants: Any) -> np.ndarray:
-    mean, deviation, zoom, threshold, radius, sigma, keep, rng = constants  # keep: of the image
-    flakes = _zoom(rng.normal(mean, deviation, (*x.shape[:2], 1)), zoom)
-    flakes = np.floor(np.where(flakes < threshold, 0, flakes).clip(0, 1) * 255)
-    flakes = np.rint(_streak(flakes, radius, sigma, rng.uniform(-135, -45))) / 255
-    grey = (x @ [0.299, 0.587, 0.114])[..., None]
-    return keep * x + (1 - keep) * np.maximum(x, grey * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
-
-
-@lru_cache
-def _overlays(scale: float) -> list[np.ndarray]:
-    """Five photos of frost, RGB; the published generators never draw the sixth."""
-    package = importlib.util.find_spec("imagecorruptions")  # not imported: its photos are all we need
-    if package is None or package.origin is None:
-        raise ValueError("corruption 'frost' needs photos: pip install --no-deps imagecorruptions-imaug")
-    files = [Path(package.origin).with_name("frost") / f"frost{i}.{'png' if i < 4 else 'jpg'}" for i in range(1, 6)]
-    return [cv2.resize(np.asarray(Image.open(f).convert("RGB")), None, fx=scale, fy=scale) for f in files]
-
-
-def _frost(x: np.ndarray, image: float, overlay: float, rng: Rng) -> np.ndarray:
-    h, w = x.shape[:2]
-    ice = _overlays(0.2 if max(h, w) <= SMALL else 1.0)[rng.integers(5)]
-    if (grow := max(h / ice.shape[0], w / ice.shape[1])) > 1:
-        ice = cv2.resize(ice, None, fx=grow, fy=grow)
-    top, left = rng.integers(ice.shape[0] - h + 1), rng.integers(ice.shape[1] - w + 1)
-    return image * x + overlay * ice[top : top + h, left : left + w] / 255
-
-
-def _elastic_transform(x: np.ndarray, amplitude: float, sigma: float, jitter: float, rng: Rng) -> np.ndarray:
-    h, w = x.shape[:2]
-    unit = 32 if max(h, w) <= SMALL else 244  # pixels; 244 (sic, not 224)
-    amplitude, sigma, jitter = amplitude * unit, sigma * unit, jitter * unit
-    before = (np.array([w, h]) // 2 + min(h, w) // 3 * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
-    after = (before + rng.uniform(-jitter, jitter, before.shape)).astype(np.float32)
-    moved = cv2.warpAffine(x, cv2.getAffineTransform(before, after), (w, h), borderMode=cv2.BORDER_REFLECT_101)
-    dx, dy = (_gauss(rng.uniform(-1, 1, (h, w)), sigma, 3, cv2.BORDER_REFLECT) * amplitude for _ in range(2))
-    at = np.mgrid[:h, :w] + [dy, dx]
-    return np.stack([map_coordinates(moved[..., k], at, order=1, mode="reflect") for k in range(3)], 2)
-
-
-def _spatter(x: np.ndarray, *constants: Any) -> np.ndarray:
-    mean, deviation, sigma, threshold, strength, mud, rng = constants
-    liquid = _gauss(rng.normal(mean, deviation, x.shape[:2]), sigma)
-    if mud:
-        cover = _gauss((liquid > threshold).astype(np.float64), strength)[..., None]
-        return np.where(cover < 0.8, x, x * (1 - cover) + cover * np.array([63, 42, 20]) / 255)
-    drops = (np.where(liquid < threshold, 0, liquid).clip(0, 1) * 255).astype(np.uint8)
-    depth = np.minimum(cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5), 20)
-    relief = cv2.equalizeHist(cv2.blur(depth, (3, 3)).astype(np.uint8))
-    light = np.array([(-2, -1, 0), (-1, 1, 1), (0, 1, 2)], np.float32)
-    shade = drops * cv2.blur(cv2.filter2D(relief, cv2.CV_8U, light), (3, 3)).astype(np.float64)
-    shade *= strength / max(shade.max(), 1)  # without a drop the published generator divides by zero
-    return x + shade[..., None] * np.array([175, 238, 238]) / 255
-
-
-class Workers(Executor):
-    """Processes for `corrupted`, started when first used: by default as many as this process may use cores.
-
-    0 processes are one thread of this process: for little work, since processes take seconds to start.
-
-    Processes need POSIX semaphores, a folder for a socket and room for more processes. Where a container has none
-    (no or a full /dev/shm), threads do the same work slower, and `say` is told. Leaving the `with` block by an
-    exception waits for no more than the images in hand; then all work ends in CancelledError, also what is still asked for.
-    """
-
-    def __init__(self, processes: int | None = None, say: Callable[[str], Any] = warnings.warn) -> None:
-        self.n = usable_cores() if processes is None else processes
-        self.say = say
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-        self._stop: Callable[[], None]
-        self._stopped = False
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        with self._cancelling():
-            return self._started().submit(fn, *args, **kwargs)
-
-    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: float | None = None, chunksize: int = 1) -> Iterator[Any]:
-        with self._cancelling():
-            return self._started().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait, cancel_futures=cancel_futures)
-
-    def stop(self) -> None:
-        """Give up all work: what waits is cancelled, and of what is under way only the images in hand are finished.
-
-        Killing the processes instead would leave the executor's queues locked for ever.
-        """
-        with self._lock:
-            self._stopped = True
-            if self._pool is not None:
-                self._stop()
-        self.shutdown(wait=False, cancel_futures=True)
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            self.shutdown()
-        else:
-            self.stop()
-
-    @contextmanager
-    def _cancelling(self) -> Iterator[None]:
-        """Asking for work may meet `stop` halfway; the executor then says RuntimeError."""
-        try:
-            yield
-        except RuntimeError:
-            if self._stopped:
-                raise CancelledError from None
-            raise
-
-    def _started(self) -> Executor:
-        with self._lock:
-            if self._stopped:
-                raise CancelledError
-            if self._pool is None:
-                self._pool = self._start()
-            return self._pool
-
-    def _start(self) -> Executor:
-        if self.n:
-            try:
-                return self._processes()
-            except (OSError, ImportError, NotImplementedError, BrokenExecutor) as error:
-                self.say(f"warning: no worker processes here ({error}): corruptions are computed in threads, slower")
-        stopped = threading.Event()
-        self._stop = stopped.set
-        return ThreadPoolExecutor(max(1, self.n), initializer=_start_thread, initargs=(stopped,))
-
-    def _processes(self) -> ProcessPoolExecutor:
-        """Started and tried, because what is missing shows at the first call."""
-        context = multiprocessing.get_context("forkserver")  # a fork of a process with threads or CUDA is unsafe
-        context.set_forkserver_preload([__name__])
-        stopped = context.Event()
-        _EVENTS.append(stopped)
-        pool = ProcessPoolExecutor(self.n, context, _start_process, (stopped,))
-        # Ctrl-C reaches every process of a terminal. It is for us to handle: processes inherit what is blocked here.
-        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            first = pool.submit(os.getpid)
-        except BaseException:
-            pool.shutdown(wait=False)
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, former)
-        first.result()
-        self._stop = stopped.set
-        return pool
-
-
-_EVENTS: list[Any] = []  # never freed: a process that still starts while its pool is stopped looks them up by name
-_LOCAL = threading.local()  # `stopped`, an event, in the threads and processes of `Workers`
-
-
-def _start_thread(stopped: Any) -> None:
-    _LOCAL.stopped = stopped
-
-
-def _start_process(stopped: Any) -> None:
-    _LOCAL.stopped = stopped
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _corrupt_unless_stopped(*args: Any) -> np.ndarray:
-    stopped = getattr(_LOCAL, "stopped", None)  # None: in an executor of another kind
-    if stopped is not None and stopped.is_set():
-        raise CancelledError
-    return corrupt(*args)
-
-
-def _end_with_parent() -> None:
-    """A process that is killed cannot end its workers; they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def corrupted(
-    batches: Iterable[Batch], index: np.ndarray, *, name: str, severity: int, pool: Executor, seed: int = 0
-) -> Iterator[Batch]:
-    """The batches with their images corrupted, in order and on their device; they may be kept. ValueError as `corrupt`.
-
-    `index` (steps, B) is the plan's: the number of each row's image.
-    """
-
-    def work(batch: Batch, images: np.ndarray) -> Batch:
-        arguments = images, repeat(name), repeat(severity), repeat(seed), index[batch.step]
-        rows = [*pool.map(_corrupt_unless_stopped, *arguments, chunksize=16)]
-        return replace(batch, images=torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(batch.images.device))
-
-    nhwc = ((b, b.images.permute(0, 2, 3, 1).cpu().numpy().copy()) for b in batches)
-    calls = (partial(work, replace(b, labels=b.labels.clone()), images) for b, images in nhwc)
-    with closing(run_ahead(calls, 3, 3)) as done:  # one is with the model, the work of two is under way
-        yield from done
-
-
-def build(
-    batches: Iterable[Batch], dst: Path, *, capacity: int, classes: Sequence[str] | None, encoding: dict[str, Any]
-) -> None:
-    """Write the rows with a label, at most `capacity`, into a `.beton` of raw samples; `encoding` says what they are."""
-    with BetonWriter(dst, capacity) as writer:
-        for batch in batches:
-            for image, label in zip(batch.images.permute(0, 2, 3, 1).cpu().numpy(), batch.labels.tolist(), strict=True):
-                if label >= 0:
-                    writer.add(Sample(image.tobytes(), RAW, *image.shape[:2]), label)
-        writer.commit(classes, encoding)

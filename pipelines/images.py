@@ -1,43 +1,49 @@
-"""The bytes of one image file -> an upright RGB picture: one definition, for image folders and for conversion alike.
+"""The bytes of one image file -> an upright RGB picture.
 
-A JPEG that every decoder shows as an upright RGB picture stays as it is, byte for byte. All else that can be read is
-decoded by Pillow and encoded once, as a JPEG of quality 95 with 4:2:0 colours:
+It is one definition, for image folders and for conversion alike. A JPEG that every decoder shows as
+an upright RGB picture stays as it is, byte for byte. All else that can be read is decoded by Pillow
+and encoded once, as a JPEG of quality 95 with 4:2:0 colours:
 
-- Turned and mirrored pictures are set upright: by the Exif orientation, or XMP's where Exif has none, wherever it
-  stands in the file.
-- Grey, 1-bit, palette, CMYK and YCbCr become RGB as Pillow's `convert("RGB")` makes it. Colour profiles are not
-  applied. Transparency is dropped: a transparent pixel shows the colour that is stored under it.
-- Grey of 16 bits (PNG, TIFF, PGM) is scaled: 0..65535 -> 0..255, to nearest; TIFF's 12 bits likewise, from 0..4095.
-  Of 16 bits per colour channel Pillow keeps the upper eight.
+- Turned and mirrored pictures are set upright: by the Exif orientation, or XMP's where Exif has
+  none, wherever it stands in the file.
+- Grey, 1-bit, palette, CMYK and YCbCr become RGB as Pillow's `convert("RGB")` makes it. Colour
+  profiles are not applied. Transparency is dropped: a transparent pixel shows the colour that is
+  stored under it.
+- Grey of 16 bits (PNG, TIFF, PGM) is scaled: 0..65535 -> 0..255, to nearest; TIFF's 12 bits
+  likewise, from 0..4095. Of 16 bits per colour channel Pillow keeps the upper eight.
 - Of several frames or pages (GIF, TIFF, WebP) it is the first.
-- Refused, with the reason: 32-bit, signed and floating-point pixels, which have no defined range; LAB; JPEGs of 12
-  bits; what is none of FORMATS.
+- Refused, with the reason: 32-bit, signed and floating-point pixels, which have no defined range;
+  LAB; JPEGs of 12 bits; what is none of FORMATS.
 """
 
-import ctypes
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+import struct
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from struct import error as struct_error
-from struct import unpack_from
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from .files import readable
-from .store import FRAMES, MAX_SIDE, PIXELS_PER_BYTE, jpeg_segments
+from pipelines.files import readable
+from pipelines.jpeg import (
+    ORIENTATION,
+    PIXELS_PER_BYTE,
+    UPRIGHT,
+    check_jpeg,
+    is_big,
+    is_jpeg,
+    jpeg_header,
+    one_big_at_a_time,
+)
+from pipelines.store import MAX_SIDE
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")  # Pillow's names; others may run programs
+# Pillow's names. Its other formats may run programs.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
+FIRST_BYTES = 16  # by which Pillow's formats know their files
 QUALITY = 95  # of what is re-encoded
 MAX_PIXELS = 1 << 29  # of what is decoded in full: 2 GB in Pillow
-BIG_PIXELS = 1 << 26  # above, one image at a time is decoded, however many threads there are
-APP1, SCAN = 0xE1, 0xDA  # JPEG's markers: Exif and XMP; the pixels begin
-PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive: what every decoder knows
-ORIENTATION, SHORT = 0x0112, 3  # Exif 2.3, table 4; TIFF's type
+
+# How to set upright what an orientation says is turned; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,89 +54,68 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SWAPS_SIDES = (5, 6, 7, 8)
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, struct_error, Image.DecompressionBombError)
-_one_big_image = threading.Lock()
+
+# Where a PNG may hold its orientation: a block of Exif, the same in ImageMagick's text, or XMP.
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type", b"adobe.xmp")
+
+# TIFF 6.0, section 8.
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC = 262
+WHITE_IS_ZERO = 0
+
+# What Pillow raises for a damaged file, and we for one that is refused.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
-class JpegHeader(NamedTuple):
-    """What a JPEG's segments before its pixels say."""
-
-    height: int  # pixels, as stored
-    width: int
-    frame: int  # the marker of the frame header: the kind of compression
-    precision: int  # bits per sample
-    components: int  # 1 grey, 3 colour, 4 CMYK
-    may_be_turned: bool  # there is an Exif or XMP block that may say so; Pillow has to read it
-
-    @property
-    def is_rgb(self) -> bool:
-        """Whether every decoder shows it, and in colours."""
-        return self.frame in PLAIN_FRAMES and self.precision == 8 and self.components == 3 and self.height * self.width > 0
-
-
-def jpeg_header(data: bytes) -> JpegHeader | None:
-    """None where `data` is no JPEG, or no whole chain of segments leads to its pixels."""
-    frame = None
-    may_be_turned = False
-    for marker, start, end in jpeg_segments(data):
-        if end > len(data):
-            return None
-        if marker in FRAMES:
-            if frame is not None or end - start < 6:
-                return None
-            precision, height, width, components = unpack_from(">BHHB", data, start)
-            frame = height, width, marker, precision, components
-        elif marker == APP1:
-            exif = data.startswith(b"Exif\0\0", start) and not _surely_upright(data[start + 6 : end])
-            may_be_turned |= exif or data.find(b"tiff:Orientation", start, end) >= 0
-        elif marker == SCAN:
-            return None if frame is None else JpegHeader(*frame, may_be_turned)
-    return None
-
-
-def _surely_upright(exif: bytes) -> bool:
-    """Whether an Exif block is well-formed and has no orientation, or 1. Ten times as fast as asking Pillow."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None:
-        return False
-    try:
-        (at,) = unpack_from(f"{order}I", exif, 4)
-        (n_entries,) = unpack_from(f"{order}H", exif, at)
-        for i in range(n_entries):
-            tag, kind, count, value = unpack_from(f"{order}HHIH", exif, at + 2 + 12 * i)
-            if tag == ORIENTATION and (kind, count, value) != (SHORT, 1, 1):
-                return False
-    except struct_error:
-        return False
-    return True
+# ------------------------------------------------------------------ any format, by Pillow
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """Pillow's lazily decoded image. Unlike `Image.open`: FORMATS only, and without its limit of 179 megapixels.
+    """Pillow's lazily decoded image.
+
+    Unlike `Image.open` it knows FORMATS only, and has no limit of 179 megapixels.
 
     Raises:
         ValueError: none of FORMATS, or damaged.
     """
+    if not data:
+        raise ValueError("the file is empty")
     for name in FORMATS:
         if name not in Image.OPEN:
             Image.init()
         factory, accepts = Image.OPEN.get(name, (None, None))
+        if factory is None or accepts is None:
+            continue
         if name == "JPEG":
-            factory = JpegImagePlugin.JpegImageFile  # the registered one looks for a second image behind the first
+            # The registered one looks for a second image behind the first.
+            factory = JpegImagePlugin.JpegImageFile
         try:
             # A text instead of True says that this Pillow lacks the decoder.
-            if factory is not None and accepts is not None and accepts(data[:16]) is True:
+            if accepts(data[:FIRST_BYTES]) is True:
                 return factory(BytesIO(data), "")
-        except (SyntaxError, IndexError, TypeError, struct_error) as error:
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
             raise ValueError(f"a damaged or unusual {name} file: {error}") from error
-    raise ValueError(f"not an image: its content is none of {', '.join(FORMATS)}" if data else "the file is empty")
+    raise ValueError(f"not an image: its content is none of {', '.join(FORMATS)}")
 
 
 def _refuse(image: Image.Image) -> None:
     """ValueError for pixels without a defined range of values."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        what = f"pixels of 32 bits, signed or floating-point (Pillow's mode {image.mode})"
-        raise ValueError(f"{what} have no defined range of values: save it with 8 or 16 unsigned bits")
+    # Pillow holds the 16 bits of a PNG or PPM in its mode of 32.
+    of_16_bits = image.format in ("PNG", "PPM")
+    if image.mode == "F" or (image.mode == "I" and not of_16_bits):
+        raise ValueError(
+            f"pixels of 32 bits, signed or floating-point (Pillow's mode {image.mode}) have no"
+            " defined range of values: save it with 8 or 16 unsigned bits"
+        )
     if image.mode == "LAB":
         raise ValueError("LAB colours are not converted: save it as RGB")
 
@@ -138,63 +123,83 @@ def _refuse(image: Image.Image) -> None:
 def _turn(image: Image.Image, data: bytes) -> int:
     """The orientation, 1 to 8; 1 where there is none."""
     if image.format == "TIFF":
-        return 1  # Pillow sets it upright itself, and its sides
-    if image.format == "PNG" and not (b"eXIf" in data or b"Raw profile type" in data or b"adobe.xmp" in data):
-        return 1  # Pillow would decode all of it to look behind the pixels
+        return UPRIGHT  # Pillow sets it upright itself, and its sides
+    if image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION):
+        return UPRIGHT  # Pillow would decode all of it to look behind the pixels
     try:
-        turn = image.getexif().get(ORIENTATION, 1)
+        turn = image.getexif().get(ORIENTATION, UPRIGHT)
     except Exception:  # ImageNet has unreadable Exif blocks around sound images
-        return 1
-    return int(turn) if turn in TURNS else 1
+        return UPRIGHT
+    if turn in TURNS:
+        return int(turn)
+    return UPRIGHT
 
 
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     """16 bits (or 12) -> 8, to nearest. Pillow's own conversion cuts at 255."""
-    tags = getattr(image, "tag_v2", {})
-    highest = 4095 if tuple(tags.get(258, ())) == (12,) else 65535  # TIFF's BitsPerSample
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    n_bits = 16
+    if tuple(tags.get(BITS_PER_SAMPLE, ())) == (12,):
+        n_bits = 12
+    highest = (1 << n_bits) - 1
     levels = (np.arange(highest + 1) * 255 + highest // 2) // highest
-    if tags.get(262) == 0:  # TIFF's PhotometricInterpretation: 0 is white
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         levels = levels[::-1]
     return Image.fromarray(levels.astype(np.uint8).take(np.asarray(image), mode="clip"))
 
 
-def _shrunk(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """`size` with `max_side` as its longer side."""
+def _shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """`size` with `max_side` as its longer side, or as it is if that is no longer."""
     longer = max(size)
-    return max(1, round(size[0] * max_side / longer)), max(1, round(size[1] * max_side / longer))
+    if max_side is None or longer <= max_side:
+        return size
+    first = max(1, round(size[0] * max_side / longer))
+    second = max(1, round(size[1] * max_side / longer))
+    return first, second
 
 
 def decode(data: bytes, max_side: int | None = None) -> Image.Image:
-    """The upright RGB picture; where a side is above `max_side` pixels it is shrunk, by area average.
+    """The upright RGB picture; with a side above `max_side` pixels shrunk, by area average.
 
-    Raises any of UNREADABLE for what is damaged or refused (see this module's docstring), or too large.
+    Raises any of UNREADABLE for what is damaged or refused (see this module's docstring), or too
+    large.
     """
     image = open_image(data)
     _refuse(image)
     full = image.size
+    width, height = full
     if max_side is None and max(full) > MAX_SIDE:
-        raise ValueError(f"{full[0]} x {full[1]} pixels: sides above {MAX_SIDE} need --max-side")
-    target = full if max_side is None or max(full) <= max_side else _shrunk(full, max_side)
-    if target != full and image.format == "JPEG" and full[0] * full[1] > BIG_PIXELS:
-        # The decoder's own 1/2, 1/4 or 1/8: if it can, no further than twice the wanted size, the rest is averaged.
-        spare = 2 if full[0] * full[1] <= MAX_PIXELS else 1
+        raise ValueError(f"{width} x {height} pixels: sides above {MAX_SIDE} need --max-side")
+    target = _shrunk(full, max_side)
+    if target != full and image.format == "JPEG" and is_big(width, height):
+        # The decoder's own 1/2, 1/4 or 1/8: if it can, no further than twice the wanted size, the
+        # rest is averaged.
+        spare = 2 if width * height <= MAX_PIXELS else 1
         image.draft(None, (spare * target[0], spare * target[1]))
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{full[0]} x {full[1]} pixels: more than {MAX_PIXELS:,} are not decoded; shrink it otherwise")
-    with _big(full):
+        raise ValueError(
+            f"{width} x {height} pixels: more than {MAX_PIXELS:,} are not decoded;"
+            " shrink it otherwise"
+        )
+    with one_big_at_a_time(width, height):
         image.load()
         turn = _turn(image, data)
-        grey = _grey_of_8_bits(image) if image.mode == "I" or image.mode.startswith("I;16") else image
-        grey.info = {}  # a comment or a transparent colour has no meaning for the result
-        picture = grey.convert("RGB")
+        picture = _as_rgb(image)
         if target != full:
             picture = picture.resize(target, Image.Resampling.BOX)
-        return picture.transpose(TURNS[turn]) if turn in TURNS else picture
+        if turn in TURNS:
+            picture = picture.transpose(TURNS[turn])
+        return picture
 
 
-def _big(size: tuple[int, int]) -> AbstractContextManager[object]:
-    """To be held while an image of `size` is decoded."""
-    return _one_big_image if size[0] * size[1] > BIG_PIXELS else nullcontext()
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _grey_of_8_bits(image)
+    image.info = {}  # a comment or a transparent colour has no meaning for the result
+    return image.convert("RGB")
+
+
+# ------------------------------------------------------------------ as a JPEG
 
 
 def as_jpeg(picture: Image.Image, quality: int = QUALITY) -> bytes:
@@ -214,18 +219,22 @@ def plain_jpeg(data: bytes) -> tuple[int, int] | None:
         return None
     if header.height * header.width > PIXELS_PER_BYTE * len(data):
         raise ValueError(f"too few bytes for a JPEG of {header.height} x {header.width} pixels")
-    if header.may_be_turned and _turn(open_image(data), data) != 1:
+    if header.may_be_turned and _turn(open_image(data), data) != UPRIGHT:
         return None
     return header.height, header.width
 
 
 def upright_jpeg(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """What a file's content is served as, a JPEG, and its (height, width). Raises any of UNREADABLE."""
+    """What a file's content is served as, a JPEG, and its (height, width).
+
+    Raises any of UNREADABLE.
+    """
     sides = plain_jpeg(data)
     if sides is not None:
         return data, sides
-    if data[:2] == b"\xff\xd8":
-        with suppress(ImportError):  # without libturbojpeg less damage is noticed: Pillow passes over its warnings
+    if is_jpeg(data):
+        # Without libturbojpeg less damage is noticed: Pillow passes over its warnings.
+        with suppress(ImportError):
             check_jpeg(data)
     picture = decode(data)
     return as_jpeg(picture), (picture.height, picture.width)
@@ -242,52 +251,19 @@ def upright_sides(data: bytes) -> tuple[int, int]:
     image = open_image(data)
     _refuse(image)
     width, height = image.size
-    return (width, height) if _turn(image, data) in SWAPS_SIDES else (height, width)
+    if _turn(image, data) in SWAPS_SIDES:
+        return width, height
+    return height, width
 
 
 def reason(error: Exception, path: str | Path = "") -> str:
-    """An error's text for a list of damaged files, without `path`; with its type where that says more."""
+    """An error's text for a list of damaged files, without `path`.
+
+    Its type is told where that says more.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError)) and str(error):
+    says_enough = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+    if isinstance(error, says_enough) and str(error):
         return str(error).removeprefix(f"{readable(path)}: ")
     return f"{type(error).__name__}: {error}"
-
-
-@cache
-def turbojpeg() -> ctypes.CDLL:
-    """The library of libjpeg-turbo. Raises ImportError with the remedy where it is missing."""
-    try:
-        lib = ctypes.CDLL("libturbojpeg.so.0")
-    except OSError as error:
-        raise ImportError(f"libturbojpeg is missing ({error}): apt-get install libturbojpeg0") from error
-    lib.tjInitDecompress.restype = ctypes.c_void_p
-    lib.tjGetErrorStr2.restype = ctypes.c_char_p
-    return lib
-
-
-def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int]:
-    """Decode at 1/shrink size: the (height, width) of the whole. Holds no GIL.
-
-    Raises:
-        ValueError: libjpeg-turbo's error or warning.
-    """
-    lib = turbojpeg()
-    handle = ctypes.c_void_p(lib.tjInitDecompress())
-
-    def call(function: Callable[..., int], *arguments: object) -> None:
-        if function(handle, data, ctypes.c_ulong(len(data)), *arguments):
-            raise ValueError(lib.tjGetErrorStr2(handle).decode(errors="replace"))
-
-    try:
-        width, height, subsampling, colours = (ctypes.c_int() for _ in range(4))
-        call(lib.tjDecompressHeader3, *(ctypes.byref(number) for number in (width, height, subsampling, colours)))
-        if width.value * height.value > PIXELS_PER_BYTE * len(data):
-            raise ValueError(f"too few bytes for a JPEG of {height.value} x {width.value} pixels")
-        w, h = -(-width.value // shrink), -(-height.value // shrink)
-        pixels = 11 if colours.value in (3, 4) else 0  # TJPF_CMYK for TJCS_CMYK and TJCS_YCCK, else TJPF_RGB
-        with _big((width.value, height.value)):
-            call(lib.tjDecompress2, ctypes.create_string_buffer(w * h * 4), w, 0, h, pixels, 0)
-        return height.value, width.value
-    finally:
-        lib.tjDestroy(handle)

@@ -1,9 +1,9 @@
-"""The rule for class names, wherever they come from: a sidecar, or a checkpoint of a run on such data."""
+"""The rule for class names, wherever they come from: a sidecar, or a checkpoint."""
 
 from collections import Counter
 from typing import Any
 
-from .files import shown
+from pipelines.files import shown
 
 MOST_NAME = 1000  # characters of a class name
 
@@ -11,8 +11,8 @@ MOST_NAME = 1000  # characters of a class name
 def checked_names(classes: Any) -> tuple[str, ...] | None:
     """The class names, in the order of the labels; None where the labels have none.
 
-    Undecodable folder names, which Python spells with surrogates, are names too.
-    Raises ValueError unless `classes` is None or a list of unique texts of 1 to MOST_NAME characters.
+    Undecodable folder names, which Python spells with surrogates, are names too. Raises ValueError
+    unless `classes` is None or a list of unique texts of 1 to MOST_NAME characters.
     """
     if classes is None:
         return None
@@ -20,8 +20,12 @@ def checked_names(classes: Any) -> tuple[str, ...] | None:
         raise ValueError("must be a list of class names, or null")
     for name in classes:
         if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME:
-            raise ValueError(f"a class name is {shown(name)}: must be a text of 1 to {MOST_NAME:,} characters")
+            raise ValueError(
+                f"a class name is {shown(name)}: must be a text of 1 to {MOST_NAME:,} characters"
+            )
     name, times = Counter(classes).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"the class name {shown(name)} stands {times} times: none may be there twice")
+        raise ValueError(
+            f"the class name {shown(name)} stands {times} times: none may be there twice"
+        )
     return tuple(classes)

@@ -1,11 +1,16 @@
-"""Small images made on the spot: a folder of JPEGs in ImageNet's layout and `.beton` files of them."""
+"""What several test files share: small images as folders and as `.beton` files, seeds, a whole run.
+
+A run of seconds and its command are in `run/runs.py`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import io
 import os
+import random
 import signal
+import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +20,39 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.store import ALLOCATION, FIELD, HEADER, IMAGE, JPG, RAW, BetonStore, jpeg_sides
+from fap.signals import SIGNALS
+from pipelines.jpeg import jpeg_sides
+from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, IMAGE, BetonStore
+from pipelines.store import JPG, RAW
 
-PAGE = 1 << 21
+PAGE = 2 << 20  # bytes, as in FFCV's own files
 
-# Started in the background or under nohup, pytest ignores these, and so would every process that a test starts.
-if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+# ------------------------------------------------------------------ the test process
+
+
+def heed_signals() -> None:
+    """Take signals as usual, and so do all processes that tests start.
+
+    Started in the background or under nohup, pytest ignores them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            continue
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+
+
+heed_signals()
+
+# Triton's interpreter runs the kernels on the CPU. It must be chosen before they are imported, so
+# nothing above may import them.
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: Triton's interpreter runs them on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def needs_the_norm_kernel() -> None:
@@ -37,7 +63,8 @@ def needs_the_norm_kernel() -> None:
     from triton.runtime import interpreter
 
     source = inspect.getsource(interpreter)
-    if reason := interpreter_mismatch(source, triton.__version__, np.__version__):
+    reason = interpreter_mismatch(source, triton.__version__, np.__version__)
+    if reason:
         pytest.skip(reason)
 
 
@@ -57,8 +84,21 @@ def interpreter_mismatch(interpreter: str, triton: str, numpy: str) -> str:
     )
 
 
+@pytest.fixture
+def seed() -> int:
+    """Another one each time; `SEED=n pytest ...` repeats a draw."""
+    value = int(os.environ.get("SEED") or random.SystemRandom().randrange(2**31))
+    print(f"SEED={value}")  # shown when the test fails
+    torch.manual_seed(value)
+    random.seed(value)
+    return value
+
+
+# ------------------------------------------------------------------ images
+
+
 def photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3): smooth colours with a little texture, as kind to a JPEG encoder as a photo is."""
+    """uint8 (H, W, 3): smooth colours, a little texture, as kind to an encoder as a photo is."""
     coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
     return (smooth + rng.normal(0, 2, smooth.shape)).clip(0, 255).astype(np.uint8)
@@ -68,37 +108,6 @@ def as_jpeg(image: np.ndarray, quality: int = 90) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def write_beton(path: Path, samples: Sequence[bytes | np.ndarray], labels: Sequence[int]) -> Path:
-    """A `.beton` as FFCV writes it: bytes become JPEG samples, arrays (H, W, 3) raw ones."""
-    n = len(samples)
-    row = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
-    table, allocations = np.zeros(n, row), np.zeros(n, ALLOCATION)
-    start = HEADER.itemsize + 2 * FIELD.itemsize + n * row.itemsize
-    pages, at = bytearray(), -(-start // PAGE) * PAGE
-    first = at
-    for i, (sample, label) in enumerate(zip(samples, labels, strict=True)):
-        data = sample if isinstance(sample, bytes) else sample.tobytes()
-        sides = jpeg_sides(data) if isinstance(sample, bytes) else sample.shape[:2]
-        assert sides is not None
-        if at // PAGE != (at + len(data) - 1) // PAGE:
-            at = -(-at // PAGE) * PAGE
-        pages.extend(bytes(at - first - len(pages)))
-        pages.extend(data)
-        table[i] = ((JPG if isinstance(sample, bytes) else RAW, sides[1], sides[0], at), label)
-        allocations[i] = (i, at, len(data))
-        at += len(data)
-    end = -(-at // PAGE) * PAGE
-    header = np.array([(2, 2, PAGE, n, end)], HEADER)
-    fields = np.zeros(2, FIELD)
-    fields["type_id"] = 2, 1
-    for field, name in zip(fields, (b"image", b"label"), strict=True):
-        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
-    allocations = allocations[np.random.default_rng(0).permutation(n)]  # FFCV's table is not sorted either
-    head = header.tobytes() + fields.tobytes() + table.tobytes()
-    path.write_bytes(head.ljust(first, b"\0") + bytes(pages).ljust(end - first, b"\0") + allocations.tobytes())
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -119,34 +128,110 @@ def jpeg_folder(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFacto
     return root
 
 
+# ------------------------------------------------------------------ .beton files
+
+
+def write_beton(
+    path: Path, samples: Sequence[bytes | np.ndarray], labels: Sequence[int], *, page: int = PAGE
+) -> Path:
+    """A `.beton` as FFCV writes it: bytes become JPEG samples, arrays (H, W, 3) raw ones.
+
+    Header, two field descriptors, one row for each sample; then pages of samples, none of which
+    crosses from one page to the next; then the allocations.
+    """
+    n = len(samples)
+    row = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+    table = np.zeros(n, row)
+    allocations = np.zeros(n, ALLOCATION)
+    first = _next_page(HEADER.itemsize + 2 * FIELD.itemsize + table.nbytes, page)
+    pages = bytearray()
+    for i, (sample, label) in enumerate(zip(samples, labels, strict=True)):
+        if isinstance(sample, bytes):
+            mode, data, sides = JPG, sample, jpeg_sides(sample)
+            assert sides is not None
+        else:
+            mode, data, sides = RAW, sample.tobytes(), sample.shape[:2]
+        at = first + len(pages)
+        if at // page != (at + len(data) - 1) // page:
+            at = _next_page(at, page)
+            pages.extend(bytes(at - first - len(pages)))
+        pages.extend(data)
+        height, width = sides
+        table[i] = ((mode, width, height, at), label)
+        allocations[i] = (i, at, len(data))
+    end = _next_page(first + len(pages), page)
+
+    header = np.array([(2, 2, page, n, end)], HEADER)  # version 2, two fields
+    fields = np.zeros(2, FIELD)
+    fields["type_id"] = 2, 1  # FFCV's RGB image, and integer
+    for field, name in zip(fields, (b"image", b"label"), strict=True):
+        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+    # FFCV's table is not sorted either.
+    allocations = allocations[np.random.default_rng(0).permutation(n)]
+    head = header.tobytes() + fields.tobytes() + table.tobytes()
+    body = head.ljust(first, b"\0") + bytes(pages).ljust(end - first, b"\0")
+    path.write_bytes(body + allocations.tobytes())
+    return path
+
+
+def _next_page(at: int, page: int) -> int:
+    """Where a page begins, at or after `at`."""
+    return (at + page - 1) // page * page
+
+
+def noise_beton(path: Path, seed: int, count: int, classes: int = 10, side: int = 32) -> Path:
+    """Raw noise, square images; labels 0, 1, ... in turn. Count and shapes alone fix its tables."""
+    rng = np.random.default_rng(seed)
+    images = list(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    return write_beton(path, images, [i % classes for i in range(count)])
+
+
+LABELS_OF_PHOTOS = [i // 10 for i in range(40)]
+
+
 @pytest.fixture(scope="session")
 def jpeg_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bytes of `jpeg_folder` as a `.beton` without a sidecar."""
     path = tmp_path_factory.mktemp("jpeg") / "train.beton"
-    return write_beton(path, [as_jpeg(image) for image in photos], [i // 10 for i in range(40)])
+    return write_beton(path, [as_jpeg(image) for image in photos], LABELS_OF_PHOTOS)
 
 
 @pytest.fixture(scope="session")
 def raw_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The photos as raw samples of mixed sizes."""
-    return write_beton(tmp_path_factory.mktemp("raw") / "train.beton", photos, [i // 10 for i in range(40)])
+    return write_beton(tmp_path_factory.mktemp("raw") / "train.beton", photos, LABELS_OF_PHOTOS)
 
 
 @pytest.fixture(scope="session")
 def mixed_beton(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every other photo raw, the rest JPEG."""
     samples = [as_jpeg(image) if i % 2 else image for i, image in enumerate(photos)]
-    return write_beton(tmp_path_factory.mktemp("mixed") / "train.beton", samples, [i // 10 for i in range(40)])
+    return write_beton(tmp_path_factory.mktemp("mixed") / "train.beton", samples, LABELS_OF_PHOTOS)
 
 
 @pytest.fixture(scope="session")
 def tiny_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR's shape: 96 raw images of 32x32, labels 0-9."""
-    rng = np.random.default_rng(1)
-    images = list(rng.integers(0, 256, (96, 32, 32, 3), dtype=np.uint8))
-    return write_beton(tmp_path_factory.mktemp("tiny") / "train.beton", images, [i % 10 for i in range(96)])
+    return noise_beton(tmp_path_factory.mktemp("tiny") / "train.beton", seed=1, count=96)
 
 
 @pytest.fixture
 def jpeg_store(jpeg_beton: Path) -> BetonStore:
     return BetonStore(jpeg_beton)
+
+
+# ------------------------------------------------------------------ a whole run
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tiny_beton: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """The last state of a run of `tiny_beton` that nothing happened to."""
+    from tests.run import runs  # not at the top: it imports the model, and so the kernels
+
+    folder = tmp_path_factory.mktemp("whole")
+    argv = runs.command(*runs.words(tiny_beton, folder))
+    done = subprocess.run(argv, env=runs.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return runs.final_state(folder / runs.RUN)

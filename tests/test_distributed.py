@@ -1,4 +1,4 @@
-"""Ranks: 1, 2 and 4 processes train alike, the shuffle across them loses nothing, and they start and stop together."""
+"""Ranks: 1, 2 and 4 processes train alike, shuffle without a loss, start and stop together."""
 
 import json
 import os
@@ -8,55 +8,75 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import write_beton
 from safetensors.torch import save_file
 
 import pipelines
 from fap.config import Config, load_config
 from fap.distributed import ONE_RANK, Ranks, Votes, connect
-from fap.models import build, plain
-from fap.step import Step
-from fap.train import Run, plan_spec
+from fap.nets.build import build, plain
+from fap.run.epoch import plan_spec, step_draws
+from fap.run.train import Run
+from fap.step.rows import Rows, shuffled
+from fap.step.step import Step
+from tests.conftest import noise_beton
+from tests.run.runs import RUN, environment, records, wait_for_a_record
 
-CLEAN, GROUP, ADV = 32, 8, 4  # rows: 4 groups of 8 clean and 4 groups of 4 adversarial
+IMAGES = 250
+# Rows: 4 groups of 8 clean and 4 groups of 4 adversarial ones.
+CLEAN = 32
+GROUP = 8
+ADV = 4
 
 
 def config(method: list[str]) -> Config:
     sizes = ["data.size=8", "data.resize=8", "data.crop=pad", "data.pad=2", "model.num_classes=5"]
-    return load_config(None, [*sizes, f"optim.clean_batch={CLEAN}", f"method.group={GROUP}", "optim.lr=0.8", *method])
+    rows = [f"optim.clean_batch={CLEAN}", f"method.group_rows={GROUP}"]
+    return load_config(None, [*sizes, *rows, "optim.lr=0.8", *method])
 
 
-def train(rank: int, world: int, port: int, method: list[str], seed: int, out: Path) -> None:
-    """Five steps in float64; every rank saves its state."""
+def join(rank: int, world: int, port: int) -> Ranks:
+    """This process as a rank of a group on this machine."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=world)
+    return Ranks(rank, world, rank)
+
+
+def plan_of(c: Config, ranks: Ranks, epoch: int) -> pipelines.EpochPlan:
+    """The part of one rank."""
+    sides = np.full(IMAGES, 8)
+    whole = pipelines.draw_epoch(plan_spec(c, ranks), sides, sides, epoch)
+    return whole.for_rank(ranks.rank, ranks.world)
+
+
+def train(rank: int, world: int, port: int, method: list[str], seed: int, out: Path) -> None:
+    """Five steps in float64; every rank saves its state."""
+    ranks = join(rank, world, port)
     c = config(method)
-    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (250, 3, 8, 8), dtype=np.uint8))
-    labels = torch.from_numpy(np.random.default_rng(seed + 1).integers(0, 5, 250))
+    shape = (IMAGES, 3, 8, 8)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    images = torch.from_numpy(pixels)
+    labels = torch.from_numpy(np.random.default_rng(seed + 1).integers(0, 5, IMAGES))
     torch.manual_seed(seed)
     model = build("cifar_resnet8", 5, aux=c.method.name != "vanilla", size=8).double()
-    step = Step(model, c, Ranks(rank, world, rank))
-    sides = np.full(250, 8)
-    whole = pipelines.draw_epoch(plan_spec(c, Ranks(rank, world, rank)), sides, sides, epoch=0)
-    plan = whole.for_rank(rank, world)
+    step = Step(model, c, ranks)
+    plan = plan_of(c, ranks, epoch=0)
+    draws = step_draws(plan, c, torch.device("cpu"))
     for k in range(5):
         rows = torch.from_numpy(plan.index[k].astype(np.int64))
-        draws = {}
-        if step.n_adv:
-            shuffle = torch.from_numpy(plan.shuffle[k, rank * step.n_adv : (rank + 1) * step.n_adv].copy())
-            draws = {"shuffle": shuffle, "noise_key": torch.from_numpy(plan.noise_key[k].copy())}
-        step.feed(images[rows], labels[rows], 0.05, **draws)
+        of_this_step = {name: values[k] for name, values in draws.items()}
+        step.feed(images[rows], labels[rows], 0.05, **of_this_step)
         step()
-    dist_metrics = step.take_metrics()
-    torch.save({"state": step.state(), "stats": step.flat.stats, "metrics": dist_metrics}, out / f"{world}_{rank}.pt")
+    found = {"state": step.state(), "metrics": step.metrics.take(ranks)}
+    torch.save(found, out / f"{world}_{rank}.pt")
     if world > 1:
         dist.destroy_process_group()
 
@@ -77,7 +97,9 @@ def free_port() -> int:
     ],
     ids=["fused", "pipelined", "vanilla"],
 )
-def test_one_two_and_four_ranks_train_alike(method: list[str], worlds: tuple[int, ...], tmp_path: Path) -> None:
+def test_one_two_and_four_ranks_train_alike(
+    method: list[str], worlds: tuple[int, ...], tmp_path: Path
+) -> None:
     seed = int(np.random.default_rng().integers(1 << 30))
     train(0, 1, 0, method, seed, tmp_path)
     for world in worlds:
@@ -88,61 +110,78 @@ def test_one_two_and_four_ranks_train_alike(method: list[str], worlds: tuple[int
             other = torch.load(tmp_path / f"{world}_{rank}.pt")
             for name, value in one["state"].items():
                 if name.startswith(("model.", "momentum.")) and value.is_floating_point():
-                    assert torch.allclose(other["state"][name], value, rtol=1e-9, atol=1e-11), (seed, world, name)
+                    same = torch.allclose(other["state"][name], value, rtol=1e-9, atol=1e-11)
+                    assert same, (seed, world, name)
         assert other["metrics"]["rows_clean"] == one["metrics"]["rows_clean"]
         assert other["metrics"]["loss_clean"] == pytest.approx(one["metrics"]["loss_clean"])
 
 
 def exchange(rank: int, world: int, port: int, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    """The rows that a rank gets if each row, an image and a label, holds its number."""
+    ranks = join(rank, world, port)
     c = config(["method.p_adv=1/3"])
-    step = Step(build("cifar_resnet8", 5, size=8), c, Ranks(rank, world, rank))
-    sides = np.full(250, 8)
-    plan = pipelines.draw_epoch(plan_spec(c), sides, sides, epoch=3)
-    n = step.n_adv
-    step.inputs.shuffle.copy_(torch.from_numpy(plan.shuffle[0, rank * n : (rank + 1) * n].copy()))
-    number = torch.arange(rank * n, (rank + 1) * n)
-    step._publish(number.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8), number)
-    torch.save((step.adv_255, step.adv_labels), out / f"{rank}.pt")
+    plan = plan_of(c, ranks, epoch=3)
+    shuffle = step_draws(plan, c, torch.device("cpu"))["shuffle"][0]
+    number = torch.arange(rank * ADV, (rank + 1) * ADV)  # a group each
+    images = number.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    found = shuffled(Rows(images, number), shuffle, "ranks", ranks)
+    torch.save(tuple(found), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_group(tmp_path: Path) -> None:
+def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_group(
+    tmp_path: Path,
+) -> None:
     mp.spawn(exchange, (4, free_port(), tmp_path), nprocs=4)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
-    labels = torch.cat([p[1] for p in parts])
+    images = torch.cat([part[0] for part in parts])
+    labels = torch.cat([part[1] for part in parts])
     assert sorted(labels.tolist()) == list(range(16))  # none lost, none doubled
-    assert torch.equal(torch.cat([p[0] for p in parts])[:, 0, 0, 0], labels.float())  # images went with their labels
+    # Images went with their labels, whole.
+    assert torch.equal(images, labels.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
     assert ((labels // ADV) != (torch.arange(16) // ADV)).all()
 
 
 @pytest.mark.slow
-def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(tiny_beton: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
     words = [
-        f"data.train={tiny_beton}", f"data.val={tiny_beton}",
-        "data.size=32", "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8",
-        "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3", "budget.epochs=3",
-        "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1", "run.eval_batch=8",
+        f"data.train={tiny_beton}", f"data.val={tiny_beton}", "data.size=32", "data.resize=32",
+        "data.crop=pad", "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=8",
+        "method.group_rows=4", "method.p_adv=1/3", "budget.epochs=3", "budget.milestones=[2]",
+        "run.device=cpu", "run.torch_threads=1", "data.threads=1", "run.eval_batch=8",
         "data.pipeline=reference",
     ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m", "fap.cli.train", *words, f"run.dir={tmp_path}/one"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    two = [*launch, "-m", "fap.cli.train", *words, f"run.dir={tmp_path}/two"]
-    results = []
-    for cmd in (one, two):
-        done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
+
+    def start(*launch: str, runs: str, more: tuple[str, ...] = ()) -> Any:
+        argv = [
+            sys.executable,
+            *launch,
+            "-m",
+            "fap.cli.train",
+            *words,
+            f"run.dir={tmp_path / runs}",
+        ]
+        return subprocess.run(
+            [*argv, *more], env=environment(), capture_output=True, text=True, timeout=300
+        )
+
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    for done in (
+        start(runs="one"),
+        start(*torchrun, "--master-port", str(free_port()), runs="two"),
+    ):
         assert done.returncode == 0, done.stdout + done.stderr
-        results.append(next((tmp_path / ("one" if cmd is one else "two")).rglob("metrics.jsonl")).read_text().splitlines())
-    for a, b in zip(*results, strict=True):
-        a, b = json.loads(a), json.loads(b)
+    ones = records(tmp_path / "one" / RUN)
+    twos = records(tmp_path / "two" / RUN)
+    for a, b in zip(ones, twos, strict=True):
         for key in ("epoch_loss_clean", "epoch_acc_adv", "val_loss", "val_top1"):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), key
-    again = subprocess.run([*one[:-1], f"run.dir={tmp_path}/two", "resume=auto"], env=env, capture_output=True, text=True)
+    again = start(runs="two", more=("resume=auto",))
     assert again.returncode == 1
     assert "2 ranks" in again.stderr
 
@@ -152,20 +191,29 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(ti
 
 def small(data: Path, runs: Path, *more: str) -> list[str]:
     return [
-        f"data.train={data}", f"data.val={data}", f"run.dir={runs}", "data.size=32", "data.resize=32", "data.crop=pad",
-        "model.name=cifar_resnet8", "model.num_classes=10", "optim.clean_batch=8", "method.group=4", "method.p_adv=1/3",
-        "budget.epochs=600", "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1",
+        f"data.train={data}", f"data.val={data}", f"run.dir={runs}", "data.size=32",
+        "data.resize=32", "data.crop=pad", "model.name=cifar_resnet8", "model.num_classes=10",
+        "optim.clean_batch=8", "method.group_rows=4", "method.p_adv=1/3", "budget.epochs=600",
+        "budget.milestones=[2]", "run.device=cpu", "run.torch_threads=1", "data.threads=1",
         "data.pipeline=reference", "run.log_every=1", *more,
     ]  # fmt: skip
 
 
 # What both ranks say, by case: settings of both, settings of rank 1, and what both errors contain.
 DIFFERENT_RANKS = {
-    "folder": (["resume=auto"], ["run.dir=unshared"], "checkpoint: 'none' on rank 1, 'step_00000002, checksum "),
+    "folder": (
+        ["resume=auto"],
+        ["run.dir=unshared"],
+        "checkpoint: 'none' on rank 1, 'step_00000002, checksum ",
+    ),
     "config": (["run.dir=new"], ["optim.lr=0.3"], "optim.lr: 0.3 on rank 1, 0.1 on rank 0"),
     "schedule": (["run.dir=new"], ["run.eval_every=3"], "run.eval_every: 3 on rank 1, 1 on rank 0"),
     "data": (["run.dir=new"], ["data.val=other.beton"], "data.val: {'count': 64"),
-    "weights": (["run.dir=new", "model.init=a/w.safetensors"], ["model.init=b/w.safetensors"], "weights: '"),
+    "weights": (
+        ["run.dir=new", "model.init=a/w.safetensors"],
+        ["model.init=b/w.safetensors"],
+        "weights: '",
+    ),
     "missing": (["run.dir=new"], ["data.val=/nowhere.beton"], "/nowhere.beton: no such file"),
     "earlier": (["resume=never"], [], "holds an earlier run"),
 }
@@ -175,12 +223,15 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
     """Every case in one process group, which must be as good as new after each."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     ranks = connect()
     Run(load_config(None, small(data, Path("runs"), "run.max_steps=2")), ranks).train()
     said = {}
     for name, (both, one, _) in DIFFERENT_RANKS.items():
-        words = small(data, Path("runs"), *both, *(one if rank == 1 else []))
+        words = small(data, Path("runs"), *both)
+        if rank == 1:
+            words += one
         try:
             Run(load_config(None, words), ranks)
         except ValueError as error:
@@ -190,9 +241,10 @@ def start_differently(rank: int, world: int, port: int, data: Path, folder: Path
 
 
 @pytest.mark.slow
-def test_ranks_that_would_not_train_the_same_run_all_say_why(tiny_beton: Path, tmp_path: Path) -> None:
-    images = list(np.random.default_rng(3).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8))
-    write_beton(tmp_path / "other.beton", images, [i % 10 for i in range(64)])
+def test_ranks_that_would_not_train_the_same_run_all_say_why(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
+    noise_beton(tmp_path / "other.beton", seed=3, count=64)
     for folder in ("a", "b"):  # other weights under one name
         (tmp_path / folder).mkdir()
         save_file(plain("cifar_resnet8", 10).state_dict(), tmp_path / folder / "w.safetensors")
@@ -208,27 +260,26 @@ def test_ranks_that_would_not_train_the_same_run_all_say_why(tiny_beton: Path, t
 def start_two(data: Path, runs: Path, *more: str) -> tuple[list[subprocess.Popen], Path]:
     """Two ranks as torchrun starts them, training; and their folder."""
     port = str(free_port())
+    argv = [sys.executable, "-m", "fap.cli.train", *small(data, runs, *more)]
     processes = []
     for rank in range(2):
-        env = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-        cmd = [sys.executable, "-m", "fap.cli.train", *small(data, runs, *more)]
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(cmd, env=os.environ | env, **out))  # type: ignore[call-overload]
-    metrics = runs / "fast_advprop" / "seed0" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert all(p.poll() is None for p in processes)
-        time.sleep(0.05)
-    return processes, metrics.parent
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2")
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = subprocess.Popen(
+            argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append(process)
+    wait_for_a_record(runs / RUN, *processes)
+    return processes, runs / RUN
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Path) -> None:
     processes, folder = start_two(tiny_beton, tmp_path)
     processes[1].send_signal(signal.SIGUSR2)
-    said = [p.communicate(timeout=60)[0] for p in processes]
-    assert [p.returncode for p in processes] == [128 + signal.SIGUSR2] * 2, said
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]["step"]
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [128 + signal.SIGUSR2] * 2, said
+    last = records(folder)[-1]["step"]
     assert f"saved at step {last}; continue with resume=auto" in said[0]
     assert (folder / "checkpoints" / f"step_{last:08d}.safetensors").is_file()
     assert "Traceback" not in said[0] + said[1]
@@ -236,9 +287,16 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_sigterm_ends_a_rank_while_another_one_hangs(tiny_beton: Path, tmp_path: Path, where: str) -> None:
-    """Rank 1 is stopped, so rank 0 waits for it in a collective: it ends by itself within its patience."""
-    more = [] if where == "training" else ["run.eval_batch=2", "optim.clean_batch=64", "method.group=32"]  # 48 batches a step
+def test_sigterm_ends_a_rank_while_another_one_hangs(
+    tiny_beton: Path, tmp_path: Path, where: str
+) -> None:
+    """Rank 1 is stopped, so rank 0 waits for it in a collective.
+
+    It ends by itself within its patience.
+    """
+    more = []
+    if where == "evaluation":  # 48 batches after each step
+        more = ["run.eval_batch=2", "optim.clean_batch=64", "method.group_rows=32"]
     processes, _ = start_two(tiny_beton, tmp_path, *more)
     time.sleep(0.3)
     processes[1].send_signal(signal.SIGSTOP)
@@ -270,37 +328,46 @@ def test_a_rank_that_dies_ends_the_others_at_once(tiny_beton: Path, tmp_path: Pa
 # ------------------------------------------------------------------ the environment
 
 
+TWO = {"WORLD_SIZE": "2"}
+FIRST = TWO | {"RANK": "0"}
+MET = FIRST | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}
+VARIABLES = (*MET, "LOCAL_RANK")
+
+
 @pytest.mark.parametrize(
-    ("environment", "says"),
+    ("variables", "says"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not: start the ranks with torchrun"),
+        (TWO, "WORLD_SIZE is set, but RANK is not: start the ranks with torchrun"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' in the environment: must be a whole number >= 1"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE = '²' in the environment"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2 in the environment: must be below WORLD_SIZE = 2"),
-        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK = '-1' in the environment: must be a whole number >= 0"),
+        (TWO | {"RANK": "2"}, "RANK = 2 in the environment: must be below WORLD_SIZE = 2"),
+        (TWO | {"RANK": "-1"}, "RANK = '-1' in the environment: must be a whole number >= 0"),
         ({"RANK": "1"}, "RANK = 1 in the environment: must be below WORLD_SIZE = 1"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "a"}, "LOCAL_RANK = 'a'"),
+        (FIRST, "MASTER_ADDR is not set"),
+        (FIRST | {"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        (FIRST | {"LOCAL_RANK": "a"}, "LOCAL_RANK = 'a'"),
     ],
 )
-def test_an_environment_of_no_rank_is_one_clear_error(environment: dict[str, str], says: str, monkeypatch) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+def test_an_environment_of_no_rank_is_one_clear_error(
+    variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert connect() is ONE_RANK
-    for name, value in environment.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as error:
         connect()
     assert says in str(error.value)
 
 
-def test_others_that_are_not_met_are_a_clear_error(monkeypatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}.items():
+def test_others_that_are_not_met_are_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in MET.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionError, match=r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:no: "):
+    says = r"rank 0 of 2 did not meet the others at 127\.0\.0\.1:no: "
+    with pytest.raises(ConnectionError, match=says):
         connect()
 
 

@@ -1,4 +1,7 @@
-"""Damaged input of every kind, worked through in subprocesses: see fuzz.py for what may happen and what may not."""
+"""Damaged input of every kind, worked through in processes of their own.
+
+fuzz.py says what may happen and what may not.
+"""
 
 import re
 import secrets
@@ -8,28 +11,50 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_soak import record
 
 from fap.config import load_config
+from tests.soak_results import record
 
 WORKER = [sys.executable, str(Path(__file__).with_name("fuzz.py"))]
 BATCH = 500  # inputs of one process
-TARGETS = {"beton", "sidecar", "folder", "convert", "checkpoint", "config", "metadata", "tree", "images", "no_file"}
+MOST_WRONG = 10  # then it is enough
+TARGETS = {
+    "beton",
+    "sidecar",
+    "folder",
+    "convert",
+    "checkpoint",
+    "config",
+    "metadata",
+    "tree",
+    "images",
+    "no_file",
+}
 
 
 def work_through(first: int, count: int, hang_s: int = 60) -> tuple[Counter[str], list[str]]:
-    """How often each target passed, and what went wrong; after a crash or a hang the next process takes over."""
-    passed, wrong, seed = Counter[str](), [], first
-    while seed < first + count and len(wrong) < 10:
-        cmd = [*WORKER, "--seed", str(seed), "--count", str(min(BATCH, first + count - seed)), "--hang", str(hang_s)]
-        done = subprocess.run(cmd, capture_output=True, text=True, timeout=3600)
+    """How often each target passed, and what went wrong.
+
+    After a crash or a hang the next process takes over.
+    """
+    passed = Counter[str]()
+    wrong: list[str] = []
+    seed = first
+    while seed < first + count and len(wrong) < MOST_WRONG:
+        batch = min(BATCH, first + count - seed)
+        options = ["--seed", str(seed), "--count", str(batch), "--hang", str(hang_s)]
+        done = subprocess.run([*WORKER, *options], capture_output=True, text=True, timeout=3600)
         lines = done.stdout.splitlines()
         passed.update(re.findall(r"^ok \S+ fuzz_(\w+)", done.stdout, re.M))
-        wrong += [line.encode().decode("unicode_escape") for line in lines if line.startswith("bad")]
+        for line in lines:
+            if line.startswith("bad"):
+                wrong.append(line.encode().decode("unicode_escape"))
         assert lines, done.stderr
-        seed = int(lines[-1].split()[1])
-        if lines[-1].startswith("start"):
-            wrong.append(f"crash or hang, exit code {done.returncode}: {done.stderr[-2000:]}\nbad {seed}")
+        outcome, last, *_ = lines[-1].split()
+        seed = int(last)
+        if outcome == "start":
+            said = done.stderr[-2000:]
+            wrong.append(f"crash or hang, exit code {done.returncode}: {said}\nbad {seed}")
         seed += 1
     return passed, wrong
 
@@ -47,19 +72,32 @@ def test_500_damaged_inputs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "says"), [(-1, "Aborted"), (-2, "Timeout"), (-3, "reference: sample 0 shows sample 1")])
+@pytest.mark.parametrize(
+    ("seed", "says"), [(-1, "Aborted"), (-2, "Timeout"), (-3, "reference: sample 0 shows sample 1")]
+)
 def test_the_fuzzer_notices(seed: int, says: str) -> None:
     _, (wrong,) = work_through(seed, 1, hang_s=2)
     assert says in wrong
     assert f"bad {seed}" in wrong
 
 
-HOSTILE_OVERRIDES = ["seed=!!bool x", "seed=!!int x", "seed=!!timestamp x", "seed=2001-99-99", "seed=0x_", "seed=" + "9" * 5000]
-HOSTILE_OVERRIDES += ["method.p_adv=1e99999999", "method.p_adv=" + "9" * 5000, "method.group=yes"]
-HOSTILE_OVERRIDES += ["seed=" + "[" * 5000, "method.name=[1]", "method.name={}"]
+HOSTILE_OVERRIDES = [
+    "seed=!!bool x",
+    "seed=!!int x",
+    "seed=!!timestamp x",
+    "seed=2001-99-99",
+    "seed=0x_",
+    "seed=" + "9" * 5000,
+    "method.p_adv=1e99999999",
+    "method.p_adv=" + "9" * 5000,
+    "method.group_rows=yes",
+    "seed=" + "[" * 5000,
+    "method.name=[1]",
+    "method.name={}",
+]
 
 
-@pytest.mark.parametrize("override", HOSTILE_OVERRIDES, ids=lambda o: o[:20])
+@pytest.mark.parametrize("override", HOSTILE_OVERRIDES, ids=lambda override: override[:20])
 def test_every_value_is_an_error_that_names_its_field(override: str) -> None:
     with pytest.raises(ValueError, match=override.partition("=")[0]):
         load_config(None, [override])
@@ -69,6 +107,11 @@ def test_every_value_is_an_error_that_names_its_field(override: str) -> None:
 def test_10000_damaged_inputs() -> None:
     first = secrets.randbelow(1 << 40)
     passed, wrong = work_through(first, 10_000)
-    record("fuzz", {"first_seed": first, "passed": dict(sorted(passed.items())), "wrong": [w[-300:] for w in wrong]})
+    figures = {
+        "first_seed": first,
+        "passed": dict(sorted(passed.items())),
+        "wrong": [text[-300:] for text in wrong],
+    }
+    record("fuzz", figures)
     assert not wrong, explain(wrong)
     assert passed.total() == 10_000

@@ -61,16 +61,21 @@ WORDS = [  # an unquoted word, and what it stands for
 
 @pytest.mark.parametrize(("word", "value"), WORDS, ids=[w[:20] for w, _ in WORDS])
 def test_an_unquoted_word_means_what_it_looks_like(word: str, value: Any) -> None:
-    for text, found in ((word, value), (f"[{word}]", [value]), (f"a: {word} # a comment", {"a": value})):
+    means = {word: value, f"[{word}]": [value], f"a: {word} # a comment": {"a": value}}
+    for text, found in means.items():
         read = strict_yaml.load(text, "x")
-        assert (read, repr(read)) == (found, repr(found))  # 1 == 1.0 == True
+        assert (read, repr(read)) == (found, repr(found))  # since 1 == 1.0 == True
     assert strict_yaml.load(f"'{word}'", "x") == word
     assert strict_yaml.load(f"{word}: 1", "x") == {word: 1}  # a key is always text
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from([word for word, _ in WORDS])
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    [word for word, _ in WORDS]
+)
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 REFUSED = {
     "a: 1\nb: 2\na: 3": "line 3: the key 'a' is there a second time",
@@ -115,7 +120,11 @@ def test_what_no_config_needs_is_a_short_error(text: str, says: str) -> None:
 
 
 TREES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
@@ -125,19 +134,20 @@ def _depth(tree: Any) -> int:
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, list):
-        return 1 + max(map(_depth, tree), default=0)
+        return 1 + max((_depth(inner) for inner in tree), default=0)
     return 1
 
 
 @given(st.dictionaries(TEXT, TREES, max_size=4).filter(lambda tree: _depth(tree) < 7))
 def test_what_is_dumped_is_read_back_as_it_was(tree: dict[str, Any]) -> None:
-    twice = {"first": tree, "again": [tree]}  # one object at two places: written out, not an alias
+    # One object at two places is written out, not as an alias.
+    twice = {"first": tree, "again": [tree]}
     assert repr(strict_yaml.load(strict_yaml.dump(twice), "x")) == repr(twice)
 
 
 @given(st.text(alphabet="0123456789+-._:xeEonfalstrub~ ", max_size=12))
 def test_no_other_words_are_numbers_than_those_of_yaml_1_2(word: str) -> None:
-    """Whatever is a number here, Python reads as the same one, and it has neither leading zeros nor a separator."""
+    """Python reads a number here as the same one; it has no leading zeros and no separator."""
     value = strict_yaml.plain(word)
     if isinstance(value, bool) or value is None:
         assert word in ("true", "false", "null", "~", "")

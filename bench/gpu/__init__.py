@@ -1,1 +1,4 @@
-"""Everything that a GPU machine measures: `make gpu`, or `python -m bench.gpu.suite`; see README.md in this folder."""
+"""Everything that a GPU machine measures: `make gpu`, or `python -m bench.gpu.suite`.
+
+README.md in this folder explains it.
+"""

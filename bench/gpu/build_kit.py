@@ -1,8 +1,10 @@
-"""`make kit`: all that a GPU machine without a network lacks, as two folders that fit an upload.
+"""What does a GPU machine without a network lack? Two folders of it, which fit an upload each.
 
-`.gpu/` travels first, `.gpu2/` second; README.md beside this file has the commands. Needs a
-network, g++, readelf, npm, and the Debian packages of setup.sh. Both folders appear when both are
-complete; a failure leaves what was there.
+    python -m bench.gpu.build_kit      # make kit
+
+Writes `.gpu/`, which travels first, and `.gpu2/`; README.md beside this file has the commands.
+Needs a network, g++, readelf, npm, and the Debian packages of setup.sh. Both folders appear when
+both are complete; a failure leaves what was there.
 """
 
 import hashlib
@@ -20,10 +22,12 @@ from pathlib import Path
 from bench import jpegs
 from bench.common import ROOT
 from bench.gpu import sheets
-from fap.log import versions
-from pipelines import cifar10
+from fap.versions import versions
+from pipelines.sources import cifar10
 
-FIRST, SECOND = ".gpu", ".gpu2"
+FIRST = ".gpu"
+SECOND = ".gpu2"
+MIB = float(1 << 20)  # bytes
 LIMIT_MIB = 60.0  # an upload holds 64 MiB, the working tree included
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("run1.sh", "run2.sh", "setup_offline.sh")
@@ -38,7 +42,7 @@ PACKAGES = (
     "annotated-types",
     "typing-inspection",
     "typing_extensions",
-)  # fmt: skip
+)
 
 PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
 
@@ -60,7 +64,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     except FileNotFoundError:
         sys.exit(f"kit: there is no {command[0]} here; setup.sh names the packages")
     if done.returncode:
-        shown = " ".join(map(str, command))
+        shown = " ".join(str(word) for word in command)
         sys.exit(f"kit: '{shown}' failed:\n{done.stderr or done.stdout}")
     return done.stdout
 
@@ -113,35 +117,57 @@ def add_ffcv(site: Path, work: Path) -> None:
     """
     archives = [system_library(name, "libopencv-dev") for name in OPENCV_ARCHIVES]
     bundled = [system_library(name, "libopencv-dev libturbojpeg0-dev") for name in BUNDLED]
+    source = ffcv_source(work)
+    package = site / "ffcv"
+    shutil.copytree(source / "ffcv", package)
+    for library, name in zip(bundled, BUNDLED, strict=True):
+        shutil.copy(library, package / name)
+    target = package / "_libffcv.abi3.so"
+    compile_ffcv(source, archives, work, target)
+    for library in (target, *(package / name for name in BUNDLED)):
+        check_portable(library)
+
+
+def ffcv_source(work: Path) -> Path:
+    """FFCV's source package, unpacked."""
     version = constraint("ffcv")
     build_tools = str(ROOT / "build-constraints.txt")
     download(work, "--no-binary=ffcv", "--build-constraint", build_tools, version)
-    with tarfile.open(work / f"{version.replace('==', '-')}.tar.gz") as archive:
-        archive.extractall(work, filter="data")
     source = work / version.replace("==", "-")
-    shutil.copytree(source / "ffcv", site / "ffcv")
-    for library, name in zip(bundled, BUNDLED, strict=True):
-        shutil.copy(library, site / "ffcv" / name)
+    with tarfile.open(f"{source}.tar.gz") as archive:
+        archive.extractall(work, filter="data")
+    return source
+
+
+def compile_ffcv(source: Path, archives: list[Path], work: Path, target: Path) -> None:
+    """The native library of the source package, with OpenCV's archives linked in."""
     stub = work / "opengl_stub.c"
     stub.write_text(OPENGL_STUB)
-    target = site / "ffcv" / "_libffcv.abi3.so"
     include = sysconfig.get_path("include")  # FFCV has one empty PyInit function: any version's do
     opencv = run("pkg-config", "--cflags", "opencv4").split()
+    libraries = [f"-l:{name}" for name in (*BUNDLED, "libz.so.1")]
     run(
-        "g++", "-O3", "-fPIC", "-shared", "-ffunction-sections", f"-I{include}", *opencv,
-        source / "libffcv" / "libffcv.cpp", "-x", "c", stub, "-x", "none", "-o", target,
-        "-static-libstdc++", "-static-libgcc", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL",
-        "-Wl,-rpath,$ORIGIN", *archives, *(f"-l:{name}" for name in (*BUNDLED, "libz.so.1")),
-    )  # fmt: skip
+        *("g++", "-O3", "-fPIC", "-shared", "-ffunction-sections"),
+        *(f"-I{include}", *opencv),
+        source / "libffcv" / "libffcv.cpp",
+        *("-x", "c", stub, "-x", "none"),
+        *("-o", target),
+        *("-static-libstdc++", "-static-libgcc"),
+        *("-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"),
+        "-Wl,-rpath,$ORIGIN",  # the bundled libraries lie beside this one
+        *archives,
+        *libraries,
+    )
     run("strip", "--strip-unneeded", target)
-    for library in (target, *(site / "ffcv" / name for name in BUNDLED)):
-        check_portable(library)
 
 
 def check_portable(library: Path) -> None:
     """Ends the build if a library needs one that a bare machine lacks, or a newer glibc."""
     needed = set(re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "--dynamic", library)))
-    foreign = sorted(n for n in needed - set(BUNDLED) if not SYSTEM_LIBRARIES.fullmatch(n))
+    foreign = []
+    for name in sorted(needed - set(BUNDLED)):
+        if not SYSTEM_LIBRARIES.fullmatch(name):
+            foreign.append(name)
     if foreign:
         sys.exit(f"kit: {library.name} needs {', '.join(foreign)}, which a bare machine lacks")
     versions = re.findall(r"GLIBC_(\d+)\.(\d+)", run("readelf", "--version-info", library))
@@ -175,10 +201,12 @@ def add_cifar10(first: Path, second: Path) -> None:
 
 
 def files_in(folder: Path) -> list[Path]:
+    """Of the folder and all below it."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def size_of(folder: Path) -> int:
+    """Bytes of all files in the folder."""
     return sum(path.stat().st_size for path in files_in(folder))
 
 
@@ -200,21 +228,23 @@ def tree_size() -> int:
 
 def check_sizes(uploads: Iterable[Path], tree: int) -> None:
     """Print what the uploads hold and their sizes; end the build if one is too large."""
-    mib = float(1 << 20)
     too_large = []
     for upload in uploads:
         for part in sorted(upload.iterdir()):
-            size = size_of(part) if part.is_dir() else part.stat().st_size
-            print(f"  {upload.name}/{part.name:18} {size / mib:6.2f} MiB")
-        total = (size_of(upload) + tree) / mib
-        print(f"{upload.name}: {total:.1f} MiB with the working tree's {tree / mib:.1f}")
-        if total >= LIMIT_MIB:
+            size = part.stat().st_size
+            if part.is_dir():
+                size = size_of(part)
+            print(f"  {upload.name}/{part.name:18} {size / MIB:6.2f} MiB")
+        total_mib = (size_of(upload) + tree) / MIB
+        print(f"{upload.name}: {total_mib:.1f} MiB with the working tree's {tree / MIB:.1f}")
+        if total_mib >= LIMIT_MIB:
             too_large.append(upload.name)
     if too_large:
         sys.exit(f"kit: {', '.join(too_large)} would not fit: the limit is {LIMIT_MIB:.0f} MiB")
 
 
 def build(first: Path, second: Path, work: Path) -> None:
+    """Fill both uploads; `work` is for what does not travel."""
     for folder in ("wheels", "site", "lib", "photos", "cifar10"):
         (first / folder).mkdir(parents=True)
     (second / "cifar10").mkdir(parents=True)

@@ -1,14 +1,23 @@
-"""What the suite measures, in order of value: one process per cell, so that no failure reaches the next one.
+"""What does the suite measure, and in which order? One process per cell.
 
-First contact and the GPU tests come first, since without them no figure means anything. Then every cell that a target
-hangs on (`bench.gpu.table.TARGETS`), then the rest: whole-batch norm, bfloat16, the other schedules, the peers, each of our
-ingredients taken away, the loaders, the study.
+    python -m bench.gpu.suite --list      # shows them
+
+A library of `bench.gpu.suite`; no failure of a cell reaches the next one. First contact and the GPU
+tests come first, since without them no figure means anything. Then every cell that a target hangs
+on (`bench.gpu.table.TARGETS`), then the rest: whole-batch norm, bfloat16, the other schedules, the
+peers, each of our ingredients taken away, the loaders, the study.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 STUDY_SECONDS = "{seconds}"  # stands for the seconds left
+
+# Clean rows of the real thing: a large step, and one batch-norm group.
+LARGE = 256
+SMALL = 64
 
 
 @dataclass(frozen=True)
@@ -35,154 +44,279 @@ class Sizes:
 
     model: str
     px: int
-    rows: dict[int, int]  # clean rows, by those of the real thing: a large step, and one batch-norm group
+    rows: dict[int, int]  # clean rows, by those of the real thing
     amp: dict[str, str]  # precision, by that of the real thing
     half: str  # precision of what exists in half precision only
     rounds: int
     block: int  # steps per block
     images: int  # JPEGs for the loaders
-    loader: tuple[str, ...]
-    smoke: tuple[str, ...]
-    kernels: tuple[str, ...]
-    study: tuple[str, ...]
     compile_backend: str
     test_processes: int
     tests: str  # what pytest collects
+    # Further options of single benches.
+    loaders: Mapping[str, Any]
+    smoke: Mapping[str, Any]
+    kernels: Mapping[str, Any]
+    study: Mapping[str, Any]
 
 
 REAL = Sizes(
     model="resnet50",
     px=224,
-    rows={256: 256, 64: 64},
+    rows={LARGE: 256, SMALL: 64},
     amp={"fp16": "fp16", "bf16": "bf16"},
     half="fp16",
     rounds=6,
     block=5,
     images=8000,
-    loader=("--rounds", "2", "--seconds", "5"),
-    smoke=(),
-    kernels=(),
-    study=(),
     compile_backend="inductor",
     test_processes=6,
     tests="tests",
+    loaders={"rounds": 2, "seconds": 5},
+    smoke={},
+    kernels={},
+    study={},
 )
 TOY = Sizes(
     model="cifar_resnet8",
     px=4,
-    rows={256: 128, 64: 64},
+    rows={LARGE: 128, SMALL: 64},
     amp={"fp16": "off", "bf16": "bf16"},  # a CPU takes seconds for what float16 needs
     half="bf16",
     rounds=1,
     block=1,
     images=480,
-    loader=("--rounds", "1", "--seconds", "0.1", "--batch", "8"),
-    smoke=("--steps", "1"),
-    kernels=("--main-rows", "2", "--aux-rows", "2"),
-    study=("--toy",),
     compile_backend="eager",
     test_processes=0,
-    tests="tests/test_graph.py",
+    tests="tests/step/test_capture.py",
+    loaders={"rounds": 1, "seconds": 0.1, "batch": 8},
+    smoke={"steps": 1},
+    kernels={"main_rows": 2, "aux_rows": 2},
+    study={"toy": True},
 )
 
 
 def cells(sizes: Sizes, images: Path) -> list[Cell]:
-    """Every cell in the order in which it runs. `images`: folder of the loaders' JPEGs, made by the first wave."""
-    first = [*_smoke(sizes), _photos(sizes, images), _tests(sizes)]
-    targets = [
-        _parity(sizes, "fp16", 256, "fused", "groups"),
-        _parity(sizes, "fp16", 64, "fused", "groups"),
-        _parity(sizes, "fp16", 256, "pipelined", "groups"),
-        _parity(sizes, "fp16", 64, "pipelined", "groups"),
-        Cell("kernels", ("bench.gpu.kernels", *sizes.kernels), 90, 25),
-        _step(sizes, 256, "timm-like: AMP"),
-        _profile("vanilla", sizes),
-        _profile("fused", sizes),
-        _step(sizes, 256, "torchvision reference"),
-        _step(sizes, 256, "timm-like, compiled", limit_s=240, usual_s=90),
+    """Every cell in the order in which it runs.
+
+    `images` is the folder of the loaders' JPEGs, which the first wave makes.
+    """
+    return [
+        *_smoke(sizes),
+        _photos(sizes, images),
+        _tests(sizes),
+        *_targets(sizes),
+        *_other_parities(sizes),
+        *_other_peers(sizes),
+        *_ingredients(sizes),
+        *_loaders(sizes, images),
+        _study(sizes),
     ]
-    # At toy size one of each is enough: the others differ in a value that other cells try.
-    batch_sizes = (64,) if sizes is TOY else (256, 64)
-    both = ("fused",) if sizes is TOY else ("fused", "pipelined")
-    whole_batch_norm = [_parity(sizes, "fp16", rows, schedule, "whole") for rows in batch_sizes for schedule in both]
-    bfloat16 = [_parity(sizes, "bf16", rows, schedule, "groups") for rows in batch_sizes for schedule in both]
-    schedules = [
-        _parity(sizes, "fp16", rows, schedule, "groups") for rows in batch_sizes for schedule in ("sequential", "parallel")
-    ]
-    peers = [_step(sizes, 64, "three passes: fp32"), _step(sizes, 64, "three passes: AMP")]
-    if sizes is not TOY:
-        peers += [
-            _step(sizes, 64, "timm-like: AMP"),
-            _step(sizes, 64, "torchvision reference"),
-            _step(sizes, 64, "timm-like, compiled", limit_s=240, usual_s=90),
-        ]
-    on_gpu_only = () if sizes is TOY else ("norm kernel", "graph")
-    ingredients = [_step(sizes, 64, f"ours without {name}") for name in (*on_gpu_only, "stem function", "channels_last")]
-    ingredients += [_step(sizes, 64, f"ours without {name}", amp=sizes.half) for name in ("half-precision copy", "AMP")]
-    return [*first, *targets, *whole_batch_norm, *bfloat16, *schedules, *peers, *ingredients, *_loaders(sizes, images),
-            _study(sizes)]  # fmt: skip
+
+
+def command(module: str, **options: Any) -> tuple[str, ...]:
+    """What follows `python -m`: True is `--name`, False `--no-name`, a tuple several values."""
+    words = [module]
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        match value:
+            case True:
+                words.append(f"--{option}")
+            case False:
+                words.append(f"--no-{option}")
+            case tuple():
+                words += [f"--{option}", *value]
+            case _:
+                words += [f"--{option}", str(value)]
+    return tuple(words)
+
+
+# ------------------------------------------------------------------ first contact
 
 
 def _smoke(sizes: Sizes) -> list[Cell]:
-    schedules = ("vanilla", "fused", "pipelined", "sequential", "parallel")
-    size = ("--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[64]), "--amp", "fp16")
-    return [
-        Cell(f"smoke/{name}", ("bench.gpu.smoke", "--schedule", name, *size, *sizes.smoke), 120, 20, at_once=True)
-        for name in schedules
-    ]
+    found = []
+    for schedule in ("vanilla", "fused", "pipelined", "sequential", "parallel"):
+        words = command(
+            "bench.gpu.smoke",
+            schedule=schedule,
+            model=sizes.model,
+            size=sizes.px,
+            rows=sizes.rows[SMALL],
+            amp="fp16",
+            **sizes.smoke,
+        )
+        found.append(Cell(f"smoke/{schedule}", words, limit_s=120, usual_s=20, at_once=True))
+    return found
 
 
 def _photos(sizes: Sizes, images: Path) -> Cell:
-    made_up = ("--made-up",) if sizes is TOY else ()
-    words = ("bench.jpegs", str(images), "--count", str(sizes.images), "--beton", *made_up)
-    return Cell("photos", words, 120, 20, at_once=True, results=False)
+    words: tuple[str, ...] = ("bench.jpegs", str(images), "--count", str(sizes.images), "--beton")
+    if sizes is TOY:
+        words += ("--made-up",)
+    return Cell("photos", words, limit_s=120, usual_s=20, at_once=True, results=False)
 
 
 def _tests(sizes: Sizes) -> Cell:
-    words = ("pytest", "-m", "gpu and not soak", "-rs", "-q", "-p", "no:cacheprovider",
-             "-n", str(sizes.test_processes), "--dist", "worksteal", sizes.tests)  # fmt: skip
-    return Cell("tests", words, 240, 60, results=False)
+    words = (
+        "pytest",
+        *("-m", "gpu and not soak"),
+        *("-rs", "-q"),
+        *("-p", "no:cacheprovider"),
+        *("-n", str(sizes.test_processes), "--dist", "worksteal"),
+        sizes.tests,
+    )
+    return Cell("tests", words, limit_s=240, usual_s=60, results=False)
 
 
-def _parity(sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, *more: str) -> Cell:
-    words = ("bench.cost_parity", "--amp", sizes.amp[amp], "--models", sizes.model, "--size", str(sizes.px),
-             "--rows", str(sizes.rows[rows]),
-             "--schedules", schedule, "--vanilla-bn", bn, "--no-equal-rows", "--rounds", str(sizes.rounds), *more)  # fmt: skip
-    block = () if more else ("--block", str(sizes.block))
-    name = "loader" if more else "parity"
-    return Cell(f"{name}/{amp}/{rows}/{schedule}/{bn}", words + block, 120, 30)
+# ------------------------------------------------------------------ steps
 
 
-def _step(sizes: Sizes, rows: int, contender: str, amp: str = "", limit_s: int = 120, usual_s: int = 30) -> Cell:
-    amp = amp or sizes.amp["fp16"]
-    words = ("bench.step", "--amp", amp, "--model", sizes.model, "--size", str(sizes.px), "--rows", str(sizes.rows[rows]),
-             "--rounds", str(sizes.rounds), "--block", str(sizes.block), "--only", contender)  # fmt: skip
-    compiled = ("--compile", "--compile-backend", sizes.compile_backend) if "compiled" in contender else ("--no-compile",)
-    return Cell(f"step/{rows}/{contender}", words + compiled, limit_s, usual_s)
+def _targets(sizes: Sizes) -> list[Cell]:
+    """All that a target hangs on, and two profiles."""
+    kernels = command("bench.gpu.kernels", **sizes.kernels)
+    return [
+        _parity(sizes, "fp16", LARGE, "fused", "groups"),
+        _parity(sizes, "fp16", SMALL, "fused", "groups"),
+        _parity(sizes, "fp16", LARGE, "pipelined", "groups"),
+        _parity(sizes, "fp16", SMALL, "pipelined", "groups"),
+        Cell("kernels", kernels, limit_s=90, usual_s=25),
+        _step(sizes, LARGE, "timm-like: AMP"),
+        _profile(sizes, "vanilla"),
+        _profile(sizes, "fused"),
+        _step(sizes, LARGE, "torchvision reference"),
+        _step(sizes, LARGE, "timm-like, compiled"),
+    ]
 
 
-def _profile(method: str, sizes: Sizes) -> Cell:
-    words = ("bench.gpu.profile", "--method", method, "--model", sizes.model, "--size", str(sizes.px),
-             "--rows", str(sizes.rows[256]), "--amp", sizes.amp["fp16"])  # fmt: skip
-    return Cell(f"profile/{method}", words, 90, 25)
+def _other_parities(sizes: Sizes) -> list[Cell]:
+    """Against whole-batch norm, in bfloat16, of the other schedules."""
+    # At toy size one of each is enough: the others differ in a value that other cells try.
+    batch_sizes: tuple[int, ...] = (LARGE, SMALL)
+    both: tuple[str, ...] = ("fused", "pipelined")
+    if sizes is TOY:
+        batch_sizes = (SMALL,)
+        both = ("fused",)
+    found = []
+    for amp, schedules, bn in (
+        ("fp16", both, "whole"),
+        ("bf16", both, "groups"),
+        ("fp16", ("sequential", "parallel"), "groups"),
+    ):
+        for rows in batch_sizes:
+            for schedule in schedules:
+                found.append(_parity(sizes, amp, rows, schedule, bn))
+    return found
+
+
+def _other_peers(sizes: Sizes) -> list[Cell]:
+    peers = ["three passes: fp32", "three passes: AMP"]
+    if sizes is not TOY:
+        peers += ["timm-like: AMP", "torchvision reference", "timm-like, compiled"]
+    return [_step(sizes, SMALL, peer) for peer in peers]
+
+
+def _ingredients(sizes: Sizes) -> list[Cell]:
+    """Ours without each of its ingredients."""
+    ingredients = ["stem function", "channels_last"]
+    if sizes is not TOY:
+        ingredients = ["norm kernel", "graph", *ingredients]
+    found = [_step(sizes, SMALL, f"ours without {name}") for name in ingredients]
+    for name in ("half-precision copy", "AMP"):
+        found.append(_step(sizes, SMALL, f"ours without {name}", amp=sizes.half))
+    return found
+
+
+def _parity(
+    sizes: Sizes, amp: str, rows: int, schedule: str, bn: str, data: Mapping[str, Any] | None = None
+) -> Cell:
+    """A whole run against vanilla's. `data` are a loader's options; without them there is none."""
+    name = "parity"
+    options = {"block": sizes.block}
+    if data is not None:
+        name = "loader"
+        options = dict(data)
+    words = command(
+        "bench.cost_parity",
+        amp=sizes.amp[amp],
+        models=sizes.model,
+        size=sizes.px,
+        rows=sizes.rows[rows],
+        schedules=schedule,
+        vanilla_bn=bn,
+        equal_rows=False,
+        rounds=sizes.rounds,
+        **options,
+    )
+    return Cell(f"{name}/{amp}/{rows}/{schedule}/{bn}", words, limit_s=120, usual_s=30)
+
+
+def _step(sizes: Sizes, rows: int, contender: str, amp: str = "") -> Cell:
+    """One contender of `bench.step`: the one whose name holds `contender`."""
+    limit_s = 120
+    usual_s = 30
+    options: dict[str, Any] = {"compile": False}
+    if "compiled" in contender:
+        limit_s = 240
+        usual_s = 90
+        options = {"compile": True, "compile_backend": sizes.compile_backend}
+    words = command(
+        "bench.step",
+        amp=amp or sizes.amp["fp16"],
+        model=sizes.model,
+        size=sizes.px,
+        rows=sizes.rows[rows],
+        rounds=sizes.rounds,
+        block=sizes.block,
+        only=contender,
+        **options,
+    )
+    return Cell(f"step/{rows}/{contender}", words, limit_s, usual_s)
+
+
+def _profile(sizes: Sizes, method: str) -> Cell:
+    words = command(
+        "bench.gpu.profile",
+        method=method,
+        model=sizes.model,
+        size=sizes.px,
+        rows=sizes.rows[LARGE],
+        amp=sizes.amp["fp16"],
+    )
+    return Cell(f"profile/{method}", words, limit_s=90, usual_s=25)
+
+
+# ------------------------------------------------------------------ loaders and study
 
 
 def _loaders(sizes: Sizes, images: Path) -> list[Cell]:
+    """The loaders alone, then cost parity with a loader in the loop."""
     beton = images.with_suffix(".beton")
-    bench = ("bench.loaders", "--images", str(images), "--beton", str(beton), *sizes.loader, "--only")
-    on_gpu = () if sizes is TOY else ("dali, GPU, hw 0.65", "stock DALI, GPU")
+
+    def alone(name: str, *contestants: str, limit_s: int, usual_s: int, **more: Any) -> Cell:
+        words = command(
+            "bench.loaders", images=images, beton=beton, **sizes.loaders, only=contestants
+        )
+        return Cell(f"loaders/{name}", words, limit_s, usual_s, **more)
+
+    dali: tuple[str, ...] = ("dali, GPU, hw 0.65", "stock DALI, GPU")
+    rows = LARGE
+    if sizes is TOY:
+        dali = ("dali",)
+        rows = SMALL
     found = [
-        Cell("loaders/ffcv", (*bench, "ffcv"), 60, 25, needs=("ffcv",)),
-        Cell("loaders/torchvision", (*bench, "torchvision"), 60, 25),
-        Cell("loaders/dali", (*bench, *(on_gpu or ("dali",))), 90, 30, needs=("nvidia.dali",)),
+        alone("ffcv", "ffcv", limit_s=60, usual_s=25, needs=("ffcv",)),
+        alone("torchvision", "torchvision", limit_s=60, usual_s=25),
+        alone("dali", *dali, limit_s=90, usual_s=30, needs=("nvidia.dali",)),
     ]
     for pipeline, package in (("ffcv", "ffcv"), ("dali", "nvidia.dali")):
-        data = ("--data", str(beton), "--pipeline", pipeline)
-        cell = _parity(sizes, "fp16", 256 if sizes is REAL else 64, "fused", "groups", *data)
-        found.append(Cell(f"{cell.name}/{pipeline}", cell.words, 150, 60, needs=(package,)))
+        data = {"data": beton, "pipeline": pipeline}
+        cell = _parity(sizes, "fp16", rows, "fused", "groups", data)
+        name = f"{cell.name}/{pipeline}"
+        found.append(replace(cell, name=name, limit_s=150, usual_s=60, needs=(package,)))
     return found
 
 
 def _study(sizes: Sizes) -> Cell:
-    words = ("bench.gpu.study", "--seconds", STUDY_SECONDS, *sizes.study)
-    return Cell("study", words, 1800, 180)
+    words = command("bench.gpu.study", seconds=STUDY_SECONDS, **sizes.study)
+    return Cell("study", words, limit_s=1800, usual_s=180)

@@ -1,6 +1,9 @@
-"""`python -m bench.gpu.imports`: which of the project's modules do not import here.
+"""Which of the project's modules do not import here?
 
-Exit status 1 if there are any.
+    python -m bench.gpu.imports
+
+Prints this machine's versions and each module that fails with its reason. Exit status 1 if there
+are any.
 """
 
 import os
@@ -11,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from bench.common import ROOT
 
 VERSIONS = ("torch", "torchvision", "triton", "numpy", "numba", "pydantic")
-# DALI is no part of the kit; conversion is not measured on a GPU machine, and FFCV's own writer
+# DALI is no part of the kit. Conversion is not measured on a GPU machine, and FFCV's own writer
 # compiles for ten seconds.
-NOT_NEEDED = {"pipelines.dali", "bench.convert"}
+NOT_NEEDED = {"pipelines.loaders.dali", "bench.convert"}
 
 
 def modules() -> list[str]:
@@ -45,7 +48,8 @@ def version_of(package: str) -> str:
 
 
 def main() -> int:
-    facts = [f"python {sys.version.split()[0]}", *map(version_of, VERSIONS)]
+    facts = [f"python {sys.version.split()[0]}"]
+    facts += [version_of(package) for package in VERSIONS]
     facts.append(f"{len(os.sched_getaffinity(0))} cores")
     print(", ".join(facts))
     names = modules()
@@ -53,7 +57,7 @@ def main() -> int:
     for name, reason in failed.items():
         print(f"IMPORT FAILED {name}: {reason}")
     print(f"{len(names) - len(failed)} of {len(names)} modules import")
-    return bool(failed)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

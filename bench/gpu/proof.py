@@ -1,8 +1,12 @@
-"""The checks of prove_kit.sh: the kit gives the same files and images as the normal environment.
+"""Does the kit give the same files and images as the normal environment?
 
-`make DIR` writes, in the normal environment, photo-like JPEGs, the `.beton` of them and the images
-of its ffcv loader; `check DIR` compares with what this environment makes of the same JPEGs;
-`suite run1.tgz` looks at what a dry run of the suite gave. Exit status 1 if something is wrong.
+    python -m bench.gpu.proof make DIR          # in the normal environment
+    python -m bench.gpu.proof check DIR         # in the bare one, with the kit
+    python -m bench.gpu.proof suite RUN1_TGZ
+
+The checks of prove_kit.sh. `make` writes photo-like JPEGs, the `.beton` of them and the images of
+its ffcv loader. `check` compares with what this environment makes of the same JPEGs. `suite` looks
+at what a dry run of the suite gave. Exit status 1 if something is wrong.
 """
 
 import argparse
@@ -10,6 +14,7 @@ import json
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +24,9 @@ from pipelines import PlanSpec, draw_epoch, open_loader, open_store
 
 COUNT = 48
 SIZE = 96  # pixels; the larger sources are halved by the decoder, the smaller ones enlarged
-CLOSE_MEAN, CLOSE_P99 = 2, 12  # grey levels between back ends, as in tests/test_loaders.py
+# Grey levels between back ends, as in tests/pipelines/test_loaders.py.
+CLOSE_MEAN = 2
+CLOSE_P99 = 12
 
 
 def write_jpegs(folder: Path) -> None:
@@ -35,24 +42,29 @@ def write_jpegs(folder: Path) -> None:
         Image.fromarray(pixels).save(file, quality=90)
 
 
-def images(back_end: str, beton: Path) -> np.ndarray:
+def images(back_end: Any, beton: Path) -> np.ndarray:
     """One epoch of random crops, uint8 (N, 96, 96, 3); the same plan everywhere."""
     store = open_store(beton)
-    spec = PlanSpec(size=SIZE, clean_rows=8, adv_rows=4, clean_group=4, adv_group=2, seed=1)
+    spec = PlanSpec(
+        size=SIZE, clean_rows=8, adv_rows=4, clean_group_rows=4, adv_group_rows=2, seed=1
+    )
     plan = draw_epoch(spec, store.heights, store.widths, 0)
-    loader = open_loader(back_end, store, size=SIZE)  # type: ignore[arg-type]
+    loader = open_loader(back_end, store, size=SIZE)
+    batches = []
     try:
-        batches = [b.images.permute(0, 2, 3, 1).numpy().copy() for b in loader.load(plan)]
-        return np.concatenate(batches)
+        for batch in loader.load(plan):  # valid until the next is asked for, hence the copy
+            batches.append(batch.images.permute(0, 2, 3, 1).numpy().copy())
     finally:
         loader.close()
+    return np.concatenate(batches)
 
 
-def make(folder: Path) -> None:
+def make(folder: Path) -> bool:
     write_jpegs(folder / "jpegs")
     if fap_convert([str(folder / "jpegs"), str(folder / "normal.beton")]):
-        sys.exit("proof: fap-convert failed")
+        return say(False, "fap-convert works")
     np.save(folder / "normal.npy", images("ffcv", folder / "normal.beton"))
+    return True
 
 
 def check(folder: Path) -> bool:
@@ -75,7 +87,9 @@ def check(folder: Path) -> bool:
     same = beton.read_bytes() == (folder / "normal.beton").read_bytes()
     good &= say(same, "the .beton has the same bytes as the normal environment's")
     normal = np.load(folder / "normal.npy")
-    differ = int((ours != normal).sum()) if ours.shape == normal.shape else ours.size
+    differ = ours.size
+    if ours.shape == normal.shape:
+        differ = int((ours != normal).sum())
     text = f"ffcv loader: {differ} of {ours.size:,} values differ from the normal environment's"
     return say(not differ, text) and good
 
@@ -100,13 +114,22 @@ def say(good: bool, text: str) -> bool:
     return good
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("make", "check", "suite"))
     parser.add_argument("path", type=Path)
-    arguments = parser.parse_args()
-    if arguments.what == "make":
-        make(arguments.path)
-    else:
-        judge = {"check": check, "suite": check_suite}[arguments.what]
-        sys.exit(not judge(arguments.path))
+    a = parser.parse_args()
+    match a.what:
+        case "make":
+            good = make(a.path)
+        case "check":
+            good = check(a.path)
+        case _:
+            good = check_suite(a.path)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

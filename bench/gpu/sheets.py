@@ -1,5 +1,6 @@
 """A data set of small images as few lossless files: sheets of many images, labels beside them.
 
+A library of the kit (`bench.gpu.build_kit`) and of the study that uses it (`bench.gpu.study`).
 Lossless WebP holds CIFAR-10 in 55% of the bytes of its pixels, which an upload of limited size
 needs. `train_00.webp` shows the first 2,500 training images in rows of 50 and `train_00.npy` has
 their labels, so any subset of the sheets is a smaller data set.
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines import cifar10
 from pipelines.convert import convert_arrays
 from pipelines.machine import usable_cores
+from pipelines.sources import cifar10
 
 COLUMNS = 50
 IMAGES_PER_SHEET = 2500
@@ -39,7 +40,11 @@ def write(
         np.save(labels_of(sheet), labels[part].astype(np.uint8))
 
     with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow's encoder holds no GIL
-        list(pool.map(write_one, sheets, starts))
+        jobs = []
+        for sheet, start in zip(sheets, starts, strict=True):
+            jobs.append(pool.submit(write_one, sheet, start))
+    for job in jobs:
+        job.result()
     return sheets
 
 
@@ -60,8 +65,13 @@ def read(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         return untiled(pixels)[: len(labels)], labels
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        parts = list(pool.map(read_one, sheets))
-    images, labels = zip(*parts, strict=True)
+        jobs = [pool.submit(read_one, sheet) for sheet in sheets]
+    images = []
+    labels = []
+    for job in jobs:
+        some_images, some_labels = job.result()
+        images.append(some_images)
+        labels.append(some_labels)
     return np.concatenate(images), np.concatenate(labels)
 
 
@@ -86,6 +96,7 @@ def tiled(images: np.ndarray) -> np.ndarray:
     rows = math.ceil(n / COLUMNS)
     grid = np.zeros((rows * COLUMNS, side, side, channels), np.uint8)
     grid[:n] = images
+    # From image after image to line after line of pixels: the images of a row side by side.
     grid = grid.reshape(rows, COLUMNS, side, side, channels).swapaxes(1, 2)
     return grid.reshape(rows * side, COLUMNS * side, channels)
 

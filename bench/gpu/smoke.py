@@ -1,31 +1,33 @@
-"""First contact: does a schedule's step capture, is its loss finite, what does it cost, how much memory does it take?
+"""First contact: does a schedule's step capture, is its loss finite, and what does it cost?
 
     python -m bench.gpu.smoke --schedule fused
 
-Small and quick: five blocks of a few steps. It fails (exit status 1) where a step is skipped, a loss is not finite, or a
-GPU runs the step without a CUDA graph or without the norm kernel.
+Small and quick: five blocks of a few steps. Exit status 1 where too many steps are skipped, a loss
+is not finite, or a GPU runs the step without a CUDA graph or without the norm kernel. Writes
+OUT/smoke.json: faults, seconds per step, start-up, loss, memory.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bench.common import options, spread, write_json
-from bench.step import AMPS, DEVICE, GPU, Contestant, config_of
+from bench.contestants import AMPS, DEVICE, GPU, MODEL, SIZE, Contestant, config_of, method_of
+from fap.distributed import ONE_RANK
 
 SCHEDULES = ("vanilla", "fused", "pipelined", "sequential", "parallel")
 BLOCKS = 5
+MOST_SKIPPED = 5  # the first steps in float16 may halve the loss scale
 
 
 def look(schedule: str, model: str, size: int, rows: int, amp: str, steps: int) -> dict[str, Any]:
     """Train a few blocks of steps on one batch of random images."""
-    method = {"name": "vanilla"} if schedule == "vanilla" else {"schedule": schedule}
-    contestant = Contestant(config_of(model, rows, size, **method), amp)
+    contestant = Contestant(config_of(model, rows, size, **method_of(schedule)), amp)
     seconds = [contestant.block(steps)[0] for _ in range(BLOCKS)]
-    metrics = contestant.step.take_metrics()
-    memory = torch.cuda.max_memory_allocated() / 1e9 if GPU else float("nan")
+    metrics = contestant.step.metrics.take(ONE_RANK)
     return {
         "schedule": schedule,
         "rows": rows,
@@ -36,8 +38,8 @@ def look(schedule: str, model: str, size: int, rows: int, amp: str, steps: int) 
         "loss_clean": metrics["loss_clean"] / max(1, metrics["rows_clean"]),
         "steps": metrics["steps"],
         "skipped": metrics["skipped"],
-        "loss_scale": contestant.step.scale.item(),
-        "memory_gb": memory if math.isfinite(memory) else None,
+        "loss_scale": contestant.step.update.scale.item(),
+        "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if GPU else None,
     }
 
 
@@ -46,15 +48,19 @@ def faults(found: dict[str, Any]) -> list[str]:
     wrong = []
     if not math.isfinite(found["loss_clean"]):
         wrong.append(f"the loss of the clean rows is {found['loss_clean']}")
-    if found["skipped"] > 5:  # the first steps in float16 may halve the loss scale
-        wrong.append(f"{found['skipped']:.0f} of {found['steps']:.0f} steps were not finite and were skipped")
+    if found["skipped"] > MOST_SKIPPED:
+        wrong.append(
+            f"{found['skipped']:.0f} of {found['steps']:.0f} steps were not finite and were skipped"
+        )
     if GPU and found["how"] != "CUDA graph":
-        wrong.append(f"the step ran as '{found['how']}', not as one CUDA graph with the norm kernel")
+        wrong.append(
+            f"the step ran as '{found['how']}', not as one CUDA graph with the norm kernel"
+        )
     return wrong
 
 
-def main(argv: Any = None) -> int:
-    parser = options(__doc__, model="resnet50" if GPU else "cifar_resnet8", size=224 if GPU else 32, rows=64, steps=5)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options(__doc__, model=MODEL, size=SIZE, rows=64, steps=5)
     parser.add_argument("--schedule", choices=SCHEDULES, default="fused")
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)
@@ -63,9 +69,10 @@ def main(argv: Any = None) -> int:
     write_json(a.out / "smoke.json", {"results": [found | {"faults": wrong}]})
     step_ms = 1e3 * found["s_per_step"]["median"]
     print(
-        f"{a.schedule}, {a.rows} rows on {DEVICE}: {found['how']}, {step_ms:.2f} ms per step, start-up "
-        f"{found['startup_s']:.1f} s, loss {found['loss_clean']:.3f}, {found['skipped']:.0f} skipped, "
-        f"loss scale {found['loss_scale']:.0f}, {found['memory_gb'] or 0:.1f} GB"
+        f"{a.schedule}, {a.rows} rows on {DEVICE}: {found['how']}, {step_ms:.2f} ms per step, "
+        f"start-up {found['startup_s']:.1f} s, loss {found['loss_clean']:.3f}, "
+        f"{found['skipped']:.0f} skipped, loss scale {found['loss_scale']:.0f}, "
+        f"{found['memory_gb'] or 0:.1f} GB"
     )
     for sentence in wrong:
         print(f"WRONG: {sentence}", file=sys.stderr)

@@ -1,6 +1,8 @@
-"""The suite's last table: each target and its figure, throughput beside MLPerf's, and all else that was measured.
+"""What did the suite find? Each target and its figure, throughput beside MLPerf's, all the rest.
 
-python -m bench.gpu.table bench/results/gpu/suite.json
+    python -m bench.gpu.table bench/results/gpu/suite.json
+
+Prints Markdown; the suite itself writes it to table.md.
 """
 
 import json
@@ -9,29 +11,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench.common import interval
+
+# ResNet-50 training per GPU: MLPerf Training v4.0, closed division, 8 GPUs (MXNet, fused
+# convolution + batch norm + ReLU).
 MLPERF_IMAGES_PER_S = {"H200": 7950, "H100": 7160}
-"""ResNet-50 training per GPU: MLPerf Training v4.0, closed division, 8 GPUs (MXNet, fused convolution + batch norm + ReLU)."""
 
 Found = dict[str, dict[str, Any]]  # by cell
 Interval = tuple[float, float, float]  # figure, low, high
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the project promises of a GPU, and which cells say whether it holds."""
+# ------------------------------------------------------------------ figures of a cell
 
-    what: str
-    bound: float
-    at_least: bool
-    cells: tuple[str, ...]
-    """The figure is the worst of these."""
-    figure: Callable[[dict[str, Any]], Interval]
 
-    def verdict(self, figure: Interval) -> str:
-        middle, low, high = figure
-        if low < self.bound < high:
-            return "open: the interval includes the target"
-        return "met" if (middle >= self.bound if self.at_least else middle <= self.bound) else "missed"
+def single(found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The one result of a cell that ran one of the benches."""
+    (content,) = [part for name, part in found.items() if name.startswith(prefix)]
+    (result,) = content["results"]
+    return dict(result)
+
+
+def parity(found: dict[str, Any]) -> dict[str, Any]:
+    return single(found, "cost_parity_")
 
 
 def whole_run(found: dict[str, Any]) -> Interval:
@@ -50,59 +51,102 @@ def norm_share(found: dict[str, Any]) -> Interval:
     return share, share, share
 
 
+# ------------------------------------------------------------------ targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the project promises of a GPU, and which cells say whether it holds."""
+
+    what: str
+    bound: float
+    at_least: bool
+    cells: tuple[str, ...]
+    """The figure is the worst of these."""
+    figure: Callable[[dict[str, Any]], Interval]
+
+    def verdict(self, figure: Interval) -> str:
+        middle, low, high = figure
+        if low < self.bound < high:
+            return "open: the interval includes the target"
+        if self.at_least and middle < self.bound:
+            return "missed"
+        if not self.at_least and middle > self.bound:
+            return "missed"
+        return "met"
+
+
+def _cost_target(schedule: str, rows: int, bound: float) -> Target:
+    return Target(
+        what=f"`{schedule}` / vanilla, whole run, {rows} rows",
+        bound=bound,
+        at_least=False,
+        cells=(f"parity/fp16/{rows}/{schedule}/groups",),
+        figure=whole_run,
+    )
+
+
 TARGETS = (
-    Target("`fused` / vanilla, whole run, 256 rows", 1.02, False, ("parity/fp16/256/fused/groups",), whole_run),
-    Target("`fused` / vanilla, whole run, 64 rows", 1.10, False, ("parity/fp16/64/fused/groups",), whole_run),
-    Target("`pipelined` / vanilla, whole run, 256 rows", 1.00, False, ("parity/fp16/256/pipelined/groups",), whole_run),
-    Target("`pipelined` / vanilla, whole run, 64 rows", 1.00, False, ("parity/fp16/64/pipelined/groups",), whole_run),
+    _cost_target("fused", 256, 1.02),
+    _cost_target("fused", 64, 1.10),
+    _cost_target("pipelined", 256, 1.00),
+    _cost_target("pipelined", 64, 1.00),
     Target(
-        "vanilla against the best eager peer, 256 rows",
-        1.2,
-        True,
-        ("step/256/timm-like: AMP", "step/256/torchvision reference"),
-        against_peer,
+        what="vanilla against the best eager peer, 256 rows",
+        bound=1.2,
+        at_least=True,
+        cells=("step/256/timm-like: AMP", "step/256/torchvision reference"),
+        figure=against_peer,
     ),
-    Target("vanilla against the best compiled peer, 256 rows", 1.0, True, ("step/256/timm-like, compiled",), against_peer),
-    Target("norm kernel / bandwidth of a copy", 0.85, True, ("kernels",), norm_share),
+    Target(
+        what="vanilla against the best compiled peer, 256 rows",
+        bound=1.0,
+        at_least=True,
+        cells=("step/256/timm-like, compiled",),
+        figure=against_peer,
+    ),
+    Target(
+        what="norm kernel / bandwidth of a copy",
+        bound=0.85,
+        at_least=True,
+        cells=("kernels",),
+        figure=norm_share,
+    ),
 )
 
 
-def interval(value: dict[str, float]) -> Interval:
-    """Of a `bench.common.ratio` or `spread`."""
-    middle, low, high = list(value.values())[-3:]
-    return middle, low, high
-
-
-def single(found: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The one result of a cell that ran one of the benches."""
-    (content,) = (part for name, part in found.items() if name.startswith(prefix))
-    (result,) = content["results"]
-    return dict(result)
-
-
-def parity(found: dict[str, Any]) -> dict[str, Any]:
-    return single(found, "cost_parity_")
+# ------------------------------------------------------------------ the tables
 
 
 def table(suite: dict[str, Any]) -> str:
     """Markdown of a whole suite.json; what is missing says why."""
     environment = suite["environment"]
-    measured: Found = {c["cell"]: c["found"] for c in suite["cells"] if c["state"] == "measured" and "found" in c}
-    why = {c["cell"]: c["why"] for c in suite["cells"] if c["state"] != "measured"}
-    why |= dict.fromkeys(suite["not_reached"], "not reached")
+    measured: Found = {}
+    why: dict[str, str] = {}  # by cell that was not measured
+    for record in suite["cells"]:
+        if record["state"] != "measured":
+            why[record["cell"]] = record["why"]
+        elif "found" in record:
+            measured[record["cell"]] = record["found"]
+    for cell in suite["not_reached"]:
+        why[cell] = "not reached"
+
     device = environment["device"]
-    lines = [
-        f"# {device}, torch {environment['torch']}, commit {environment['commit']}",
+    anchor = _anchor(device)
+    lines = [f"# {device}, torch {environment['torch']}, commit {environment['commit']}", ""]
+    if suite["dry_run"]:
+        lines += [
+            "**A dry run at toy size on a CPU: it shows that every part runs. "
+            "The figures mean nothing.**",
+            "",
+        ]
+    lines += ["| target | bound | figure | verdict |", "|---|---|---|---|"]
+    lines += [_target_line(target, measured, why) for target in TARGETS]
+    lines += [
         "",
-        *(["**A dry run at toy size on a CPU: it shows that every part runs. The figures mean nothing.**", ""]
-          if suite["dry_run"] else []),
-        "| target | bound | figure | verdict |",
-        "|---|---|---|---|",
-        *(_target_line(t, measured, why) for t in TARGETS),
-        "",
-        f"| what | images/s | share of MLPerf's {_anchor(device) or '(no anchor for this device)'} |",
+        f"| what | images/s | share of MLPerf's {anchor or '(no anchor for this device)'} |",
         "|---|--:|--:|",
-        *_throughput(measured, _anchor(device)),
+        *_throughput(measured, anchor),
         "",
         "| whole run against vanilla | Fast AdvProp / vanilla | ms per step | vanilla's ms |",
         "|---|---|---|---|",
@@ -116,28 +160,38 @@ def table(suite: dict[str, Any]) -> str:
         *_loaders(measured),
         "Not measured:",
         "",
-        *([f"- {cell}: {reason}" for cell, reason in why.items()] or ["- nothing: all cells were"]),
-    ]  # fmt: skip
+    ]
+    lines += [f"- {cell}: {reason}" for cell, reason in why.items()]
+    if not why:
+        lines.append("- nothing: all cells were")
     return "\n".join(lines)
 
 
 def _anchor(device: str) -> int | None:
-    return next((value for name, value in MLPERF_IMAGES_PER_S.items() if name in device), None)
+    """MLPerf's images per second on such a GPU."""
+    for name, images_per_s in MLPERF_IMAGES_PER_S.items():
+        if name in device:
+            return images_per_s
+    return None
 
 
 def _target_line(target: Target, measured: Found, why: dict[str, str]) -> str:
-    missing = [c for c in target.cells if c not in measured]
-    bound = f"{'>=' if target.at_least else '<='} {target.bound:.2f}"
-    if missing:
-        return f"| {target.what} | {bound} | not measured | {why.get(missing[0], 'not among the chosen cells')} |"
-    figures = [target.figure(measured[c]) for c in target.cells]
+    sign = ">=" if target.at_least else "<="
+    start = f"| {target.what} | {sign} {target.bound:.2f} |"
+    figures = []
+    for cell in target.cells:
+        if cell not in measured:
+            return f"{start} not measured | {why.get(cell, 'not among the chosen cells')} |"
+        figures.append(target.figure(measured[cell]))
     worst = min(figures) if target.at_least else max(figures)
-    return f"| {target.what} | {bound} | {_shown(worst)} | {target.verdict(worst)} |"
+    return f"{start} {_shown(worst)} | {target.verdict(worst)} |"
 
 
 def _shown(figure: Interval) -> str:
     middle, low, high = figure
-    return f"{middle:.3f}" if low == high else f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+    if low == high:
+        return f"{middle:.3f}"
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _throughput(measured: Found, anchor: int | None) -> Iterator[str]:
@@ -154,28 +208,36 @@ def _throughput(measured: Found, anchor: int | None) -> Iterator[str]:
             f"`{result['schedule']}`, {what} (image passes)": result["ours"]["passes_per_s"],
         }
         for name, rate in rates.items():
-            if name not in seen:
-                seen.add(name)
-                yield f"| {name} | {rate:,.0f} | {f'{rate / anchor:.0%}' if anchor else '-'} |"
+            if name in seen:
+                continue
+            seen.add(name)
+            share = f"{rate / anchor:.0%}" if anchor else "-"
+            yield f"| {name} | {rate:,.0f} | {share} |"
 
 
 def _parities(measured: Found) -> Iterator[str]:
     for cell, found in measured.items():
-        if cell.startswith(("parity/", "loader/")):
-            result = parity(found)
-            ours, vanilla = result["ours"], result["vanilla"]
-            waiting = f", waiting for data {ours['waiting_share']:.0%} / {vanilla['waiting_share']:.0%}"
-            yield (
-                f"| {cell}{waiting if cell.startswith('loader/') else ''} | {_shown(interval(result['whole_run']))} | "
-                f"{1e3 * ours['s_per_step']['median']:.2f} | {1e3 * vanilla['s_per_step']['median']:.2f} |"
-            )
+        if not cell.startswith(("parity/", "loader/")):
+            continue
+        result = parity(found)
+        ours = result["ours"]
+        vanilla = result["vanilla"]
+        name = cell
+        if cell.startswith("loader/"):
+            name += f", waiting for data {ours['waiting_share']:.0%}"
+            name += f" / {vanilla['waiting_share']:.0%}"
+        our_ms = 1e3 * ours["s_per_step"]["median"]
+        base_ms = 1e3 * vanilla["s_per_step"]["median"]
+        figure = _shown(interval(result["whole_run"]))
+        yield f"| {name} | {figure} | {our_ms:.2f} | {base_ms:.2f} |"
 
 
 def _steps(measured: Found) -> Iterator[str]:
     for cell, found in measured.items():
         if cell.startswith("step/"):
             result = single(found, "step_")
-            yield f"| {cell} ({result['ours']}) | {_shown(against_peer(found))} | {result['our rows/s']:,.0f} |"
+            figure = _shown(against_peer(found))
+            yield f"| {cell} ({result['ours']}) | {figure} | {result['our rows/s']:,.0f} |"
 
 
 def _kernels(measured: Found) -> Iterator[str]:
@@ -183,25 +245,30 @@ def _kernels(measured: Found) -> Iterator[str]:
         return
     found = measured["kernels"]["kernels"]
     norm = found["norm"]
+    copy = found["bandwidth"]["copy_gb_per_s"]["median"]
     yield (
-        f"Copy on the device {found['bandwidth']['copy_gb_per_s']['median']:,.0f} GB/s; all batch norms of a pass "
-        f"{norm['ours_ms']:.2f} ms, {norm['gb_per_s']:,.0f} GB/s; cuDNN's with ReLU and add {norm['cudnn_ms']:.2f} ms "
-        f"({norm['cudnn_over_ours']:.2f}x)."
+        f"Copy on the device {copy:,.0f} GB/s; "
+        f"all batch norms of a pass {norm['ours_ms']:.2f} ms, {norm['gb_per_s']:,.0f} GB/s; "
+        f"cuDNN's with ReLU and add {norm['cudnn_ms']:.2f} ms ({norm['cudnn_over_ours']:.2f}x)."
     )
     yield ""
 
 
 def _loaders(measured: Found) -> Iterator[str]:
-    rows = []
+    results = []
     for cell, found in measured.items():
         if cell.startswith("loaders/"):
-            rows += [r for part in found.values() for r in part["results"]]
-    if rows:
-        yield "| loader | images/s | CPU-ms per image |"
-        yield "|---|--:|--:|"
-        for r in rows:
-            yield f"| {r['loader']} | {r['images/s']['median']:,.0f} | {r['CPU-ms per image']['median']:.2f} |"
-        yield ""
+            for part in found.values():
+                results += part["results"]
+    if not results:
+        return
+    yield "| loader | images/s | CPU-ms per image |"
+    yield "|---|--:|--:|"
+    for result in results:
+        rate = result["images/s"]["median"]
+        cpu_ms = result["CPU-ms per image"]["median"]
+        yield f"| {result['loader']} | {rate:,.0f} | {cpu_ms:.2f} |"
+    yield ""
 
 
 def main() -> None:

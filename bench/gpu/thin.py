@@ -1,4 +1,8 @@
-"""`python -m bench.gpu.thin FILE...`: zero the GPU code in shared objects that is not for one GPU.
+"""Makes shared objects compress well: zeroes their GPU code that is not for one GPU.
+
+    python -m bench.gpu.thin FILE ... [--architecture 90]
+
+Changes the files in place. A tool of build_dali.sh.
 
 CHECKED ON A CPU ONLY: a thinned DALI imports and decodes on a CPU; whether its kernels load on an
 H100 is not known.
@@ -6,8 +10,10 @@ H100 is not known.
 Sizes and offsets stay, and zeros compress to nothing. Section .nv_fatbin holds containers, one
 after another, each a header and entries of their own header and code: PTX, or machine code of one
 architecture. The layout is not documented; these fields were found by looking:
-container: u4 magic, u2 version, u2 header size, u8 size of what follows
-entry:     u2 kind (1 PTX, 2 machine code), u2, u4 header size, u8 payload size, u4 architecture @28
+
+    container: u4 magic, u2 version, u2 header size, u8 size of what follows
+    entry:     u2 sort (1 PTX, 2 machine code), u2, u4 header size, u8 payload size,
+               u4 architecture @28
 """
 
 import argparse
@@ -28,7 +34,9 @@ MACHINE_CODE = 2
 
 
 class Entry(NamedTuple):
-    kind: int
+    """A piece of GPU code in the file."""
+
+    sort: int  # MACHINE_CODE or PTX
     architecture: int  # 90: sm_90
     start: int  # of the payload, in bytes from the start of the file
     size: int  # of the payload
@@ -49,6 +57,7 @@ def fatbin_section(path: Path) -> range:
 
 
 def entries(data: bytes | bytearray, section: range) -> Iterator[Entry]:
+    """All entries of all containers of the section, in order."""
     at = section.start
     while at < section.stop:
         if data[at : at + len(MAGIC)] != MAGIC:  # padding between containers
@@ -58,11 +67,12 @@ def entries(data: bytes | bytearray, section: range) -> Iterator[Entry]:
         entry = at + header
         end = entry + size
         while entry < end:
-            kind, _, entry_header, payload = ENTRY.unpack_from(data, entry)
+            sort, _, entry_header, payload = ENTRY.unpack_from(data, entry)
             (architecture,) = ARCHITECTURE.unpack_from(data, entry + ARCHITECTURE_AT)
-            yield Entry(kind, architecture, entry + entry_header, payload)
+            yield Entry(sort, architecture, entry + entry_header, payload)
             entry += entry_header + payload
-        at = end + -end % ALIGNMENT
+        to_next = -end % ALIGNMENT  # containers begin at multiples of it
+        at = end + to_next
 
 
 def thin(data: bytearray, section: range, architecture: int) -> int:
@@ -74,7 +84,7 @@ def thin(data: bytearray, section: range, architecture: int) -> int:
     others = []
     found = list(entries(data, section))
     for entry in found:
-        if entry.kind != MACHINE_CODE or entry.architecture != architecture:
+        if entry.sort != MACHINE_CODE or entry.architecture != architecture:
             others.append(entry)
     if len(others) == len(found):
         raise ValueError(f"no code for sm_{architecture}")

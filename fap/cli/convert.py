@@ -10,43 +10,20 @@ from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, importing, raising_stopped
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fap-convert", description=__doc__)
-    add = parser.add_argument
-    add("src", nargs="?", type=expanduser, help="image folder in ImageNet's layout (one folder per class), or cifar10")
-    add("dst", nargs="?", type=expanduser, help="file to write; one that exists is never overwritten")
-    add("--check", metavar="FILE", type=expanduser, help="verify structure and every checksum of a .beton, writing nothing")
-    add("--max-side", type=int, metavar="N", help="shrink larger images so that the longer side is N pixels")
-    add("--quality", type=int, metavar="Q", help="re-encode every image as a JPEG of this quality")
-    add("--raw", action="store_true", help="store decoded RGB pixels")
-    add("--skip-bad", action="store_true", help="leave damaged images out instead of failing")
-    add("--allow-odd-classes", action="store_true", help="take a single class, and classes called train, val or test")
-    add("--threads", type=int, metavar="T", help="default: all cores")
-    add("--split", choices=("train", "test"), help="cifar10 only; default: train")
-    add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
-    a = parser.parse_args(argv)
-    if (a.check is None) == (a.src is None) or (a.src is None) != (a.dst is None):
-        parser.error("give SRC and DST, or --check FILE")
-    for_folders = a.max_side is not None or a.quality is not None or a.raw or a.skip_bad or a.allow_odd_classes
-    if (a.check or a.src == "cifar10") and for_folders:
-        parser.error("--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders")
-    if a.src != "cifar10" and (a.split or a.limit is not None):
-        parser.error("--split and --limit are for cifar10")
-    if a.threads is not None and (a.threads < 1 or a.src == "cifar10"):
-        parser.error(f"--threads {a.threads}: at least 1, and not for cifar10, which is not decoded")
-    return a
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
-    a = parse(argv)
+    args = arguments(argv)
     with importing("fap-convert"):
         import pipelines.convert  # noqa: F401  # with all that `check` and `convert` import
     try:
         with raising_stopped(tidying=True):
-            return check(a) if a.check else convert(a)
+            if args.check is not None:
+                return check(args)
+            return convert(args)
     except Stopped as stopped:
-        state = "the file is complete" if a.dst and lexists(a.dst) else "nothing was written"
+        state = "nothing was written"
+        if args.dst and lexists(args.dst):
+            state = "the file is complete"
         print(f"\nfap-convert: stopped by {stopped}; {state}", file=sys.stderr)
         return stopped.exit_code
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
@@ -54,37 +31,115 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def check(a: argparse.Namespace) -> int:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fap-convert", description=__doc__)
+    add = parser.add_argument
+    add(
+        "src",
+        nargs="?",
+        type=expanduser,
+        help="image folder in ImageNet's layout (one folder per class), or cifar10",
+    )
+    add(
+        "dst",
+        nargs="?",
+        type=expanduser,
+        help="file to write; one that exists is never overwritten",
+    )
+    add(
+        "--check",
+        metavar="FILE",
+        type=expanduser,
+        help="verify structure and every checksum of a .beton, writing nothing",
+    )
+    add(
+        "--max-side",
+        type=int,
+        metavar="N",
+        help="shrink larger images so that the longer side is N pixels",
+    )
+    add("--quality", type=int, metavar="Q", help="re-encode every image as a JPEG of this quality")
+    add("--raw", action="store_true", help="store decoded RGB pixels")
+    add("--skip-bad", action="store_true", help="leave damaged images out instead of failing")
+    add(
+        "--allow-odd-classes",
+        action="store_true",
+        help="take a single class, and classes called train, val or test",
+    )
+    add("--threads", type=int, metavar="T", help="default: all cores")
+    add("--split", choices=("train", "test"), help="cifar10 only; default: train")
+    add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
+    args = parser.parse_args(argv)
+    _refuse_what_does_not_go_together(args, parser)
+    return args
+
+
+def _refuse_what_does_not_go_together(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> None:
+    converts = args.src is not None
+    checks = args.check is not None
+    if converts == checks or converts != (args.dst is not None):
+        parser.error("give SRC and DST, or --check FILE")
+    cifar10 = args.src == "cifar10"
+    for_folders = (
+        args.max_side is not None
+        or args.quality is not None
+        or args.raw
+        or args.skip_bad
+        or args.allow_odd_classes
+    )
+    if for_folders and (checks or cifar10):
+        parser.error(
+            "--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders"
+        )
+    if not cifar10 and (args.split or args.limit is not None):
+        parser.error("--split and --limit are for cifar10")
+    if args.threads is not None and (args.threads < 1 or cifar10):
+        parser.error(
+            f"--threads {args.threads}: at least 1, and not for cifar10, which is not decoded"
+        )
+
+
+def check(args: argparse.Namespace) -> int:
     from pipelines.convert import check as faults_of
     from pipelines.files import readable
 
-    faults = faults_of(a.check, a.threads)
-    print("\n".join([*faults, f"{readable(a.check)}: {len(faults) or 'no'} fault(s)"]))
+    faults = faults_of(args.check, args.threads)
+    for fault in faults:
+        print(fault)
+    print(f"{readable(args.check)}: {len(faults) or 'no'} fault(s)")
     return int(bool(faults))
 
 
-def convert(a: argparse.Namespace) -> int:
+def convert(args: argparse.Namespace) -> int:
     from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
     from pipelines.files import readable
-    from pipelines.folder import Listing
-    from pipelines.store import BetonStore, sidecar_path
+    from pipelines.sources.beton import BetonStore
+    from pipelines.sources.listing import Listing
+    from pipelines.sources.sidecar import sidecar_path
 
-    if a.src == "cifar10":
-        done = convert_cifar10(a.dst, a.split or "train", a.limit)
+    if args.src == "cifar10":
+        done = convert_cifar10(args.dst, args.split or "train", args.limit)
     else:
-        encoding = Encoding(a.max_side, a.quality, a.raw)
-        permissions = {"skip_bad": a.skip_bad, "allow_odd_classes": a.allow_odd_classes}
-        done = convert_folder(a.src, a.dst, encoding, **permissions, threads=a.threads)
+        done = convert_folder(
+            args.src,
+            args.dst,
+            Encoding(args.max_side, args.quality, args.raw),
+            skip_bad=args.skip_bad,
+            allow_odd_classes=args.allow_odd_classes,
+            threads=args.threads,
+        )
     skipped = done["skipped"]
     for path in skipped[:MOST_TOLD]:
         print(f"left out: {readable(path)}")
     if len(skipped) > MOST_TOLD:
-        print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(a.dst))}")
+        print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(args.dst))}")
     for note in Listing((), [], done.get("ignored", {})).notes():
         print(note)
-    with closing(BetonStore(a.dst)) as store:  # what is reported is what can be read
+    with closing(BetonStore(args.dst)) as store:  # what is reported is what can be read
         print("\n".join(store.describe()))
-    print(f"{readable(a.dst)}: {done['count']} images, {len(skipped)} left out")
+    print(f"{readable(args.dst)}: {done['count']} images, {len(skipped)} left out")
     return 0
 
 

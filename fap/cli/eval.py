@@ -1,4 +1,4 @@
-"""fap-eval: exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."""
+"""`fap-eval`: the way in. `fap.cli.eval_command`, which needs torch, does the rest."""
 
 import sys
 from collections.abc import Sequence

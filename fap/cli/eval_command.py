@@ -15,16 +15,23 @@ import torch
 from tqdm import tqdm
 
 import pipelines
-from fap import report
-from fap.benchmarks import Wanted
 from fap.checkpoint import DamagedCheckpoint
 from fap.cli.output import told
-from fap.evaluation import carry_out, look
-from fap.results import Results
-from fap.session import limit_threads
-from pipelines.corrupt import NAMES, QUICK, SMALL, Workers
+from fap.evaluate import report
+from fap.evaluate.benchmarks import Wanted
+from fap.evaluate.results import Results
+from fap.evaluate.work import carry_out, look
+from fap.run.torch_setup import limit_threads
+from pipelines.corrupt import NAMES, QUICK, SMALL
+from pipelines.sources import accepted
+from pipelines.workers import Workers
 
-DESCRIPTION = "Exact accuracy of checkpoints on clean images and under corruptions, beside the paper's numbers."
+DESCRIPTION = (
+    "Exact accuracy of checkpoints on clean images and under corruptions, "
+    "beside the paper's numbers."
+)
+SEVERITIES = range(1, 6)
+DEFAULT_SEVERITY = 3
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -51,31 +58,67 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="fap-eval", description=DESCRIPTION)
-    add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
-    add("--data", required=True, help="clean images: a .beton file or an image folder")
-    add("--corrupt", nargs="*", choices=["all", *NAMES],
-        help=f"corrupt --data on the fly; alone: {', '.join(QUICK)}; all: 19 at 5 severities")  # fmt: skip
-    add("--keep", metavar="DIR", help="build each corrupted set once, as a .beton of raw images in this folder")
-    add("--severity", nargs="+", type=int, choices=range(1, 6), help="of --corrupt; default 3")
-    add("--imagenet-c", metavar="DIR", help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop")
-    add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
-    add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
-    add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
-    add("--labels-by-position", action="store_true",
-        help="compare labels by position where only the checkpoint or only the data has class names")  # fmt: skip
-    add("--bn", choices=("main", "aux"), default="main")
-    add("--pipeline", choices=list(pipelines.BACK_ENDS), help="default: ffcv for a .beton, reference for a folder")
-    add("--batch", type=int, default=256)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the corruptions computed here")
-    add("--out", metavar="DIR", default="eval", help="for tables, plot and each set's result, which is not computed again")
+    _add_image_sets(parser)
+    _add_settings(parser)
     args = parser.parse_args(argv)
     if args.corrupt is None:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
             if given is not None:
                 parser.error(f"{option} is about the sets of --corrupt, which is not given")
     return args
+
+
+def _add_image_sets(parser: ArgumentParser) -> None:
+    """What is evaluated, and on which images."""
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
+    add("--data", required=True, help=f"clean images: {accepted()}")
+    add(
+        "--corrupt",
+        nargs="*",
+        choices=["all", *NAMES],
+        help=f"corrupt --data on the fly; alone: {', '.join(QUICK)}; all: 19 at 5 severities",
+    )
+    add(
+        "--keep",
+        metavar="DIR",
+        help="build each corrupted set once, as a .beton of raw images in this folder",
+    )
+    add("--severity", nargs="+", type=int, choices=SEVERITIES, help="of --corrupt; default 3")
+    add(
+        "--imagenet-c",
+        metavar="DIR",
+        help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop",
+    )
+    add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
+    add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
+    add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
+
+
+def _add_settings(parser: ArgumentParser) -> None:
+    """How it is evaluated, and where the report goes."""
+    add = parser.add_argument
+    add(
+        "--labels-by-position",
+        action="store_true",
+        help="compare labels by position "
+        "where only the checkpoint or only the data has class names",
+    )
+    add("--bn", choices=("main", "aux"), default="main")
+    add(
+        "--pipeline",
+        choices=list(pipelines.BACK_ENDS),
+        help="default: ffcv for a .beton, reference for a folder",
+    )
+    add("--batch", type=int, default=256)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0, help="of the corruptions computed here")
+    add(
+        "--out",
+        metavar="DIR",
+        default="eval",
+        help="for tables, plot and each set's result, which is not computed again",
+    )
 
 
 def evaluate(args: Namespace) -> int:
@@ -88,7 +131,7 @@ def evaluate(args: Namespace) -> int:
     wanted = wishes(args)
     out = _path(args.out)
     results = Results(out / "results", say)
-    many = "all" in (args.corrupt or ())
+    many = _everything(args)
     with closing(pipelines.open_store(wanted.data)) as data, Workers(say=say) as workers:
         works = [look(_path(path), wanted, data, workers, results) for path in args.checkpoints]
         for work in works:
@@ -97,7 +140,8 @@ def evaluate(args: Namespace) -> int:
         if not many:
             workers.n = 0  # seconds of work, which is what processes take to start
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # a folder that cannot be written costs no hours of work
+        # A folder that cannot be written is noticed now, and costs no hours of work.
+        with tempfile.TemporaryFile(dir=out):
             pass
         reports = [carry_out(work, wanted, workers, results, say) for work in works]
     print(report.markdown(reports), end="", flush=True)
@@ -106,7 +150,7 @@ def evaluate(args: Namespace) -> int:
 
 
 def wishes(args: Namespace) -> Wanted:
-    """The arguments as `fap.benchmarks.Wanted`. Raises ValueError."""
+    """The arguments as `fap.evaluate.benchmarks.Wanted`. Raises ValueError."""
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.seed < 0:
@@ -115,16 +159,9 @@ def wishes(args: Namespace) -> Wanted:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    everything = "all" in (args.corrupt or ())
-    names: Sequence[str] = ()
-    if everything:
-        names = NAMES
-    elif args.corrupt is not None:
-        names = args.corrupt or QUICK
-    severities = args.severity or (range(1, 6) if everything else [3])
     return Wanted(
         data=_path(args.data),
-        computed=tuple((n, s) for n in NAMES for s in range(1, 6) if n in names and s in severities),
+        computed=_corruptions(args),
         keep=_optional(args.keep),
         imagenet_c=_optional(args.imagenet_c),
         imagenet_r=_optional(args.imagenet_r),
@@ -137,6 +174,30 @@ def wishes(args: Namespace) -> Wanted:
         bn=args.bn,
         by_position=args.labels_by_position,
     )
+
+
+def _corruptions(args: Namespace) -> tuple[tuple[str, int], ...]:
+    """(name, severity) of the sets to compute, in the order of NAMES, not in the user's."""
+    if args.corrupt is None:
+        return ()
+    if _everything(args):
+        names: Sequence[str] = NAMES
+        severities: Sequence[int] = SEVERITIES
+    else:
+        names = args.corrupt or QUICK  # --corrupt without a name
+        severities = [DEFAULT_SEVERITY]
+    if args.severity:
+        severities = args.severity
+    return tuple(
+        (name, severity)
+        for name in NAMES
+        for severity in SEVERITIES
+        if name in names and severity in severities
+    )
+
+
+def _everything(args: Namespace) -> bool:
+    return args.corrupt is not None and "all" in args.corrupt
 
 
 def _path(text: str) -> Path:

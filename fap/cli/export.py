@@ -1,4 +1,4 @@
-"""fap-export: a run's checkpoint as plain weights that torchvision or timm load with strict=True."""
+"""`fap-export`: a run's checkpoint as plain weights that torchvision or timm load."""
 
 import argparse
 import os
@@ -8,15 +8,20 @@ from collections.abc import Sequence
 from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, end, importing, raising_stopped
 
+DESCRIPTION = (
+    "fap-export: a run's checkpoint as plain weights "
+    "that torchvision or timm load with strict=True."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
-    parser = argparse.ArgumentParser(prog="fap-export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fap-export", description=DESCRIPTION)
     parser.add_argument("checkpoint", help="a step_*.safetensors of a run")
     parser.add_argument("out", help="the .safetensors file to write; it must not exist")
     args = parser.parse_args(argv)
     with importing("fap-export"):
-        from fap import load
+        from fap.evaluate import load
     out = os.path.expanduser(args.out)
     try:
         with raising_stopped():
@@ -29,9 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         print(f"fap-export: {args.checkpoint}: not enough memory for it", file=sys.stderr)
         return 1
+
     name = meta["model"].removeprefix("timm/")
-    print(f"wrote {out}: {name}, {meta['num_classes']} classes, after {meta['step']} steps of run {meta['run']}")
-    print(f"input: RGB in 0..1, {meta['size']} px, minus mean {meta['mean']}, divided by std {meta['std']}")
+    classes = f"{meta['num_classes']} classes"
+    print(f"wrote {out}: {name}, {classes}, after {meta['step']} steps of run {meta['run']}")
+    scaled = f"minus mean {meta['mean']}, divided by std {meta['std']}"
+    print(f"input: RGB in 0..1, {meta['size']} px, {scaled}")
     print(f"load:  model.load_state_dict(safetensors.torch.load_file({out!r}), strict=True)")
     return 0
 

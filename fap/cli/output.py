@@ -1,4 +1,4 @@
-"""Standard output and error that may fail: a full disk or a closed pipe costs lines, never the work."""
+"""Standard output and error that may fail: a full disk or a closed pipe never costs the work."""
 
 import contextlib
 import os
@@ -45,19 +45,21 @@ class Surviving:
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
         if self is sys.stdout:
-            print(f"warning: standard output is lost ({error}); the work goes on", file=sys.stderr, flush=True)
+            warning = f"warning: standard output is lost ({error}); the work goes on"
+            print(warning, file=sys.stderr, flush=True)
 
 
 def told(error: BaseException) -> str:
     """An error's text for a message; the middle of a very long path is left out."""
     text = str(error)
     if isinstance(error, OSError) and len(text) > MOST_SAID:
-        text = f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 2 :]}"
+        half = MOST_SAID // 2
+        text = f"{text[:half]} ... {text[-half:]}"
     return text
 
 
 def survive() -> None:
-    """Make `sys.stdout` and `sys.stderr` survive. Characters that their encoding lacks are escaped."""
+    """Make `sys.stdout` and `sys.stderr` survive. What their encoding lacks is escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before we were started: `command >&-`

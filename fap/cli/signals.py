@@ -1,4 +1,4 @@
-"""How a command ends when it is told to, or cannot begin: one line and an exit code, no traceback."""
+"""How a command ends that is told to, or cannot begin: one line and an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from fap.cli.output import told
+from fap.signals import SIGNALS
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as fap.session.SIGNALS
+ENDED_BY_SIGNAL = 128  # the shell's convention: the exit code is this and the signal's number
+STANDARD_ERROR = 2  # its descriptor; after `survive` the null device where it was closed
 SECONDS_TO_END = 5
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the command to end."""
+    """A signal asks the command to end. `exit_code` is the shell's convention."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number  # the shell's convention
+        self.number = number
+        self.exit_code = ENDED_BY_SIGNAL + number
 
 
 @contextmanager
@@ -36,8 +39,9 @@ def importing(command: str) -> Iterator[None]:
     """
 
     def leave(number: int, _: Any) -> None:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: {_said(number)}\n".encode())
-        os._exit(128 + number)
+        # Not by `print`: the signal may have come in the middle of another one.
+        os.write(STANDARD_ERROR, f"{command}: {_said(number)}\n".encode())
+        os._exit(ENDED_BY_SIGNAL + number)
 
     with _handled_by(leave):
         try:
@@ -54,11 +58,12 @@ def raising_stopped(*, tidying: bool = False) -> Iterator[None]:
     A second signal has its usual effect; but if the block then has to take away what it began
     (`tidying`), it is ignored.
     """
+    second = signal.SIG_IGN if tidying else signal.SIG_DFL
 
     def stop(number: int, _: Any) -> None:
-        for each in STOPPING:
+        for each in SIGNALS:
             if signal.getsignal(each) is stop:
-                signal.signal(each, signal.SIG_IGN if tidying else signal.SIG_DFL)
+                signal.signal(each, second)
         raise Stopped(number)
 
     with _handled_by(stop):
@@ -70,7 +75,7 @@ def end(command: str, stopped: Stopped, what: str = "") -> int:
 
     Where a worker process was killed in the middle of something, a thread may wait for it for ever.
     """
-    print(f"{command}: {_said(stopped.exit_code - 128)}{what}", file=sys.stderr, flush=True)
+    print(f"{command}: {_said(stopped.number)}{what}", file=sys.stderr, flush=True)
     last = threading.Timer(SECONDS_TO_END, os._exit, (stopped.exit_code,))
     last.daemon = True
     last.start()
@@ -86,7 +91,7 @@ def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     caught = []
     if threading.current_thread() is threading.main_thread():  # no other one may set handlers
         # What nohup or a shell's background job ignores stays ignored.
-        caught = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     former = {number: signal.signal(number, handler) for number in caught}
     try:
         yield

@@ -1,0 +1,52 @@
+"""Exact evaluation: every image once, in the mode and through the norms asked for."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from fap.nets.dual import evaluate_with, norms
+from fap.nets.norm import Bn
+from fap.step.half import HALF, Amp
+from fap.tasks.base import Evaluator, Pairs, Result
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Pairs,  # uint8 images (B, 3, H, W) and their targets (B, ...), on any device
+    evaluator: Evaluator,
+    *,
+    mean: Sequence[float],  # (3,), of pixels in 0..1
+    std: Sequence[float],
+    bn: Bn = "main",
+    device: torch.device | str = "cpu",
+    amp: Amp = "off",
+) -> Result:
+    """Evaluate `model`, which is on `device`; afterwards each of its modules is in its former mode.
+
+    With torch.distributed initialised, `batches` are this rank's, and the result is that of all
+    ranks. Raises ValueError without images or without `bn`.
+    """
+    device = torch.device(device)
+    mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
+    std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
+    half = HALF.get(amp)
+    # A plain model has no auxiliary norms to choose from.
+    choosing: AbstractContextManager[None] = nullcontext()
+    if norms(model):
+        choosing = evaluate_with(model, bn)
+    former = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.inference_mode(), choosing:
+            model.eval()
+            for images, targets in batches:
+                x = images.to(device).to(memory_format=torch.channels_last)
+                with torch.autocast(device.type, half, enabled=half is not None):
+                    outputs = model((x - mean_255) / std_255)
+                evaluator.update(outputs, targets.to(device))
+    finally:
+        # Not `model.train()`: a run may keep some modules in the other mode.
+        for module, training in former:
+            module.training = training
+    return evaluator.result()

@@ -1,0 +1,242 @@
+"""Images to evaluate on: how they are read for a checkpoint, and what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import PIL
+import scipy
+import torch
+from torch import Tensor
+
+import pipelines
+from fap.tasks.base import Task
+from pipelines import Batch, Store
+from pipelines.corrupt_batches import corrupted
+from pipelines.sources import arrays, cifar10
+from pipelines.sources.sidecar import sidecar_path
+
+BackEnd = str  # one of `pipelines.BACK_ENDS`
+Batches = Generator[tuple[Tensor, Tensor], None, None]
+"""uint8 images (B, 3, H, W), and what each row is: (B, ...)."""
+
+# What computes pixels: another version may round otherwise.
+PIXELS = {
+    "opencv": cv2.__version__,
+    "pillow": PIL.__version__,
+    "scipy": scipy.__version__,
+    "numpy": np.__version__,
+}
+NO_LABEL = -1  # of a padding row, for `pipelines.corrupt_batches.build`
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read for one checkpoint, whichever they are."""
+
+    task: Task
+    size: int  # pixels: a side of the model's images
+    resize: int  # pixels: the shorter side before the central crop
+    batch: int
+    device: str
+    back_end: BackEnd | None  # None: the one that suits the data
+
+    def back_end_for(self, path: Path) -> BackEnd:
+        """The back end that reads the data at `path`."""
+        if self.back_end is not None:
+            return self.back_end
+        if path.is_dir():
+            return "reference"
+        return "ffcv"
+
+    def as_stored(self) -> Reading:
+        """For images that have the model's size already: no resize, no crop."""
+        return replace(self, resize=self.size)
+
+
+class Seen(NamedTuple):
+    """An open store, and what it was when it was looked at."""
+
+    store: Store
+    identity: dict[str, Any]
+    stamps: str
+
+
+def look_at(store: Store) -> Seen:
+    # The stamps first: a change from here on is noticed.
+    stamps = stamps_of(files_of(store))
+    return Seen(store, store.identity(), stamps)
+
+
+def files_of(store: Store) -> list[Path]:
+    """Every file of a store, once: the images', and a sidecar."""
+    # A .beton is one file for all its samples.
+    files = dict.fromkeys(store.file(index) for index in range(len(store)))
+    side = sidecar_path(store.path)
+    if side.exists():
+        files[side] = None
+    return list(files)
+
+
+def stamps_of(files: Iterable[Path]) -> str:
+    """Sizes and times of files as they are now: another value means that one has changed.
+
+    Needed because a store's identity covers only some images where there are no checksums.
+    `st_ctime` also shows a replacement that was given the old date.
+    """
+    sha256 = hashlib.sha256()
+    for file in files:
+        found = os.stat(file)
+        numbers = f"\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0{found.st_ino}\n"
+        sha256.update(os.fsencode(file) + numbers.encode())
+    return sha256.hexdigest()
+
+
+class Corruption(NamedTuple):
+    """A corruption of stored images, computed here."""
+
+    name: str
+    severity: int
+    seed: int
+
+
+class Opened(ABC):
+    """One set of images, open."""
+
+    classes: tuple[str, ...] | None  # names in the order of the labels
+    labels: tuple[int, int]  # the least and the greatest
+    count: int  # images
+    n_batches: int
+    identity: dict[str, Any]
+    """JSON: what the images are, by content, and what is done to them; `files` are the stamps."""
+    unbuilt = False
+    """A kept set that is not there yet: `EvalSet.build` it, then open it again."""
+
+    @abstractmethod
+    def stamps(self) -> str:
+        """Of the files as they are now, to be compared with those of `identity`."""
+
+    @abstractmethod
+    def batches(self) -> Batches:
+        """All images once, with their targets."""
+
+
+class StoredImages(Opened):
+    """The images of a store, resized and cropped as for validation."""
+
+    def __init__(self, reading: Reading, seen: Seen) -> None:
+        store = seen.store
+        self.store = store
+        self.device = reading.device
+        self.plan = pipelines.eval_plan(
+            store.heights,
+            store.widths,
+            size=reading.size,
+            resize=reading.resize,
+            batch=reading.batch,
+        )
+        back_end = reading.back_end_for(store.path)
+        self.loader = pipelines.open_loader(
+            back_end, store, size=reading.size, device=reading.device
+        )
+        self.targets = reading.task.targets(store, self.plan)
+        self.classes = store.classes
+        self.labels = (int(store.labels.min()), int(store.labels.max()))
+        self.count = len(store)
+        self.n_batches = len(self.plan)
+        self.identity = {
+            "size": reading.size,
+            "resize": reading.resize,
+            "batch": reading.batch,
+            "back end": back_end,
+            "pixels": PIXELS,
+            "data": seen.identity,
+            "files": seen.stamps,
+        }
+
+    def stamps(self) -> str:
+        return stamps_of(files_of(self.store))
+
+    def batches(self) -> Batches:
+        # All at once, so that no batch waits for a copy.
+        return self._beside(self.targets.to(self.device))
+
+    def labelled(self) -> Batches:
+        """All images once, with the store's own labels whatever the task; `NO_LABEL` is padding."""
+        return self._beside(torch.from_numpy(self.plan.look_up(self.store.labels, NO_LABEL)))
+
+    def _beside(
+        self,
+        values: Tensor,  # (steps, B, ...)
+    ) -> Batches:
+        for batch in self._shown():
+            yield batch.images, values[batch.step]
+
+    def _shown(self) -> Iterator[Batch]:
+        return self.loader.load(self.plan)
+
+
+class CorruptedImages(StoredImages):
+    """The images of a store, corrupted by `workers` after resize and crop."""
+
+    def __init__(
+        self, reading: Reading, seen: Seen, corruption: Corruption, workers: Executor
+    ) -> None:
+        super().__init__(reading, seen)
+        self.corruption = corruption
+        self.workers = workers
+        self.identity["corrupted"] = corruption._asdict()
+
+    def _shown(self) -> Iterator[Batch]:
+        return corrupted(
+            super()._shown(), self.plan.index, pool=self.workers, **self.corruption._asdict()
+        )
+
+
+class ArrayImages(Opened):
+    """One severity of a corruption of CIFAR-10-C: images of the model's size, shown as they are."""
+
+    def __init__(self, reading: Reading, file: Path, severity: int) -> None:
+        """Raises ValueError for images of another size, DamagedData and OSError."""
+        self.files = [file, file.with_name("labels.npy")]
+        stamps = self.stamps()  # first, as in `look_at`
+        part = arrays.read_severity(file, severity)
+        self.part = part
+        height, width = part.images.shape[1:3]
+        if (height, width) != (reading.size, reading.size):
+            raise ValueError(
+                f"{file}: its images have {height} x {width} pixels, "
+                f"the model takes {reading.size} x {reading.size}"
+            )
+        self.batch = reading.batch
+        self.starts = range(0, len(part.images), reading.batch)
+        self.classes = cifar10.CLASSES
+        self.labels = (int(part.labels.min()), int(part.labels.max()))
+        self.count = len(part.images)
+        self.n_batches = len(self.starts)
+        self.identity = {
+            "content": part.content,
+            "severity": severity,
+            "batch": reading.batch,
+            "files": stamps,
+        }
+
+    def stamps(self) -> str:
+        return stamps_of(self.files)
+
+    def batches(self) -> Batches:
+        # The benchmark is one of class labels: they are the targets, and no row is padding.
+        labels = torch.from_numpy(self.part.labels)
+        for start in self.starts:
+            rows = slice(start, start + self.batch)
+            images = torch.from_numpy(self.part.images[rows].copy()).permute(0, 3, 1, 2)
+            yield images, labels[rows]

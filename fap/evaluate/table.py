@@ -1,0 +1,213 @@
+"""The numbers of a report: one column for each checkpoint, and notes on what no number shows."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+from fap.evaluate.published import SEVERITIES
+from fap.evaluate.work import Report
+from fap.tasks.base import CorruptionMean, Result
+
+# Benchmarks of one set, told by the task's primary metric.
+SINGLE = {"imagenet_r": "ImageNet-R", "stylized": "Stylized-ImageNet"}
+# Benchmarks of corruptions at five severities.
+CORRUPTIONS = {
+    "computed": "computed here, not the published files",
+    "imagenet_c": "ImageNet-C",
+    "cifar10_c": "CIFAR-10-C",
+}
+MOST_LISTED = 10  # lines of one sort
+MOST_ABSENT = 3  # corruptions that a note names
+MOST_PARTS = 4  # of a note
+
+
+class Number(NamedTuple):
+    """Percent, but for what the task says is none, such as a loss."""
+
+    ours: float
+    paper: float | None = None
+
+
+class Table(NamedTuple):
+    """One checkpoint's column."""
+
+    rows: dict[str, Number]
+    notes: list[str]
+
+
+def table_of(report: Report) -> Table:
+    """The column and the notes of one checkpoint."""
+    rows = _plain_rows(report)
+    notes = _label_notes(report.labels)
+    for measured in _corruption_benchmarks(report):
+        refused = measured.refused()
+        rows |= measured.rows(refused)
+        notes += [
+            f"{title} ({measured.words}): not computed: {why}" for title, why in refused.items()
+        ]
+    notes += [f"not used: {line}" for line in capped(report.unused)]
+    return Table(rows, notes)
+
+
+def capped(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    if len(lines) <= MOST_LISTED:
+        return list(lines)
+    return [*lines[:MOST_LISTED], f"and {len(lines) - MOST_LISTED} more"]
+
+
+def _plain_rows(report: Report) -> dict[str, Number]:
+    """Clean images by every metric, and after the first of them the benchmarks of one set."""
+    task = report.task
+    clean = report.results["clean"]
+    primary = task.primary
+    rows = {task.rows[primary]: Number(100 * clean[primary], report.paper.get(primary))}
+    for key, words in SINGLE.items():
+        if key in report.results:
+            reached = 100 * report.results[key][primary]
+            rows[f"{words} {task.percents[primary]}"] = Number(reached, report.paper.get(key))
+    for metric, title in task.rows.items():
+        if metric == primary:
+            continue
+        value = clean[metric]
+        if metric in task.percents:
+            value *= 100
+        rows[title] = Number(value)
+    return rows
+
+
+def _label_notes(labels: Mapping[str, str]) -> list[str]:
+    """One line for each way in which labels were matched."""
+    ways: defaultdict[str, list[str]] = defaultdict(list)
+    for key, how in labels.items():
+        benchmark = key.split("/")[0]
+        if benchmark not in ways[how]:
+            ways[how].append(benchmark)
+    if len(ways) == 1:
+        return [f"labels of all sets: {how}" for how in ways]
+    return [f"labels of {', '.join(benchmarks)}: {how}" for how, benchmarks in ways.items()]
+
+
+# ---------------------------------------------------------------------- benchmarks of corruptions
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of one benchmark of corruptions."""
+
+    benchmark: str  # one of CORRUPTIONS
+    results: dict[str, dict[int, Result]]  # by corruption and severity
+    report: Report
+
+    @property
+    def words(self) -> str:
+        return CORRUPTIONS[self.benchmark]
+
+    def refused(self) -> dict[str, str]:
+        """The reason for each of the task's means that must not be computed, by its title."""
+        reasons = {mean.title: self._why_not(mean) for mean in self.report.task.means}
+        return {title: why for title, why in reasons.items() if why}
+
+    def rows(self, refused: Mapping[str, str]) -> dict[str, Number]:
+        """The mean of all sets, the task's means but for the refused ones, and each corruption."""
+        task = self.report.task
+        values = {
+            name: {severity: task.measured(result) for severity, result in by.items()}
+            for name, by in self.results.items()
+        }
+        all_sets = [value for by in values.values() for value in by.values()]
+        every = f"{task.measure}, all {len(all_sets)} sets ({self.words})"
+        rows = {every: Number(100 * fmean(all_sets))}
+
+        by_corruption = {name: fmean(by.values()) for name, by in values.items()}
+        clean = task.measured(self.report.results["clean"])
+        for mean in task.means:
+            if mean.title not in refused:
+                covered = {name: by_corruption[name] for name in mean.corruptions}
+                title = f"{task.measure}, {mean.title} ({self.words})"
+                rows[title] = Number(mean.percent(covered, clean), self._paper(mean))
+
+        for name, by in values.items():
+            title = f"{task.measure}, {name} ({self.words}){_severities(by)}"
+            rows[title] = Number(100 * by_corruption[name])
+        return rows
+
+    def _paper(self, mean: CorruptionMean) -> float | None:
+        """The paper's number; it has none for CIFAR-10-C."""
+        if not mean.in_paper or self.benchmark == "cifar10_c":
+            return None
+        return self.report.paper.get("imagenet_c")
+
+    def _why_not(self, mean: CorruptionMean) -> str:
+        """Why a mean must not be computed; empty where it may."""
+        full_size = self.benchmark == "computed" and not self.report.small
+        if mean.only_imagenet_c and self.benchmark != "imagenet_c" and not full_size:
+            return mean.only_imagenet_c
+        return lacking(self.results, mean.corruptions) or _odd_counts(self.results)
+
+
+def _corruption_benchmarks(report: Report) -> list[_Measured]:
+    """In the order of the results."""
+    found: dict[str, dict[str, dict[int, Result]]] = {}
+    for key, result in report.results.items():
+        if "/" in key:
+            benchmark, name, severity = key.split("/")
+            found.setdefault(benchmark, {}).setdefault(name, {})[int(severity)] = result
+    return [_Measured(benchmark, results, report) for benchmark, results in found.items()]
+
+
+def lacking(measured: Mapping[str, Mapping[int, object]], corruptions: Sequence[str]) -> str:
+    """What a mean over `corruptions` at five severities lacks; empty if nothing.
+
+    Such as `no snow, fog; frost lacks severity 4`.
+    """
+    parts = []
+    absent = [name for name in corruptions if name not in measured]
+    if absent:
+        part = f"no {', '.join(absent[:MOST_ABSENT])}"
+        if len(absent) > MOST_ABSENT:
+            part += f" and {len(absent) - MOST_ABSENT} more"
+        parts.append(part)
+    for name in corruptions:
+        if name not in measured:
+            continue
+        missing = [severity for severity in SEVERITIES if severity not in measured[name]]
+        if missing:
+            parts.append(f"{name} lacks {_named(missing)}")
+    if len(parts) > MOST_PARTS:
+        shown = parts[: MOST_PARTS - 1]
+        parts = [*shown, f"{len(parts) - len(shown)} more lack some"]
+    return "; ".join(parts)
+
+
+def _odd_counts(results: Mapping[str, Mapping[int, Result]]) -> str:
+    """Which sets have another number of images than most; empty if none."""
+    counts = Counter(result["count"] for by in results.values() for result in by.values())
+    if len(counts) == 1:
+        return ""
+    usual = counts.most_common(1)[0][0]
+    odd = [
+        f"{name} at severity {severity} has {result['count']:,} images"
+        for name, by in results.items()
+        for severity, result in by.items()
+        if result["count"] != usual
+    ]
+    return f"{'; '.join(capped(odd))}, but most sets have {usual:,}"
+
+
+def _severities(by: Mapping[int, float]) -> str:
+    """For a row's title: over which severities its mean is, unless it is over all."""
+    if len(by) == len(SEVERITIES):
+        return ""
+    return f", over {_named(sorted(by))} only"
+
+
+def _named(severities: Sequence[int]) -> str:
+    numbers = ", ".join(str(severity) for severity in severities)
+    if len(severities) == 1:
+        return f"severity {numbers}"
+    return f"severities {numbers}"

@@ -1,0 +1,245 @@
+"""The work of `fap-eval`: look at everything, then evaluate the sets that have no result yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from tqdm import tqdm
+
+from fap.config import Config
+from fap.evaluate.benchmarks import Wanted, eval_sets
+from fap.evaluate.exact import evaluate
+from fap.evaluate.images import Opened, Reading
+from fap.evaluate.load import Trained, load_model
+from fap.evaluate.results import Results
+from fap.evaluate.sets import EvalSet
+from fap.tasks.base import Result, Task
+from fap.tasks.labels import Matching
+from fap.versions import versions
+from pipelines import Store
+from pipelines.corrupt import SMALL
+from pipelines.workers import Workers
+
+
+@dataclass(frozen=True)
+class Item:
+    """One set of one checkpoint."""
+
+    set: EvalSet
+    count: int  # images
+    labels: str  # how they are matched
+    known: Result | None  # from an earlier call
+
+
+@dataclass(frozen=True)
+class Work:
+    """One checkpoint and the sets to evaluate it on."""
+
+    path: Path
+    content: str  # of the checkpoint
+    task: Task
+    config: Config
+    step: int
+    classes: tuple[str, ...] | None
+    items: list[Item]
+    unused: list[str]  # what belongs to no set in the benchmarks' folders
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a checkpoint reached, and all that a reader must know about it."""
+
+    task: Task
+    checkpoint: str
+    name: str
+    seed: int
+    step: int
+    paper: dict[str, float]  # the paper's numbers, percent
+    small: bool  # images so small that corruptions have other strengths than ImageNet-C's
+    settings: dict[str, Any]
+    labels: dict[str, str]  # how they were matched, by set
+    unused: list[str]
+    results: dict[str, Result]  # by set
+
+    def tree(self) -> dict[str, Any]:
+        """As JSON; the checkpoint says which task it is of."""
+        return {name: value for name, value in vars(self).items() if name != "task"}
+
+
+def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
+    """Check a checkpoint and every set before any of the work is done: files, labels, class names.
+
+    `data`: the store of `wanted.data`. Raises ValueError, OSError, ImportError, DamagedCheckpoint
+    or DamagedData.
+    """
+    trained = load_model(path)
+    if wanted.bn == "aux" and not _has_aux(trained):
+        raise ValueError(
+            f"--bn aux: {path} was trained without auxiliary batch norms; only main is there"
+        )
+    config = trained.config
+    reading = Reading(
+        task=trained.task,
+        size=config.data.size,
+        resize=config.data.resize,
+        batch=wanted.batch,
+        device=wanted.device,
+        back_end=wanted.back_end,
+    )
+    sets, unused = eval_sets(wanted, reading, data, workers)
+    evaluation = _Evaluation(trained, wanted, results)
+    items = [
+        evaluation.look(one)
+        for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
+    ]
+    return Work(
+        path=path,
+        content=trained.content,
+        task=trained.task,
+        config=config,
+        step=trained.meta.step,
+        classes=trained.meta.train.classes,
+        items=items,
+        unused=unused,
+    )
+
+
+def carry_out(
+    work: Work, wanted: Wanted, workers: Workers, results: Results, say: Callable[[str], Any]
+) -> Report:
+    """Evaluate what has no result yet; each result is kept as soon as it is there.
+
+    Raises as `look`, and ValueError if a file changed in the meantime.
+    """
+    found = {item.set.key: item.known for item in work.items if item.known is not None}
+    todo = [item.set for item in work.items if item.known is None]
+    if todo:
+        trained = load_model(work.path, wanted.device)
+        if trained.content != work.content:
+            raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
+        evaluation = _Evaluation(trained, wanted, results)
+        primary = work.task.primary
+        for one in tqdm(todo, work.config.name, unit="set", disable=None):
+            result = evaluation.evaluate(one, workers)
+            found[one.key] = result
+            say(
+                f"  {one.key}: {work.task.percents[primary]} {result[primary]:.2%} "
+                f"of {result['count']:,} images"
+            )
+    return _report(work, wanted, found)
+
+
+def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
+    return Report(
+        task=work.task,
+        checkpoint=str(work.path),
+        name=work.config.name,
+        seed=work.config.seed,
+        step=work.step,
+        paper={str(name): number for name, number in work.config.paper.items()},
+        small=work.config.data.size <= SMALL,
+        settings={
+            "data": str(wanted.data),
+            "bn": wanted.bn,
+            "seed": wanted.seed,
+            "batch": wanted.batch,
+        },
+        labels={item.set.key: item.labels for item in work.items},
+        unused=work.unused,
+        results={item.set.key: found[item.set.key] for item in work.items},
+    )
+
+
+def _has_aux(trained: Trained) -> bool:
+    return any(name.endswith("aux.running_mean") for name in trained.model.state_dict())
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A checkpoint's model, how the user wants it evaluated, and where its results are kept."""
+
+    trained: Trained
+    wanted: Wanted
+    results: Results
+
+    def look(self, one: EvalSet) -> Item:
+        """What a set is, and its result from an earlier call."""
+        with one.open() as opened:
+            matching = self._match(one, opened)
+            known = None
+            if not opened.unbuilt:
+                name, origin = self._name_and_origin(one, opened, matching)
+                known = self.results.find(name, origin, opened.count, self.trained.task)
+            return Item(one, opened.count, matching.how, known)
+
+    def evaluate(self, one: EvalSet, workers: Workers) -> Result:
+        """The result of a set, which is kept too. `workers` are stopped where that fails."""
+        one.build()
+        with one.open() as opened:
+            matching = self._match(one, opened)
+            result = self._run(one, opened, matching, workers)
+            where = f"{one.key}: {one.source}"
+            if result["count"] != opened.count:
+                raise ValueError(
+                    f"{where}: {opened.count} images, but {result['count']} were evaluated"
+                )
+            if opened.stamps() != opened.identity["files"]:
+                raise ValueError(f"{where}: files changed while they were evaluated; start again")
+            name, origin = self._name_and_origin(one, opened, matching)
+            self.results.keep(name, origin, result)
+            return result
+
+    def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Result:
+        data = self.trained.config.data
+        device = torch.device(self.wanted.device)
+        with closing(opened.batches()) as batches:
+            try:
+                return evaluate(
+                    self.trained.model,
+                    tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
+                    self.trained.task.evaluator(device, matching),
+                    mean=data.mean,
+                    std=data.std,
+                    bn=self.wanted.bn,
+                    device=device,
+                )
+            except BaseException:
+                # Else closing the batches waits for corruptions that nobody wants any more.
+                workers.stop()
+                raise
+
+    def _match(self, one: EvalSet, opened: Opened) -> Matching:
+        try:
+            return self.trained.task.match(
+                opened.classes,
+                opened.labels,
+                self.trained.meta.train.classes,
+                by_position=self.wanted.by_position,
+                restrict=one.restrict,
+            )
+        except ValueError as error:
+            raise ValueError(f"{one.key}: {one.source}: {error}") from None
+
+    def _name_and_origin(
+        self, one: EvalSet, opened: Opened, matching: Matching
+    ) -> tuple[str, dict[str, Any]]:
+        """A result's name, and all that it depends on.
+
+        Rather too much than too little: a result is soon computed again.
+        """
+        origin = {
+            "set": one.key,
+            "images": opened.identity,
+            "checkpoint": self.trained.content,
+            "labels": matching.how,
+            "bn": self.wanted.bn,
+            "device": self.wanted.device,
+            "versions": versions() | {"pillow": PIL.__version__},
+        }
+        return f"{self.trained.config.name}-{one.key}", origin

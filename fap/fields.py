@@ -1,0 +1,106 @@
+"""The types of config fields: strict and bounded, with errors in a user's words.
+
+Unlike pydantic's types of the same names they have bounds that fit every place a value gets to, and
+no text becomes a number or a truth value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.functional_validators import AfterValidator, BeforeValidator
+
+MOST_COUNT = 2**31 - 1  # fits every integer type on the way
+MOST_SEED = 2**32 - 1  # what numpy and torch take
+MOST = 1e30  # of a number, far from what float32 cannot hold
+MOST_DENOMINATOR = 1000  # of a fraction that is given as 0.2
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, not starting with '.'"
+FRACTION = re.compile(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}")
+
+
+class Section(BaseModel):
+    """A part of the config. Unknown keys are errors, values are not changed once they are there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def whole(value: Any) -> Any:
+    """`1e5` and `256.0` are whole numbers too."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def fraction(value: Any) -> Fraction:
+    """1/5, also where it is given as text or as 0.2. ValueError for what is not in (0, 1)."""
+    ratio = Fraction(0)
+    if isinstance(value, Fraction):
+        ratio = value
+    elif isinstance(value, float) and 0 < value < 1:
+        ratio = Fraction(value).limit_denominator(MOST_DENOMINATOR)
+    elif isinstance(value, str) and FRACTION.fullmatch(value):
+        ratio = Fraction(value)
+    if not 0 < ratio < 1:
+        raise ValueError(
+            "must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0"
+        )
+    return ratio
+
+
+def safe_name(value: str) -> str:
+    """The name becomes a folder and part of file names, so it must lead nowhere else."""
+    if not SAFE_NAME.fullmatch(value):
+        raise ValueError(f"must be a plain file name: {NAME_RULE}")
+    return value
+
+
+def full_path(value: str) -> str:
+    """A path with `~` as the home folder, which nothing after the config expands."""
+    if not value or "\0" in value:
+        raise ValueError("must be a path, not empty and without NUL")
+    full = os.path.expanduser(value)
+    if full.startswith("~"):
+        raise ValueError(
+            "no home folder is known for it; "
+            f"give the full path, or ./{full[:40]} for a file of that name"
+        )
+    return full
+
+
+def key_of(registry: Collection[str]) -> Callable[[str], str]:
+    """A validator for the names that stand in a registry when a value is checked."""
+
+    def known(value: str) -> str:
+        if value not in registry:
+            *names, last = (repr(name) for name in registry)
+            listed = f"{', '.join(names)} or {last}" if names else last
+            raise ValueError(f"must be {listed}")
+        return value
+
+    return known
+
+
+PositiveInt = Annotated[int, BeforeValidator(whole), Field(ge=1, le=MOST_COUNT)]
+NonNegativeInt = Annotated[int, BeforeValidator(whole), Field(ge=0, le=MOST_COUNT)]
+Seed = Annotated[int, BeforeValidator(whole), Field(ge=0, le=MOST_SEED)]
+Number = Annotated[float, Field(ge=-MOST, le=MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Ratio = Annotated[Fraction, BeforeValidator(fraction)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+SafeName = Annotated[str, AfterValidator(safe_name)]
+FilePath = Annotated[str, Field(max_length=4096), AfterValidator(full_path)]
+# A tuple may come as a list; what is in it stays strict.
+Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
+Channels = Annotated[tuple[Number, Number, Number], Field(strict=False)]
+PositiveChannels = Annotated[
+    tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)
+]

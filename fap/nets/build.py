@@ -1,0 +1,117 @@
+"""Models by name, from torchvision, timm and `fap.nets.cifar`, made ready for a training step."""
+
+import difflib
+import re
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from fap.nets.cifar import CifarResNet, cifar_resnet18
+from fap.nets.dual import convert
+from fap.nets.fuse import fuse_blocks
+from fap.nets.stem import install_stem
+from pipelines.files import shown
+
+TIMM = "timm/"  # forces a name of timm where torchvision has the same
+CIFAR_RESNETS = ("cifar_resnet18", "cifar_resnet20", "cifar_resnet56")  # those that a hint names
+_CIFAR_RESNET = re.compile(r"cifar_resnet([0-9]{1,4})")
+_ALIKE = 0.7  # from 0 to 1 (equal); names less alike than this are no hint
+
+
+def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
+    """A prepared model whose logits are (B, num_classes) for (B, 3, size, size) images.
+
+    Raises ValueError as `plain` and `prepare`.
+    """
+    return prepare(plain(name, num_classes), aux=aux, size=size)
+
+
+def prepare(model: nn.Module, *, aux: bool = True, size: int = 224) -> nn.Module:
+    """A plain model, changed in place into one that the step trains.
+
+    It gets dual norms, fused blocks and a stem, and is channels_last. Raises ValueError for batch
+    norms that cannot be converted, and for a `size` that the model does not accept.
+    """
+    convert(model, aux)
+    fuse_blocks(model)
+    install_stem(model, size)
+    return model.to(memory_format=torch.channels_last)
+
+
+def plain(name: str, num_classes: int) -> nn.Module:
+    """An unconverted, randomly initialised model.
+
+    Raises ValueError for a name that nobody knows, and for one that asks for pretrained weights.
+    """
+    if name == "cifar_resnet18":
+        return cifar_resnet18(num_classes)
+    cifar = _CIFAR_RESNET.fullmatch(name)
+    if cifar:
+        return CifarResNet(int(cifar[1]), num_classes)
+    if name in _torchvision_names():
+        options = _torchvision_options(name)
+        return torchvision.models.get_model(name, num_classes=num_classes, **options)
+    architecture, dot, tag = _current_name(name.removeprefix(TIMM)).partition(".")
+    if dot:
+        _refuse_tag(name, architecture, tag)
+    if timm.is_model(architecture):
+        return timm.create_model(architecture, num_classes=num_classes)
+    near = near_names(name)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(
+        f"model.name = {shown(name)}: neither torchvision nor timm has it, "
+        f"nor is it cifar_resnet18 or cifar_resnetD{hint}"
+    )
+
+
+def near_names(name: str) -> list[str]:
+    """At most three known names that look like `name`, best first.
+
+    Its case and the tag of its weights do not count.
+    """
+    known = set(timm.list_models())
+    prefix = TIMM
+    if not name.startswith(TIMM):
+        known.update(_torchvision_names(), CIFAR_RESNETS)
+        prefix = ""
+    wanted = name.rpartition("/")[2].partition(".")[0].lower()
+    near = difflib.get_close_matches(wanted, sorted(known), n=3, cutoff=_ALIKE)
+    return [prefix + other for other in near]
+
+
+def _torchvision_names() -> list[str]:
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _torchvision_options(name: str) -> dict[str, Any]:
+    """What a model needs so that it is randomly initialised and has one output, its logits."""
+    if name in ("googlenet", "inception_v3"):
+        return {"init_weights": True, "aux_logits": False}
+    return {}
+
+
+def _current_name(name: str) -> str:
+    """What timm calls a model today.
+
+    An old name may stand for one with a tag (tf_efficientnet_b0_ns), or for a model that was
+    removed: then nothing is left of it.
+    """
+    return timm.models.get_deprecated_models().get(name, name) or ""
+
+
+def _refuse_tag(name: str, architecture: str, tag: str) -> None:
+    """Raise ValueError if a name is that of pretrained weights: of a known model, with a tag."""
+    if timm.is_model(architecture):
+        known = TIMM + architecture
+    elif architecture in _torchvision_names():
+        known = architecture
+    else:
+        return
+    raise ValueError(
+        f"model.name = {shown(name)}: {shown(tag)} names pretrained weights, "
+        f"but a name alone gives random weights; write model.name={known}, "
+        "and model.init=FILE.safetensors to start from weights"
+    )

@@ -1,0 +1,106 @@
+"""One epoch as a rank meets it: its part of the plan, drawn ahead, and what its steps are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import pipelines
+from fap.config import Config
+from fap.distributed import ONE_RANK, Ranks
+from fap.tasks.base import Task
+from pipelines.ahead import run_ahead
+
+# Fields of the config's data that the plan's spec has under the same name.
+AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}
+# Fields of a plan that the step's inputs have under the same name, a row per step.
+DRAWS = ("shuffle", "noise_key")
+MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")
+AHEAD = 2  # plans: the one in use, and the next one
+
+
+def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
+    """The plan of a run: rows of one step over all ranks, groups, augmentation, shuffle."""
+    method = config.method
+    clean_rows = config.optim.clean_batch
+    n_groups = 0
+    if method.adv_group_rows:
+        n_groups = clean_rows // method.group_rows
+    match method.shuffle:
+        case "ranks":
+            shuffle_groups = n_groups
+        case "groups":
+            shuffle_groups = n_groups // ranks.world
+        case _:
+            shuffle_groups = 0
+    return pipelines.PlanSpec(
+        **config.data.model_dump(include=AUGMENTATION),
+        seed=config.seed,
+        clean_rows=clean_rows,
+        adv_rows=n_groups * method.adv_group_rows,
+        clean_group_rows=method.group_rows,
+        adv_group_rows=method.adv_group_rows or 1,
+        adv_are_copies=method.entry.attacked == "copies",
+        shuffle_groups=shuffle_groups,
+    )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What the steps of an epoch need on one rank, a row per step."""
+
+    plan: pipelines.EpochPlan  # this rank's part, for the loader
+    targets: Tensor  # (steps, B, ...), on the device
+    draws: dict[str, Tensor]  # (steps, ...), on the device, by the names of the step's inputs
+
+    @property
+    def number(self) -> int:
+        return self.plan.epoch
+
+    def draws_of(self, row: int) -> dict[str, Tensor]:
+        """What the plan drew for one step."""
+        return {name: values[row] for name, values in self.draws.items()}
+
+
+def epochs(
+    config: Config,
+    ranks: Ranks,
+    train: pipelines.Store,
+    task: Task,
+    device: torch.device,
+    numbers: range,
+) -> Iterator[Epoch]:
+    """This rank's epochs of these numbers. The next one's plan is drawn while one is trained."""
+    spec = plan_spec(config, ranks)
+
+    def drawing(number: int) -> Callable[[], pipelines.EpochPlan]:
+        def draw() -> pipelines.EpochPlan:
+            return pipelines.draw_epoch(spec, train.heights, train.widths, number)
+
+        return draw
+
+    calls = (drawing(number) for number in numbers)
+    for whole in run_ahead(calls, threads=1, ahead=AHEAD):
+        plan = whole.for_rank(ranks.rank, ranks.world)
+        # Once per epoch: no step waits for a copy to the device.
+        targets = task.targets(train, plan).to(device)
+        yield Epoch(plan, targets, step_draws(plan, config, device))
+
+
+def step_draws(
+    plan: pipelines.EpochPlan,  # of this rank
+    config: Config,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The plan's draws for the step, on the device: (steps, ...) by the names of the inputs."""
+    names = [*DRAWS]
+    if config.data.mix is not None:
+        names += MIX_DRAWS
+    draws: dict[str, Tensor] = {}
+    for name in names:
+        # A copy: what the plan has may be a read-only view, which torch does not take.
+        draws[name] = torch.from_numpy(getattr(plan, name).copy()).to(device)
+    return draws

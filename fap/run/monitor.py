@@ -1,0 +1,54 @@
+"""What a run watches in its metrics: steps that were not finite, and labels that leak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fap.config import Config
+from fap.methods import KINDS
+
+
+class NonFinite(RuntimeError):  # noqa: N818
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def skipped_steps(metrics: Mapping[str, float], step: int) -> str:
+    """A warning about steps without effect; "" where there were none."""
+    if not metrics["skipped"]:
+        return ""
+    return (
+        f"step {step}: {metrics['skipped']:.0f} of the last {metrics['steps']:.0f} steps "
+        "were not finite and were skipped"
+    )
+
+
+def check_finite(metrics: Mapping[str, float], step: int, most: int, last_good: str) -> None:
+    """Raise NonFinite after `most` skipped steps in a row; `last_good` says what has been saved."""
+    in_a_row = metrics["skipped_in_a_row"]
+    if in_a_row < most:
+        return
+    bad = ", ".join(kind for kind in KINDS if metrics[f"nonfinite_{kind}"]) or "no"
+    raise NonFinite(
+        f"{in_a_row:.0f} non-finite steps in a row up to step {step} "
+        f"(loss of the {bad} rows; else gradients only); {last_good}"
+    )
+
+
+def leak(rates: Mapping[str, float], config: Config, epoch: int) -> str:
+    """A warning if an epoch's adversarial rows were easier than its clean ones (section 4.3).
+
+    Then the network tells labels by the statistics that rows of one group share. "" if not.
+    """
+    if config.data.mix is not None:
+        # Mixed clean rows are scored on the first of two labels, so their accuracy is no measure.
+        return ""
+    if not rates.get("acc_adv", 0) > rates.get("acc_clean", 1):
+        return ""
+    warning = (
+        f"warning: epoch {epoch}: training accuracy of adversarial rows ({rates['acc_adv']:.1%}) "
+        f"is above that of clean rows ({rates['acc_clean']:.1%}): "
+        "statistics leak labels (section 4.3)"
+    )
+    if config.method.shuffle is not None:
+        warning += "; see method.shuffle"
+    return warning

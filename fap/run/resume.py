@@ -1,0 +1,121 @@
+"""What a run depends on, compared with what it resumes and with what its other ranks have.
+
+Compared by content: where data lie, and where and how often a run reports, may differ.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fap.config import Config
+from pipelines.files import shown
+
+# What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
+# precision.
+FREE_DATA = {"train", "val", "threads", "prefetch", "hw_decoder_load"}  # data: compared by content
+# What may differ between ranks; else they would save, evaluate or stop at different steps.
+PER_RANK_RUN = {"dir", "torch_threads"}
+
+
+def check_same_run(saved: Config, now: Config, path: Path) -> None:
+    """Raise ValueError if `now` would not go on as the run that wrote `path` began.
+
+    The message gives each field's two values.
+    """
+    ours = _flat(now)
+    theirs = _flat(saved)
+    # A field that has a meaning for one of the two only follows from another one, which differs
+    # too.
+    differ = [field for field in ours if field in theirs and ours[field] != theirs[field]]
+    if "method.name" in differ:  # then a dozen of its fields follow
+        differ = [f for f in differ if f == "method.name" or not f.startswith("method.")]
+    if differ:
+        lines = [f"  {field}: {shown(theirs[field])}, now {shown(ours[field])}" for field in differ]
+        raise ValueError(
+            f"resume=auto: {path} was trained with other settings; use another name or seed:\n"
+            + "\n".join(lines)
+        )
+
+
+def check_same_data(
+    field: str, saved: Mapping[str, Any], now: Mapping[str, Any], path: Path
+) -> None:
+    """Raise ValueError, with what differs, unless two `Store.identity()` are the same."""
+    differ = []
+    if saved["count"] != now["count"]:
+        differ.append(f"{saved['count']:,} images, now {now['count']:,}")
+    if saved["classes"] != now["classes"]:
+        differ.append(f"classes {shown(saved['classes'])}, now {shown(now['classes'])}")
+    if not differ and saved["content"] != now["content"]:
+        differ.append(
+            "as many images and the same classes, "
+            f"but another content ({saved['content']}, now {now['content']})"
+        )
+    if differ:
+        raise ValueError(
+            f"resume=auto: {path} was trained with other data than {field} is now: "
+            f"{'; '.join(differ)}. "
+            "Its path may change, its content may not; use another name or seed"
+        )
+
+
+def facts(
+    config: Config, train: Mapping[str, Any], val: Mapping[str, Any], resumed: Path | None
+) -> dict[str, Any]:
+    """What all ranks must have in common before the first step."""
+    start = "none"
+    if resumed is not None:
+        start = f"{resumed.stem}, checksum {checksum(resumed)}"
+    found = {"checkpoint": start, "data.train": dict(train), "data.val": dict(val), **_flat(config)}
+    settings = config.run.model_dump(mode="json", exclude=PER_RANK_RUN)
+    return found | {f"run.{field}": value for field, value in settings.items()}
+
+
+def checksum(path: Path) -> str:
+    """The CRC32 that stands in a checkpoint; who loaded it has compared it with the content."""
+    with safe_open(path, "pt") as file:
+        return str(file.metadata()["crc32"])
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """CRC32 of a model's tensors on the CPU.
+
+    They are what `model.init`, or this machine's random numbers, came to.
+    """
+    crc32 = 0
+    for name in sorted(tensors):
+        crc32 = zlib.crc32(tensors[name].numpy().tobytes(), crc32)
+    return f"{crc32:08x}"
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """The fields that a run's result depends on, as `section.field`.
+
+    Without those that have no meaning in it, such as `data.pad` where nothing is padded.
+    """
+    tree = config.model_dump(
+        mode="json", exclude={"resume": True, "paper": True, "run": True, "data": FREE_DATA}
+    )
+    data = tree["data"]
+    if config.data.crop == "pad":
+        data.pop("scale")
+        data.pop("ratio")
+    else:
+        data.pop("pad")
+    if config.data.mix is None:
+        data.pop("mix_alpha")
+    if config.model.init is not None:  # it may have moved, like the data
+        tree["model"]["init"] = Path(config.model.init).name
+    flat = {"run.amp": config.run.amp}
+    for section, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{field}": v for field, v in value.items()}
+        else:
+            flat[section] = value
+    return flat

@@ -1,0 +1,140 @@
+"""What a run is about to do, in words and numbers, printed before it does it."""
+
+from __future__ import annotations
+
+from fap.budget import Budget, cost_per_image
+from fap.config import Config
+from fap.step.step import Step
+
+
+def describe(
+    config: Config,
+    budget: Budget,
+    step: Step,
+    shuffle_groups: int,  # among which the rows of one change places
+) -> str:
+    """A few lines: method, model, passes, batch-norm groups, effective eps, shuffle, budget."""
+    method = config.method
+    shared, main, aux = step.network.flat.counts
+    how: str = method.name
+    if method.schedule is not None:
+        how += f" {method.schedule}"
+    lines = [
+        f"run        {config.name}, seed {config.seed}: {how}",
+        f"model      {config.model.name}, {config.model.classes} classes, {config.data.size} px",
+        f"parameters shared {shared:,}, main BN {main:,}, aux BN {aux:,}",
+        _passes(step),
+        _groups(config),
+    ]
+    if method.eps_255 is not None:
+        lines.append(_attack(config, method.eps_255))
+    if method.shuffle is not None:
+        lines.append(_shuffle(config, shuffle_groups))
+    lines.append(_budget(config, budget))
+    lines += _rate(budget, config.run.max_steps)
+    return "\n".join(lines)
+
+
+def _passes(step: Step) -> str:
+    shown = []
+    for one in step.passes:
+        shown.append(" + ".join(f"{block.kind} {block.n_rows}" for block in one.blocks))
+    passes = "pass"
+    if len(shown) > 1:
+        passes = "passes"
+    return f"step       {len(shown)} {passes} per device: {' | '.join(shown)}"
+
+
+def _groups(config: Config) -> str:
+    """Of the clean rows, then of the adversarial ones, where they are trained."""
+    method = config.method
+    n_groups = config.optim.clean_batch // method.group_rows
+    words = {"main": "main", "aux": "auxiliary"}
+    parts: list[str] = []
+    if "clean" in method.entry.norms:
+        norms = words[method.entry.norms["clean"]]
+        parts.append(f"{n_groups} {norms} of {method.group_rows} rows")
+    if "adv" in method.entry.norms:
+        norms = words[method.entry.norms["adv"]]
+        parts.append(f"{n_groups} {norms} of {method.adv_group_rows} rows")
+    return f"BN groups  {', '.join(parts)}"
+
+
+def _attack(config: Config, eps_255: float) -> str:
+    method = config.method
+    per_channel = ", ".join(f"{eps_255 / 255 / std:.5f}" for std in config.data.std)
+    start = "no random start (FGSM)"
+    if method.random_start:
+        start = "random start"
+    steps = f"{method.attack_steps} step(s) of {method.step_size_255:g}/255, {start}"
+    if method.targeted is not None:  # an attack of its own
+        aim = "away from the true label"
+        if method.targeted:
+            aim = "towards a random wrong label"
+        steps += f", {aim}, through {method.attack_bn} statistics"
+    return f"attack     eps {eps_255:g}/255 = {per_channel} after normalisation; {steps}"
+
+
+def _shuffle(config: Config, shuffle_groups: int) -> str:
+    scope = config.method.shuffle
+    if scope == "off":
+        return "shuffle    off"
+    effect = f"adversarial rows change places among {shuffle_groups} groups"
+    if shuffle_groups < 2:
+        effect = (
+            "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
+        )
+    return f"shuffle    {scope}: {effect}"
+
+
+def _budget(config: Config, budget: Budget) -> str:
+    cost = cost_per_image(config.method)
+    vanilla = budget.epochs * cost / config.budget.epochs
+    return (
+        f"budget     {budget.epochs} epochs of {budget.steps_per_epoch:,} steps "
+        f"at {float(cost):g} image passes per image = {budget.image_passes:,} image passes, "
+        f"{float(vanilla):.3f} x vanilla's"
+    )
+
+
+def _rate(budget: Budget, max_steps: int | None) -> list[str]:
+    """Learning rates and from where each holds, counted from 0; then the falls that never come."""
+    rates = [_first_rate(budget, max_steps)]
+    after_the_end = []
+    after_max_steps = []
+    for fall in budget.falls:
+        rate = f"{fall.lr:g} from epoch {fall.epoch} (step {fall.step:,})"
+        if fall.milestones > 1:
+            rate += f", {fall.milestones} falls at once"
+        if fall.step < budget.warmup_steps:
+            rate += ", within the warm-up"
+        if fall.step >= budget.steps:
+            after_the_end.append(rate)
+        elif max_steps is not None and fall.step >= max_steps:
+            after_max_steps.append(rate)
+        else:
+            rates.append(rate)
+    lines = [f"rate       {'; '.join(rates)}"]
+    if after_the_end:
+        lines.append(
+            f"           WITHOUT EFFECT, the run ends after {budget.epochs} epochs: "
+            f"{'; '.join(after_the_end)}"
+        )
+    if after_max_steps:
+        lines.append(
+            f"           WITHOUT EFFECT, run.max_steps = {max_steps:,} ends the run before: "
+            f"{'; '.join(after_max_steps)}"
+        )
+    return lines
+
+
+def _first_rate(budget: Budget, max_steps: int | None) -> str:
+    if not budget.warmup_steps:
+        return f"lr {budget.base_lr:g}"
+    epochs = budget.warmup_steps / budget.steps_per_epoch
+    rate = (
+        f"lr rises to {budget.base_lr:g} over {budget.warmup_steps:,} steps ({epochs:.4g} epochs)"
+    )
+    if max_steps is not None and max_steps < budget.warmup_steps:
+        rate += f", run.max_steps = {max_steps:,} ends the run before"
+    return rate

@@ -1,0 +1,289 @@
+"""The training run: joins plan, loader, step, checkpoints, log and evaluation.
+
+The loop is `Run._train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pipelines
+from fap.budget import budget
+from fap.config import Config, with_classes
+from fap.distributed import ONE_RANK, Ranks, Votes
+from fap.draws import dropout_seed
+from fap.nets.build import prepare
+from fap.nets.pretrained import load_init
+from fap.run.data import closing, open_data, open_loader
+from fap.run.epoch import Epoch, epochs, plan_spec
+from fap.run.folder import RunFolder
+from fap.run.log import Log
+from fap.run.monitor import check_finite, leak, skipped_steps
+from fap.run.result import result_of, write_result
+from fap.run.resume import checksum_of, facts
+from fap.run.saving import NotSaved, Progress, Saving, no_totals
+from fap.run.session import Interrupted, StopSignal
+from fap.run.stopwatch import Stopwatch
+from fap.run.summary import describe
+from fap.run.torch_setup import limit_threads, norm_kernel, precision, set_up_torch, settled
+from fap.run.validation import Validation, in_words
+from fap.step.graph import runner
+from fap.step.metrics import rates
+from fap.step.step import Step
+from fap.tasks import make_task
+from fap.versions import versions
+
+
+class Run:
+    """One training run in `<run.dir>/<name>/seed<k>`.
+
+    Nothing is written before the first step is done. `stop`, entered by the caller, notes the
+    signals that ask the run to leave; without it none does. Raises ValueError for users' mistakes.
+    All ranks raise if one does, or if they would not train the same run.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Ranks = ONE_RANK, stop: StopSignal | None = None
+    ) -> None:
+        self.started = time.perf_counter()
+        self.ranks = ranks
+        self.stop = stop or StopSignal()
+        self.votes = Votes(ranks)
+        self.log: Log | None = None  # from the first step on
+        self.folder = Path(config.run.dir) / config.name / f"seed{config.seed}"
+        self.run_folder = RunFolder(self.folder, self._say)
+        try:
+            with ranks.together():
+                self._prepare(config)
+                known = self._facts()
+            ranks.check_same(known)
+        except BaseException:
+            self.run_folder.release()
+            raise
+
+    # ------------------------------------------------------------------ the start
+
+    def _prepare(self, config: Config) -> None:
+        """Everything before the first step that can fail without the other ranks."""
+        self.device = self.ranks.device(config.run.device)
+        self.amp = precision(config, self.device)
+        limit_threads(config.run.torch_threads)
+        set_up_torch(self.device)
+        kernel = norm_kernel(config, self.device)
+
+        self.data = open_data(config)
+        self.config = config = with_classes(config, self.data.n_classes)
+        self.budget = budget(config, len(self.data.train))
+        self.steps = self.budget.steps
+        if config.run.max_steps is not None:
+            self.steps = min(self.steps, config.run.max_steps)
+        self.task = make_task(config)
+
+        self.model = self._first_model()
+        self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
+        self.step.network.norm_state.kernel = kernel
+        if config.run.compile:
+            self.step.network.forward = torch.compile(self.model)
+        shuffle_groups = plan_spec(config, self.ranks).shuffle_groups
+        summary = describe(config, self.budget, self.step, shuffle_groups)
+        self._say("\n".join([summary, *self.data.lines]))
+
+        if self.ranks.first:
+            self.run_folder.take(may_go_on=config.resume == "auto")
+        self.validate = Validation(
+            config, self.data, self.task, self.ranks, self.device, self.amp, self._say
+        )
+        folder = self.folder / "checkpoints"
+        self.settled = settled(config, self.amp)
+        self.saving = Saving(
+            folder, self.settled, self.data, self.step, self.ranks, self.stop, self._say
+        )
+        self.progress = Progress(self.started, best={self.task.primary: -1.0, "epoch": 0})
+        if config.resume == "auto":
+            self.progress = self.saving.resume(self.task, self.steps) or self.progress
+
+    def _first_model(self) -> nn.Module:
+        """The converted model on the device: random weights of the seed, or those of model.init."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        aux = config.method.entry.has_aux
+        model = prepare(self.task.plain_model(), aux=aux, size=config.data.size)
+        if config.model.init:
+            load_init(model, config.model.init, config, self._say)
+        self.first_weights = "of the only rank"
+        if self.ranks.world > 1:
+            self.first_weights = checksum_of(model.state_dict())
+        return model.to(self.device)
+
+    def _facts(self) -> dict[str, Any]:
+        """What all ranks must have in common before the first step."""
+        train = self.data.train_identity
+        shared = facts(self.settled, train, self.data.val_identity, self.saving.resumed)
+        return shared | {"device": self.device.type, "weights": self.first_weights}
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end of the budget. Can be called once.
+
+        The result is also written to `result.json`. Raises Interrupted, NonFinite, NotSaved, and
+        before the first step `fap.step.graph.FreshProcessNeeded`.
+        """
+        try:
+            with self.ranks.together():
+                loader = open_loader(self.config, self.data.train, self.device)
+            with closing(loader, self._say):
+                self._train(loader)
+                return self._finish()
+        finally:
+            if self.log is not None:
+                self.log.close()
+            self.run_folder.release()
+
+    def _train(self, loader: pipelines.Loader) -> None:
+        run = self.config.run
+        progress = self.progress
+        run_step, how = runner(self.step, run.graph)
+        self._say(
+            f"training from step {progress.step} to {self.steps}, {how}, "
+            f"AMP {self.amp}, on {self.device}"
+        )
+        self.stop.run_begins()
+        for epoch in self._epochs():
+            first = epoch.number * self.budget.steps_per_epoch
+            todo = range(progress.step, min(first + self.budget.steps_per_epoch, self.steps))
+            waiting = Stopwatch()
+            batches = waiting.on(loader.load(epoch.plan, progress.step - first))
+            # `todo` first: after its last step, which may come early, no batch is waited for.
+            for step, batch in zip(todo, batches, strict=False):
+                # Dropout draws by the number of the step, so that a resumed run repeats it.
+                torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
+                lr = self.budget.lr_at(step)
+                targets = epoch.targets[batch.step]
+                self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
+                run_step()
+
+                log = self._begun()
+                progress.step = step + 1
+                log.advance(progress.step)
+                is_last = progress.step == todo.stop
+                if is_last or progress.step % run.log_every == 0:
+                    self._log_step(log, lr, waiting)
+                self._leave_if_asked()
+                # An epoch's last step is saved once it has been evaluated.
+                if not is_last and progress.step % run.checkpoint_every == 0:
+                    self.saving.save(progress)
+            self._close_epoch()
+
+    def _epochs(self) -> Iterator[Epoch]:
+        """Those that are not closed."""
+        n_epochs = math.ceil(self.steps / self.budget.steps_per_epoch)
+        numbers = range(self.progress.closed, n_epochs)
+        return epochs(self.config, self.ranks, self.data.train, self.task, self.device, numbers)
+
+    def _close_epoch(self) -> None:
+        """Evaluate, compare adversarial with clean training accuracy, save."""
+        log = self._begun()  # not earlier than here if a run is resumed at its end
+        progress = self.progress
+        epoch, steps_of_next = divmod(progress.step, self.budget.steps_per_epoch)
+        trained = rates(progress.totals)
+        record = {f"epoch_{name}": value for name, value in trained.items()}
+        warning = leak(trained, self.config, epoch)
+        if warning:
+            record["leak"] = 1.0
+            self._say(warning)
+        if progress.step == self.steps or epoch % self.config.run.eval_every == 0:
+            found = self.validate(self.model, self._leave_if_asked)
+            record |= {f"val_{name}": value for name, value in found.items()}
+            progress.last = found
+            reached = found[self.task.primary]
+            if reached > progress.best[self.task.primary]:
+                progress.best = {self.task.primary: reached, "epoch": epoch}
+            self._say(f"epoch {epoch}: {in_words(found, self.task)}")
+        log.record(progress.step, record | {"epoch": epoch})
+        if not steps_of_next:  # max_steps may end a run inside an epoch, which then stays open
+            progress.closed = epoch
+            progress.totals = no_totals()
+        self.saving.save(progress)
+
+    def _finish(self) -> dict[str, Any]:
+        self.votes.drain()
+        step = self.progress.step
+        if self.saving.saved != step:
+            raise NotSaved(
+                "training is done, but its last checkpoint could not be saved; "
+                f"{self.saving.last_good()}"
+            )
+        result = result_of(self.config, self.progress, step * self.budget.image_passes_per_step)
+        if self.ranks.first:
+            write_result(result, self.folder, self.saving.last_good())
+        return result
+
+    # ------------------------------------------------------------------ the record
+
+    def _begun(self) -> Log:
+        """The log. Before the first call, after the first step, nothing in the folder changes."""
+        if self.log is None:
+            step = self.progress.step
+            if self.ranks.first:
+                # config.yaml goes on with the run that it describes.
+                config = self.config.model_copy(update={"resume": "auto"}).to_yaml()
+                with_what = json.dumps(versions(), indent=1) + "\n"
+                self.run_folder.begin({"config.yaml": config, "versions.json": with_what}, step)
+            log = Log(self.folder, step, self.steps, quiet=not self.ranks.first)
+            self.run_folder.has_begun()
+            self.log = log
+        return self.log
+
+    def _log_step(self, log: Log, lr: float, waiting: Stopwatch) -> None:
+        step = self.progress.step
+        metrics = self.step.metrics.take(self.ranks)
+        seconds, waited = waiting.lap()
+        self.progress.add(metrics)
+        passes = metrics["steps"] * self.budget.image_passes_per_step
+        shown = {"epoch": step / self.budget.steps_per_epoch, "lr": lr}
+        shown |= rates(metrics)
+        shown |= {
+            "skipped": metrics["skipped"],
+            "image_passes_per_second": passes / seconds,
+            "waiting_for_data": waited / seconds,
+        }
+        log.step(step, shown)
+        warning = skipped_steps(metrics, step)
+        if warning:
+            self._say(warning)
+        check_finite(metrics, step, self.config.run.max_skipped, self.saving.last_good())
+
+    def _say(self, message: str) -> None:
+        if not self.ranks.first:
+            return
+        if self.log is None:
+            print(message, flush=True)
+        else:
+            self.log.say(message)
+
+    # ------------------------------------------------------------------ leaving
+
+    def _leave_if_asked(self) -> None:
+        """Called as often on every rank, so that all leave after the same step or batch."""
+        self.stop.beat()
+        number = self.votes.cast(self.stop.number or 0)
+        if not number:
+            return
+        self.votes.drain()
+        stopped = Interrupted(number)
+        step = self.progress.step
+        if not self.saving.save(self.progress):
+            raise NotSaved(
+                f"{stopped}, and step {step} could not be saved; {self.saving.last_good()}"
+            )
+        self._say(f"saved at step {step}; continue with resume=auto")
+        raise stopped

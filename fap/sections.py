@@ -1,0 +1,290 @@
+"""The sections of the config: every field with its default, its meaning and its unit.
+
+A combination without meaning is a ValueError that names the field, the value and what is allowed.
+The semantics of each field are those of the paper and of its authors' code (docs/semantics.md).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo
+from pydantic.functional_validators import AfterValidator, field_validator, model_validator
+
+from fap.fields import (
+    Channels,
+    FilePath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Pair,
+    PositiveChannels,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    Section,
+    Share,
+    Text,
+    key_of,
+)
+from fap.methods import DEFAULT_METHOD, METHODS, Method
+from pipelines.back_ends import BACK_ENDS
+from pipelines.files import shown
+
+UNSET: Any = None  # a default that a validator replaces
+PAPER_EPOCHS = 105  # section 4.1, with the milestones
+PAPER_MILESTONES = (30, 60, 90, 100)
+
+
+class ModelConfig(Section):
+    name: Text = "resnet50"
+    """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD`
+    with D = 6n + 2."""
+    num_classes: PositiveInt | None = None
+    """Unset: the data's class count."""
+    init: FilePath | None = None
+    """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the
+    main ones."""
+
+    @property
+    def classes(self) -> int:
+        """`num_classes` of a run whose data is open, or of a checkpoint. ValueError if unset."""
+        if self.num_classes is None:
+            raise ValueError(
+                "model.num_classes is not set, and there is no data here to take it from"
+            )
+        return self.num_classes
+
+
+class MethodConfig(Section):
+    name: Annotated[str, AfterValidator(key_of(METHODS))] = DEFAULT_METHOD
+    """One of `fap.methods.METHODS`. What an unset field means is the method's; a field that has no
+    meaning for it is an error."""
+    group_rows: PositiveInt = 64
+    """Rows of one batch-norm group of clean rows (section 4.1: 64 per GPU); one of adversarial rows
+    has group_rows * p_adv / (1 - p_adv)."""
+    p_adv: Ratio | None = None
+    """n_adv / (n_clean + n_adv); `1/9`, `1/5`, `1/3`, `1/2` are the rows of Table 4."""
+    schedule: Literal["sequential", "fused", "pipelined", "parallel"] | None = None
+    """`parallel` is `sequential` with the clean pass on a second stream of the GPU: for few clean
+    rows."""
+    eps_255: PositiveFloat | None = None
+    """Radius of the ball in grey levels of 0..255, whatever the normalisation."""
+    step_255: PositiveFloat | None = None
+    """Step in grey levels; at least eps / attack_steps is used, as in the authors' code."""
+    attack_steps: PositiveInt | None = None
+    random_start: bool | None = None
+    """Start at U(-eps, eps); without it one step is FGSM (appendix A.1)."""
+    targeted: bool | None = None
+    """Of a separate attack: towards a random wrong target instead of away from the true one."""
+    attack_bn: Literal["batch", "running"] | None = None
+    """Statistics of the batch norms during a separate attack; it moves the running ones in neither
+    mode."""
+    weight_clean: PositiveFloat | None = None
+    weight_noise: PositiveFloat | None = None
+    weight_adv: PositiveFloat | None = None
+    sync: bool | None = None
+    """Update-speed synchronisation 1 : 1 : 1 of shared, main-BN and auxiliary-BN parameters
+    (section 3.2.2)."""
+    combine: Literal["sum", "mean"] | None = None
+    """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1
+    to the letter."""
+    shuffle: Literal["ranks", "groups", "off"] | None = None
+    """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or
+    not at all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Replace what is unset by the method's defaults."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name", DEFAULT_METHOD)
+        if not isinstance(name, str) or name not in METHODS:
+            return given
+        defaults = dict(METHODS[name].defaults)
+        given = {field: value for field, value in given.items() if value is not None}
+        meaningful = {"name", "group_rows", *defaults}
+        for field in sorted(given.keys() & cls.model_fields.keys() - meaningful):
+            raise ValueError(
+                f"method.{field} = {shown(given[field])} has no meaning for "
+                f"method.name = {name!r}; leave it out"
+            )
+        if given.get("combine") == "mean":
+            defaults["sync"] = False
+        return defaults | given
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.p_adv is not None:
+            self._check_rows(self.p_adv)
+        if self.entry.recycles and self.attack_steps != 1:
+            raise ValueError(
+                f"method.attack_steps = {self.attack_steps}: {self.name} recycles one gradient, "
+                "so only 1"
+            )
+        if self.entry.direction == "random" and self.attack_steps != 1:
+            raise ValueError(
+                f"method.attack_steps = {self.attack_steps}: {self.name} takes one random step, "
+                "so only 1"
+            )
+        if self.combine == "mean" and self.sync:
+            raise ValueError(
+                "method.sync = true with method.combine = 'mean': "
+                "Algorithm 1 divides nothing; sync must be false"
+            )
+        return self
+
+    def _check_rows(self, p_adv: Fraction) -> None:
+        rows = self.group_rows * self.entry.adv_per_clean(p_adv)
+        if rows.denominator == 1 and rows >= 2:
+            return
+        possible = max(3, round(rows))
+        near = [Fraction(n, self.group_rows + n) for n in range(possible - 1, possible + 2)]
+        raise ValueError(
+            f"method.p_adv = {p_adv} gives {float(rows):.3f} adversarial rows "
+            f"per {self.group_rows} clean ones; it must give a whole number >= 2, "
+            f"for example {', '.join(map(str, near))}"
+        )
+
+    @property
+    def entry(self) -> Method:
+        return METHODS[self.name]
+
+    @property
+    def adv_group_rows(self) -> int:
+        """Rows of one group of adversarial rows; `pipelined` joins two of them in one."""
+        return int(self.group_rows * self.entry.adv_per_clean(self.p_adv))
+
+    @property
+    def step_size_255(self) -> float:
+        assert self.eps_255 and self.step_255 and self.attack_steps
+        return max(self.step_255, self.eps_255 / self.attack_steps)
+
+
+class DataConfig(Section):
+    train: FilePath | None = None
+    """What one of `pipelines.sources` opens: a `.beton` file, or an image folder in ImageNet's
+    layout."""
+    val: FilePath | None = None
+    pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS))] = "ffcv"
+    """The loader: one of `pipelines.back_ends.BACK_ENDS`."""
+    size: PositiveInt = 224
+    resize: PositiveInt = 256
+    """Evaluation: shorter side before the centre crop of `size` pixels."""
+    crop: Literal["random_resized", "pad"] = "random_resized"
+    scale: Pair = (0.08, 1.0)
+    ratio: Pair = (3 / 4, 4 / 3)
+    pad: NonNegativeInt = 4
+    """Pixels of zero padding with `crop: pad` (CIFAR)."""
+    flip: Share = 0.5
+    mix: Literal["mixup", "cutmix"] | None = None
+    """On the clean partition only (Table 6)."""
+    mix_alpha: PositiveFloat = 1.0
+    mean: Channels = (0.5, 0.5, 0.5)
+    std: PositiveChannels = (0.5, 0.5, 0.5)
+    threads: PositiveInt | None = None
+    """Decoding threads of one process; unset: the cores it may use."""
+    prefetch: PositiveInt = 3
+    """Batches decoded ahead."""
+    hw_decoder_load: Share = 0.65
+    """DALI on a GPU: share of JPEGs given to the hardware decoder."""
+
+
+class OptimConfig(Section):
+    clean_batch: PositiveInt = 256
+    """Clean rows of one step over all ranks."""
+    lr: PositiveFloat = 0.1
+    """Per 256 clean rows (section 4.1); the run uses lr * clean_batch / 256."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    """On every parameter, batch norms included (authors' code)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs of this run over which the rate rises from 0; fewer than the run has."""
+
+
+def nearest(value: Fraction) -> int:
+    """The nearest whole number, ties down: 87.5 epochs are 87, as in Table 4."""
+    return math.ceil(value - Fraction(1, 2))
+
+
+def paper_milestones(epochs: int) -> tuple[int, ...]:
+    """The paper's 30/60/90/100 of 105, scaled to `epochs`.
+
+    What would meet another one or the end is left out.
+    """
+    milestones: list[int] = []
+    last = 0
+    for milestone in PAPER_MILESTONES:
+        epoch = nearest(Fraction(milestone * epochs, PAPER_EPOCHS))
+        if last < epoch < epochs:
+            milestones.append(epoch)
+            last = epoch
+    return tuple(milestones)
+
+
+class BudgetConfig(Section):
+    epochs: PositiveInt = PAPER_EPOCHS
+    """Epochs of vanilla training; other methods run epochs / cost (section 4.1)."""
+    milestones: Annotated[
+        tuple[PositiveInt, ...], Field(strict=False, max_length=100, validate_default=True)
+    ] = UNSET
+    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for a
+    constant rate. Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    same_budget: bool = True
+    """False: as many epochs as vanilla, at (K + 2) or (1 + p_adv K) times its cost."""
+
+    @field_validator("milestones", mode="before")
+    @classmethod
+    def _scale(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is not None:
+            return given
+        # `epochs` is absent only if it is wrong, which is an error of its own.
+        return paper_milestones(info.data.get("epochs", PAPER_EPOCHS))
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        ascending = all(a < b for a, b in pairwise(self.milestones))
+        in_time = all(milestone < self.epochs for milestone in self.milestones)
+        if not (ascending and in_time):
+            scaled = list(paper_milestones(self.epochs))
+            raise ValueError(
+                f"budget.milestones = {shown(list(self.milestones))} with "
+                f"budget.epochs = {self.epochs}: must be strictly ascending and below "
+                f"budget.epochs; null means the paper's, scaled: {scaled}"
+            )
+        return self
+
+
+class RunConfig(Section):
+    dir: FilePath = "runs"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """auto: fp16 on a GPU, off on a CPU."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph; auto: on a GPU."""
+    norm_kernel: Literal["auto", "triton", "framework"] = "auto"
+    """Batch norm in training: our Triton kernel, or the framework's group after group.
+    auto: on a GPU triton, and framework, with a warning, if that fails."""
+    compile: bool = False
+    torch_threads: PositiveInt | None = None
+    """CPU threads of the training process; unset: torch's default, or a container's CPU quota if
+    that is less."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps in all; the schedule is that of the whole run."""
+    log_every: PositiveInt = 50
+    """Steps between records."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints; one is also written at each epoch's end."""
+    keep: PositiveInt = 2
+    """Checkpoints that are kept."""
+    eval_every: PositiveInt = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_batch: PositiveInt = 256
+    """Images of an evaluation's batch over all ranks."""
+    max_skipped: PositiveInt = 20
+    """Consecutive non-finite steps after which the run stops."""

@@ -1,0 +1,172 @@
+"""Parameters, gradients and running statistics as views of flat buffers.
+
+The order is shared | main | aux. So the update-speed synchronisation is two slice multiplications,
+the reduction over ranks one all-reduce, the optimiser one kernel, and restoring the running
+statistics of a skipped step one `where`.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fap.nets.dual import norms
+
+ALIGN = 64  # elements; keeps every view as aligned as a fresh allocation
+
+
+class Flat:
+    """A converted model's parameters, moved into flat buffers in place.
+
+    The model must already be on its device: moving it afterwards would undo the views.
+    """
+
+    def __init__(self, model: nn.Module, first: Collection[nn.Parameter] = ()) -> None:
+        """`first`: shared parameters to lie together at the very front.
+
+        `fap.step.half` copies those as one slice.
+        """
+        self.parameters = dict(model.named_parameters())
+        self.slices: dict[str, slice] = {}
+        """Where each parameter lies in the buffers, by its name."""
+
+        main: set[nn.Parameter] = set()
+        aux: set[nn.Parameter] = set()
+        for norm in norms(model):
+            main |= {norm.weight, norm.bias}
+            if norm.aux is not None:
+                aux |= {*norm.aux.parameters()}
+        front = set(first)
+        rest = {*model.parameters()} - front - main - aux
+
+        self.first = self._place(front, 0)
+        after_shared = self._place(rest, self.first.stop).stop
+        self.shared = slice(0, after_shared)  # begins with `first`
+        self.main = self._place(main, after_shared)
+        self.aux = self._place(aux, self.main.stop)
+        self.counts = (_n_values(front) + _n_values(rest), _n_values(main), _n_values(aux))
+        """Values of the shared, main and auxiliary parameters, without the gaps between them."""
+
+        self.param = nn.Parameter(next(model.parameters()).new_zeros(self.aux.stop))
+        self.grad = torch.zeros_like(self.param)
+        self.param.grad = self.grad
+        values = self.named(self.param.data)
+        gradients = self.named(self.grad)
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name].copy_(parameter.data)
+            parameter.grad = gradients[name]
+
+        # Counters of batches are integers and stay where they are.
+        statistics = [b for n in norms(model) for b in n.buffers() if b.is_floating_point()]
+        self.stats = torch.cat(statistics)
+        views = self.stats.split([len(buffer) for buffer in statistics])
+        for buffer, view in zip(statistics, views, strict=True):
+            buffer.data = view
+
+    def _place(self, part: Collection[nn.Parameter], start: int) -> slice:
+        """Give the parameters of a part their places from `start` on, in the model's order."""
+        end = start
+        for name, parameter in self.parameters.items():
+            if parameter in part:
+                self.slices[name] = slice(end, end + parameter.numel())
+                end = _aligned(end + parameter.numel())
+        return slice(start, end)
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat buffer under the parameters' names and shapes.
+
+        They have the parameters' strides: convolutions are channels_last in the buffer too.
+        """
+        return {
+            name: flat[self.slices[name]].as_strided(parameter.shape, parameter.stride())
+            for name, parameter in self.parameters.items()
+        }
+
+
+def _aligned(n: int) -> int:
+    """`n` elements, rounded up to where the next view may begin."""
+    return (n + ALIGN - 1) // ALIGN * ALIGN
+
+
+def _n_values(parameters: Collection[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+class GradientSum:
+    """Adds up the gradients of several passes in a flat buffer.
+
+    It takes a few kernels per pass, where one or two per parameter would be usual. Gradients of
+    another dtype than the buffer's (`fap.step.half`) are first brought together in a flat buffer
+    of their own, then added as one tensor. Twin: autograd's accumulation into `.grad`.
+    """
+
+    def __init__(
+        self,
+        flat: Flat,
+        total: Tensor,  # (len(flat.param),)
+        half_dtype: torch.dtype | None = None,  # of gradients that are not of total's dtype
+    ) -> None:
+        """Gradients of `half_dtype` may only come for the parameters of `flat.first`."""
+        self.total = total
+        self.strides = [parameter.stride() for parameter in flat.parameters.values()]
+        self.targets = [total[flat.slices[name]] for name in flat.parameters]
+        self.front = total[flat.first]
+        self.half: Tensor | None = None
+        if half_dtype is not None:
+            # Static, and zero between the parameters: what lies there is added too.
+            self.half = torch.zeros_like(self.front, dtype=half_dtype)
+        self.half_targets: list[Tensor | None] = []
+        for name in flat.parameters:
+            place = flat.slices[name]
+            if self.half is not None and place.stop <= flat.first.stop:
+                self.half_targets.append(self.half[place])
+            else:
+                self.half_targets.append(None)
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one pass's gradients, in the order of `flat.parameters`.
+
+        None stands where the pass did not use the parameter.
+        """
+        same_targets: list[Tensor] = []
+        same_values: list[Tensor] = []
+        half_targets: list[Tensor] = []
+        half_values: list[Tensor] = []
+        stale: list[Tensor] = []  # half-precision targets that this pass does not write
+        places = zip(gradients, self.strides, self.targets, self.half_targets, strict=True)
+        for gradient, strides, target, half_target in places:
+            if gradient is not None and gradient.dtype != self.total.dtype:
+                assert half_target is not None, f"a gradient of {gradient.dtype} outside flat.first"
+                half_targets.append(half_target)
+                half_values.append(_in_memory_order(gradient, strides))
+                continue
+            if gradient is not None:
+                same_targets.append(target)
+                same_values.append(_in_memory_order(gradient, strides))
+            if half_target is not None:
+                stale.append(half_target)
+        if same_values:
+            torch._foreach_add_(same_targets, same_values)
+        if half_values:
+            assert self.half is not None
+            # The whole half buffer is added, so what an earlier pass left in it must not count.
+            if stale:
+                torch._foreach_zero_(stale)
+            torch._foreach_copy_(half_targets, half_values)
+            self.front.add_(self.half)
+
+
+def _in_memory_order(
+    gradient: Tensor,
+    strides: tuple[int, ...],  # of its parameter, which is dense
+) -> Tensor:  # (gradient.numel(),)
+    """The values in the parameter's memory order, copied only where they have another one."""
+    dimensions = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    # The stride of a dimension of one means nothing.
+    if any(length > 1 and own != wanted for length, own, wanted in dimensions):
+        ordered = torch.empty_strided(
+            gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
+        )
+        gradient = ordered.copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))

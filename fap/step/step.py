@@ -1,0 +1,270 @@
+"""One training step: its passes over static buffers, then one update.
+
+All methods differ only in passes (passes.py) and weights (weights.py), so they share this code and
+are timed on equal terms. The loss of a pass is the sum of its rows' losses times their weights.
+Every tensor is static and nothing asks the device for a value, so the same function runs eagerly on
+a CPU and is captured as one CUDA graph (graph.py).
+Twin: tests/step/reference_step.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fap.config import Config
+from fap.distributed import ONE_RANK, Ranks
+from fap.methods import Kind
+from fap.nets.norm import Group
+from fap.step.adversarial import AdversarialRows
+from fap.step.attack import Attack
+from fap.step.flat import GradientSum
+from fap.step.half import Amp
+from fap.step.inputs import Inputs, image_buffer
+from fap.step.metrics import Metrics
+from fap.step.network import Network
+from fap.step.passes import Block, BlockKind, Pass, passes_of, rows_of
+from fap.step.rows import Rows, split_by_group
+from fap.step.streams import Streams
+from fap.step.update import Update
+from fap.step.weights import weights_of
+from fap.tasks import make_task
+from fap.tasks.base import Task
+
+
+class Step:
+    """A training step of a prepared model (`fap.nets.build.prepare`) that is on its device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        ranks: Ranks = ONE_RANK,
+        *,
+        amp: Amp = "off",
+        task: Task | None = None,  # None: the config's
+    ) -> None:
+        """Raises ValueError for another model, and for rows that give no whole groups."""
+        self.network = Network(model, config, amp)
+        self.task = task or make_task(config)
+        self.method = config.method
+        self.mix = config.data.mix
+
+        n_clean = _clean_rows_per_rank(config, ranks)
+        n_rows = rows_of(self.method, n_clean)
+        self.passes = passes_of(self.method, n_clean)
+        self.weights = weights_of(self.method, n_rows, ranks.world)
+        self.n_adv = n_rows["adv"]
+        self.n_adv_groups = 0
+        if self.n_adv:
+            self.n_adv_groups = self.n_adv // self.method.adv_group_rows
+
+        flat = self.network.flat
+        self.device = flat.param.device
+        self.dtype = flat.param.dtype
+        self.inputs = Inputs.empty(
+            config,
+            self.task,
+            self.device,
+            n_clean=n_clean,
+            n_loaded_adv=config.loader_adv_rows // ranks.world,
+            n_adv=self.n_adv,
+            n_adv_groups=self.n_adv_groups,
+        )
+        size = config.data.size
+        self.pass_input = [
+            image_buffer(one.n_rows, size, self.dtype, self.device) for one in self.passes
+        ]
+        buffers = Rows(
+            image_buffer(self.n_adv, size, self.dtype, self.device),
+            self.task.empty_targets(self.n_adv, self.device),
+        )
+        self.adv = AdversarialRows(buffers, self.method, ranks, self.inputs.shuffle)
+        self.streams = Streams(
+            flat, self.network.half_dtype, parallel=self.method.schedule == "parallel"
+        )
+        self.metrics = Metrics(self.device)
+        self.attack: Attack | None = None
+        if self.n_adv:
+            self.attack = Attack(self.method, self.metrics)
+        self.update = Update(
+            flat, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
+        )
+
+    def feed(self, images: Tensor, targets: Tensor, lr: float, **draws: Tensor) -> None:
+        """Fill the static inputs: a batch of the loader, its targets, and the plan's draws for this
+        step by their names in `Inputs`.
+        """
+        for name, value in {"images": images, "targets": targets, **draws}.items():
+            getattr(self.inputs, name).copy_(value, non_blocking=True)
+        self.inputs.lr.fill_(lr)
+        self.update.set_lr(lr)
+
+    def __call__(self) -> None:
+        """One optimiser step on the fed inputs.
+
+        A non-finite gradient on any rank leaves weights and statistics alone.
+        """
+        self.network.flat.grad.zero_()
+        self.network.refresh()
+        stats_before = self.network.flat.stats.clone()
+
+        rows: dict[BlockKind, Rows] = {"adv": self.adv.rows}
+        rows["clean"] = self.inputs.clean_rows(self.mix, self.dtype)
+        if self.attack is not None:
+            copies = self.method.entry.attacked == "copies"
+            source = self.inputs.attacked_rows(copies, self.dtype)
+            started = self.attack.start(source.images_255, self.inputs.noise_key)
+            rows["noise"] = Rows(started, source.targets)
+            if not self.method.entry.recycles:
+                self.adv.publish(self._craft(self.attack, started, source), source.targets)
+
+        for one, x in zip(self.passes, self.pass_input, strict=True):
+            if one.joins:
+                rows["joined"] = self.adv.joined_with(rows["noise"], self.n_adv_groups)
+            with self.streams.of(one) as gradients:
+                gradient = self._run(one, x, rows, gradients)
+            if one.crafting is not None:
+                assert self.attack is not None
+                crafted = self.attack.advance(
+                    started, source.images_255, gradient, self.inputs.noise_key
+                )
+                self.adv.publish(crafted, source.targets)
+        self.streams.join()
+        self.update(stats_before, self.metrics)
+
+    # ------------------------------------------------------------------ a pass
+
+    def _run(
+        self,
+        one: Pass,
+        x: Tensor,  # (rows of the pass, 3, H, W): the pass's static buffer
+        rows: dict[BlockKind, Rows],
+        gradients: GradientSum,
+    ) -> Tensor | None:
+        """Forward, loss, backward. Returns the gradient of the noise rows if the pass crafts."""
+        for block in one.blocks:
+            images_255 = rows[block.kind].images_255[block.start : block.stop]
+            self.network.normalise(images_255, out=x[block.rows])
+
+        leaves = self.network.leaves
+        if one.crafting is None:
+            outputs = self.network(x, one.groups)
+            loss = self._loss(one, outputs, rows) * self.update.scale
+            gradients.add(torch.autograd.grad(loss, leaves, allow_unused=True))
+            return None
+
+        with self.network.probing(x, one.crafting.rows) as (x_in, probe):
+            outputs = self.network(x_in, one.groups)
+            loss = self._loss(one, outputs, rows) * self.update.scale
+            *found, gradient = torch.autograd.grad(loss, [*leaves, probe], allow_unused=True)
+        gradients.add(found)
+        if len(gradient) == len(x):  # the whole input's: there is no stem that takes fewer rows
+            gradient = gradient[one.crafting.rows]
+        if one.joins:
+            gradient, _ = split_by_group(gradient, self.n_adv_groups)
+        return gradient
+
+    def _loss(self, one: Pass, outputs: Tensor, rows: dict[BlockKind, Rows]) -> Tensor:
+        loss = outputs.new_zeros(())
+        for block in one.blocks:
+            loss = loss + self._loss_of_block(block, outputs[block.rows], rows[block.kind].targets)
+        return loss
+
+    def _loss_of_block(
+        self,
+        block: Block,
+        outputs: Tensor,  # of the block's rows
+        targets: Tensor,  # of all rows of the block's kind
+    ) -> Tensor:
+        if block.kind == "joined":
+            noise, adv = split_by_group(outputs, self.n_adv_groups)
+            noise_targets, adv_targets = split_by_group(targets, self.n_adv_groups)
+            noise_loss = self._loss_of("noise", noise, noise_targets)
+            return noise_loss + self._loss_of("adv", adv, adv_targets)
+        own = targets[block.start : block.stop]
+        partner = None
+        if block.kind == "clean" and self.mix is not None:
+            partner = targets[self.inputs.mix_partner[block.start : block.stop]]
+        return self._loss_of(block.kind, outputs, own, partner)
+
+    def _loss_of(
+        self,
+        kind: Kind,
+        outputs: Tensor,
+        targets: Tensor,
+        partner: Tensor | None = None,  # targets of the images that are mixed in
+    ) -> Tensor:
+        """Weighted sum of the rows' losses; also counts their metrics."""
+        losses = self.task.losses(outputs, targets)
+        if partner is not None:
+            lam = self.inputs.mix_lam.to(losses.dtype)
+            losses = lam * losses + (1 - lam) * self.task.losses(outputs, partner)
+        self.metrics.count_rows(kind, losses, self.task.hits(outputs, targets))
+        return losses.sum() * self.weights.of_row[kind]
+
+    # ------------------------------------------------------------------ adversarial rows
+
+    def _craft(self, attack: Attack, current: Tensor, source: Rows) -> Tensor:
+        """The images of a separate attack: K steps of PGD, with input gradients only."""
+        if not self.method.entry.takes_gradients:
+            return attack.advance(current, source.images_255, None, self.inputs.noise_key)
+        targets = source.targets
+        if self.method.targeted:
+            targets = self.task.wrong_targets(self.inputs.noise_key, targets)
+        # Calls of no average: an attack crafts, it does not train, so it moves no statistics.
+        bn = self.method.entry.norms["adv"]
+        groups = [Group(bn, self.method.adv_group_rows)] * self.n_adv_groups
+        if self.method.attack_bn == "running":
+            groups = [Group(bn, self.n_adv, running=True)]
+        x = torch.empty_like(current, memory_format=torch.channels_last)
+        for _ in range(attack.n_steps):
+            self.network.normalise(current, out=x)
+            leaf = x.detach().requires_grad_()
+            outputs = self.network(leaf.view_as(leaf), groups)  # no leaf: see `Network.probing`
+            loss = self.task.losses(outputs, targets).mean()
+            (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
+            current = attack.advance(current, source.images_255, gradient, self.inputs.noise_key)
+        return current
+
+    # ------------------------------------------------------------------ the state
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name.
+
+        Live static tensors, to be cloned or copied into.
+        """
+        momentum = self.network.flat.named(self.update.momentum)
+        state = {f"model.{name}": v for name, v in self.network.model.state_dict().items()}
+        state |= {f"momentum.{name}": v for name, v in momentum.items()}
+        state["scale"] = self.update.scale
+        state["growth"] = self.update.growth
+        state["metrics"] = self.metrics.sums
+        state |= self.adv.state()
+        return state
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Copy a saved `state()` back in place.
+
+        Raises ValueError if it belongs to another model or method.
+        """
+        state = self.state()
+        odd = sorted(state.keys() ^ saved.keys())
+        if not odd:
+            odd = [name for name, tensor in state.items() if saved[name].shape != tensor.shape]
+        if odd:
+            raise ValueError(f"checkpoint does not fit the run: {', '.join(odd[:3])}")
+        for name, tensor in state.items():
+            tensor.copy_(saved[name])
+
+
+def _clean_rows_per_rank(config: Config, ranks: Ranks) -> int:
+    """Raises ValueError unless they are whole groups."""
+    whole = ranks.world * config.method.group_rows
+    if config.optim.clean_batch % whole:
+        raise ValueError(
+            f"optim.clean_batch = {config.optim.clean_batch} gives no whole batch-norm groups of "
+            f"{config.method.group_rows} rows on each of {ranks.world} ranks; "
+            f"use a multiple of {whole}"
+        )
+    return config.optim.clean_batch // ranks.world

@@ -1,0 +1,86 @@
+"""The end of a step: gradients over all ranks, the optimiser, and what a non-finite step undoes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fap.distributed import Ranks
+from fap.sections import OptimConfig
+from fap.step.flat import Flat
+from fap.step.metrics import Metrics
+from fap.step.weights import Weights
+
+# Dynamic loss scaling as torch.amp.GradScaler does it by default.
+FIRST_SCALE = 2.0**16
+GROWTH = 2.0
+BACKOFF = 0.5
+STEPS_TO_GROWTH = 2000
+
+
+class Update:
+    """SGD with momentum on flat buffers, with dynamic loss scaling for fp16.
+
+    Unlike torch.amp.GradScaler it leaves the verdict on the device, for the step to read: if a
+    gradient is not finite on any rank, weights and statistics stay as they were.
+    """
+
+    def __init__(
+        self,
+        flat: Flat,
+        lr: Tensor,  # float32 (), which the step is fed with
+        config: OptimConfig,
+        weights: Weights,
+        ranks: Ranks,
+        *,
+        scaled: bool,  # fp16
+    ) -> None:
+        self.flat = flat
+        self.weights = weights
+        self.ranks = ranks
+        self.scaled = scaled
+        device = flat.param.device
+        self.optimizer = torch.optim.SGD(
+            [flat.param],
+            lr=lr if device.type == "cuda" else 0.0,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.momentum = torch.zeros_like(flat.param)
+        # Allocated here: a first step that is skipped would leave an uninitialised buffer behind.
+        self.optimizer.state[flat.param]["momentum_buffer"] = self.momentum
+        self.scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def set_lr(self, lr: float) -> None:
+        """On a CPU, where fused SGD takes no tensor; on a GPU it reads the tensor."""
+        if self.flat.param.device.type == "cpu":
+            self.optimizer.param_groups[0]["lr"] = lr
+
+    def __call__(self, stats_before: Tensor, metrics: Metrics) -> None:
+        """Spend the gradients in `flat.grad`; `stats_before` are the running statistics before the
+        step.
+        """
+        flat = self.flat
+        if self.weights.main != 1:
+            flat.grad[flat.main].mul_(self.weights.main)
+        if self.weights.aux != 1:
+            flat.grad[flat.aux].mul_(self.weights.aux)
+        self.ranks.sum_(flat.grad)
+        # The mean of the ranks' averages is the average over all groups.
+        self.ranks.sum_(flat.stats.div_(self.ranks.world))
+
+        # One reduction, which a NaN gets through.
+        largest = torch.linalg.vector_norm(flat.grad, torch.inf)
+        found_inf = (~largest.isfinite()).float()
+        # Attributes by which torch's fused optimisers divide by the scale, and skip.
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self.scale if self.scaled else None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.scaled:
+            torch._amp_update_scale_(
+                self.scale, self.growth, found_inf, GROWTH, BACKOFF, STEPS_TO_GROWTH
+            )
+        torch.where(found_inf.bool(), stats_before, flat.stats, out=flat.stats)
+        metrics.count_step(found_inf)

@@ -1,0 +1,148 @@
+"""The contract of a task: what stands beside the training step and the evaluation.
+
+Outputs are one tensor whose first dimension is rows, and so are targets. Every slice, permutation,
+gather over ranks and carry of the step then works for any task.
+
+The step calls `losses`, `hits` and `wrong_targets`. They are captured: recorded once in a CUDA
+graph, then replayed on new values in the same memory. So they ask the device for no value, no shape
+depends on a value, and what is random is a function of keys, never of a generator.
+
+The evaluation takes all that it tells about a metric from the task: which one matters, how it is
+called, and what sums up a corruption benchmark.
+
+A row of an evaluation plan may hold no sample (padding). `Task.targets` marks such rows, and
+`Evaluator.update` passes over them. Training plans have none, so what the step calls need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fap.config import Config
+from fap.tasks.labels import SAME_CLASSES, Matching
+from pipelines import EpochPlan, Store
+
+Result = dict[str, float]
+"""The metrics of an evaluation by name, and `count`, the number of images."""
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
+"""Batches to evaluate: uint8 images (B, 3, H, W), and targets (B, ...)."""
+
+
+class Evaluator(Protocol):
+    """Gathers what the metrics need, batch after batch. A new one for every evaluation."""
+
+    def update(
+        self,
+        outputs: Tensor,  # (B, ...)
+        targets: Tensor,  # (B, ...), on the device of the outputs
+    ) -> None:
+        """Take in a batch, without waiting for the device. Padding rows do not count."""
+
+    def result(self) -> Result:
+        """The metrics of all batches so far, those of all ranks where torch.distributed runs.
+
+        Raises ValueError if there were no images.
+        """
+
+
+@dataclass(frozen=True)
+class CorruptionMean:
+    """A number that sums up a corruption benchmark, where every part of it was measured."""
+
+    title: str
+    """How tables call it: mCE, AlexNet = 100."""
+    corruptions: Sequence[str]
+    """What it covers: each of these at every severity, on as many images."""
+    percent: Callable[[Mapping[str, float], float], float]
+    """From `Task.measured` of each corruption, its mean over severities, and of clean images."""
+    only_imagenet_c: str = ""
+    """Why it means nothing for other images than ImageNet's in full size; empty: it always does."""
+    in_paper: bool = False
+    """It is what `config.paper` calls imagenet_c."""
+
+
+class Task(Protocol):
+    """One task, made of a config whose `model.num_classes` is settled."""
+
+    primary: str
+    """The metric by which the best epoch is chosen: the higher the better; one of `percents`."""
+    percents: Mapping[str, str]
+    """Metrics that are fractions, with the words for messages: {top1: top-1}."""
+    rows: Mapping[str, str]
+    """The metrics in a report's table, `primary` first, with the titles of their rows."""
+    measure: str
+    """What a report's table tells of corrupted images: error. See `measured`."""
+    means: Sequence[CorruptionMean]
+    """What sums up a corruption benchmark, in the order of the table."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for a config that this task cannot be trained by."""
+
+    def plain_model(self) -> nn.Module:
+        """An unconverted model with random weights. Raises ValueError for an unknown name."""
+
+    def targets(self, store: Store, plan: EpochPlan) -> Tensor:
+        """(steps, B, ...): what the rows of a plan should come to, on the CPU."""
+
+    def empty_targets(self, rows: int, device: torch.device) -> Tensor:
+        """(rows, ...): a buffer for the targets of one step, filled with valid ones."""
+
+    def losses(
+        self,
+        outputs: Tensor,  # (rows, ...)
+        targets: Tensor,  # (rows, ...)
+    ) -> Tensor:  # (rows,)
+        """The loss of each row, a function of that row alone. Captured."""
+
+    def hits(
+        self,
+        outputs: Tensor,  # (rows, ...)
+        targets: Tensor,  # (rows, ...)
+    ) -> Tensor:  # (rows,), 0 or 1, or in between
+        """Was the row understood? Captured.
+
+        The leak monitor compares adversarial with clean rows.
+        """
+
+    def wrong_targets(
+        self,
+        keys: Tensor,  # int32 (G,)
+        targets: Tensor,  # (G * a, ...)
+    ) -> Tensor:  # as `targets`
+        """Random wrong targets for a targeted attack; rows [g a, (g + 1) a) draw from keys[g].
+
+        Captured. Raises ValueError if this task has none.
+        """
+
+    def match(
+        self,
+        names: Sequence[str] | None,  # the data's classes, in the order of its labels
+        labels: tuple[int, int],  # the least and the greatest label of the data
+        model_names: Sequence[str] | None,  # the model's classes
+        *,
+        by_position: bool = False,
+        restrict: bool = False,
+    ) -> Matching:
+        """How the data's classes become the model's. Raises ValueError where they do not fit.
+
+        `by_position`: the user allows what names do not show. `restrict`: only the data's own
+        classes count.
+        """
+
+    def evaluator(self, device: torch.device, matching: Matching = SAME_CLASSES) -> Evaluator:
+        """A new one, for outputs and targets on `device`."""
+
+    def check_metrics(self, found: Mapping[str, object]) -> Result:
+        """A result without its `count`, as it was kept in a file.
+
+        Raises ValueError, TypeError or OverflowError for what `Evaluator.result` does not give.
+        """
+
+    def measured(self, result: Result) -> float:
+        """`measure` as a fraction: the error 1 - top1."""

@@ -1,0 +1,177 @@
+"""Classification: cross-entropy on class labels; top-1 and top-5 accuracy.
+
+Targets are labels, int64, -1 for padding rows; outputs are logits (rows, classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from fap.config import Config
+from fap.draws import random_bits
+from fap.nets.build import plain
+from fap.tasks.base import Result, Task
+from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
+from fap.tasks.mce import MEANS
+from pipelines import EpochPlan, Store
+
+PADDING_LABEL = -1
+WRONG_LABELS = 0x3C6EF372  # sets these draws apart from others under the same keys
+ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
+MOST_GUESSES = 5  # of top-5
+
+
+class Classification(Task):
+    """Every row has one label; see `fap.tasks.base.Task` for what is not said here."""
+
+    primary = "top1"
+    percents: Mapping[str, str] = {"top1": "top-1", "top5": "top-5"}
+    rows: Mapping[str, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "loss": "loss"}
+    measure = "error"
+    means = MEANS
+
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for fewer than two classes."""
+        n_classes = config.model.num_classes
+        if n_classes is None or n_classes < 2:
+            raise ValueError(
+                f"model.num_classes = {n_classes}: a classifier needs at least 2 classes, "
+                "and a targeted attack a wrong one to aim at"
+            )
+        self.n_classes = n_classes
+        self.model_name = config.model.name
+        self.label_smoothing = config.optim.label_smoothing
+
+    def plain_model(self) -> nn.Module:
+        return plain(self.model_name, self.n_classes)
+
+    def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B)
+        return torch.from_numpy(plan.look_up(store.labels, padding=PADDING_LABEL))
+
+    def empty_targets(self, rows: int, device: torch.device) -> Tensor:  # int64 (rows,)
+        return torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def losses(
+        self,
+        outputs: Tensor,  # (rows, classes)
+        targets: Tensor,  # int64 (rows,)
+    ) -> Tensor:  # (rows,)
+        return F.cross_entropy(
+            outputs, targets, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+    def hits(
+        self,
+        outputs: Tensor,  # (rows, classes)
+        targets: Tensor,  # int64 (rows,)
+    ) -> Tensor:  # bool (rows,)
+        return outputs.argmax(1) == targets
+
+    def wrong_targets(
+        self,
+        keys: Tensor,  # int32 (G,)
+        targets: Tensor,  # int64 (G * a,)
+    ) -> Tensor:  # int64 (G * a,)
+        """A wrong label for every row, each equally likely."""
+        rows_per_key = len(targets) // len(keys)
+        bits = random_bits(keys ^ WRONG_LABELS, rows_per_key).flatten().long()
+        # 1 to n_classes - 1 places further round the circle of classes: never the label itself.
+        distance = 1 + (bits & ALL_BUT_THE_SIGN) % (self.n_classes - 1)
+        return (targets + distance) % self.n_classes
+
+    def match(
+        self,
+        names: Sequence[str] | None,
+        labels: tuple[int, int],
+        model_names: Sequence[str] | None,
+        *,
+        by_position: bool = False,
+        restrict: bool = False,
+    ) -> Matching:
+        return match_labels(
+            names, labels, model_names, self.n_classes, by_position=by_position, restrict=restrict
+        )
+
+    def evaluator(self, device: torch.device, matching: Matching = SAME_CLASSES) -> Accuracy:
+        return Accuracy(device, matching.label_map, matching.restrict)
+
+    def check_metrics(self, found: Mapping[str, object]) -> Result:
+        if found.keys() != {"loss", "top1", "top5"}:
+            raise ValueError("it has other metrics")
+        loss = _number(found, "loss")
+        top1 = _number(found, "top1")
+        top5 = _number(found, "top5")
+        if not 0 <= top1 <= top5 <= 1:
+            raise ValueError("it has no accuracies")
+        # The loss of a model that diverged is NaN.
+        if not math.isnan(loss) and loss < 0:
+            raise ValueError("a negative loss")
+        return {"loss": loss, "top1": top1, "top5": top5}
+
+    def measured(self, result: Result) -> float:
+        return 1 - result["top1"]
+
+
+def _number(found: Mapping[str, object], name: str) -> float:
+    """A number out of a file. Raises TypeError, or OverflowError for an integer beyond floats."""
+    value = found[name]
+    # JSON's true is Python's True, which is an int too.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"its {name} is no number")
+    return float(value)
+
+
+class Accuracy:
+    """Mean loss without label smoothing, top-1 and top-5: a `fap.tasks.base.Evaluator`."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        label_map: Tensor | None,  # int64 (K,): the model's class of each of the data's labels
+        restrict: bool,  # only the logits of those K classes count
+    ) -> None:
+        self.label_map = label_map
+        if label_map is not None:
+            self.label_map = label_map.to(device)
+        self.restrict = restrict
+        # Loss, top-1, top-5, images: of all batches, on the device.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def update(
+        self,
+        outputs: Tensor,  # (B, classes)
+        targets: Tensor,  # int64 (B,), -1 for padding
+    ) -> None:
+        if self.label_map is not None and self.restrict:
+            # Column k is the class of the data's label k, so labels need no mapping.
+            outputs = outputs[:, self.label_map]
+        elif self.label_map is not None:
+            mapped = self.label_map[targets.clamp(min=0)]
+            targets = torch.where(targets == PADDING_LABEL, PADDING_LABEL, mapped)
+        # In float64, as the sums: they depend neither on the batch nor on the ranks.
+        loss = F.cross_entropy(
+            outputs.double(), targets, ignore_index=PADDING_LABEL, reduction="sum"
+        )
+        guesses = outputs.topk(min(MOST_GUESSES, outputs.shape[1])).indices
+        hits = guesses == targets[:, None]
+        counted = targets != PADDING_LABEL
+        self.sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()])
+
+    def result(self) -> Result:
+        sums = self.sums.clone()
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+        loss, top1, top5, count = sums.tolist()
+        if not count:
+            raise ValueError("evaluation: the data hold no images")
+        return {
+            "loss": loss / count,
+            "top1": top1 / count,
+            "top5": top5 / count,
+            "count": int(count),
+        }

@@ -1,0 +1,27 @@
+"""The registry of loaders, for whoever must know their names: it needs the standard library only.
+
+To add a loader, see `pipelines.loaders.base.Loader`.
+"""
+
+from typing import NamedTuple
+
+
+class BackEnd(NamedTuple):
+    """Where a loader is. It is imported when it is asked for: its packages may be missing."""
+
+    module: str
+    loader: str  # the class in it
+    install: str  # how to install what it needs
+
+
+BACK_ENDS = {
+    "ffcv": BackEnd(
+        "pipelines.loaders.ffcv",
+        "FfcvLoader",
+        "pip install --no-deps ffcv==1.0.2 (README lists the system packages)",
+    ),
+    "dali": BackEnd(
+        "pipelines.loaders.dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"
+    ),
+    "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
+}

@@ -1,0 +1,120 @@
+"""The area resize of the `ffcv` loader, compiled by numba.
+
+`reference.crop_resize` is its slow twin. Sides below are in source pixels, and may be fractions:
+the decoder may have halved the image.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+CHANNELS = 3
+# Added before the fraction is cut off: rounds to nearest. A plain 0.5 is a double, and would make
+# doubles of the sums.
+HALF = np.float32(0.5)
+
+
+def _compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`numba.njit` whose machine code is kept beside this file or in the user's cache.
+
+    It is then compiled once, not once per run. Where it cannot be kept, or what was kept is
+    damaged, it is compiled for this process alone. Numba's errors for that are of many types: no
+    folder to write (RuntimeError), a full disk (OSError), half a pickle.
+    """
+
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, nogil=True, fastmath=True, cache=True)(function)
+        except Exception:
+            # Raises again what the cache did not cause.
+            return njit(signature, nogil=True, fastmath=True)(function)
+
+    return compile_
+
+
+@njit(nogil=True, fastmath=True)
+def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
+    """The box filter over [start, start + extent) along one axis, for n_out output pixels.
+
+    Returns the first source pixel of each output pixel, int64 (n_out,), and the weights of that
+    pixel and those after it, float32 (taps, n_out). Weights of pixels outside [0, limit) are 0.
+    `flip` numbers the output pixels from the other end.
+    """
+    step = extent / n_out  # the side of an output pixel's box
+    place = np.arange(n_out)
+    low = start + step * (n_out - 1 - place if flip else place)
+    first = np.floor(low).astype(np.int64)
+    # A box of this side touches at most so many pixels: one more than it is wide.
+    pixel = first + np.arange(int(np.ceil(step)) + 1).reshape(-1, 1)
+    # What the box [low, low + step) and the pixel [pixel, pixel + 1) have in common.
+    share = np.minimum(low + step, pixel + 1.0) - np.maximum(low, pixel.astype(np.float64))
+    share = np.maximum(share, 0.0) * (pixel >= 0) * (pixel < limit)
+    return first, (share / step).astype(np.float32)
+
+
+@_compiled(
+    types.void(
+        types.Array(types.uint8, 3, "C", readonly=True),  # source
+        *[types.float64] * 4,  # top, left, height, width
+        types.boolean,  # flip
+        types.uint8[:, :, ::1],  # out
+    )
+)
+def area_resize(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
+    """Fill out (O, O, 3) with a window of source (H, W, 3), mirrored left to right by `flip`.
+
+    Each output pixel is the mean of the box of source pixels that it covers, rounded to nearest.
+    Around the source lie zeros.
+    """
+    stride = CHANNELS * source.shape[1]
+    n = CHANNELS * out.shape[1]  # values of an output row
+    ys, wy = _taps(top, height, source.shape[0], out.shape[0], False)
+    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1], flip)
+
+    # The window's part of a source row, in values: all that the horizontal pass reads. With a flip
+    # the leftmost pixel comes last. It may reach outside [0, stride).
+    begin = CHANNELS * min(xs[0], xs[-1])
+    end = CHANNELS * (max(xs[0], xs[-1]) + len(wx_pixel))
+
+    # One index and one weight per channel value instead of per pixel: the inner loops then run over
+    # contiguous outputs, without a loop of 3 inside, and the compiler vectorises them. The index is
+    # unsigned, because numba lets a signed one count from the end and would test each for that; and
+    # of 32 bits, because a vector holds twice as many of them.
+    at = (CHANNELS * xs.reshape(-1, 1) + np.arange(CHANNELS) - begin).ravel().astype(np.uint32)
+    wx = (wx_pixel.reshape(-1, len(xs), 1) * np.ones(CHANNELS, np.float32)).reshape(-1, n)
+
+    # `line` is one output row before the horizontal pass. Only `inside` of it, which lies over the
+    # source, is ever written. The rest stays zero: what lies around the source.
+    low = max(begin, 0)
+    high = min(end, stride)
+    line = np.zeros(end - begin, np.float32)
+    inside = line[low - begin : high - begin]
+    values = np.empty(n, np.float32)
+
+    rows = source.reshape(-1, stride)
+    result = out.reshape(-1, n)
+    for y in range(out.shape[0]):
+        # Vertically first: source rows are contiguous, and each is read once per output row that
+        # covers it. Rows outside the source have weight 0, and are not touched.
+        inside[:] = 0
+        for k in range(len(wy)):
+            w = wy[k, y]
+            if w > 0:
+                row = rows[ys[y] + k, low:high]
+                for i in range(high - low):
+                    inside[i] += w * np.float32(row[i])
+
+        # Then horizontally: tap k of a pixel is the value CHANNELS * k further on. The first tap
+        # sets the sums, so that they need no pass of their own to become zero.
+        for j in range(n):
+            values[j] = HALF + wx[0, j] * line[at[j]]
+        for k in range(1, len(wx)):
+            shift = np.uint32(CHANNELS * k)
+            for j in range(n):
+                values[j] += wx[k, j] * line[at[j] + shift]
+
+        # Over int32, because a float has no vector instruction that converts it to uint8.
+        for j in range(n):
+            result[y, j] = np.uint8(np.int32(values[j]))

@@ -1,0 +1,134 @@
+"""What every loader yields, and what all loaders share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.machine import usable_cores
+from pipelines.plan import PADDING, EpochPlan
+from pipelines.store import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images: rows [0, n_clean) clean, the rest adversarial.
+
+    Valid until the next one is asked for. What the rows should come to is looked up by the plan.
+    """
+
+    # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run.
+    images: Tensor
+    step: int  # row of the plan
+
+
+class Loader(ABC):
+    """Executes plans of `size` x `size` pixels, and draws nothing at random.
+
+    A new back end is one file, with a subclass that has an `_images`, and one line in
+    `pipelines.back_ends.BACK_ENDS`. If it has options, it takes them as keyword arguments of its
+    `__init__`, each written out: `open_loader` takes these and no others. A user sets option `x` by
+    the config's field `data.x`.
+
+    `_images` is a generator, one tensor per step of the plan:
+
+    - Content: row b of step s shows the window `plan.window[s, b]` of sample `plan.index[s, b]`,
+      resized to (size, size) by the filter of `reference.area_matrix`, mirrored left to right where
+      `plan.flip[s, b]` says so. What of the window lies outside the image is zero, and so is the
+      whole row where the index is PADDING. Decoders and filters may differ by a few grey levels:
+      on average 2, and 12 on 99% of the values.
+    - Threads: it runs in the consumer's thread, where it only waits. Work ahead of the consumer
+      happens in threads of its own (`pipelines.ahead.run_ahead`), which may call `store.read` and
+      nothing of torch that depends on a current stream.
+    - Buffers: the tensor belongs to the loader. It is valid until the generator is resumed, so the
+      loader may then fill it again, and must not before. On a GPU, "valid" is in the order of the
+      stream that is current in the consumer's thread: what the consumer queued there before it
+      resumed the generator may still have to run, and must find the old content.
+    - Ends: the consumer may close the generator at any `yield`, or drop it. Threads and buffers
+      then go with it (`try`/`finally`, `closing`).
+    - Errors: `DamagedData` that names the file and the sample for what cannot be decoded.
+    """
+
+    def __init__(self, store: Store, *, size: int, device: torch.device | str = "cpu") -> None:
+        self.store = store
+        self.size = size
+        # Of an empty tensor, because it has the index that "cuda" lacks.
+        self.device = torch.empty(0, device=device).device
+
+    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
+        """`len(plan) - start_step` batches; the same images whatever the threads and the start.
+
+        Raises:
+            ValueError: the plan was not drawn for this store or size.
+            DamagedData: a sample cannot be read or decoded; the message names file and index.
+        """
+        if plan.spec.size != self.size:
+            raise ValueError(
+                f"plan of size {plan.spec.size}: the loader was opened for size = {self.size}"
+            )
+        if not was_drawn_for(plan, self.store):
+            raise ValueError(f"plan: it was not drawn for the images of {self.store.path}")
+        return self._batches(plan, start_step)
+
+    def close(self) -> None:  # noqa: B027
+        """Nothing outlives the iterators of `load`."""
+
+    def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
+        # Leaving the loop early closes the back end's generator, and with it its threads.
+        with closing(self._images(plan, start_step)) as steps:
+            for step, images in enumerate(steps, start_step):
+                yield Batch(images.permute(0, 3, 1, 2), step)
+
+    @abstractmethod
+    def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+        """Steps `start_step`, `start_step` + 1, ...: uint8 (B, size, size, 3) on the device.
+
+        See the class for what they show, and for how long they are valid.
+        """
+
+
+class ThreadedLoader(Loader):
+    """A loader that decodes in threads, some batches ahead of the one in use.
+
+    Raises:
+        ValueError: an option below 1.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        size: int,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,  # None: all cores this process may use, a CPU quota included
+        prefetch: int = 3,  # batches in the making while one is used
+    ) -> None:
+        super().__init__(store, size=size, device=device)
+        for name, value in (("threads", threads), ("prefetch", prefetch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        self.threads = threads or usable_cores()
+        self.prefetch = prefetch
+
+
+def was_drawn_for(plan: EpochPlan, store: Store) -> bool:
+    """Whether every sample of a plan is one of the store's, and its window one that it may have.
+
+    A back end reads what the window says without another look. So no window of another store's plan
+    may reach outside an image here.
+    """
+    real = plan.index != PADDING
+    index = plan.index[real]
+    if index.max(initial=0) >= len(store):
+        return False
+    top, left, height, width = plan.window[real].T.astype(np.int32)
+    if plan.spec.crop == "pad":
+        # Such a window may reach outside the image, where it is zero, but it is never resized.
+        return bool(((height == plan.spec.size) & (width == plan.spec.size)).all())
+    starts_inside = (np.minimum(top, left) >= 0) & (np.minimum(height, width) > 0)
+    ends_inside = (top + height <= store.heights[index]) & (left + width <= store.widths[index])
+    return bool((starts_inside & ends_inside).all())

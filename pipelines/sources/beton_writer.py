@@ -1,0 +1,242 @@
+"""Writes a `.beton` that FFCV reads too, and its sidecar: both completely, or neither.
+
+Everything is written to `DST.part` and `DST.part.json`, synced, and renamed at the end.
+"""
+
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Self
+
+import numpy as np
+
+from pipelines.files import lock, readable, sync_folder
+from pipelines.names import checked_names
+from pipelines.sources.beton import (
+    ALLOCATION,
+    COLUMNS,
+    FIELD,
+    HEADER,
+    IMAGE_FIELD,
+    INT_FIELD,
+    N_FIELDS,
+    VERSION,
+    BetonStore,
+    metadata_row,
+)
+from pipelines.sources.sidecar import Sidecar, parse_sidecar, sidecar_path, sidecar_text
+
+FIELDS = [IMAGE_FIELD, INT_FIELD]  # in FFCV's order
+ROW = metadata_row(FIELDS)
+PAGE_BYTES = 8 << 20  # FFCV's default
+BUFFER_BYTES = 1 << 20
+READABLE_AND_WRITABLE = 0o666  # by all, less the user's umask
+
+
+class Sample(NamedTuple):
+    """One image as it is stored."""
+
+    data: bytes
+    mode: int  # JPG or RAW
+    height: int
+    width: int
+    verbatim: bool = False  # the bytes are those of the source
+
+
+class BetonWriter:
+    """Writes `DST.part` in a `with` block; `commit` makes it DST.
+
+    Leaving without it removes the partial file.
+
+    Raises:
+        ValueError: there is a DST, or another conversion is writing it.
+    """
+
+    def __init__(self, dst: str | Path, capacity: int) -> None:
+        self.dst = Path(dst)
+        self.part = Path(f"{dst}.part")
+        self._renaming = False
+        self._refuse_existing()
+        self._file = self._open_part()
+        try:
+            self._refuse_existing()  # what another conversion has finished since
+            self._file.truncate(0)
+            self.count = 0
+            self._page_bytes = PAGE_BYTES
+            self._rows = np.zeros(capacity, ROW)
+            self._allocations = np.zeros(capacity, ALLOCATION)
+            self._crc32 = np.zeros(capacity, np.uint32)
+            # The data begin at the first page behind room for the header and all rows.
+            tables_bytes = HEADER.itemsize + N_FIELDS * FIELD.itemsize + self._rows.nbytes
+            self._file.seek(tables_bytes + -tables_bytes % PAGE_BYTES)
+        except BaseException:
+            self._remove()
+            raise
+
+    def add(self, sample: Sample, label: int) -> None:
+        """Append a sample, on the next page if this one has no room for it."""
+        at = self._file.tell()
+        size = len(sample.data)
+        # The page is the smallest power of two that holds the largest sample. Samples placed for
+        # smaller pages straddle none of the larger ones.
+        self._page_bytes = max(self._page_bytes, 1 << (size - 1).bit_length())
+        room = -at % self._page_bytes
+        if size > room:
+            at = self._file.seek(at + room)
+        self._rows[self.count] = ((sample.mode, sample.width, sample.height, at), label)
+        self._allocations[self.count] = (self.count, at, size)
+        self._crc32[self.count] = zlib.crc32(sample.data)
+        self._file.write(sample.data)
+        self.count += 1
+
+    def commit(self, classes: Sequence[str] | None, encoding: dict[str, Any]) -> None:
+        """Write tables and sidecar, sync, rename.
+
+        `classes` is None where the labels have no names; `encoding` says how the file was made.
+        """
+        n = self.count
+        end = self._file.tell()
+        self._file.write(self._allocations[:n].tobytes())
+        header = np.array((VERSION, N_FIELDS, self._page_bytes, n, end), HEADER)
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.write(_field_descriptors().tobytes())
+        self._file.write(self._rows[:n].tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if classes is not None:
+            classes = tuple(classes)
+        write_sidecar(self.part, classes=classes, encoding=encoding, crc32=self._crc32[:n])
+        # The sidecar first: a `.beton` without one would be read without checksums.
+        self._renaming = True
+        os.replace(sidecar_path(self.part), sidecar_path(self.dst))
+        os.replace(self.part, self.dst)
+        try:
+            sync_folder(self.dst.parent)
+        except OSError as error:
+            error.filename = os.fspath(self.dst)  # it is there, but a power cut may undo that
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
+        # Such as the error of a full disk: say which file.
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(self.part)
+        self._remove()
+
+    def _remove(self) -> None:
+        for path in (self.part, sidecar_path(self.part)):
+            path.unlink(missing_ok=True)
+        if self._renaming and not os.path.lexists(self.dst):  # stopped between the two
+            sidecar_path(self.dst).unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk fails again when the buffer is flushed
+            self._file.close()
+
+    # ------------------------------------------------------------------ who writes DST
+
+    def _refuse_existing(self) -> None:
+        for path in (self.dst, sidecar_path(self.dst)):
+            if os.path.lexists(path):
+                raise ValueError(
+                    f"{readable(path)} exists and is not overwritten;"
+                    " remove it or choose another name"
+                )
+
+    def _open_part(self) -> IO[bytes]:
+        """`DST.part`, locked; never one that another conversion is writing.
+
+        It is new, or left by a conversion that was killed.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW  # never through a link that lies there
+        try:
+            descriptor = os.open(self.part, flags | os.O_CREAT | os.O_EXCL, READABLE_AND_WRITABLE)
+            is_new = True
+        except FileExistsError:
+            if not stat.S_ISREG(os.lstat(self.part).st_mode):
+                raise ValueError(
+                    f"{readable(self.part)}: exists and is not a file; choose another name"
+                ) from None
+            descriptor = os.open(self.part, flags)
+            is_new = False
+        file = open(descriptor, "r+b", BUFFER_BYTES)  # noqa: SIM115
+        try:
+            self._claim(file, is_new)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _claim(self, file: IO[bytes], is_new: bool) -> None:
+        """ValueError if the open `DST.part` is another conversion's, or may be."""
+        part = readable(self.part)
+        try:
+            locked = lock(file)  # gone with its process, even a killed one
+        except BlockingIOError:
+            raise ValueError(f"{part}: another conversion is writing it") from None
+        if locked:
+            # Its writer may have finished, and renamed or removed it, before the lock was ours.
+            if not self._is_part(file):
+                raise ValueError(f"{part}: another conversion was writing it")
+        elif is_new:
+            print(
+                f"warning: {part}: no locks on this file system;"
+                " leave the file alone while it is written",
+                file=sys.stderr,
+            )
+        else:
+            raise ValueError(
+                f"{part}: exists, and no locks on this file system say whether another conversion"
+                " is writing it: if none is, remove it"
+            )
+
+    def _is_part(self, file: IO[bytes]) -> bool:
+        """Whether the open file is still the one called `DST.part`."""
+        if not os.path.lexists(self.part):
+            return False
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.part))
+
+
+def _field_descriptors() -> np.ndarray:
+    descriptors = np.zeros(N_FIELDS, FIELD)
+    for descriptor, type_id in zip(descriptors, FIELDS, strict=True):
+        name, _ = COLUMNS[type_id]
+        descriptor["type_id"] = type_id
+        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return descriptors
+
+
+def write_sidecar(
+    path: str | Path,
+    *,
+    classes: tuple[str, ...] | None,
+    encoding: dict[str, Any],
+    crc32: np.ndarray,  # uint32 (N,), of the samples' bytes
+) -> None:
+    """Write the sidecar of the complete `.beton` at `path`, whose tables are validated first.
+
+    Raises:
+        ValueError: class names that are not unique texts, or more than fits into a sidecar.
+        DamagedData: the tables contradict each other, or there are fewer classes than labels.
+    """
+    store = BetonStore(path, use_sidecar=False)
+    store.close()
+    assert len(crc32) == len(store)
+    checked_names(classes)
+    side = sidecar_path(path)
+    try:
+        text = sidecar_text(Sidecar(classes, encoding, crc32, store.tables_crc32))
+    except ValueError as error:
+        raise ValueError(f"{readable(side)}: {error}") from None
+    # As it will be read: what would be refused then is refused now.
+    store.use(parse_sidecar(text))
+    side.unlink(missing_ok=True)
+    with open(side, "x") as file:  # never through a link that lies there
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,132 @@
+"""Models by name: what `build` makes of them, and which names are refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from fap.nets.build import build, plain
+from fap.nets.cifar import CifarResNet
+from fap.nets.dual import export
+from fap.nets.pretrained import load_plain
+from fap.nets.stem import StemConv2d, stem_of
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "timm/regnety_002", "cifar_resnet8", "cifar_resnet18"]
+)
+def test_build(name: str) -> None:
+    model = build(name, 7, size=32)
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert isinstance(stem_of(model), StemConv2d)
+    filters = [p for p in model.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    # A reader of the checkpoint sees the plain names, whatever class the stem has.
+    plain(name, 7).load_state_dict(export(model.state_dict()), strict=True)
+
+
+def test_build_without_auxiliary_norms() -> None:
+    model = build("cifar_resnet8", 7, aux=False, size=16)
+    assert set(model.state_dict()) == set(CifarResNet(8, 7).state_dict())
+
+
+@pytest.mark.parametrize("aux", [True, False])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_large", "timm/regnety_002", "cifar_resnet8"]
+)
+def test_without_groups_a_built_model_trains_like_the_plain_one(name: str, aux: bool) -> None:
+    """Bit for bit, in ordinary training code.
+
+    Outputs, gradients, weights, running statistics and their counter.
+    """
+    before = plain(name, 10).to(memory_format=torch.channels_last)
+    model = build(name, 10, aux=aux, size=32)
+    load_plain(model, before.state_dict())
+    models = (before, model)
+    own = dict(model.named_parameters())
+    optimisers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in models]
+    for rows in (5, 3):  # any batch
+        x = torch.randn(rows, 3, 32, 32).to(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (rows,))
+        dropout = random.randrange(2**31)
+        outs = []
+        for m, optimiser in zip(models, optimisers, strict=True):
+            torch.manual_seed(dropout)
+            outs.append(m.train()(x))
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(outs[-1], labels).backward()
+        assert torch.equal(*outs)
+        for k, p in before.named_parameters():
+            assert torch.equal(own[k].grad, p.grad), k  # type: ignore[arg-type]
+        for optimiser in optimisers:
+            optimiser.step()
+    trained = before.state_dict()
+    ours = export(model.state_dict())
+    assert trained.keys() == ours.keys()
+    assert [k for k, v in trained.items() if not torch.equal(v, ours[k])] == []
+    assert all(v == 2 for k, v in ours.items() if k.endswith("num_batches_tracked"))
+    assert torch.equal(before.eval()(x), model.eval()(x))
+
+
+def test_an_image_size_that_the_model_refuses() -> None:
+    with pytest.raises(ValueError, match=r"data.size = 8"):
+        build("inception_v3", 10, size=8)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_timm_prefix_picks_timm() -> None:
+    assert type(plain("resnet18", 3)).__module__.startswith("torchvision")
+    assert type(plain("timm/resnet18", 3)).__module__.startswith("timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet51", "did you mean resnet5"),
+        ("ResNet50", "did you mean resnet50"),
+        ("timm/ResNet50", "did you mean timm/resnet50"),
+        ("torchvision/vit_b_16", "did you mean vit_b_16"),
+        ("cifar_resnet_18", "did you mean cifar_resnet18"),
+        ("convnext-tiny", "convnext_tiny"),
+        ("no such model at all", "cifar_resnet18 or cifar_resnetD"),
+        ("cifar_resnet9", "6n"),
+        ("cifar_resnet\N{SUPERSCRIPT TWO}", "cifar_resnet18 or cifar_resnetD"),
+        ("cifar_resnet1000000000004", "cifar_resnet18 or cifar_resnetD"),
+        ("cifar_resnet" + "2" * 10**6, "cifar_resnet18 or cifar_resnetD"),
+        ("inception_v33", "did you mean inception_v3"),
+        ("x" * 10**6, "1,000,002 characters"),
+        ("", "neither torchvision nor timm"),
+        ("timm/", "neither torchvision nor timm"),
+    ],
+)
+def test_names_that_nobody_knows(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=r"^model\.name = ") as error:
+        plain(name, 10)
+    assert says in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("resnet18.a1_in1k", "timm/resnet18"),
+        ("timm/resnet50.tv2_in1k", "timm/resnet50"),
+        ("resnet50.IMAGENET1K_V2", "timm/resnet50"),
+        ("vit_b_16.IMAGENET1K_V1", "vit_b_16"),
+        ("timm/resnet18.", "timm/resnet18"),
+        ("tf_efficientnet_b0_ns", "timm/tf_efficientnet_b0"),
+        ("timm/convnext_tiny_in22k", "timm/convnext_tiny"),
+        ("resnet18." + "x" * 10**6, "timm/resnet18"),
+    ],
+)
+def test_a_tag_of_pretrained_weights_is_no_random_initialisation(name: str, write: str) -> None:
+    with pytest.raises(ValueError, match="pretrained") as error:
+        plain(name, 10)
+    assert f"model.name={write}," in str(error.value)
+    assert "model.init=FILE.safetensors" in str(error.value)
+    assert len(str(error.value)) < 700

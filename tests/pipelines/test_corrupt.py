@@ -1,0 +1,221 @@
+"""Corruptions, against the reference package where it is faithful.
+
+Else against a slow statement of the definition.
+"""
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter, map_coordinates, zoom
+
+from pipelines.corrupt import CORRUPTIONS, NAMES, corrupt
+from pipelines.corruptions import _plasma, _zoom, glass_blur
+
+# A few numbers decide the whole image.
+RANDOM_DRAWS = {"fog", "frost", "snow", "motion_blur", "spatter"}
+# Nothing is drawn.
+FIXED = {
+    "defocus_blur",
+    "zoom_blur",
+    "brightness",
+    "contrast",
+    "pixelate",
+    "jpeg_compression",
+    "gaussian_blur",
+    "saturate",
+}
+
+
+def photo(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A photo's spectrum (about 1/f), contrast and correlated channels."""
+    f = np.fft.fftfreq(side)[:, None] ** 2 + np.fft.fftfreq(side) ** 2
+    f[0, 0] = 1
+    planes = np.fft.ifft2(np.fft.fft2(rng.standard_normal((4, side, side))) / f**0.6).real
+    x = np.moveaxis(planes[:3] * 0.4 + planes[3], 0, 2)
+    x = (x - x.mean((0, 1))) / x.std((0, 1)) * 50 + rng.uniform(100, 140)
+    return x.clip(0, 255).astype(np.uint8)
+
+
+def decibels_apart(
+    ours: list[np.ndarray], theirs: list[np.ndarray], clean: list[np.ndarray]
+) -> float:
+    """Difference of PSNR against the clean images, over all of them."""
+
+    def mse(images: list[np.ndarray]) -> float:
+        return float(
+            np.mean([(a.astype(float) - b) ** 2 for a, b in zip(images, clean, strict=True)])
+        )
+
+    return abs(10 * np.log10(mse(ours) / mse(theirs)))
+
+
+@pytest.fixture(scope="module")
+def package():
+    """The package's function, but frost of five photos as the published generators have it.
+
+    The package draws from six.
+    """
+    reference = pytest.importorskip("imagecorruptions")
+    randint = np.random.randint
+
+    def call(image: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
+        np.random.seed(seed)
+        if name == "frost":
+            np.random.randint = lambda *a: randint(5) if a == (6,) else randint(*a)
+        try:
+            kwargs = {"seed": seed} if name in ("glass_blur", "impulse_noise") else {}
+            return reference.corrupt(image, severity, name, **kwargs)
+        finally:
+            np.random.randint = randint
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n != "elastic_transform" and n not in RANDOM_DRAWS]
+)
+def test_psnr_of_the_reference_package(package, name):
+    rng = np.random.default_rng(1)
+    clean = [photo(rng, 224) for _ in range(2)]
+    for severity in range(1, 6):
+        ours = [corrupt(x, name, severity, index=i) for i, x in enumerate(clean)]
+        theirs = [package(x, name, severity, i) for i, x in enumerate(clean)]
+        assert decibels_apart(ours, theirs, clean) < 0.5, severity
+        # Nothing is drawn, and nothing is resized: the pixels are the package's, but for rounding.
+        if name in FIXED - {"zoom_blur", "pixelate"}:
+            assert np.abs(np.subtract(ours, theirs, dtype=int)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(RANDOM_DRAWS))
+def test_psnr_of_the_reference_package_over_many_draws(package, name):
+    rng = np.random.default_rng(2)
+    clean = [photo(rng, 224) for _ in range(8)] * 20
+    for severity in range(1, 6):
+        ours = [corrupt(x, name, severity, index=i) for i, x in enumerate(clean)]
+        theirs = [package(x, name, severity, i) for i, x in enumerate(clean)]
+        assert decibels_apart(ours, theirs, clean) < 0.5, severity
+
+
+def slow_elastic(
+    image: np.ndarray, amplitude: float, sigma: float, jitter: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Affine jitter of three points, then a smoothed random displacement, by scipy alone."""
+    n = len(image)
+    mid = n // 2
+    arm = n // 3
+    corners = [(mid + arm, mid + arm), (mid + arm, mid - arm), (mid - arm, mid - arm)]
+    points = np.array(corners, float)  # x, y
+    moved = points + rng.uniform(-jitter, jitter, points.shape)
+    to_source = np.linalg.solve(np.c_[moved, np.ones(3)], points)  # moved x, y, 1 -> x, y
+    dx, dy = (
+        gaussian_filter(rng.uniform(-1, 1, (n, n)), sigma, truncate=3) * amplitude for _ in range(2)
+    )
+    y, x = np.mgrid[:n, :n]
+    affine = np.moveaxis(np.stack([x, y, np.ones_like(x)], 2) @ to_source, 2, 0)[::-1]
+    out = np.empty(image.shape)
+    for k in range(3):
+        once = map_coordinates(image[..., k] / 255.0, affine, order=1, mode="mirror")
+        out[..., k] = map_coordinates(once, [y + dy, x + dx], order=1, mode="reflect")
+    return (out.clip(0, 1) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("side", "unit"), [(224, 244), (32, 32)])
+def test_elastic_transform_against_a_slow_statement(side, unit):
+    image = photo(np.random.default_rng(3), side)
+    for severity in range(1, 6):
+        table = CORRUPTIONS["elastic_transform"]
+        published = table.cifar10_c if side == 32 else table.imagenet_c
+        constants = np.array(published[severity - 1]) * unit
+        of_corrupt = [0, 5, NAMES.index("elastic_transform"), severity]
+        slow = slow_elastic(image, *constants, np.random.default_rng(of_corrupt))
+        ours = corrupt(image, "elastic_transform", severity, index=5)
+        # warpAffine rounds positions to 1/32 pixel.
+        assert np.abs(np.subtract(ours, slow, dtype=int)).mean() < 0.5
+        assert decibels_apart([ours], [slow], [image]) < 0.1
+
+
+def test_glass_blur_is_the_published_loop():
+    image = photo(np.random.default_rng(4), 40)
+    sigma, reach, rounds = constants = 0.9, 2, 3
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
+
+    x = np.floor(blur(image / 255.0) * 255)
+    rng = np.random.default_rng(9)
+    for _ in range(rounds):
+        dx, dy = rng.integers(-reach, reach, (2, (40 - 2 * reach) ** 2))
+        places = [
+            (h, w) for h in range(40 - reach, reach, -1) for w in range(40 - reach, reach, -1)
+        ]
+        for (h, w), i, j in zip(places, dy, dx, strict=True):
+            x[h, w], x[h + i, w + j] = x[h + i, w + j], x[h, w]  # of views: the published statement
+    ours = glass_blur(image / 255.0, *constants, np.random.default_rng(9))
+    assert np.allclose(ours, blur(x / 255))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.07, 1.3, 2.25, 4.5])
+def test_zoom_is_scipys(factor):
+    x = np.random.default_rng(5).random((64, 64, 3))
+    crop = int(np.ceil(64 / factor))
+    top = (64 - crop) // 2
+    big = zoom(x[top : top + crop, top : top + crop], (factor, factor, 1), order=1)
+    trim = (len(big) - 64) // 2
+    assert np.allclose(_zoom(x, factor), big[trim : trim + 64, trim : trim + 64])
+
+
+def test_plasma_roughness_grows_as_the_decay_shrinks():
+    def roughness(decay: float) -> float:
+        fields = [_plasma(64, decay, np.random.default_rng(i)) for i in range(20)]
+        assert all(f.min() == 0 and f.max() == 1 for f in fields)
+        return float(np.mean([np.abs(np.diff(f)).mean() for f in fields]))
+
+    assert roughness(3) < roughness(2) < roughness(1.4)
+
+
+@pytest.mark.parametrize("side", [32, 224])
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic_per_seed_and_another_for_each_image(name, side):
+    image = photo(np.random.default_rng(6), side)
+    before = image.copy()
+    first = corrupt(image, name, 5, seed=1, index=7)
+    assert first.dtype == np.uint8
+    assert first.shape == image.shape
+    assert (image == before).all()
+    np.random.seed(0)  # the global generator is not consulted
+    assert (first == corrupt(image, name, 5, seed=1, index=7)).all()
+    assert (first != image).any()
+    others = [corrupt(image, name, 5, seed=1, index=8), corrupt(image, name, 5, seed=2, index=7)]
+    assert all((first == other).all() == (name in FIXED) for other in others)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_images_get_cifar10_cs_milder_constants(name, monkeypatch):
+    rng = np.random.default_rng(8)
+    clean = [photo(rng, 32) for _ in range(30)]
+    mild = [corrupt(x, name, 3, index=i) for i, x in enumerate(clean)]
+    monkeypatch.setattr("pipelines.corruptions.SMALL", 31)
+    harsh = [corrupt(x, name, 3, index=i) for i, x in enumerate(clean)]
+    errors = [np.mean(np.subtract(images, clean, dtype=int) ** 2) for images in (mild, harsh)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_published_constants_of_some_cifar10_cs():
+    flat = np.full((32, 32, 3), 128, np.uint8)
+    noise = np.concatenate([corrupt(flat, "gaussian_noise", 2, index=i) for i in range(20)])
+    assert noise.std() == pytest.approx(0.06 * 255, rel=0.03)
+    hit = np.concatenate([corrupt(flat, "impulse_noise", 5, index=i) != 128 for i in range(20)])
+    assert hit.mean() == pytest.approx(0.07, rel=0.1)
+    image = photo(np.random.default_rng(9), 32)
+    box = Image.Resampling.BOX
+    coarse = Image.fromarray(image).resize((20, 20), box).resize((32, 32), box)
+    assert (corrupt(image, "pixelate", 5) == np.asarray(coarse)).all()
+    mean = image.mean((0, 1))
+    assert np.abs(corrupt(image, "contrast", 5) - ((image - mean) * 0.15 + mean)).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "severity"), [("rain", 1), ("fog", 0), ("fog", 6)])
+def test_unknown_corruption(name, severity):
+    with pytest.raises(ValueError, match=f"{name}.*{severity}.*known are gaussian_noise"):
+        corrupt(np.zeros((32, 32, 3), np.uint8), name, severity)

@@ -1,0 +1,208 @@
+"""Every config field acts: one case per field.
+
+Changing a field changes something that can be seen from outside. A field that is new must get a
+case, or `test_every_field_has_a_case` fails. test_wiring.py compares what arrives, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fap.cli import eval as eval_cli
+from tests.run.wiring import FIELDS, Doubled, Seen, observe, value_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """`change` on top of `base` makes each of the aspects another one."""
+
+    change: str
+    aspects: tuple[str, ...]
+    base: tuple[str, ...] = ()
+    error: str = ""  # of the changed run; "" = it trains to its end
+
+
+NO_GPU = ""  # a case's error where there is none
+NO_GRAPH = ""
+if not torch.cuda.is_available():
+    NO_GPU = "sees no GPU"
+    NO_GRAPH = "need a GPU"
+SEPARATELY = (
+    "method.name=decoupled",
+    "method.eps_255=4",
+    "method.attack_steps=2",
+    "run.max_steps=2",
+)
+FIVE = ("data.train={five}", "data.val={five}", "model.num_classes=5")
+PAD = ("data.crop=pad",)
+DALI = ("data.pipeline=dali",)
+MIX = ("data.mix=mixup",)
+DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
+ATTACK = ("adversarial", "weights")
+WEIGHTS = ("row weights", "weights")
+WINDOW = ("plan.window", "input.images")
+CASES = {
+    "name": Case("name=other", ("folder",)),
+    "seed": Case("seed=5", ("folder", "start", "seeds", "plan.index", "plan.noise_key", "weights")),
+    "task": Case("task=doubled", ("task", "weights")),
+    "model.name": Case("model.name=cifar_resnet14", ("model",)),
+    "model.num_classes": Case("model.num_classes=4", ("error",), FIVE, error="num_classes"),
+    "model.init": Case("model.init={weights}", ("start", "weights")),
+    "method.name": Case("method.name=noise", ATTACK),
+    "method.group_rows": Case("method.group_rows=8", ("plan.noise_key", *ATTACK)),
+    "method.p_adv": Case("method.p_adv=1/2", ("passes", "row weights", "plan.shuffle", "steps")),
+    "method.schedule": Case("method.schedule=pipelined", ("passes", "weights")),
+    "method.eps_255": Case("method.eps_255=4", ATTACK),
+    "method.step_255": Case("method.step_255=1.5", ATTACK),
+    "method.attack_steps": Case("method.attack_steps=4", ATTACK, SEPARATELY),
+    "method.random_start": Case("method.random_start=false", ATTACK),
+    "method.targeted": Case("method.targeted=false", ATTACK, SEPARATELY),
+    "method.attack_bn": Case("method.attack_bn=batch", ATTACK, SEPARATELY),
+    "method.weight_clean": Case("method.weight_clean=2", WEIGHTS),
+    "method.weight_noise": Case("method.weight_noise=1", WEIGHTS),
+    "method.weight_adv": Case("method.weight_adv=1", WEIGHTS),
+    "method.sync": Case("method.sync=false", WEIGHTS),
+    "method.combine": Case("method.combine=mean", WEIGHTS),
+    "method.shuffle": Case("method.shuffle=off", ("plan.shuffle", *ATTACK)),
+    "data.train": Case("data.train={other}", ("loaders", "input.images", "weights")),
+    "data.val": Case("data.val={other}", ("loaders", "evaluated", "accuracy")),
+    "data.pipeline": Case("data.pipeline=dali", ("loaders",)),
+    "data.size": Case("data.size=9", ("input.images", "evaluated")),
+    "data.resize": Case("data.resize=13", ("eval.window", "evaluated")),
+    "data.crop": Case("data.crop=pad", WINDOW),
+    "data.scale": Case("data.scale=[0.5,1]", WINDOW),
+    "data.ratio": Case("data.ratio=[1,1]", WINDOW),
+    "data.pad": Case("data.pad=1", WINDOW, PAD),
+    "data.flip": Case("data.flip=0", ("plan.flip", "input.images")),
+    "data.mix": Case(
+        "data.mix=cutmix", ("input.mix_lam", "input.mix_box", "input.mix_partner", "weights")
+    ),
+    "data.mix_alpha": Case("data.mix_alpha=0.1", ("plan.mix_lam", "input.mix_lam", "weights"), MIX),
+    "data.mean": Case("data.mean=[0.1,0.5,0.5]", ("weights", "evaluations")),
+    "data.std": Case("data.std=[0.5,0.5,0.1]", ("weights", "evaluations")),
+    "data.threads": Case("data.threads=2", ("loaders",), DALI),
+    "data.prefetch": Case("data.prefetch=1", ("loaders",), DALI),
+    "data.hw_decoder_load": Case("data.hw_decoder_load=0", ("loaders",), DALI),
+    "optim.clean_batch": Case("optim.clean_batch=16", ("steps", "rates", "passes", "input.images")),
+    "optim.lr": Case("optim.lr=0.2", ("rates", "weights")),
+    "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),
+    "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
+    "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
+    "optim.warmup_epochs": Case("optim.warmup_epochs=1", ("rates", "weights")),
+    "budget.epochs": Case("budget.epochs=8", ("steps",)),
+    "budget.milestones": Case("budget.milestones=[4]", ("rates", "weights")),
+    "budget.gamma": Case("budget.gamma=0.5", ("rates", "weights")),
+    "budget.same_budget": Case("budget.same_budget=false", ("steps",)),
+    "run.dir": Case("run.dir={runs}/deeper", ("folder",)),
+    "run.device": Case("run.device=cuda", ("device",), error=NO_GPU),
+    "run.amp": Case("run.amp=bf16", ("weights", "evaluations")),
+    "run.graph": Case("run.graph=on", ("runner",), error=NO_GRAPH),
+    "run.norm_kernel": Case("run.norm_kernel=framework", ("kernel",)),
+    "run.compile": Case("run.compile=true", ("compiled",)),
+    "run.torch_threads": Case("run.torch_threads=2", ("threads",)),
+    "run.max_steps": Case("run.max_steps=3", ("steps",)),
+    "run.log_every": Case("run.log_every=2", ("log",), ("run.eval_every=9",)),
+    "run.checkpoint_every": Case("run.checkpoint_every=1", ("checkpoints",)),
+    "run.keep": Case("run.keep=1", ("checkpoints",)),
+    "run.eval_every": Case("run.eval_every=1", ("evaluations", "evaluated")),
+    "run.eval_batch": Case("run.eval_batch=7", ("eval.index",)),
+    "run.max_skipped": Case("run.max_skipped=2", ("steps",), DIVERGES, error="2 non-finite"),
+}
+ELSEWHERE = {"resume", "paper"}  # the tests of these names below
+
+
+@pytest.fixture(scope="module")
+def bases(
+    files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[tuple[str, ...]], Seen]:
+    """The runs without the changes, each made once."""
+    made: dict[tuple[str, ...], Seen] = {}
+
+    def base(words: tuple[str, ...]) -> Seen:
+        if words not in made:
+            made[words] = observe(words, files, tmp_path_factory.mktemp("base") / "runs")
+        return made[words]
+
+    return base
+
+
+def test_every_field_has_a_case() -> None:
+    missing = "give the new field a case in which changing it changes something"
+    assert set(CASES) | ELSEWHERE == set(FIELDS), missing
+    for name, case in CASES.items():
+        assert case.change.startswith(f"{name}="), "a case changes its own field, and no other"
+        assert case.aspects
+
+
+def test_the_same_run_shows_the_same(
+    bases: Callable[[tuple[str, ...]], Seen], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Else the cases below would prove nothing."""
+    assert observe((), files, tmp_path / "runs").aspects() == bases(()).aspects()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_changing_a_field_changes_what_it_is_about(
+    name: str, bases: Callable[[tuple[str, ...]], Seen], files: dict[str, Path], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base = bases(case.base)
+    changed = observe((*case.base, case.change), files, tmp_path / "runs")
+    assert value_of(changed.config, name) != value_of(base.config, name)
+    if name != "run.max_skipped":
+        assert base.error == ""
+    assert case.error in changed.error
+    assert bool(case.error) == bool(changed.error), changed.error
+    before = base.aspects()
+    after = changed.aspects()
+    for aspect in case.aspects:
+        assert aspect in before.keys() | after.keys()
+        assert before.get(aspect) != after.get(aspect), f"{case.change} left {aspect} as it was"
+
+
+def test_task(
+    bases: Callable[[tuple[str, ...]], Seen], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its model, its targets, its losses and its evaluator are the run's."""
+    once = bases(())
+    twice = observe(["task=doubled"], files, tmp_path / "runs")
+    assert twice.run is not None
+    assert isinstance(twice.run.task, Doubled)
+    # From the same weights and images the same losses, but twice.
+    for kind in ("clean", "noise"):
+        assert twice.records[0][f"loss_{kind}"] == 2 * once.records[0][f"loss_{kind}"]
+        assert twice.records[0][f"acc_{kind}"] == once.records[0][f"acc_{kind}"]
+    resumed = observe(["task=doubled", "resume=auto"], files, tmp_path / "runs")
+    assert resumed.error == ""
+    refused = observe(["task=classification", "resume=auto"], files, tmp_path / "runs")
+    assert "trained with other settings" in refused.error
+
+
+def test_resume(files: dict[str, Path], tmp_path: Path) -> None:
+    half = observe(["run.max_steps=4"], files, tmp_path / "runs")
+    assert len(half.inputs) == 4
+    never = observe(["resume=never"], files, tmp_path / "runs")
+    assert "never overwritten" in never.error
+    assert never.inputs == []
+    auto = observe(["resume=auto"], files, tmp_path / "runs")
+    whole = observe(["resume=auto"], files, tmp_path / "another" / "runs")
+    assert (len(auto.inputs), len(whole.inputs)) == (4, 8)
+    assert torch.equal(auto.weights[-1], whole.weights[-1])
+
+
+def test_paper(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """fap-eval shows the paper's number beside ours."""
+    for number in (12.5, 67.0):
+        words = [f"paper.top1={number}", "run.max_steps=1", f"name=n{number:.0f}"]
+        seen = observe(words, files, tmp_path / "runs")
+        assert seen.run is not None
+        newest = seen.run.saving.checkpoints.paths()[-1]
+        to = ["--device", "cpu", "--pipeline", "reference", "--out", str(tmp_path / "eval")]
+        capsys.readouterr()
+        eval_cli.main([str(newest), "--data", str(files["data"]), *to])
+        assert f"(paper {number:g})" in capsys.readouterr().out

@@ -1,0 +1,215 @@
+"""Checkpoints of a run: what a full disk or damage costs, and which runs may be resumed."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fap import checkpoint
+from fap.checkpoint import Checkpoints, DamagedCheckpoint
+from fap.run import result
+from fap.run.saving import NotSaved
+from tests.conftest import write_beton
+from tests.run.runs import (
+    RUN,
+    STEPS,
+    assert_same,
+    final_state,
+    kill_and_resume,
+    no_room,
+    run,
+    started,
+    without_metrics,
+    words,
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_beton: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("whole")
+    done = started(*words(tiny_beton, folder))
+    assert done.returncode == 0, done.stderr
+    return final_state(folder / RUN)
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(
+    tiny_beton: Path, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    kill_and_resume(tiny_beton, tmp_path, 3, uninterrupted, random.randrange(1 << 30))
+
+
+# ---------------------------------------------------------------------- damage and full disks
+
+
+def test_a_damaged_newest_checkpoint_is_noticed(
+    tiny_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run(tiny_beton, tmp_path)
+    whole = final_state(folder)
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    capsys.readouterr()
+    run(tiny_beton, tmp_path, "resume=auto")
+    said = capsys.readouterr().out
+    assert newest.name in said
+    assert "at step 16" in said
+    assert_same(final_state(folder), whole)
+
+
+def one_after_the_other(*saves: Callable[..., None]) -> Callable[..., None]:
+    """A `save` that is each of these once."""
+    left = iter(saves)
+
+    def save(*args: Any) -> None:
+        next(left)(*args)
+
+    return save
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(
+    tiny_beton: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of five saves the second and third find no room."""
+    works = checkpoint.save
+    saves = one_after_the_other(works, no_room, no_room, works, works)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    folder, result = run(tiny_beton, tmp_path)
+    assert result["steps"] == STEPS
+    said = capsys.readouterr().out
+    assert (
+        "could not save step 8 ([Errno 28] No space left on device); "
+        "the last good checkpoint is that of step 4"
+    ) in said
+    kept = [path.name for path in Checkpoints(folder / "checkpoints").paths()]
+    assert kept == ["step_00000016.safetensors", "step_00000020.safetensors"]
+
+
+def test_a_run_whose_last_checkpoint_is_not_there_is_not_done(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops with an error, says where the last good one is, and can be finished later.
+
+    Until then there is no result.
+    """
+    whole, _ = run(tiny_beton, tmp_path / "whole", "run.max_steps=8")
+    monkeypatch.setattr(checkpoint, "save", one_after_the_other(checkpoint.save, no_room))
+    folder = tmp_path / "full" / RUN
+    says = r"training is done, but its last checkpoint could not be saved; .* that of step 4 in "
+    with pytest.raises(NotSaved, match=says):
+        run(tiny_beton, tmp_path / "full", "run.max_steps=8")
+    assert not (folder / "result.json").exists()
+    monkeypatch.undo()
+    run(tiny_beton, tmp_path / "full", "run.max_steps=8", "resume=auto")
+    last = Path("checkpoints") / "step_00000008.safetensors"
+    a, b = (checkpoint.load(each / last)[0] for each in (whole, folder))
+    assert_same(without_metrics(a), without_metrics(b))
+
+
+def test_a_result_that_cannot_be_written_is_an_error(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result, "write_whole", no_room)
+    says = r"result\.json could not be written .*No space left.*that of step 2 in "
+    with pytest.raises(NotSaved, match=says):
+        run(tiny_beton, tmp_path, "run.max_steps=2")
+    assert not (tmp_path / RUN / "result.json").exists()
+
+
+# ---------------------------------------------------------------------- what is resumed
+
+
+def test_only_the_same_run_is_resumed(tiny_beton: Path, tmp_path: Path) -> None:
+    run(tiny_beton, tmp_path, "run.max_steps=2")
+    refused = {
+        "optim.lr=0.3": r"other settings.*\n  optim\.lr: 0\.1, now 0\.3$",
+        "method.eps_255=2": r"method\.eps_255: 1\.0, now 2\.0",
+        # a loss scale of one is none of the other
+        "run.amp=bf16": r"run\.amp: 'off', now 'bf16'",
+        "run.max_steps=1": r"max_steps = 1, but .* is already at step 2",
+    }
+    for word, says in refused.items():
+        with pytest.raises(ValueError, match=says):
+            run(tiny_beton, tmp_path, "resume=auto", word)
+    changes = ["run.max_steps=3", "data.threads=2", "run.keep=1", "data.mix_alpha=3"]
+    run(tiny_beton, tmp_path, "resume=auto", *changes)
+
+
+def test_data_are_the_same_by_content_not_by_path(tiny_beton: Path, tmp_path: Path) -> None:
+    """Moved: goes on. Others under the same path: refused, for data.train and data.val alike."""
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(tiny_beton, data / "a.beton")
+    run(data / "a.beton", tmp_path, "run.max_steps=2")
+    moved = shutil.move(data / "a.beton", data / "b.beton")
+    run(moved, tmp_path, "run.max_steps=3", "resume=auto")
+
+    rng = np.random.default_rng(5)
+    others = {
+        "another content": list(rng.integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)),
+        "96 images, now 64": list(rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)),
+    }
+    for says, images in others.items():
+        other = write_beton(data / "a.beton", images, [i % 10 for i in range(len(images))])
+        for field in ("train", "val"):
+            refusal = rf"other data than data\.{field} is now: .*{says}"
+            with pytest.raises(ValueError, match=refusal):
+                run(moved, tmp_path, "run.max_steps=4", "resume=auto", f"data.{field}={other}")
+
+
+def rewritten(
+    folder: Path, tensors: Callable[[dict[str, Tensor]], None], meta: Callable[[dict], None]
+) -> None:
+    """Change what the newest checkpoint of a run holds."""
+    found = Checkpoints(folder / "checkpoints").newest()
+    assert found is not None
+    path, held, written = found
+    tensors(held)
+    meta(written)
+    checkpoint.save(path, held, written)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tiny_beton: Path, tmp_path: Path) -> None:
+    """It has fields and tensors by their former names."""
+    method = "method.schedule=pipelined"
+    whole, _ = run(tiny_beton, tmp_path / "whole", method)
+    folder, _ = run(tiny_beton, tmp_path / "old", method, "run.max_steps=7")
+
+    def former_tensors(held: dict[str, Tensor]) -> None:
+        held["carry.labels"] = held.pop("carry.targets")
+
+    def former_names(written: dict[str, Any]) -> None:
+        fields = written["config"]["method"]
+        fields["group"] = fields.pop("group_rows")
+        del written["config"]["task"]
+
+    rewritten(folder, former_tensors, former_names)
+    run(tiny_beton, tmp_path / "old", method, "resume=auto")
+    assert_same(final_state(folder), final_state(whole))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("totals", {"loss": 1.0}, "totals has other names than this version's metrics"),
+        ("best", {"map": 0.5, "epoch": 1.0}, "best must hold top1 and epoch"),
+    ],
+)
+def test_a_checkpoint_with_other_metrics_is_refused(
+    tiny_beton: Path, tmp_path: Path, field: str, value: dict[str, float], says: str
+) -> None:
+    folder, _ = run(tiny_beton, tmp_path, "run.max_steps=2")
+    rewritten(folder, lambda held: None, lambda written: written.update({field: value}))
+    with pytest.raises(DamagedCheckpoint, match=f"step_00000002.safetensors: metadata: {says}"):
+        run(tiny_beton, tmp_path, "run.max_steps=4", "resume=auto")

@@ -1,0 +1,107 @@
+"""Signals to a run as schedulers and users send them, and a reader that leaves."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fap.checkpoint import Checkpoints
+from tests.run.runs import RUN, command, environment, records, wait_for_a_record, words
+
+pytestmark = pytest.mark.slow
+
+
+def start(
+    data: Path,
+    runs: Path,
+    *more: str,
+    limit: tuple[str, ...] = (),  # a command before ours, such as prlimit
+    **options: Any,  # of Popen
+) -> tuple[subprocess.Popen[str], Path]:
+    """A long run that has written its first record, and its folder."""
+    argv = [*limit, *command(*words(data, runs, "budget.epochs=600", *more))]
+    process: subprocess.Popen[str] = subprocess.Popen(argv, env=environment(), text=True, **options)
+    wait_for_a_record(runs / RUN, process)
+    return process, runs / RUN
+
+
+def assert_saved_to_the_last_record(folder: Path) -> None:
+    last = records(folder)[-1]["step"]
+    newest = Checkpoints(folder / "checkpoints").newest()
+    assert newest is not None
+    assert newest[2]["step"] >= last
+
+
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1], [signal.SIGTERM] * 500]
+)
+def test_signals_save_and_leave(
+    tiny_beton: Path, tmp_path: Path, numbers: list[signal.Signals]
+) -> None:
+    """A scheduler's SIGTERM comes more than once; here until the process has ended."""
+    process, folder = start(tiny_beton, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for number in numbers:
+        if process.poll() is None:
+            process.send_signal(number)
+            time.sleep(0.02)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + numbers[0], output
+    assert "continue with resume=auto" in output
+    assert f"fap-train: stopped by {numbers[0].name}\n" in output
+    assert "Traceback" not in output
+    assert_saved_to_the_last_record(folder)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_signal_without_room_for_the_checkpoint_is_no_success(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the full disk: no checkpoint fits in 100 kB."""
+    process, _ = start(
+        tiny_beton,
+        tmp_path,
+        "run.eval_every=600",
+        limit=("prlimit", "--fsize=100000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1, said
+    assert "stopped by SIGTERM, and step" in said
+    assert "could not be saved; no step of it has been saved" in said
+    assert "Traceback" not in said
+
+
+def test_the_reader_of_the_output_may_leave(tiny_beton: Path, tmp_path: Path) -> None:
+    process, folder = start(
+        tiny_beton, tmp_path, "run.max_steps=40", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    assert json.loads((folder / "result.json").read_text())["steps"] == 40
+    assert_saved_to_the_last_record(folder)
+
+
+@pytest.mark.parametrize("after", [0.3, 1.5, 2.5])
+def test_ctrl_c_before_training_is_one_line(tiny_beton: Path, tmp_path: Path, after: float) -> None:
+    process = subprocess.Popen(
+        command(*words(tiny_beton, tmp_path, "model.name=resnet152")),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert said == "fap-train: stopped by SIGINT\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,241 @@
+"""Every config field arrives where it acts: two runs with no field at its default.
+
+What reaches plan, loader, optimiser, step and evaluation is compared with values worked out here. A
+field that is new must be added to a run, or the first test fails. test_fields.py has one case per
+field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import pipelines
+from fap.config import load_config
+from fap.draws import dropout_seed
+from fap.nets.build import plain
+from pipelines.plan import PlanSpec, draw_epoch, eval_plan
+from tests.run.wiring import DRAWS, FIELDS, IMAGES, Seen, beton, observe, written
+
+COMMON: dict[str, Any] = {
+    "name": "every_field", "seed": 11, "resume": "auto", "paper": {"top1": 12.5}, "task": "doubled",
+    "model.name": "cifar_resnet14", "model.num_classes": 5, "model.init": "{init}",
+    "method.group_rows": 4, "method.p_adv": "1/3", "method.eps_255": 3.0, "method.step_255": 2.0,
+    "method.random_start": False, "method.weight_clean": 2.0, "method.weight_adv": 0.25,
+    "data.train": "{five}", "data.val": "{other_five}", "data.pipeline": "dali", "data.size": 8,
+    "data.resize": 11, "data.scale": [0.3, 0.9], "data.ratio": [0.8, 1.2], "data.flip": 0.3,
+    "data.mean": [0.4, 0.5, 0.6], "data.std": [0.2, 0.3, 0.4], "data.threads": 2,
+    "data.prefetch": 5, "data.hw_decoder_load": 0.25,
+    "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
+    "optim.label_smoothing": 0.1, "optim.warmup_epochs": 1.5,
+    "budget.epochs": 4, "budget.milestones": [2, 3], "budget.gamma": 0.5,
+    "budget.same_budget": False,
+    "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
+    "run.compile": True, "run.torch_threads": 2, "run.max_steps": 7, "run.log_every": 3,
+    "run.checkpoint_every": 3, "run.keep": 5, "run.eval_every": 3, "run.eval_batch": 10,
+    "run.max_skipped": 7,
+}  # fmt: skip
+REUSE = COMMON | {
+    "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
+    "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
+    "data.mix": "cutmix", "data.mix_alpha": 0.7, "run.amp": "bf16",
+}  # fmt: skip
+SEPARATE = COMMON | {
+    "method.name": "decoupled", "method.attack_steps": 3, "method.targeted": False,
+    "method.attack_bn": "batch", "method.sync": True, "method.shuffle": "groups",
+    "data.crop": "pad", "data.pad": 2, "run.amp": "off",
+}  # fmt: skip
+NO_DEFAULT = {"reuse": REUSE, "separate": SEPARATE}
+# What the method itself takes for a field that is unset.
+UNSET = {
+    "method.p_adv": "1/5", "method.eps_255": 1.0, "method.step_255": 1.0, "method.attack_steps": 1,
+    "method.schedule": "fused", "method.random_start": True, "method.targeted": True,
+    "method.attack_bn": "running", "method.weight_clean": 1.0, "method.weight_noise": 0.5,
+    "method.weight_adv": 1.0, "method.combine": "sum",
+}  # fmt: skip
+MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")
+
+
+@pytest.fixture(scope="module")
+def everything(
+    files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Seen]:
+    """The runs of NO_DEFAULT, each made once."""
+    folder = tmp_path_factory.mktemp("everything")
+    torch.manual_seed(5)
+    init = folder / "init.safetensors"
+    safetensors.torch.save_file(plain("cifar_resnet14", 5).state_dict(), init)
+    named = files | {"init": init, "other_five": beton(folder / "other_five.beton", 3, 5)}
+    made: dict[str, Seen] = {}
+
+    def run(name: str) -> Seen:
+        if name not in made:
+            words = [f"{k}={written(v)}" for k, v in NO_DEFAULT[name].items() if k != "paper"]
+            made[name] = observe([*words, "paper.top1=12.5"], named, folder / name)
+        return made[name]
+
+    return run
+
+
+def test_the_two_runs_have_no_field_at_its_default() -> None:
+    """The generic part: a field that is new, or whose default becomes a value used here, fails."""
+    given = REUSE | SEPARATE
+    assert set(given) == set(FIELDS), "add the new field to a run, and to what is compared below"
+    for runs in NO_DEFAULT.values():
+        for name, value in runs.items():
+            default = UNSET.get(name, FIELDS[name])
+            same = json.loads(json.dumps(default, default=str)) == value
+            # Two fields have too few values for both runs to differ from the default in each.
+            assert not same or name in ("method.sync", "run.amp"), f"{name} = {value}"
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> None:
+    seen = everything(name)
+    assert seen.error == ""
+    expected = PlanSpec(
+        seed=11,
+        size=8,
+        clean_rows=8,
+        clean_group_rows=4,
+        adv_rows=4,
+        adv_group_rows=2,
+        scale=(0.3, 0.9),
+        ratio=(0.8, 1.2),
+        flip=0.3,
+        shuffle_groups=2,
+    )
+    own: dict[str, Any] = {
+        "reuse": {"mix": "cutmix", "mix_alpha": 0.7},
+        "separate": {"crop": "pad", "pad": 2},
+    }
+    expected = replace(expected, **own[name])
+    store = pipelines.open_store(seen.config.data.train or "")
+    assert [plan.epoch for plan in seen.plans] == [0, 1, 2, 3]
+    for plan in seen.plans:
+        assert plan.spec == expected
+        want = draw_epoch(expected, store.heights, store.widths, plan.epoch)
+        for draw in DRAWS:
+            np.testing.assert_array_equal(getattr(plan, draw), getattr(want, draw))
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> None:
+    """The loader's images, the targets and the plan's draws of that very step; seed, threads."""
+    seen = everything(name)
+    assert seen.run is not None
+    assert seen.run.config == seen.config
+    assert len(seen.inputs) == 7
+    mixes = name == "reuse"
+    draws = ["noise_key", "shuffle"]
+    if mixes:
+        draws += MIX_DRAWS
+    store = pipelines.open_store(seen.config.data.train or "")
+    loader = pipelines.open_loader("reference", store, size=8)
+    steps = [(plan, batch) for plan in seen.plans for batch in loader.load(plan)]
+    for k, (inputs, (plan, batch)) in enumerate(zip(seen.inputs, steps, strict=False)):
+        row = k % 2
+        assert inputs.keys() == {"images", "targets", *draws}
+        assert torch.equal(inputs["images"], batch.images)
+        assert inputs["targets"].tolist() == store.labels[plan.index[row]].tolist()
+        for draw in draws:
+            want = torch.from_numpy(np.asarray(getattr(plan, draw)[row]).copy())
+            assert torch.equal(inputs[draw], want.to(inputs[draw])), draw
+    assert seen.seeds == [dropout_seed(11, k, 0) for k in range(7)]
+    assert seen.threads == [2]
+    assert seen.compiled == 1
+    assert seen.run.step.network.norm_state.kernel == "framework"
+    assert seen.runner == "off"
+    assert seen.run.step.network.amp == seen.config.run.amp
+    keys = torch.cat([inputs["noise_key"] for inputs in seen.inputs])
+    assert len(keys.unique()) == 2 * 7, "every step and group has a noise of its own"
+    if mixes:
+        shares = {inputs["mix_lam"].item() for inputs in seen.inputs}
+        assert len(shares) >= 4  # areas of boxes in 8 x 8 pixels
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_the_optimiser(name: str, everything: Callable[[str], Seen]) -> None:
+    """The rates of the schedule, and the weights' movement: momentum and decay act."""
+    seen = everything(name)
+    assert seen.optimiser == {"lr": 0.0, "momentum": 0.6, "weight_decay": 0.02}
+    base = 0.8 * 8 / 256
+    warm_up = [base * k / 3 for k in (1, 2, 3)]  # 1.5 epochs of 2 steps
+    assert seen.rates == pytest.approx([*warm_up, base, base / 2, base / 2, base / 4], rel=1e-6)
+    velocity = torch.zeros_like(seen.weights[0])
+    for before, after, gradient, rate in zip(
+        seen.weights, seen.weights[1:], seen.gradients, seen.rates, strict=False
+    ):
+        velocity = 0.6 * velocity + gradient + 0.02 * before
+        torch.testing.assert_close(after, before - rate * velocity, rtol=1e-5, atol=1e-7)
+    assert seen.gradients[0].abs().max() > 0
+    assert seen.run is not None
+    start = safetensors.torch.load_file(seen.config.model.init or "")
+    first = seen.run.step.network.flat.named(seen.weights[0])
+    assert all(torch.equal(v, start[k.replace(".aux.", ".")]) for k, v in first.items())
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_loader_and_evaluation(name: str, everything: Callable[[str], Seen]) -> None:
+    seen = everything(name)
+    options: dict[str, Any] = {"size": 8, "threads": 2, "prefetch": 5, "hw_decoder_load": 0.25}
+    options["device"] = torch.device("cpu")
+    opened = ("five.beton", "other_five.beton", "other_five.beton")
+    assert seen.loaders == [("dali", data, options) for data in opened]
+    assert len(seen.evaluations) == 2  # after epoch 3, and at the end
+    for evaluation in seen.evaluations:
+        assert evaluation["mean"] == (0.4, 0.5, 0.6)
+        assert evaluation["std"] == (0.2, 0.3, 0.4)
+        assert evaluation["amp"] == seen.config.run.amp
+    store = pipelines.open_store(seen.config.data.val or "")
+    side = np.minimum(store.heights, store.widths) * 8 // 11
+    plan = seen.eval_plans[0]
+    assert plan.index.shape == (3, 10)
+    window = plan.window.reshape(-1, 4)[:IMAGES]
+    np.testing.assert_array_equal(window[:, 2], side)
+    np.testing.assert_array_equal(window[:, 0], (store.heights - side) // 2)
+    want = eval_plan(store.heights, store.widths, size=8, resize=11, batch=10)
+    batches = [b.images for b in pipelines.open_loader("reference", store, size=8).load(want)]
+    assert torch.equal(torch.cat(seen.evaluated[:3]), torch.cat(batches))
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_the_run_folder(name: str, everything: Callable[[str], Seen]) -> None:
+    seen = everything(name)
+    assert seen.run is not None
+    assert seen.folder == f"{name}/every_field/seed11"
+    assert load_config(seen.run.folder / "config.yaml") == seen.config
+    # Each third step and each epoch's last.
+    assert [r["step"] for r in seen.records if "lr" in r] == [2, 3, 4, 6, 7]
+    assert [r["step"] for r in seen.records if "val_top1" in r] == [6, 7]
+    saved = [path.name for path in seen.run.saving.checkpoints.paths()]
+    assert saved == [f"step_{k:08d}.safetensors" for k in (2, 3, 4, 6, 7)]
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_what_reaches_the_model_and_the_summary(
+    name: str, everything: Callable[[str], Seen]
+) -> None:
+    seen = everything(name)
+    assert seen.run is not None
+    model = seen.run.step.network.model
+    assert model.fc.weight.shape == (5, 64)  # type: ignore[union-attr]
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    assert convolutions == 15  # cifar_resnet14
+    for part in (
+        "every_field, seed 11",
+        "cifar_resnet14, 5 classes, 8 px",
+        "eps 3/255",
+        "shuffle    groups",
+    ):
+        assert part in seen.said
+    of_its_own = "away from the true label, through batch statistics" in seen.said
+    assert of_its_own == (name == "separate")

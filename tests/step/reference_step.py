@@ -1,0 +1,490 @@
+"""The slow twin of `fap/step/step.py`: the same training step in the plainest PyTorch.
+
+float64 on a CPU, no buffers, no fusing. Written from the paper (Algorithm 1, section 3.2.2) and
+the project's semantics alone; it imports nothing of `fap`. Two ordinary models share every
+parameter that is not batch norm's. Each batch-norm group goes through its model alone, in training
+mode, one forward and one backward per group. Everything random is an input.
+
+Images are in grey levels of 0..255 throughout; they are normalised right before a forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+BN_MOMENTUM = 0.1
+SGD_MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+
+Kind = Literal["clean", "noise", "adv"]
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Batch-norm layer -> mean and unbiased variance of a group."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What stays the same for a run."""
+
+    method: Literal[
+        "vanilla",
+        "fast_advprop",
+        "noise",
+        "decoupled",
+        "advprop",
+        "adversarial_training",
+        "fgsm_noise",
+    ]
+    clean_group_rows: int
+    adv_group_rows: int = 0
+    n_adv: int = 0
+    pipelined: bool = False  # fast_advprop, noise: adversarial rows are trained a step later
+    weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # of clean, noise, adversarial rows
+    sync: bool = True
+    combine: Literal["sum", "mean"] = "sum"
+    eps_255: float = 1.0
+    step_255: float = 1.0
+    attack_steps: int = 1
+    attack_bn: Literal["batch", "running"] = "batch"
+    label_smoothing: float = 0.0
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One step's input. The clean rows come first, then those to be attacked.
+
+    Methods that attack copies of the clean rows (COPIES) get clean ones only.
+    """
+
+    images: Tensor  # uint8 (B, 3, H, W)
+    labels: Tensor  # int64 (B,)
+    delta0: Tensor | None = None  # (n_adv, 3, H, W) grey levels, uniform in +-eps
+    shuffle: Tensor | None = None  # int64 (n_adv,): new rows = rows[shuffle]; None: as they are
+    target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
+    direction: Tensor | None = None  # (n_adv, 3, H, W): random steps go along its sign
+    mix: Literal["mixup", "cutmix"] | None = None
+    lam: float = 1.0  # weight of a clean row's own label
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right: of the partner
+    partner: Tensor | None = None  # int64 (n_clean,)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step found, before the optimiser spends it."""
+
+    gradients: dict[str, dict[str, Tensor]]
+    """Under "shared", "main" and "aux", by the parameter's name."""
+    adversarial: Tensor | None
+    """(n_adv, 3, H, W) grey levels, as crafted in this step, before any shuffle."""
+    losses: dict[Kind, Tensor]
+    """Of each row, in the order in which the rows were forwarded."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind, with what the network should say of them."""
+
+    kind: Kind
+    images: Tensor  # float64 (n, 3, H, W) grey levels
+    labels: Tensor  # int64 (n,)
+    other_labels: Tensor | None = None  # int64 (n,): of the images that are mixed in
+    lam: float = 1.0  # share of `labels`
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+COPIES = ("advprop", "adversarial_training")
+RANDOM = ("noise", "fgsm_noise")
+SINGLE_NORM = ("vanilla", "adversarial_training")
+
+
+# ---------------------------------------------------------------------- the step
+
+
+class Twin:
+    """A model in training. `step`, then `optimise`, make one step of `fap.step.step.Step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,  # float64, with plain nn.BatchNorm2d; its norms become the main ones
+        rules: Rules,
+    ) -> None:
+        self.rules = rules
+        self.main, self.aux = two_models(model)
+        self.has_aux = rules.method not in SINGLE_NORM
+        self.carry: tuple[Tensor, Tensor] | None = None
+        """`pipelined`: images and labels that the step before has crafted."""
+        self.velocity: dict[nn.Parameter, Tensor] = {}
+
+    def step(self, draws: Draws) -> Result:
+        """Gradients and running statistics of one step; the weights stay until `optimise`."""
+        self.main.zero_grad(set_to_none=True)
+        self.aux.zero_grad(set_to_none=True)
+        self.losses: dict[Kind, Tensor] = {}
+        adversarial: Tensor | None = None
+        match self.rules.method:
+            case "vanilla":
+                self._vanilla(draws)
+            case "fast_advprop" | "noise":
+                if self.rules.pipelined:
+                    adversarial = self._fast_advprop_pipelined(draws)
+                else:
+                    adversarial = self._fast_advprop(draws)
+            case "advprop" | "decoupled" | "fgsm_noise":
+                adversarial = self._advprop(draws)
+            case "adversarial_training":
+                adversarial = self._adversarial_training(draws)
+        return Result(self._synchronised(), adversarial, self.losses)
+
+    # ------------------------------------------------------------------ the methods
+
+    def _vanilla(self, draws: Draws) -> None:
+        clean = clean_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, n_clean=len(clean))
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+
+    def _fast_advprop(self, draws: Draws) -> Tensor:
+        """Algorithm 1: one backward of the noise rows trains, and gives the attack its sign."""
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + random_start(draws), labels)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        (gradient,) = self._train(self.aux, [noise], self.rules.adv_group_rows)
+        direction = direction_of(self.rules, gradient, draws)
+        adversarial = ascend(self.rules, noise.images, x, direction)
+        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
+        return adversarial
+
+    def _fast_advprop_pipelined(self, draws: Draws) -> Tensor:
+        """The same, but the adversarial rows wait for the next step.
+
+        There they share their groups with its noise rows. The first step has nothing to train yet:
+        its own noise rows stand in.
+        """
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
+        noise = Rows("noise", x + random_start(draws), labels)
+        carried = self.carry or (noise.images, labels)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        parts = [noise, shuffled(*carried, draws)]
+        gradient, _ = self._train(self.aux, parts, self.rules.adv_group_rows)
+        direction = direction_of(self.rules, gradient, draws)
+        adversarial = ascend(self.rules, noise.images, x, direction)
+        self.carry = (adversarial, labels)
+        return adversarial
+
+    def _advprop(self, draws: Draws) -> Tensor:
+        """AdvProp, decoupled training, FGSM noise: an attack of its own, then training."""
+        clean = clean_rows(self.rules, draws)
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_adv=len(x))
+        if self.rules.method in RANDOM:
+            direction = direction_of(self.rules, None, draws)
+            adversarial = ascend(self.rules, x + random_start(draws), x, direction)
+        else:
+            adversarial = pgd(self.rules, self.aux, x, labels, draws)
+
+        self._train(self.main, [clean], self.rules.clean_group_rows)
+        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
+        return adversarial
+
+    def _adversarial_training(self, draws: Draws) -> Tensor:
+        """Madry et al.: nothing but adversarial rows, through the only norms there are."""
+        x, labels = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, n_adv=len(x))
+        adversarial = pgd(self.rules, self.main, x, labels, draws)
+        self._train(self.main, [Rows("adv", adversarial, labels)], self.rules.adv_group_rows)
+        return adversarial
+
+    # ------------------------------------------------------------------ what they share
+
+    def _train(self, model: nn.Module, parts: Sequence[Rows], group_rows: int) -> list[Tensor]:
+        """Forward and backward of each batch-norm group alone: so many rows of every part.
+
+        Returns each part's input gradient in grey levels, of the sum over its rows of factor x
+        loss. The running statistics move once, by the mean over the groups.
+        """
+        inputs = [part.images.clone().requires_grad_() for part in parts]
+        losses: dict[Kind, list[Tensor]] = {part.kind: [] for part in parts}
+        seen: list[Statistics] = []
+        for start in range(0, len(parts[0]), group_rows):
+            rows = slice(start, start + group_rows)
+            grey = torch.cat([images[rows] for images in inputs])
+            logits, statistics = forward_alone(model, normalise(self.rules, grey))
+            seen.append(statistics)
+            loss = logits.new_zeros(())
+            for part, own_logits in zip(parts, logits.split(group_rows), strict=True):
+                of_rows = losses_of(self.rules, part, rows, own_logits)
+                losses[part.kind].append(of_rows.detach())
+                loss = loss + self.weights.factor[part.kind] * of_rows.sum()
+            loss.backward()
+        for kind, of_groups in losses.items():
+            self.losses[kind] = torch.cat(of_groups)
+        move_running_statistics(model, seen)
+        return [images.grad for images in inputs if images.grad is not None]
+
+    def _synchronised(self) -> dict[str, dict[str, Tensor]]:
+        """Multiply the gradients by their part's speed; returns copies."""
+        found: dict[str, dict[str, Tensor]] = {"shared": {}, "main": {}, "aux": {}}
+        for part, name, parameter in self._parameters():
+            assert parameter.grad is not None
+            parameter.grad *= self.weights.speed[part]
+            found[part][name] = parameter.grad.clone()
+        return found
+
+    def _parameters(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Part, name and parameter of all that is trained."""
+        found = []
+        for name, parameter in self.main.named_parameters():
+            part = "main" if is_bn_parameter(self.main, name) else "shared"
+            found.append((part, name, parameter))
+        if self.has_aux:
+            for name, parameter in self.aux.named_parameters():
+                if is_bn_parameter(self.aux, name):
+                    found.append(("aux", name, parameter))
+        return found
+
+    @torch.no_grad()
+    def optimise(self, lr: float) -> None:
+        """SGD with momentum and weight decay on every parameter, batch norm's included."""
+        for _, _, parameter in self._parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad + WEIGHT_DECAY * parameter
+            before = self.velocity.get(parameter, torch.zeros_like(parameter))
+            self.velocity[parameter] = SGD_MOMENTUM * before + gradient
+            parameter.sub_(lr * self.velocity[parameter])
+
+    def bn_state(self) -> dict[str, dict[str, Tensor]]:
+        """Running means and variances, under "main" and "aux", by layer and name."""
+        found: dict[str, dict[str, Tensor]] = {"main": {}, "aux": {}}
+        for which, model in (("main", self.main), ("aux", self.aux)):
+            for layer, bn in bn_layers(model).items():
+                found[which][f"{layer}.running_mean"] = bn.running_mean.clone()
+                found[which][f"{layer}.running_var"] = bn.running_var.clone()
+        return found
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def clean_rows(rules: Rules, draws: Draws) -> Rows:
+    """Mixed if the step mixes."""
+    n_clean = n_clean_of(rules, draws)
+    images = draws.images[:n_clean].double()
+    labels = draws.labels[:n_clean]
+    if draws.mix is None:
+        return Rows("clean", images, labels)
+    others = images[draws.partner]
+    if draws.mix == "mixup":
+        mixed = draws.lam * images + (1 - draws.lam) * others
+    else:
+        top, left, bottom, right = draws.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return Rows("clean", mixed, labels, labels[draws.partner], draws.lam)
+
+
+def attacked_rows(rules: Rules, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Images and labels of what is attacked: rows of its own, or every clean row, unmixed."""
+    first = n_clean_of(rules, draws)
+    if rules.method in COPIES:
+        first = 0
+    return draws.images[first:].double(), draws.labels[first:]
+
+
+def n_clean_of(rules: Rules, draws: Draws) -> int:
+    if rules.method in COPIES:
+        return len(draws.images)
+    return len(draws.images) - rules.n_adv
+
+
+def shuffled(images: Tensor, labels: Tensor, draws: Draws) -> Rows:
+    """Adversarial rows in the order in which they are trained (shuffling BN)."""
+    if draws.shuffle is None:
+        return Rows("adv", images, labels)
+    return Rows("adv", images[draws.shuffle], labels[draws.shuffle])
+
+
+# ---------------------------------------------------------------------- weights (section 3.2.2)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a row's loss counts, and what the gradients are multiplied by after all passes."""
+
+    factor: dict[Kind, float]
+    speed: dict[str, float]  # of the "shared", "main" and "aux" parameters
+
+
+def weights_of(rules: Rules, n_clean: int = 0, n_noise: int = 0, n_adv: int = 0) -> Weights:
+    """The loss of a step is the sum of w l / W over its rows, with W the sum of w.
+
+    That is 80 for 64 clean rows at 1, 16 noise and 16 adversarial ones at 1/2. The shared
+    parameters get gradients from all of W, the norms from some of it. Update-speed synchronisation
+    (`sync`) makes up for it.
+    """
+    n_rows: dict[Kind, int] = {"clean": n_clean, "noise": n_noise, "adv": n_adv}
+    weight: dict[Kind, float] = dict(zip(n_rows, rules.weights, strict=True))
+    reached = {kind: weight[kind] * n_rows[kind] for kind in n_rows}
+    total = sum(reached.values())
+    factor: dict[Kind, float] = {}
+    for kind, n in n_rows.items():
+        if rules.combine == "sum":
+            factor[kind] = weight[kind] / total
+        elif n:
+            # Algorithm 1 to the letter: the sum of means, g_clean + beta g_noise + beta g_adv.
+            factor[kind] = weight[kind] / n
+    speed = {"shared": 1.0, "main": 1.0, "aux": 1.0}
+    if rules.sync:
+        assert rules.combine == "sum"
+        speed["main"] = total / reached["clean"]
+        if n_noise + n_adv:
+            speed["aux"] = total / (reached["noise"] + reached["adv"])
+    return Weights(factor, speed)
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def normalise(rules: Rules, grey: Tensor) -> Tensor:
+    mean = torch.tensor(rules.mean, dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor(rules.std, dtype=torch.float64).view(3, 1, 1)
+    return (grey / 255 - mean) / std
+
+
+def losses_of(rules: Rules, part: Rows, rows: slice, logits: Tensor) -> Tensor:
+    """Of some rows of a part, (rows,). Mixed ones count both labels: lam of one, 1 - lam."""
+    losses = cross_entropy(rules, logits, part.labels[rows])
+    if part.other_labels is None:
+        return losses
+    other_losses = cross_entropy(rules, logits, part.other_labels[rows])
+    return part.lam * losses + (1 - part.lam) * other_losses
+
+
+def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
+    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,)."""
+    log_p = logits.log_softmax(1)
+    of_label = log_p[torch.arange(len(labels)), labels]
+    return -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+
+
+# ---------------------------------------------------------------------- the attack
+
+
+def random_start(draws: Draws) -> Tensor:
+    assert draws.delta0 is not None
+    return draws.delta0.double()
+
+
+def direction_of(rules: Rules, gradient: Tensor | None, draws: Draws) -> Tensor:
+    """The gradient's sign, or a random one."""
+    if rules.method in RANDOM:
+        gradient = draws.direction
+    assert gradient is not None
+    return sign(gradient)
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """Of what is not finite: 0."""
+    return torch.where(gradient.isfinite(), gradient.sign(), 0.0)
+
+
+def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+    """One step, projected into the ball of radius eps around x and into 0..255."""
+    step_255 = max(rules.step_255, rules.eps_255 / rules.attack_steps)
+    moved = current + step_255 * direction
+    near = torch.minimum(torch.maximum(moved, x - rules.eps_255), x + rules.eps_255)
+    return near.clamp(0, 255)
+
+
+def pgd(rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+    """K projected sign steps away from the label, or towards a target.
+
+    No parameter gets a gradient, no running statistics move.
+    """
+    current = x + random_start(draws)
+    for _ in range(rules.attack_steps):
+        if draws.target is None:
+            direction = sign(input_gradient(rules, model, current, labels))
+        else:
+            direction = -sign(input_gradient(rules, model, current, draws.target))
+        current = ascend(rules, current, x, direction)
+    return current
+
+
+def input_gradient(rules: Rules, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Of the sum of the losses, each group alone."""
+    gradients = []
+    n = rules.adv_group_rows
+    for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
+        leaf = grey.clone().requires_grad_()
+        if rules.attack_bn == "batch":
+            logits, _ = forward_alone(model, normalise(rules, leaf))
+        else:
+            logits = model.eval()(normalise(rules, leaf))
+        loss = cross_entropy(rules, logits, group_labels).sum()
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.cat(gradients)
+
+
+# ---------------------------------------------------------------------- models and norms
+
+
+def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """`model`, and a copy with norms of its own whose other parameters are `model`'s."""
+    aux = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if not is_bn_parameter(model, name):
+            owner, _, leaf = name.rpartition(".")
+            setattr(aux.get_submodule(owner), leaf, parameter)
+    for bn in [*bn_layers(model).values(), *bn_layers(aux).values()]:
+        bn.momentum = 0.0  # forwards leave the running statistics alone: the step moves them
+    return model, aux
+
+
+def bn_layers(model: nn.Module) -> dict[str, Any]:
+    """The nn.BatchNorm2d of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def is_bn_parameter(model: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[0] in bn_layers(model)
+
+
+def forward_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
+    """Logits of one group in training mode, and the statistics that each norm has found."""
+    seen: Statistics = {}
+
+    def look_at(name: str, bn: nn.BatchNorm2d) -> Any:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].detach()
+            seen[name] = (values.mean((0, 2, 3)), values.var((0, 2, 3), unbiased=True))
+
+        return bn.register_forward_pre_hook(look)
+
+    hooks = [look_at(name, bn) for name, bn in bn_layers(model).items()]
+    logits = model.train()(x)
+    for hook in hooks:
+        hook.remove()
+    return logits, seen
+
+
+def move_running_statistics(model: nn.Module, seen: Sequence[Statistics]) -> None:
+    """One exponential average of the mean over the groups."""
+    for name, bn in bn_layers(model).items():
+        mean = torch.stack([statistics[name][0] for statistics in seen]).mean(0)
+        var = torch.stack([statistics[name][1] for statistics in seen]).mean(0)
+        bn.running_mean = (1 - BN_MOMENTUM) * bn.running_mean + BN_MOMENTUM * mean
+        bn.running_var = (1 - BN_MOMENTUM) * bn.running_var + BN_MOMENTUM * var

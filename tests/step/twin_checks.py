@@ -1,0 +1,245 @@
+"""Compares `fap.step.step.Step` with its slow twin: models, configs, random input, equality."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fap.config import Config, make_config
+from fap.distributed import ONE_RANK
+from fap.draws import uniform
+from fap.nets.dual import convert
+from fap.nets.stem import install_stem, stem_of
+from fap.step.attack import DIRECTION
+from fap.step.step import Step
+from fap.tasks import make_task
+from tests.step.reference_step import Draws, Result, Rules, Twin
+
+SIZE = 16
+CLASSES = 5
+GROUP = 8  # rows of a clean group
+
+
+class TinyNet(nn.Module):
+    """No stem: `Step` takes the input gradient of the whole pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))  # a first operation that is no convolution
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8, eps=1e-3)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x * self.scale)).relu()
+        return self.fc(self.bn2(self.conv2(x)).relu().mean((2, 3)))
+
+
+class TinyResNet(nn.Module):
+    """Stem, then two residual blocks of width 8; BN groups see 4 x 4 pixels at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.blocks = nn.ModuleList(self._block() for _ in range(2))
+        self.fc = nn.Linear(8, CLASSES)
+
+    @staticmethod
+    def _block() -> nn.ModuleList:
+        conv = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        shortcut = nn.Conv2d(8, 8, 1, stride=2, bias=False)
+        return nn.ModuleList([conv, nn.BatchNorm2d(8), shortcut, nn.BatchNorm2d(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x)).relu()
+        for conv, bn, short, short_bn in self.blocks:
+            x = (bn(conv(x)) + short_bn(short(x))).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
+    """`groups` groups of clean rows; a third of the rows adversarial unless `method` says else."""
+    smoothing = data.pop("label_smoothing", 0.0)
+    return make_config(
+        {
+            "model": {"num_classes": CLASSES},
+            "method": {"group_rows": GROUP, "p_adv": "1/3"} | method,
+            "data": {"size": SIZE} | data,
+            "optim": {"clean_batch": GROUP * groups, "label_smoothing": smoothing},
+        }
+    )
+
+
+def rules_of(config: Config) -> Rules:
+    """The twin's reading of a config."""
+    m = config.method
+    rules: dict[str, Any] = {
+        "method": m.name,
+        "pipelined": m.schedule == "pipelined",
+        "clean_group_rows": GROUP,
+        "adv_group_rows": m.adv_group_rows,
+        "n_adv": config.optim.clean_batch // GROUP * m.adv_group_rows,
+        "label_smoothing": config.optim.label_smoothing,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "weights": (m.weight_clean or 1.0, m.weight_noise or 0.0, m.weight_adv or 1.0),
+        "sync": bool(m.sync),
+        "combine": m.combine or "sum",
+    }
+    if m.name != "vanilla":
+        rules |= {
+            "eps_255": m.eps_255,
+            "step_255": m.step_255,
+            "attack_steps": m.attack_steps,
+            "attack_bn": m.attack_bn or "batch",
+        }
+    return Rules(**rules)
+
+
+def models(net: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """(converted, plain): equal weights, main and auxiliary norms equal at the start.
+
+    No fresh initialisation: the norms' parameters and statistics are random.
+    """
+    plain = net().double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            assert module.running_mean is not None and module.running_var is not None
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    converted = convert(copy.deepcopy(plain)).float()
+    install_stem(converted, SIZE)
+    converted = converted.double().to(memory_format=torch.channels_last)
+    state = plain.state_dict()
+    converted.load_state_dict(
+        {name: state[name.replace(".aux.", ".")] for name in converted.state_dict()}
+    )
+    return converted, plain
+
+
+def draw(config: Config) -> tuple[dict[str, Any], Draws]:
+    """One step's random input, as `Step.feed` and as the twin take it."""
+    m = config.method
+    n_clean = config.optim.clean_batch
+    n_groups = n_clean // GROUP
+    n_adv = n_groups * m.adv_group_rows
+    n_loaded = n_clean + config.loader_adv_rows
+    images = torch.randint(0, 256, (n_loaded, 3, SIZE, SIZE), dtype=torch.uint8)
+    images[torch.rand(images.shape) < 0.1] = 255  # the ends of the pixel range, where clipping acts
+    images[torch.rand(images.shape) < 0.1] = 0
+    labels = torch.randint(0, CLASSES, (n_loaded,))
+    feed: dict[str, Any] = {"images": images, "targets": labels}
+    twin: dict[str, Any] = {"images": images, "labels": labels}
+    if n_adv:
+        key = torch.randint(-(2**31), 2**31, (n_groups,)).int()
+        order = torch.randperm(n_adv)
+        feed |= {"noise_key": key, "shuffle": order}
+        shape = (n_adv, 3, SIZE, SIZE)
+        twin["delta0"] = torch.zeros(shape)
+        if m.random_start:
+            twin["delta0"] = uniform(key, shape, torch.float64) * m.eps_255
+        twin["direction"] = uniform(key ^ DIRECTION, shape)
+        if m.shuffle not in (None, "off"):
+            twin["shuffle"] = order
+        if m.targeted:
+            attacked = labels if m.entry.attacked == "copies" else labels[n_clean:]
+            twin["target"] = make_task(config).wrong_targets(key, attacked)
+    if config.data.mix is not None:
+        more_feed, more_twin = draw_mix(config, n_groups)
+        feed |= more_feed
+        twin |= more_twin
+    return feed, Draws(**twin)
+
+
+def draw_mix(config: Config, n_groups: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Partners stay inside their group."""
+    top = 3
+    left = 5
+    bottom = top + random.randrange(1, 12)
+    right = left + random.randrange(1, 10)
+    lam = torch.rand(())
+    if config.data.mix == "cutmix":
+        lam = 1 - torch.tensor((bottom - top) * (right - left)) / SIZE**2
+    partner = torch.cat([group * GROUP + torch.randperm(GROUP) for group in range(n_groups)])
+    box = (top, left, bottom, right)
+    feed = {"mix_lam": lam, "mix_box": torch.tensor(box), "mix_partner": partner}
+    twin = {"mix": config.data.mix, "lam": lam.item(), "box": box, "partner": partner}
+    return feed, twin
+
+
+def close(fast: Tensor, slow: Tensor, what: str) -> None:
+    error = (fast - slow).abs().max().item()
+    largest = slow.abs().max().item()
+    assert error <= 1e-9 * largest + 1e-13, (
+        f"{what}: differs by {error:.3g}, largest value {largest:.3g}"
+    )
+
+
+def in_step_names(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Names of the twin's two models -> names of the converted one."""
+    found = parts.get("shared", {}) | parts["main"]
+    for name, value in parts["aux"].items():
+        layer, _, leaf = name.rpartition(".")
+        found[f"{layer}.aux.{leaf}"] = value
+    return found
+
+
+def compare_step(step: Step, twin: Twin, result: Result, order: Tensor | None) -> None:
+    """Gradients, running statistics, adversarial images and metrics of one step."""
+    flat = step.network.flat
+    fast = flat.named(flat.grad)
+    slow = in_step_names(result.gradients)
+    if twin.has_aux:
+        assert fast.keys() == slow.keys()
+    else:
+        assert not any(fast[name].any() for name in fast if ".aux." in name)
+    for name, value in slow.items():
+        close(fast[name], value, f"gradient of {name}")
+    state = step.network.model.state_dict()
+    for name, value in in_step_names(twin.bn_state()).items():
+        close(state[name], value, name)
+    if result.adversarial is not None:
+        made = result.adversarial if order is None else result.adversarial[order]
+        assert torch.equal(step.adv.rows.images_255, made), "adversarial images"
+    metrics = step.metrics.take(ONE_RANK)
+    for kind, losses in result.losses.items():
+        found = torch.tensor(metrics[f"loss_{kind}"], dtype=torch.float64)
+        close(found, losses.double().sum(), f"loss of the {kind} rows")
+        assert metrics[f"rows_{kind}"] == len(losses)
+    assert metrics["steps"] == 1
+    assert metrics["skipped"] == 0
+
+
+def check(config: Config, net: type[nn.Module] = TinyResNet, steps: int = 5) -> None:
+    """Everything after each of `steps` steps, weights included."""
+    converted, plain = models(net)
+    assert (stem_of(converted) is not None) == (net is TinyResNet)
+    step = Step(converted, config)
+    twin = Twin(plain, rules_of(config))
+    for i in range(steps):
+        feed, draws = draw(config)
+        lr = 0.1 / (i + 1)
+        step.feed(lr=lr, **feed)
+        step()
+        result = twin.step(draws)
+        pipelined = config.method.schedule == "pipelined"
+        compare_step(step, twin, result, None if pipelined else draws.shuffle)
+        twin.optimise(lr)
+        weights = dict(converted.named_parameters())
+        for name, value in plain.named_parameters():
+            close(weights[name].data, value.data, f"{name} after step {i}")
+        if not twin.has_aux:
+            continue
+        for name, value in twin.aux.named_parameters():
+            layer, _, leaf = name.rpartition(".")
+            own = weights.get(f"{layer}.aux.{leaf}", weights[name])
+            close(own.data, value.data, f"aux {name} after step {i}")

@@ -1,0 +1,44 @@
+"""Numbers from counters: equal to a slow twin, evenly spread, and a function of their key alone."""
+
+import torch
+
+from fap.draws import random_bits, uniform
+
+
+def keys(n: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, (n,)).int()
+
+
+def murmur_finaliser(x: int) -> int:
+    """Slow twin of `draws.avalanche`, in Python's unbounded integers."""
+    x &= 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    x ^= x >> 16
+    if x >> 31:
+        return x - (1 << 32)
+    return x
+
+
+def test_random_bits_equal_the_twin() -> None:
+    k = keys(3)
+    for g, row in enumerate(random_bits(k, 50).tolist()):
+        of_key = murmur_finaliser(int(k[g]))
+        for i, value in enumerate(row):
+            assert value == murmur_finaliser(murmur_finaliser(i * 0x9E3779B9) ^ of_key)
+
+
+def test_uniform_is_uniform_independent_and_a_function_of_its_group() -> None:
+    k = keys(4)
+    u = uniform(k, (64, 3, 16, 16))
+    assert u.is_contiguous(memory_format=torch.channels_last)
+    assert u.min() >= -1
+    assert u.max() < 1
+    counts = torch.histc(u, 16, -1, 1) / u.numel()
+    assert (counts - 1 / 16).abs().max() < 5e-3
+    flat = u.permute(0, 2, 3, 1).reshape(4, -1)
+    correlation = torch.corrcoef(torch.cat([flat, flat.roll(1, 1)])) - torch.eye(8)
+    assert correlation.abs().max() < 0.05
+    assert torch.equal(uniform(k[2:3], (16, 3, 16, 16)), u[32:48])  # whichever rank draws it
