@@ -336,19 +336,6 @@ def test_no_option_out_of_range(jpeg_store: BetonStore) -> None:
         open_loader("ffcv", jpeg_store, size=64, threads=0)
 
 
-@pytest.mark.slow
-def test_importing_pipelines_imports_no_back_end() -> None:
-    script = (
-        "import sys, pipelines; "
-        "print([m for m in ('numba', 'ffcv', 'nvidia.dali') if m in sys.modules])"
-    )
-    root = Path(__file__).parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True
-    )
-    assert out.stdout.strip() == "[]"
-
-
 @needs_ffcv
 @pytest.mark.slow
 def test_the_ffcv_loader_leaves_torchs_threads_alone() -> None:

@@ -14,8 +14,7 @@ from fap.step.half import Amp
 from fap.step.step import Step
 
 SCHEDULES = ("sequential", "fused", "pipelined", "parallel")
-SCHEDULED = ("fast_advprop", "noise")  # of one kind of step
-VARIANTS = (*SCHEDULES, *(name for name in METHODS if name not in SCHEDULED))
+VARIANTS = (*SCHEDULES, *(name for name in METHODS if not METHODS[name].recycles))
 """Methods, and of Fast AdvProp its schedules."""
 COPYING = tuple(name for name in METHODS if METHODS[name].attacked == "copies")
 """Variants that attack copies of the clean rows, which are not mixed."""
