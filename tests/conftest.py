@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def heed_signals() -> None:
 
 
 heed_signals()
+
+
+def wait_until_it_listens(process: subprocess.Popen[str]) -> None:
+    """Until a command that was just started has its own handlers: Python's leave SIGTERM alone."""
+    status = Path(f"/proc/{process.pid}/status")
+    while True:
+        assert process.poll() is None, "ended before it listened"
+        caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
+
 
 # Triton's interpreter runs the kernels on the CPU. It must be chosen before they are imported, so
 # nothing above may import them.

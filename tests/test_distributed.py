@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pipelines
 from fap.config import Config, load_config
 from fap.distributed import ONE_RANK, Ranks, Votes, connect
 from fap.nets.build import build, plain
+from fap.run import session
 from fap.run.epoch import plan_spec, step_draws
 from fap.run.train import Run
 from fap.step.rows import Rows, shuffled
@@ -290,21 +292,19 @@ def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Pat
 def test_sigterm_ends_a_rank_while_another_one_hangs(
     tiny_beton: Path, tmp_path: Path, where: str
 ) -> None:
-    """Rank 1 is stopped, so rank 0 waits for it in a collective.
+    """Rank 1 is stopped at any moment, so rank 0 waits for it in some collective.
 
-    It ends by itself within its patience.
+    It ends by itself within its patience, which is not that of a save.
     """
     more = []
     if where == "evaluation":  # 48 batches after each step
         more = ["run.eval_batch=2", "optim.clean_batch=64", "method.group_rows=32"]
     processes, _ = start_two(tiny_beton, tmp_path, *more)
-    time.sleep(0.3)
+    time.sleep(random.uniform(0, 1))
     processes[1].send_signal(signal.SIGSTOP)
     try:
         processes[0].send_signal(signal.SIGTERM)
-        begun = time.monotonic()
-        said, _ = processes[0].communicate(timeout=60)
-        assert time.monotonic() - begun < 25
+        said, _ = processes[0].communicate(timeout=session.SAVING_PATIENCE / 2)
         assert processes[0].returncode == 143, said
         assert "SIGTERM, but no progress for" in said
     finally:
@@ -316,10 +316,8 @@ def test_sigterm_ends_a_rank_while_another_one_hangs(
 def test_a_rank_that_dies_ends_the_others_at_once(tiny_beton: Path, tmp_path: Path) -> None:
     processes, _ = start_two(tiny_beton, tmp_path)
     processes[1].kill()
-    begun = time.monotonic()
     said, _ = processes[0].communicate(timeout=60)
     processes[1].wait()
-    assert time.monotonic() - begun < 10
     assert processes[0].returncode == 1
     assert "fap-train: another rank is gone, its own output says why" in said
     assert "Traceback" not in said

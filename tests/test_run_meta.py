@@ -3,7 +3,6 @@
 import json
 import random
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +133,11 @@ def hostile(config: Config, state: dict[str, Tensor], path: Path, seed: int) -> 
 
 def test_random_false_metadata(config: Config, state: dict[str, Tensor], tmp_path: Path) -> None:
     first = random.SystemRandom().randrange(10**9)
-    started = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = []
     for seed in range(first, first + 60):
         found.append(hostile(config, state, tmp_path / "c.safetensors", seed))
     assert any(message.startswith("DamagedCheckpoint: ") for message in found)
-    assert time.monotonic() - started < 60, first
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KILOBYTES, first
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,13 +80,12 @@ def test_only_code_makes_a_checkout_dirty(tree: Path) -> None:
 
 def test_a_git_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file server that does not answer."""
-    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 8\n")
+    says_it_late = f"import time; time.sleep(60); print('{'0' * 40}')"
+    (tmp_path / "git").write_text(f"#!{sys.executable}\n{says_it_late}\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr("fap.versions.GIT_SECONDS", 0.2)
-    start = time.monotonic()
     assert commit(tmp_path) is None
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")

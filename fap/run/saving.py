@@ -91,11 +91,14 @@ class Saving:
         """
         meta = self._meta(progress)
         state = self._state_of_all_ranks()
-        written = True
-        with self.stop.saving():
-            if self.ranks.first:
+        if self.ranks.first:
+            with self.stop.saving():
                 written = self._write(progress.step, state, meta)
+            # The others wait for this one already: if one keeps it waiting, that one hangs.
             failed = self.ranks.any(not written)
+        else:
+            with self.stop.saving():  # which takes as long as the first rank's disk
+                failed = self.ranks.any(False)
         if not failed:
             self.saved = progress.step
         return not failed

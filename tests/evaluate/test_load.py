@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ def test_nothing_is_built_that_the_file_does_not_hold(
         meta["config"]["data"]["resize"] = value
     save(tmp_path / "c.safetensors", state, meta)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
     if message:
         with pytest.raises((DamagedCheckpoint, ValueError)) as caught:
             load_model(tmp_path / "c.safetensors")
@@ -74,7 +72,6 @@ def test_nothing_is_built_that_the_file_does_not_hold(
         assert "c.safetensors: " in str(caught.value)
     else:
         load_model(tmp_path / "c.safetensors")
-    assert time.monotonic() - started < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KILOBYTES
 
 

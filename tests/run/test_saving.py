@@ -1,8 +1,11 @@
 """Checkpoints of a run: what a full disk or damage costs, and which runs may be resumed."""
 
+import contextlib
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from dataclasses import field as made_by
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ from torch import Tensor
 
 from fap import checkpoint
 from fap.checkpoint import Checkpoints, DamagedCheckpoint
+from fap.config import load_config
+from fap.distributed import Ranks
 from fap.run import result
 from fap.run.saving import NotSaved
+from fap.run.train import Run
 from tests.conftest import write_beton
 from tests.run.runs import (
     RUN,
@@ -125,6 +131,56 @@ def test_a_result_that_cannot_be_written_is_an_error(
     with pytest.raises(NotSaved, match=says):
         run(tiny_beton, tmp_path, "run.max_steps=2")
     assert not (tmp_path / RUN / "result.json").exists()
+
+
+# ---------------------------------------------------------------------- several ranks
+
+
+class Disk:
+    """Stands for a run's StopSignal: is the run inside a save?"""
+
+    busy = False
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        self.busy = True
+        yield
+        self.busy = False
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Ranks):
+    """A rank whose other one says what it says, and whether it may wait long for that."""
+
+    world: int = 2
+    disk: Disk = made_by(default_factory=Disk)
+    may_wait_long: list[bool] = made_by(default_factory=list)
+
+    def sum_(self, flat: Tensor) -> None:
+        pass
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return rows.repeat(2, *[1] * (rows.ndim - 1))
+
+    def any(self, flag: bool) -> bool:
+        self.may_wait_long.append(self.disk.busy)
+        return flag
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_ranks_that_wait_for_the_disk_wait_long(
+    tiny_beton: Path, tmp_path: Path, rank: int
+) -> None:
+    """If another rank hangs, the first one, which has written, must not wait as for a slow disk."""
+    training = Run(load_config(None, words(tiny_beton, tmp_path, "method.schedule=pipelined")))
+    ranks = OneOfTwo(rank)
+    saving = training.saving
+    saving.ranks = ranks
+    saving.stop = ranks.disk
+    assert saving.save(training.progress)
+    assert ranks.may_wait_long == [rank == 1]
+    assert not ranks.disk.busy
+    assert len(saving.checkpoints.paths()) == (rank == 0)
 
 
 # ---------------------------------------------------------------------- what is resumed

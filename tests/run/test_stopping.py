@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fap.checkpoint import Checkpoints
+from tests.conftest import wait_until_it_listens
 from tests.run.runs import RUN, command, environment, records, wait_for_a_record, words
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def test_signals_save_and_leave(
         if process.poll() is None:
             process.send_signal(number)
             time.sleep(0.02)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + numbers[0], output
     assert "continue with resume=auto" in output
     assert f"fap-train: stopped by {numbers[0].name}\n" in output
@@ -70,7 +71,7 @@ def test_a_signal_without_room_for_the_checkpoint_is_no_success(
         stderr=subprocess.PIPE,
     )
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 1, said
     assert "stopped by SIGTERM, and step" in said
     assert "could not be saved; no step of it has been saved" in said
@@ -90,7 +91,7 @@ def test_the_reader_of_the_output_may_leave(tiny_beton: Path, tmp_path: Path) ->
     assert_saved_to_the_last_record(folder)
 
 
-@pytest.mark.parametrize("after", [0.3, 1.5, 2.5])
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
 def test_ctrl_c_before_training_is_one_line(tiny_beton: Path, tmp_path: Path, after: float) -> None:
     process = subprocess.Popen(
         command(*words(tiny_beton, tmp_path, "model.name=resnet152")),
@@ -99,9 +100,10 @@ def test_ctrl_c_before_training_is_one_line(tiny_beton: Path, tmp_path: Path, af
         stderr=subprocess.PIPE,
         text=True,
     )
+    wait_until_it_listens(process)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert said == "fap-train: stopped by SIGINT\n"
     assert list(tmp_path.iterdir()) == []
