@@ -212,6 +212,11 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         # Not at the top: a CPU build of torch has no Triton.
         from fap.nets.grouped_norm import GroupedBatchNorm
 
+        if x[0, 0].numel() == 1 and min(g.rows for g in groups) == 1:
+            raise ValueError(
+                "a group of one row whose channels are one pixel has no variance "
+                f"(input {tuple(x.shape)}): use more rows in a group, or larger images"
+            )
         if residual is not None:
             residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
         # Without auxiliary norms there are no auxiliary groups, so nothing reads these.

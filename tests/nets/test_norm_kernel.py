@@ -182,6 +182,18 @@ def test_more_parts_than_one_load_takes() -> None:
     torch.testing.assert_close(shares.double(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_group_of_one_value_has_no_variance() -> None:
+    """An error of both. The kernel alone would write NaN into the running variance."""
+    for norm in pair(4):
+        norm.shared.groups = (Group("main", 2, 0, 1), Group("aux", 1, 0, 1))
+        before = {name: value.clone() for name, value in norm.state_dict().items()}
+        x = images(3, 4, 1, 1, torch.float32).to(norm.weight.dtype)
+        with pytest.raises(ValueError, match=r"no variance|more than 1 value per channel"):
+            norm(x)
+        if norm.shared.kernel == "triton":
+            torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("how", ["plain", "residual"])
 @pytest.mark.parametrize(
     ("n_main", "n_aux"),
