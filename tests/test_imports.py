@@ -204,6 +204,7 @@ def run(code: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_importing_pipelines_imports_no_back_end() -> None:
     heavy = {"ffcv", "numba", "nvidia.dali", "cv2", "fap"}
     assert run(f"import sys, pipelines; print(*{heavy} & set(sys.modules))") == []

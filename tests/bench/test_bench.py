@@ -85,6 +85,7 @@ def test_the_largest_pass_is_the_step_s_own(schedule, rows, largest):
     assert max(len(x) for x in step.pass_input) == largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [("1e-3", 1), ("1e3", 0)])
 def test_the_gate_is_the_exit_status(tmp_path, limit, code):
     found, _ = run_parity(tmp_path, *ONE, "--max-ratio", limit)

@@ -255,6 +255,7 @@ def said(done: Done, what: str) -> list[str]:
     raise AssertionError(f"no line begins with {what!r}:\n{done.stdout}")
 
 
+@pytest.mark.slow
 def test_the_first_command_measures_even_when_an_import_fails(machine: Path) -> None:
     shutil.rmtree(machine / ".gpu2")
     slow = machine / "bench" / "gpu" / "imports.py"
@@ -288,6 +289,7 @@ def test_results_come_back_while_the_command_runs(machine: Path) -> None:
         assert "./cells/log.txt" in archive.getnames()
 
 
+@pytest.mark.slow
 def test_the_commands_dry_forms(machine: Path) -> None:
     first = script(machine, ".gpu/run1.sh", FAP_DRY_RUN="1")
     assert 480 < int(said(first, "seconds")[1]) <= 540, "the default fits a call of 560 s"
@@ -296,6 +298,7 @@ def test_the_commands_dry_forms(machine: Path) -> None:
     assert said(second, "seconds")[2:] == ["--toy"]
 
 
+@pytest.mark.slow
 def test_the_second_command_has_both_uploads(machine: Path) -> None:
     second = machine / ".gpu2"
     kit = machine.parent / "kit"
@@ -311,6 +314,7 @@ def test_the_second_command_has_both_uploads(machine: Path) -> None:
     assert "SETUP" not in done.stdout.replace("SETUP: going on without", "")
 
 
+@pytest.mark.slow
 def test_a_damaged_upload_is_named_and_a_new_one_replaces_it(machine: Path) -> None:
     sheet = machine / ".gpu" / "cifar10" / "test_00.webp"
     sheet.write_bytes(b"half")

@@ -172,6 +172,7 @@ def test_a_cell_that_fails_says_why_and_stops_nothing(tmp_path, lines):
     assert found["absent"]["why"] == "no_such_package.inside is not installed"
 
 
+@pytest.mark.slow
 def test_a_cell_that_hangs_is_ended_with_all_it_started(tmp_path, lines):
     child = (
         "import subprocess; p = subprocess.Popen(['sleep', '600']); "

@@ -22,6 +22,7 @@ def kept_files(at: Path) -> list[Path]:
     return sorted((at / "kept").glob("*.beton"))
 
 
+@pytest.mark.slow
 def test_kept_sets_are_built_once(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def unconverted(name: str) -> torch.nn.Module:
     return timm.create_model("resnet10t", num_classes=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "timm/resnet10t"])
 def test_export_loads_into_the_plain_model(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -5,10 +5,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from fap.evaluate import report
 from tests.evaluate.reports import complete, report_of, result
 
 
+@pytest.mark.slow
 def test_several_checkpoints_of_one_report(tmp_path: Path) -> None:
     lacks = complete(0.25)
     del lacks["imagenet_c/snow/4"]

@@ -93,6 +93,7 @@ def write_noise(at: Path, seed: int) -> None:
             os.utime(new, ns=date)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
 def test_another_file_under_the_same_name_gives_new_numbers(
     world: Path, tmp_path: Path, kept: bool
@@ -130,6 +131,7 @@ def test_other_images_in_the_same_folder_give_new_numbers(world: Path, tmp_path:
     assert same == ["imagenet_c/fog/1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["contrast", "labels"])
 def test_other_arrays_under_the_same_name_give_new_numbers(
     world: Path, tmp_path: Path, changed: str

@@ -33,6 +33,7 @@ def test_build_without_auxiliary_norms() -> None:
     assert set(model.state_dict()) == set(CifarResNet(8, 7).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux", [True, False])
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v3_large", "timm/regnety_002", "cifar_resnet8"]

@@ -39,6 +39,7 @@ NAMED = ["resnet18", "mobilenet_v3_large", "timm/regnety_002"]
 NAMED += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_conversion_and_export(name: str) -> None:
     """Outputs in evaluation are equal before and after; the export loads strictly."""
@@ -86,6 +87,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_training_forward_in_groups(name: str) -> None:
     """Every group's logits are those of the plain model on that group alone, in train mode."""

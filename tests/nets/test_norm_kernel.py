@@ -147,6 +147,7 @@ def test_kernel_equals_twin(
     compare(norm, twin, x, residual, 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("how", HOW)
 def test_half_precision_keeps_float32_statistics(
@@ -159,6 +160,7 @@ def test_half_precision_keeps_float32_statistics(
     compare(norm, twin, x, residual, tolerance)
 
 
+@pytest.mark.slow
 def test_many_parts_and_no_auxiliary_norms() -> None:
     """More pixels than one program holds, so that partial sums are put together."""
     norm, twin = pair(16, aux=False, relu=True)
@@ -194,11 +196,9 @@ def test_a_group_of_one_value_has_no_variance() -> None:
             torch.testing.assert_close(norm.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "residual"])
-@pytest.mark.parametrize(
-    ("n_main", "n_aux"),
-    [(1, 7), (7, 1), (4, 3), (0, 6), (5, 0), pytest.param(2, 19, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("n_main", "n_aux"), [(1, 7), (7, 1), (4, 3), (0, 6), (5, 0), (2, 19)])
 def test_many_uneven_groups_equal_the_twin(n_main: int, n_aux: int, how: str) -> None:
     """Also more groups of one branch than one load takes (16); a third have momentum 0."""
     norm, twin = pair(70, relu=how != "plain")
@@ -272,6 +272,7 @@ def test_statistics_at_rest_are_not_written(called: Bn, calls: int) -> None:
         assert (branch.bias.grad is None) == (name != called), name
 
 
+@pytest.mark.slow
 def test_equal_calls_give_equal_bits() -> None:
     norm, _ = pair(70, relu=True)
     groups = (*random_groups("main", [True] * 3), *random_groups("aux", [True, False] * 2))

@@ -311,6 +311,7 @@ def test_two_conversions_to_one_file(folder: Path, tmp_path: Path) -> None:
     assert check(dst) == []
 
 
+@pytest.mark.slow
 def test_disk_full(folder: Path, tmp_path: Path) -> None:
     """A limit on the file's size stands in for a full disk: write(2) fails half-way."""
     code = "import sys; from fap.cli.convert import main; sys.exit(main(sys.argv[1:]))"

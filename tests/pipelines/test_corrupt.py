@@ -71,6 +71,7 @@ def package():
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if n != "elastic_transform" and n not in RANDOM_DRAWS]
 )

@@ -108,6 +108,7 @@ FFCV = pytest.param(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("twin", "mean"), [("reference", 1.2), FFCV])
 def test_same_images_as_the_other_back_ends(photos, device, twin, mean):
@@ -308,6 +309,7 @@ def test_leaving_early_leaks_neither_threads_nor_memory(photos):
     assert later[1] - memory < 24e6  # a leaked pipeline holds 5 MB, twelve would be 60
 
 
+@pytest.mark.slow
 def test_missing_dali_names_the_install_command():
     code = """
 import sys

@@ -44,6 +44,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
             open_regular(path)
 
 
+@pytest.mark.slow
 def test_a_lock_is_held_against_other_processes_and_dies_with_its_own(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = """

@@ -39,6 +39,7 @@ def measures(windows: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["random", (30, 400), (500, 60)])
 def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) -> None:
     seed = random.SystemRandom().randrange(2**31)

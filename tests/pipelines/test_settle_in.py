@@ -151,6 +151,7 @@ def test_a_folder_that_somebody_else_prepared_is_not_used(
         assert temporary_caches() is None
 
 
+@pytest.mark.slow
 def test_whoever_imports_the_pipelines_has_settled_in(tmp_path: Path) -> None:
     environ = {
         "PATH": os.environ["PATH"],

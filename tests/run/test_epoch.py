@@ -94,6 +94,7 @@ def on_two_ranks(config: Config, plan: EpochPlan, model: torch.nn.Module) -> dic
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["fused", "pipelined"])
 @pytest.mark.parametrize("shuffle", ["ranks", "groups"])
 def test_two_ranks_shuffle_within_their_scope_and_train_like_one(

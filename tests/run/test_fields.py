@@ -146,6 +146,7 @@ def test_the_same_run_shows_the_same(
     assert observe((), files, tmp_path / "runs").aspects() == bases(()).aspects()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_changing_a_field_changes_what_it_is_about(
     name: str, bases: Callable[[tuple[str, ...]], Seen], files: dict[str, Path], tmp_path: Path

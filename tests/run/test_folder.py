@@ -53,6 +53,7 @@ STARTS_THAT_FAIL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STARTS_THAT_FAIL)
 def test_a_start_that_fails_leaves_nothing_behind(
     tiny_beton: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch

@@ -145,6 +145,7 @@ def test_trim_stops_at_the_first_line_that_is_no_record(tmp_path: Path, tail: by
     assert (tmp_path / "m").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_records_not_the_run(tmp_path: Path) -> None:
     child = """
 import resource, sys

@@ -56,6 +56,7 @@ def test_kill_9_and_resume(
 # ---------------------------------------------------------------------- damage and full disks
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_noticed(
     tiny_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def one_after_the_other(*saves: Callable[..., None]) -> Callable[..., None]:
     return save
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_not_the_run(
     tiny_beton: Path,
     tmp_path: Path,
@@ -102,6 +104,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     assert kept == ["step_00000016.safetensors", "step_00000020.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_not_there_is_not_done(
     tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +239,7 @@ def rewritten(
     checkpoint.save(path, held, written)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_goes_on(tiny_beton: Path, tmp_path: Path) -> None:
     """It has fields and tensors by their former names."""
     method = "method.schedule=pipelined"

@@ -17,6 +17,7 @@ from tests.conftest import write_beton
 from tests.run.runs import STEPS, assert_same, final_state, records, run, steps_recorded
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_is_needed_to_understand_it(
     tiny_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +50,7 @@ def test_a_run_leaves_everything_that_is_needed_to_understand_it(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["fused", "pipelined"])
 def test_stopping_anywhere_and_resuming_gives_the_same_weights(
     tiny_beton: Path, tmp_path: Path, schedule: str

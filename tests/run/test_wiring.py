@@ -97,6 +97,7 @@ def test_the_two_runs_have_no_field_at_its_default() -> None:
             assert not same or name in ("method.sync", "run.amp"), f"{name} = {value}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NO_DEFAULT)
 def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> None:
     seen = everything(name)

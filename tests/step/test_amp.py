@@ -57,6 +57,7 @@ def perturbation(amp: Amp, data: dict[str, Any]) -> tuple[Tensor, Tensor, torch.
     return adv.float() - clean.float(), asked[0], clean.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("amp", "low", "high"), [("off", 0.999, 1.001), ("fp16", 0.99, 1.07), ("bf16", 0.95, 1.30)]
 )
@@ -74,6 +75,7 @@ def test_one_grey_level_survives_the_cast_at_the_stem(amp: Amp, low: float, high
     assert size.max() <= high
 
 
+@pytest.mark.slow
 def test_imagenet_statistics_in_bf16_run_the_stem_in_full_precision() -> None:
     delta, asked, dtype = perturbation("bf16", IMAGENET)
     assert dtype == torch.float32
@@ -116,6 +118,7 @@ def test_the_stem_follows_the_config_of_the_step_that_owns_it(
     assert stem.full_precision is full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vanilla", "sequential", "fused", "pipelined", "advprop"])
 @pytest.mark.parametrize(("amp", "limit"), [("fp16", 0.05), ("bf16", 0.2)])
 def test_gradients_under_autocast_are_close_to_float32(

@@ -139,6 +139,7 @@ def test_a_kernel_asked_for_by_name_does_not_give_way(stand_in: StandIn, mode: M
     stand_in.assert_untouched(step)
 
 
+@pytest.mark.slow
 @any_mode
 def test_an_error_that_is_not_the_kernels_is_raised(
     stand_in: StandIn, mode: Mode, recwarn: pytest.WarningsRecorder
@@ -206,6 +207,7 @@ def test_a_device_that_dies_of_what_was_asked_for_is_that_error(
 # ---------------------------------------------------------------------- the capture fails
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "on"])
 @pytest.mark.parametrize(
     "error",

@@ -46,6 +46,7 @@ def autocast_twin(step: Step) -> Step:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_equals_the_autocast_twin_bit_for_bit(variant: str, amp: Amp, seed: int) -> None:

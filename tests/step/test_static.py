@@ -185,6 +185,7 @@ def test_rows_are_put_together_without_changing_their_layout(variant: str) -> No
     assert n_seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", [True, False])
 @every_variant
 def test_a_step_can_be_watched_by_hooks_on_the_model_s_input(variant: str, stem: bool) -> None:
@@ -256,6 +257,7 @@ def n_beside_the_network(variant: str, model: str, amp: Amp) -> int:
     return n_whole - n_network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("variant", ["vanilla", "sequential", "fused", "pipelined", "parallel"])
 def test_a_step_runs_no_operator_per_parameter(variant: str, amp: Amp) -> None:

@@ -29,7 +29,7 @@ def values_of(fields: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("net", [TinyNet, TinyResNet])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("groups", [1, 3, 4])
+@pytest.mark.parametrize("groups", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shuffle", ["off", "ranks"])
 def test_fast_advprop(net: type[nn.Module], schedule: str, groups: int, shuffle: str) -> None:
     check(config_of(FAST | {"schedule": schedule, "shuffle": shuffle}, groups), net)
@@ -43,6 +43,7 @@ SEPARATE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("attack_bn", ["running", "batch"])
 @pytest.mark.parametrize("targeted", [True, False])
@@ -57,7 +58,7 @@ def test_attack_without_reuse(
     check(config_of(method, groups), steps=2)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("attack_bn", ["running", "batch"])
 @pytest.mark.parametrize("targeted", [True, False])
 @pytest.mark.parametrize("net", [TinyNet, TinyResNet])
@@ -125,6 +126,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("method", ["vanilla", "decoupled", *SCHEDULES])
 def test_data_options(method: str, option: dict[str, Any]) -> None:
@@ -148,6 +150,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 def test_switch_equals_the_twin_and_differs_from_the_default(

@@ -39,6 +39,7 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
     assert all(torch.equal(value, restored[name]) for name, value in one.state().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "amp"), [*((variant, "off") for variant in VARIANTS), ("pipelined", "bf16")]
 )
@@ -117,6 +118,7 @@ def test_a_non_finite_gradient_leaves_weights_momentum_and_statistics_alone(
     assert not torch.equal(before["momentum.fc.bias"], step.state()["momentum.fc.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_non_finite_step_changes_no_bit(variant: str, when: int) -> None:

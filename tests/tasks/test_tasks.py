@@ -131,6 +131,7 @@ def test_another_task_is_refused_by_the_config() -> None:
         make_config({"name": "tiny", "task": "clasification"})
 
 
+@pytest.mark.slow
 def test_a_config_is_checked_without_models() -> None:
     """Their packages take seconds to import, and a task's module needs the config itself."""
     absent = {"torchvision", "timm", *(entry.partition(":")[0] for entry in TASKS.values())}
