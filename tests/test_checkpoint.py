@@ -220,7 +220,10 @@ import os, random, signal, sys, time, torch
 from fap.checkpoint import Checkpoints
 torch.set_num_threads(1)
 rng, last, cut_off = random.Random(0), 0, 0
-for _ in range(20):
+def names():
+    return {name for name in os.listdir(sys.argv[1]) if name.endswith(".safetensors")}
+for kill in range(20):
+    before = names()
     pid = os.fork()
     if pid == 0:
         step = last
@@ -228,6 +231,9 @@ for _ in range(20):
             step += 1
             tensors = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
             Checkpoints(sys.argv[1]).save(step, tensors, {"step": step})
+    # Every other time after a whole save, however slow the disk is.
+    while kill % 2 and not names() - before:
+        time.sleep(0.005)
     time.sleep(rng.uniform(0.01, 0.3))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
