@@ -220,7 +220,10 @@ import os, random, signal, sys, time, torch
 from fap.checkpoint import Checkpoints
 torch.set_num_threads(1)
 rng, last, cut_off = random.Random(0), 0, 0
-for _ in range(20):
+def names():
+    return {name for name in os.listdir(sys.argv[1]) if name.endswith(".safetensors")}
+for kill in range(200):
+    before = names()
     pid = os.fork()
     if pid == 0:
         step = last
@@ -228,6 +231,9 @@ for _ in range(20):
             step += 1
             tensors = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
             Checkpoints(sys.argv[1]).save(step, tensors, {"step": step})
+    # Every other time after a whole save, however slow the disk is.
+    while kill % 2 and not names() - before:
+        time.sleep(0.005)
     time.sleep(rng.uniform(0.01, 0.3))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -239,6 +245,9 @@ for _ in range(20):
         assert meta["step"] >= last and all((t == meta["step"]).all() for t in tensors.values())
         assert len(kept.paths()) <= 3  # the two kept, and one whose removal was cut off
         last = meta["step"]
+    # 20 times; on, in the rare case that none of them met a save half-way.
+    if kill >= 19 and last > 0 and cut_off > 0:
+        break
 assert last > 0 and cut_off > 0, (last, cut_off)
 Checkpoints(sys.argv[1]).save(last + 1, {}, {})
 """

@@ -1,5 +1,6 @@
 """Ranks: 1, 2 and 4 processes train alike, shuffle without a loss, start and stop together."""
 
+import contextlib
 import json
 import os
 import random
@@ -84,9 +85,16 @@ def train(rank: int, world: int, port: int, method: list[str], seed: int, out: P
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens at.
+
+    Below those that the system hands out (from 32,768 on): another process would be given such a
+    one in the seconds until ours listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return port
 
 
 @pytest.mark.slow
@@ -168,7 +176,7 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
             f"run.dir={tmp_path / runs}",
         ]
         return subprocess.run(
-            [*argv, *more], env=environment(), capture_output=True, text=True, timeout=300
+            [*argv, *more], env=environment(), capture_output=True, text=True, timeout=900
         )
 
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -279,7 +287,7 @@ def start_two(data: Path, runs: Path, *more: str) -> tuple[list[subprocess.Popen
 def test_a_signal_to_one_rank_saves_and_ends_all(tiny_beton: Path, tmp_path: Path) -> None:
     processes, folder = start_two(tiny_beton, tmp_path)
     processes[1].send_signal(signal.SIGUSR2)
-    said = [process.communicate(timeout=60)[0] for process in processes]
+    said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [128 + signal.SIGUSR2] * 2, said
     last = records(folder)[-1]["step"]
     assert f"saved at step {last}; continue with resume=auto" in said[0]
@@ -316,7 +324,7 @@ def test_sigterm_ends_a_rank_while_another_one_hangs(
 def test_a_rank_that_dies_ends_the_others_at_once(tiny_beton: Path, tmp_path: Path) -> None:
     processes, _ = start_two(tiny_beton, tmp_path)
     processes[1].kill()
-    said, _ = processes[0].communicate(timeout=60)
+    said, _ = processes[0].communicate(timeout=300)
     processes[1].wait()
     assert processes[0].returncode == 1
     assert "fap-train: another rank is gone, its own output says why" in said

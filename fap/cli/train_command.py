@@ -64,8 +64,9 @@ def run(argv: Sequence[str] | None) -> None:
             if problem is None:  # a fault of ours
                 raise
             _end(1, problem, ranks.world)
-    if ranks.first:
-        _report(result, training.task)
+        # Before signals have their usual effect again: who is killed then has said that it is done.
+        if ranks.first:
+            _report(result, training.task)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -113,7 +114,7 @@ def _report(result: dict[str, Any], task: Task) -> None:
     last = result["last"]
     reached = ", ".join(f"{words} {last[name]:.2%}" for name, words in task.percents.items())
     cost = f"{result['image_passes']:,} image passes in {result['seconds']:.0f} s"
-    print(f"done: {reached} after {cost}")
+    print(f"done: {reached} after {cost}", flush=True)
 
 
 def _end(code: int, message: str, world: int) -> NoReturn:

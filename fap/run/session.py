@@ -176,8 +176,10 @@ class Watch:
 
     def _check_progress(self) -> None:
         assert self._first is not None
-        quiet_since = max(self._heard_at, self._pace.last_beat)
+        # First the limit, then the beat: if a save ends just now, its limit must not be exchanged
+        # for that of a step while the beat is still that of before the save.
         limit = self._pace.limit
+        quiet_since = max(self._heard_at, self._pace.last_beat)
         if time.monotonic() - quiet_since >= limit:
             name = signal.Signals(self._first).name
             why = f"{name}, but no progress for {limit:.0f} s (does another rank hang?)"

@@ -154,7 +154,7 @@ def test_a_signal_ends_it_at_once_without_a_traceback(
         case "work":
             told = told_until("computed/shot_noise/1: top-1", process)
     os.killpg(process.pid, number)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate(timeout=300)[1]
     assert process.returncode == code, rest
     assert "Traceback" not in rest, rest
     assert f"stopped by {signal.Signals(number).name}" in rest

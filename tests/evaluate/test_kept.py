@@ -83,7 +83,7 @@ def test_a_kept_set_that_was_replaced_is_never_taken_for_it(
 def test_two_commands_build_a_kept_set_once(world: Path, tmp_path: Path) -> None:
     at, keep = kept_world(world, tmp_path)
     processes = [command(at, *keep) for _ in range(2)]
-    told = [process.communicate(timeout=120) for process in processes]
+    told = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     assert told[0][0] == told[1][0]
     assert len(kept_files(at)) == 2

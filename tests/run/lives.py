@@ -22,7 +22,7 @@ import torch
 from fap.signals import SIGNALS
 from tests.run.runs import RUN, command, environment, final_state, words
 
-PATIENCE_S = 120  # for one start of a run that takes seconds
+PATIENCE_S = 600  # for one start of a run that takes seconds; on a busy machine a minute
 
 
 class Life:
@@ -114,7 +114,7 @@ class Life:
         # A signal that comes after the last step may meet a process that is no longer a run's.
         killed = [-number for number in sent]
         said = self.ends(process, 0, *saved, *killed)
-        if process.returncode > 0:
+        if process.returncode > 0 and "done: top-1" not in said:
             assert "continue with resume=auto" in said, said
         elif process.returncode < 0:
             assert "done: top-1" in said, said

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,7 +23,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_records_and_plain_lines(tmp_path: Path) -> None:
+def test_records_and_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter((1000.0, 1007.0))  # when it begins, and at step 50
+    monkeypatch.setattr("fap.run.log.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     out = io.StringIO()
     log = Log(tmp_path, 0, 100, out=out)
     log.step(50, VALUES)
@@ -33,7 +36,7 @@ def test_records_and_plain_lines(tmp_path: Path) -> None:
     assert records(tmp_path)[1] == {"step": 50, "val_top1": 0.5, "val_loss": None, "worst": None}
     line, hello = out.getvalue().splitlines()
     groups = "clean 0.250 25.0%  noise 0.250 25.0%  adv 0.250 25.0%"
-    assert line.startswith(f"step 50/100  epoch 1.50  {groups}  1,234 image passes/s  ETA 00:0")
+    assert line.startswith(f"step 50/100  epoch 1.50  {groups}  1,234 image passes/s  ETA 00:07")
     assert hello == "hello"
     assert progress({"loss_clean": 1.0, "acc_clean": 0.5}) == "clean 1.000 50.0%"
 

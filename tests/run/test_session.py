@@ -1,5 +1,6 @@
 """Signals: what is noted, what ends a process that hangs, and what is left alone."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -69,9 +70,23 @@ def send(*numbers: int) -> None:
         time.sleep(0.05)  # the handler runs, and the thread too
 
 
-def send_and_wait_for_an_answer(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the listening thread has said. capfd may lose what is printed while it is read."""
+    said: list[str] = []
+    say = session._say
+
+    def say_and_note(message: str) -> None:
+        say(message)
+        said.append(message)
+
+    monkeypatch.setattr(session, "_say", say_and_note)
+    return said
+
+
+def send_and_wait_for_an_answer(number: int, answers: list[str]) -> None:
     os.kill(os.getpid(), number)
-    wait_for(lambda: "saving and leaving" in capfd.readouterr().err)
+    wait_for(lambda: any("saving and leaving" in answer for answer in answers))
 
 
 def test_every_command_is_stopped_by_the_same_signals() -> None:
@@ -95,7 +110,7 @@ def test_before_the_run_begins_a_signal_is_raised(number: int) -> None:
 
 @pytest.mark.parametrize("number", session.SIGNALS)
 def test_a_run_notes_the_first_signal_and_more_change_nothing(
-    number: int, ended: list[int], capfd
+    number: int, clock: Clock, ended: list[int], capfd
 ) -> None:
     with StopSignal() as stop:
         stop.run_begins()
@@ -126,21 +141,23 @@ def test_a_late_signal_does_not_change_the_exit_code(ended: list[int]) -> None:
 
 @pytest.mark.parametrize(("seconds", "codes"), [(1.9, []), (2.1, [130])])
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_first_one_again(
-    seconds: float, codes: list[int], clock: Clock, ended: list[int], capfd
+    seconds: float, codes: list[int], clock: Clock, ended: list[int], answers: list[str]
 ) -> None:
     with StopSignal() as stop:
         stop.run_begins()
-        send_and_wait_for_an_answer(signal.SIGINT, capfd)
+        send_and_wait_for_an_answer(signal.SIGINT, answers)
         clock.let_pass(seconds)
         send(signal.SIGINT)
     assert ended == codes
 
 
-def test_a_run_without_progress_is_ended(clock: Clock, ended: list[int], capfd) -> None:
+def test_a_run_without_progress_is_ended(
+    clock: Clock, ended: list[int], answers: list[str], capfd
+) -> None:
     with StopSignal(patience=10) as stop:
         stop.run_begins()
         stop.beat()
-        send_and_wait_for_an_answer(signal.SIGTERM, capfd)
+        send_and_wait_for_an_answer(signal.SIGTERM, answers)
         for _ in range(6):  # longer than its patience, but it moves
             clock.let_pass(1)
             stop.beat()
@@ -154,7 +171,7 @@ def test_a_run_without_progress_is_ended(clock: Clock, ended: list[int], capfd) 
 
 
 def test_patience_follows_the_pauses_of_the_run_and_the_save(
-    clock: Clock, ended: list[int], capfd
+    clock: Clock, ended: list[int], answers: list[str]
 ) -> None:
     """Steps of 4 s and a save of 2 minutes are no hang, though the patience is 1 s."""
     with StopSignal(patience=1) as stop:
@@ -162,7 +179,7 @@ def test_patience_follows_the_pauses_of_the_run_and_the_save(
         stop.beat()
         clock.let_pass(4)
         stop.beat()
-        send_and_wait_for_an_answer(signal.SIGTERM, capfd)
+        send_and_wait_for_an_answer(signal.SIGTERM, answers)
         clock.let_pass(8)
         stop.beat()
         with stop.saving():
@@ -186,6 +203,7 @@ def test_what_the_process_was_told_to_ignore_it_goes_on_to_ignore() -> None:
 
 
 def test_signals_and_files_are_given_back() -> None:
+    gc.collect()  # files that earlier tests left open are not closed meanwhile
     before = {s: signal.getsignal(s) for s in session.SIGNALS}, len(os.listdir("/proc/self/fd"))
     with StopSignal():
         assert any(signal.getsignal(s) is not handler for s, handler in before[0].items())

@@ -49,7 +49,7 @@ def test_signals_save_and_leave(
         if process.poll() is None:
             process.send_signal(number)
             time.sleep(0.02)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + numbers[0], output
     assert "continue with resume=auto" in output
     assert f"fap-train: stopped by {numbers[0].name}\n" in output
@@ -71,7 +71,7 @@ def test_a_signal_without_room_for_the_checkpoint_is_no_success(
         stderr=subprocess.PIPE,
     )
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 1, said
     assert "stopped by SIGTERM, and step" in said
     assert "could not be saved; no step of it has been saved" in said
@@ -84,7 +84,7 @@ def test_the_reader_of_the_output_may_leave(tiny_beton: Path, tmp_path: Path) ->
     )
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
     assert json.loads((folder / "result.json").read_text())["steps"] == 40
@@ -103,7 +103,7 @@ def test_ctrl_c_before_training_is_one_line(tiny_beton: Path, tmp_path: Path, af
     wait_until_it_listens(process)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
     assert said == "fap-train: stopped by SIGINT\n"
     assert list(tmp_path.iterdir()) == []
