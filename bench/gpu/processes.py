@@ -3,13 +3,15 @@
 A library of `bench.gpu.suite`.
 """
 
+import contextlib
 import os
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bench.common import ROOT
 
@@ -47,6 +49,8 @@ def forked(words: list[str], log: Path) -> Process:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a new program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("wb") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
@@ -87,6 +91,27 @@ class Fork:
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """A block in which Ctrl-C and SIGTERM have no effect; they have it right after.
+
+    They are noted and not blocked: a process that is started in the block would inherit that.
+    """
+    came: list[int] = []
+
+    def note(number: int, *_: Any) -> None:
+        came.append(number)
+
+    former = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def kill(group: int, number: signal.Signals) -> None:

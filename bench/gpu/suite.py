@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.common import RESULTS, ROOT, environment
 from bench.gpu.cells import REAL, STUDY_SECONDS, TOY, Cell, cells
-from bench.gpu.processes import Process, forked, kill, spawned
+from bench.gpu.processes import Process, forked, kill, signals_wait, spawned
 from bench.gpu.table import table
 
 GRACE_S = 5  # between SIGTERM and SIGKILL
@@ -177,8 +177,10 @@ class Suite:
         if cell.results:
             words += ["--out", str(folder)]
         start = forked if self.dry_run else spawned
-        process = start(words, folder / "log.txt")
-        self.running.append(Running(cell, words, folder, process, time.monotonic(), limit))
+        # Whoever stops the suite now, stops this cell too: it is started and noted, or neither.
+        with signals_wait():
+            process = start(words, folder / "log.txt")
+            self.running.append(Running(cell, words, folder, process, time.monotonic(), limit))
 
     def _finish(self, one: Running) -> None:
         log = (one.folder / "log.txt").read_text(errors="replace")

@@ -269,13 +269,37 @@ sys.exit(suite.measure(chosen, Namespace(dry_run=False, out=out, seconds=1000), 
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == code
     assert "what was measured is in" in said
     found = json.loads((tmp_path / "suite.json").read_text())
     assert [(c["cell"], c["state"]) for c in found["cells"]] == [("good", "measured")]
     assert found["not_reached"] == ["hangs", "never"]
     assert "- never: not reached" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_cell_that_is_just_starting_is_ended_too(tmp_path, lines, monkeypatch, number):
+    """The signal comes when the process is there, and the suite has not noted it yet."""
+    started = []
+
+    def start(words: list[str], log: Path) -> subprocess.Popen:
+        started.append(spawned(words, log))
+        signal.raise_signal(number)
+        return started[0]
+
+    monkeypatch.setattr(suite, "spawned", start)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        chosen = [python("hangs", "time.sleep(600)"), python("never", GOOD)]
+        arguments = Namespace(dry_run=False, out=tmp_path, seconds=1000)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert suite.measure(chosen, arguments, tmp_path / "cells") == 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (process,) = started
+    assert process.wait(60) == -signal.SIGKILL
+    assert json.loads((tmp_path / "suite.json").read_text())["not_reached"] == ["hangs", "never"]
 
 
 def test_a_table_that_cannot_be_made_loses_no_figure(tmp_path, lines, monkeypatch):
