@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from fap.signals import SIGNALS
@@ -49,6 +50,10 @@ def heed_signals() -> None:
 
 
 heed_signals()
+
+# A busy machine stops for longer than hypothesis grants an example: 0.2 seconds.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def wait_until_it_listens(process: subprocess.Popen[str]) -> None:

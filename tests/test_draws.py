@@ -32,13 +32,13 @@ def test_random_bits_equal_the_twin() -> None:
 
 def test_uniform_is_uniform_independent_and_a_function_of_its_group() -> None:
     k = keys(4)
-    u = uniform(k, (64, 3, 16, 16))
+    u = uniform(k, (256, 3, 16, 16))
     assert u.is_contiguous(memory_format=torch.channels_last)
     assert u.min() >= -1
     assert u.max() < 1
     counts = torch.histc(u, 16, -1, 1) / u.numel()
-    assert (counts - 1 / 16).abs().max() < 5e-3
+    assert (counts - 1 / 16).abs().max() < 5e-3  # 9 standard deviations
     flat = u.permute(0, 2, 3, 1).reshape(4, -1)
     correlation = torch.corrcoef(torch.cat([flat, flat.roll(1, 1)])) - torch.eye(8)
-    assert correlation.abs().max() < 0.05
-    assert torch.equal(uniform(k[2:3], (16, 3, 16, 16)), u[32:48])  # whichever rank draws it
+    assert correlation.abs().max() < 0.05  # 11 standard deviations
+    assert torch.equal(uniform(k[2:3], (64, 3, 16, 16)), u[128:192])  # whichever rank draws it

@@ -46,7 +46,7 @@ def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) ->
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 600, 2).tolist() if shape == "random" else shape
-    n = 3000
+    n = 6000
     image = torch.empty(1, height, width)
     draws = [RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(n)]
     theirs = np.array(draws, float)
@@ -55,7 +55,8 @@ def test_windows_have_torchvisions_distribution(shape: str | tuple[int, int]) ->
     expected = measures(theirs)
     for name, values in measures(ours).items():
         found = ks_2samp(values, expected[name], method="asymp")
-        assert found.pvalue > 1e-6, (name, height, width, seed)
+        # A run has 18 of them: at 1e-6 each, one run in 60,000 would fail by chance.
+        assert found.pvalue > 1e-9, (name, height, width, seed)
 
 
 @given(

@@ -27,7 +27,9 @@ def config(n_classes: int | None = N_CLASSES, label_smoothing: float = 0.0) -> C
 
 def drawn(rows: int, n_classes: int = N_CLASSES) -> tuple[Tensor, Tensor]:
     """Logits (rows, n_classes), no two of a row alike, and labels (rows,)."""
-    return 3 * torch.randn(rows, n_classes), torch.randint(0, n_classes, (rows,))
+    places = torch.rand(rows, n_classes).argsort(1)
+    logits = places - n_classes / 2 + torch.rand(rows, n_classes) / 2
+    return logits, torch.randint(0, n_classes, (rows,))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
