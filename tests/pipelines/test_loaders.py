@@ -132,7 +132,9 @@ def test_ffcv_equals_the_twin_on_raw(raw_beton: Path, mixed_beton: Path) -> None
     plan = draw(store)
     difference = np.abs(images("ffcv", store, plan).astype(int) - images("reference", store, plan))
     assert difference.max() <= 1, SEED  # float32 against float64 at a half
-    assert (difference > 0).mean() < 1e-3, SEED
+    # Few values lie there, but up to 2% of an image whose window has a side of 2 x 64 pixels: at
+    # most 0.07% of a plan, in 1,500 plans. Truncation instead of rounding would be half of all.
+    assert (difference > 0).mean() < 1e-2, SEED
     mixed = open_store(mixed_beton)
     assert_close(images("ffcv", mixed, plan), images("reference", mixed, plan))
 
