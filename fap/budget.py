@@ -16,7 +16,7 @@ LR_ROWS = 256  # clean rows for which `optim.lr` is given (section 4.1)
 
 def cost_per_image(method: MethodConfig) -> Fraction:
     """Image passes per image of the epoch."""
-    return method.entry.cost_per_image(method.p_adv, method.attack_steps)
+    return method.entry.cost_per_image(method.p_adv, method.attack_steps, method.attack_loss)
 
 
 def divided(epochs: int, cost: Fraction) -> int:

@@ -19,8 +19,9 @@ KINDS: tuple[Kind, ...] = ("clean", "noise", "adv")
 # eps 1 and one step: section 4.1.
 ATTACK = {"eps_255": 1.0, "step_255": 1.0, "attack_steps": 1, "random_start": True}
 
-# Where the attack takes gradients for itself: what it aims at, and the statistics it sees.
-OWN_GRADIENT = ("targeted", "attack_bn")
+# Where the attack takes gradients for itself: what it aims at, the statistics that it sees, and
+# the loss that it follows.
+OWN_GRADIENT = ("targeted", "attack_bn", "attack_loss")
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,23 @@ class Method:
                 assert p_adv is not None
                 return p_adv / (1 - p_adv)
 
-    def cost_per_image(self, p_adv: Fraction | None, attack_steps: int | None) -> Fraction:
+    def cost_per_image(
+        self, p_adv: Fraction | None, attack_steps: int | None, attack_loss: str | None = None
+    ) -> Fraction:
         """Image passes, one image forward and backward once, per image of the epoch.
 
         That is 1 for vanilla training (eq. 1 of the paper), K + 2 for AdvProp (eq. 2) and
-        1 + p_adv K for decoupled training and Fast AdvProp (eq. 4), with K = attack_steps.
+        1 + p_adv K for decoupled training and Fast AdvProp (eq. 4), with K = attack_steps. An
+        attack that chooses between two images (`max`) makes both, and compares them by two
+        forwards, which are counted as one pass: 2 K + 1 in place of K.
         """
         n_adv = self.adv_per_clean(p_adv)
         rows_per_clean = {"clean": Fraction(1), "noise": n_adv, "adv": n_adv}
         passes = sum((rows_per_clean[kind] for kind in self.norms), Fraction(0))
         if self.takes_gradients:
             assert attack_steps is not None
+            if attack_loss == "max":
+                attack_steps = 2 * attack_steps + 1
             passes += attack_steps * n_adv
         loaded = 1 + n_adv if self.attacked == "own rows" else 1
         return passes / loaded
@@ -123,6 +130,7 @@ RECYCLED = ATTACK | {
 SEPARATE = ATTACK | {
     "targeted": True,
     "attack_bn": "running",
+    "attack_loss": "total",
     "weight_clean": 1.0,
     "weight_adv": 1.0,
     "sync": False,
@@ -161,7 +169,9 @@ METHODS: dict[str, Method] = {
     "adversarial_training": Method(
         norms={"adv": "main"},
         attacked="copies",
-        defaults=ATTACK | PGD_5 | {"targeted": False, "attack_bn": "running"},
+        defaults=ATTACK
+        | PGD_5
+        | {"targeted": False, "attack_bn": "running", "attack_loss": "total"},
     ),
 }
 

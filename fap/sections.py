@@ -82,6 +82,9 @@ class MethodConfig(Section):
     attack_bn: Literal["batch", "running"] | None = None
     """Statistics of the batch norms during a separate attack; it moves the running ones in neither
     mode."""
+    attack_loss: Literal["total", "cls", "box", "max"] | None = None
+    """What a separate attack follows: the loss that is trained, or for detection one part of it.
+    `max` makes an image from each part and keeps the one of larger total loss (Det-AdvProp)."""
     weight_clean: PositiveFloat | None = None
     weight_noise: PositiveFloat | None = None
     weight_adv: PositiveFloat | None = None
@@ -202,6 +205,8 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """On every parameter, batch norms included (authors' code)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the gradient of all parameters; a longer one is shortened. Unset: any."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of this run over which the rate rises from 0; fewer than the run has."""
 

@@ -63,6 +63,7 @@ class Store(ABC):
     labels: np.ndarray  # int64 (N,), places in `classes` where there are any
     modes: np.ndarray  # uint8 (N,): JPG or RAW
     sizes: np.ndarray  # int64 (N,), bytes as they are stored
+    annotations: Any = None  # pipelines.boxes.Annotations where the images have boxes
     notes: tuple[str, ...] = ()  # lines to print where the data is opened: what was passed over
     odd_classes_are_meant = False  # see `check_classes`
 

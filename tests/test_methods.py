@@ -46,7 +46,7 @@ def test_a_random_direction_costs_no_passes() -> None:
 
 CLEAN_AND_AUX = {"clean": "main", "adv": "aux"}
 RECYCLED = {"clean": "main", "noise": "aux", "adv": "aux"}
-OWN_ATTACK = ATTACK | {"targeted": False, "attack_bn": "batch"}
+OWN_ATTACK = ATTACK | {"targeted": False, "attack_bn": "batch", "attack_loss": "total"}
 
 
 def without(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -95,7 +95,13 @@ def test_defaults_are_fields_and_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_field_without_meaning_is_refused(name: str) -> None:
-    values = {"p_adv": "1/5", "targeted": True, "schedule": "fused", "attack_bn": "batch"}
+    values = {
+        "p_adv": "1/5",
+        "targeted": True,
+        "schedule": "fused",
+        "attack_bn": "batch",
+        "attack_loss": "total",
+    }
     for field, value in values.items():
         tree = {"method": {"name": name, field: value}}
         if field in METHODS[name].defaults:

@@ -148,7 +148,7 @@ class StoredImages(Opened):
         self.loader = pipelines.open_loader(
             back_end, store, size=reading.size, device=reading.device
         )
-        self.targets = reading.task.targets(store, self.plan)
+        self.references = reading.task.references(store, self.plan)
         self.classes = store.classes
         self.labels = (int(store.labels.min()), int(store.labels.max()))
         self.count = len(store)
@@ -168,7 +168,7 @@ class StoredImages(Opened):
 
     def batches(self) -> Batches:
         # All at once, so that no batch waits for a copy.
-        return self._beside(self.targets.to(self.device))
+        return self._beside(self.references.to(self.device))
 
     def labelled(self) -> Batches:
         """All images once, with the store's own labels whatever the task; `NO_LABEL` is padding."""

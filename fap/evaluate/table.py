@@ -138,9 +138,9 @@ class _Measured:
 
     def _paper(self, mean: CorruptionMean) -> float | None:
         """The paper's number; it has none for CIFAR-10-C."""
-        if not mean.in_paper or self.benchmark == "cifar10_c":
+        if self.benchmark == "cifar10_c":
             return None
-        return self.report.paper.get("imagenet_c")
+        return self.report.paper.get(mean.paper)
 
     def _why_not(self, mean: CorruptionMean) -> str:
         """Why a mean must not be computed; empty where it may."""

@@ -11,6 +11,7 @@ import torch
 
 import pipelines
 from fap.config import Config
+from fap.tasks import task_class
 from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
 
@@ -79,8 +80,10 @@ def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
             "give a .beton file (make one with fap-convert) or an image folder"
         )
     store = pipelines.open_store(path)
-    least = int(store.labels.min())
-    most = int(store.labels.max())
+    try:
+        least, most = task_class(config.task).labels(store)
+    except ValueError as error:
+        raise ValueError(f"data.{field} = {error}") from None
     if least < 0:
         raise ValueError(
             f"data.{field} = {readable(store.path)} holds labels {least} to {most}: "
@@ -93,7 +96,7 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
     """The model's classes: those that data.train names, else what the config or the labels say."""
     path = readable(train.path)
     wanted = config.model.num_classes
-    most = int(train.labels.max())
+    _, most = task_class(config.task).labels(train)
     if train.classes is not None:
         found = len(train.classes)
         if wanted is not None and wanted != found:

@@ -45,18 +45,18 @@ class Validation:
     ) -> Result:
         store = self.data.val
         plan = self._plan()
-        targets = self.task.targets(store, plan).to(self.device)
+        references = self.task.references(store, plan).to(self.device)
         with closing(open_loader(self.config, store, self.device), self.say) as loader:
 
             def batches() -> Iterator[tuple[Tensor, Tensor]]:
                 for batch in loader.load(plan):
                     before_each_batch()
-                    yield batch.images, targets[batch.step]
+                    yield batch.images, references[batch.step]
 
             result = evaluate(
                 model,
                 batches(),
-                self.task.evaluator(self.device, self.data.matching),
+                self.task.evaluator(self.device, self.data.matching, store),
                 mean=self.config.data.mean,
                 std=self.config.data.std,
                 device=self.device,

@@ -35,8 +35,24 @@ def ascend(
     return moved.clamp_(clean - eps_255, clean + eps_255).clamp_(0, 255)
 
 
+def picture_mask(
+    places: Tensor,  # int64 (B, 4): top, left, height, width in pixels
+    sides: tuple[int, int],  # height and width of the canvas
+) -> Tensor:  # bool (B, 1, H, W)
+    """Which pixels of each canvas belong to its picture; the others are padding."""
+    top, left, height, width = places.unsqueeze(-1).unbind(1)  # (B, 1) each
+    rows = torch.arange(sides[0], device=places.device)
+    columns = torch.arange(sides[1], device=places.device)
+    in_rows = (rows >= top) & (rows < top + height)  # (B, H)
+    in_columns = (columns >= left) & (columns < left + width)  # (B, W)
+    return (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
+
+
 class Attack:
-    """A method's attack on images that no other row of the step shares."""
+    """A method's attack on images that no other row of the step shares.
+
+    `pictures` is the mask of what may be attacked, bool (B, 1, H, W); None: all of every image.
+    """
 
     def __init__(self, method: MethodConfig, metrics: Metrics) -> None:
         assert method.eps_255 is not None and method.attack_steps is not None
@@ -52,11 +68,13 @@ class Attack:
         self,
         clean: Tensor,  # (B, 3, H, W) grey levels
         keys: Tensor,  # int32 (G,): of the groups
+        pictures: Tensor | None = None,
     ) -> Tensor:
         """x + U(-eps, eps); not clipped to the pixel range (authors' code)."""
         if not self.random_start:
             return clean
-        return torch.add(clean, uniform(keys, clean.shape, clean.dtype), alpha=self.eps_255)
+        started = torch.add(clean, uniform(keys, clean.shape, clean.dtype), alpha=self.eps_255)
+        return _only_in(pictures, started, clean)
 
     def advance(
         self,
@@ -64,6 +82,7 @@ class Attack:
         clean: Tensor,  # (B, 3, H, W) grey levels
         gradient: Tensor | None,  # of the loss at `current`; a random direction needs none
         keys: Tensor,  # int32 (G,)
+        pictures: Tensor | None = None,
     ) -> Tensor:
         """One step away from the target, or towards it if it is a wrong one."""
         if self.random_direction:
@@ -74,4 +93,11 @@ class Attack:
         self.metrics.count_signs(direction)
         if self.targeted:
             direction = -direction
-        return ascend(current, clean, direction, self.step_255, self.eps_255)
+        moved = ascend(current, clean, direction, self.step_255, self.eps_255)
+        return _only_in(pictures, moved, clean)
+
+
+def _only_in(pictures: Tensor | None, attacked: Tensor, clean: Tensor) -> Tensor:
+    if pictures is None:
+        return attacked
+    return torch.where(pictures, attacked, clean)

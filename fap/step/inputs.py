@@ -27,6 +27,7 @@ class Inputs:
     targets: Tensor  # (n_clean + loaded adversarial rows, ...)
     shuffle: Tensor  # int64 (n_adv,): new rows = rows[shuffle], in the numbering of its scope
     noise_key: Tensor  # int32 (groups of adversarial rows,)
+    place: Tensor  # int64 (as targets, 4): where on the canvas the picture is: see `EpochPlan`
     lr: Tensor  # float32 ()
     mix_lam: Tensor  # float32 ()
     mix_box: Tensor  # int64 (4,): top, left, bottom, right in pixels
@@ -53,6 +54,7 @@ class Inputs:
             targets=task.empty_targets(n_loaded, device),
             shuffle=torch.arange(n_adv, device=device),
             noise_key=torch.zeros(n_adv_groups, dtype=torch.int32, device=device),
+            place=torch.tensor([0, 0, size, size], device=device).repeat(n_loaded, 1),
             lr=torch.zeros((), device=device),
             mix_lam=torch.ones((), device=device),
             mix_box=torch.zeros(4, dtype=torch.int64, device=device),
@@ -73,7 +75,11 @@ class Inputs:
 
     def attacked_rows(self, copies: bool, dtype: torch.dtype) -> Rows:
         """What is attacked, as it was loaded: rows of its own, or `copies` of the clean ones."""
-        first = self.n_clean
-        if copies:
-            first = 0
+        first = self._first_attacked(copies)
         return Rows(self.images[first:].to(dtype), self.targets[first:])
+
+    def attacked_places(self, copies: bool) -> Tensor:
+        return self.place[self._first_attacked(copies) :]
+
+    def _first_attacked(self, copies: bool) -> int:
+        return 0 if copies else self.n_clean

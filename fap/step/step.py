@@ -17,7 +17,7 @@ from fap.distributed import ONE_RANK, Ranks
 from fap.methods import Kind
 from fap.nets.norm import Group
 from fap.step.adversarial import AdversarialRows
-from fap.step.attack import Attack
+from fap.step.attack import Attack, picture_mask
 from fap.step.flat import GradientSum
 from fap.step.half import Amp
 from fap.step.inputs import Inputs, image_buffer
@@ -49,6 +49,7 @@ class Step:
         self.task = task or make_task(config)
         self.method = config.method
         self.mix = config.data.mix
+        self.has_padding = config.data.crop == "letterbox"
 
         n_clean = _clean_rows_per_rank(config, ranks)
         n_rows = rows_of(self.method, n_clean)
@@ -114,10 +115,12 @@ class Step:
         if self.attack is not None:
             copies = self.method.entry.attacked == "copies"
             source = self.inputs.attacked_rows(copies, self.dtype)
-            started = self.attack.start(source.images_255, self.inputs.noise_key)
+            pictures = self._pictures(copies)
+            started = self.attack.start(source.images_255, self.inputs.noise_key, pictures)
             rows["noise"] = Rows(started, source.targets)
             if not self.method.entry.recycles:
-                self.adv.publish(self._craft(self.attack, started, source), source.targets)
+                crafted = self._craft(self.attack, started, source, pictures)
+                self.adv.publish(crafted, source.targets)
 
         for one, x in zip(self.passes, self.pass_input, strict=True):
             if one.joins:
@@ -127,7 +130,7 @@ class Step:
             if one.crafting is not None:
                 assert self.attack is not None
                 crafted = self.attack.advance(
-                    started, source.images_255, gradient, self.inputs.noise_key
+                    started, source.images_255, gradient, self.inputs.noise_key, pictures
                 )
                 self.adv.publish(crafted, source.targets)
         self.streams.join()
@@ -196,36 +199,84 @@ class Step:
         partner: Tensor | None = None,  # targets of the images that are mixed in
     ) -> Tensor:
         """Weighted sum of the rows' losses; also counts their metrics."""
-        losses = self.task.losses(outputs, targets)
+        losses, hits = self.task.losses_and_hits(outputs, targets)
         if partner is not None:
             lam = self.inputs.mix_lam.to(losses.dtype)
             losses = lam * losses + (1 - lam) * self.task.losses(outputs, partner)
-        self.metrics.count_rows(kind, losses, self.task.hits(outputs, targets))
+        self.metrics.count_rows(kind, losses, hits)
         return losses.sum() * self.weights.of_row[kind]
 
     # ------------------------------------------------------------------ adversarial rows
 
-    def _craft(self, attack: Attack, current: Tensor, source: Rows) -> Tensor:
+    def _pictures(self, copies: bool) -> Tensor | None:
+        """Which pixels of the attacked images may change: all, or those that are no padding."""
+        if not self.has_padding:
+            return None
+        sides = self.inputs.images.shape[-2:]
+        return picture_mask(self.inputs.attacked_places(copies), (sides[0], sides[1]))
+
+    def _craft(
+        self, attack: Attack, started: Tensor, source: Rows, pictures: Tensor | None
+    ) -> Tensor:
         """The images of a separate attack: K steps of PGD, with input gradients only."""
         if not self.method.entry.takes_gradients:
-            return attack.advance(current, source.images_255, None, self.inputs.noise_key)
+            keys = self.inputs.noise_key
+            return attack.advance(started, source.images_255, None, keys, pictures)
         targets = source.targets
         if self.method.targeted:
             targets = self.task.wrong_targets(self.inputs.noise_key, targets)
-        # Calls of no average: an attack crafts, it does not train, so it moves no statistics.
-        bn = self.method.entry.norms["adv"]
-        groups = [Group(bn, self.method.adv_group_rows)] * self.n_adv_groups
-        if self.method.attack_bn == "running":
-            groups = [Group(bn, self.n_adv, running=True)]
-        x = torch.empty_like(current, memory_format=torch.channels_last)
+        aim = Rows(source.images_255, targets)
+        if self.method.attack_loss != "max":
+            of = self.method.attack_loss or "total"
+            return self._pgd(attack, started, aim, pictures, of)
+
+        # Det-AdvProp (Chen et al., CVPR 2021): an image from each part of the loss; of
+        # every row the one with the largest total loss, by its true target, is trained.
+        images: Tensor | None = None
+        largest: Tensor | None = None
+        for part in self.task.loss_parts:
+            crafted = self._pgd(attack, started, aim, pictures, part)
+            with torch.no_grad():
+                outputs = self.network(self._normalised(crafted), self._attack_groups())
+                losses = self.task.attack_losses(outputs, source.targets, "total")
+            if images is None or largest is None:
+                images, largest = crafted, losses
+                continue
+            worse = losses > largest
+            images = torch.where(worse.view(-1, 1, 1, 1), crafted, images)
+            largest = torch.where(worse, losses, largest)
+        assert images is not None
+        return images
+
+    def _pgd(
+        self,
+        attack: Attack,
+        current: Tensor,  # (n_adv, 3, H, W) grey levels: where the attack starts
+        aim: Rows,  # the clean images, and the targets away from or towards which it goes
+        pictures: Tensor | None,
+        part: str,  # of the loss
+    ) -> Tensor:
         for _ in range(attack.n_steps):
-            self.network.normalise(current, out=x)
-            leaf = x.detach().requires_grad_()
-            outputs = self.network(leaf.view_as(leaf), groups)  # no leaf: see `Network.probing`
-            loss = self.task.losses(outputs, targets).mean()
+            leaf = self._normalised(current).requires_grad_()
+            # No leaf goes in: see `Network.probing`.
+            outputs = self.network(leaf.view_as(leaf), self._attack_groups())
+            loss = self.task.attack_losses(outputs, aim.targets, part).mean()
             (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
-            current = attack.advance(current, source.images_255, gradient, self.inputs.noise_key)
+            keys = self.inputs.noise_key
+            current = attack.advance(current, aim.images_255, gradient, keys, pictures)
         return current
+
+    def _attack_groups(self) -> list[Group]:
+        """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""
+        bn = self.method.entry.norms["adv"]
+        if self.method.attack_bn == "running":
+            return [Group(bn, self.n_adv, running=True)]
+        return [Group(bn, self.method.adv_group_rows)] * self.n_adv_groups
+
+    def _normalised(self, images_255: Tensor) -> Tensor:
+        x = torch.empty_like(images_255, memory_format=torch.channels_last)
+        self.network.normalise(images_255, out=x)
+        return x
 
     # ------------------------------------------------------------------ the state
 

@@ -47,6 +47,7 @@ class Update:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.clip_norm = config.clip_norm
         self.momentum = torch.zeros_like(flat.param)
         # Allocated here: a first step that is skipped would leave an uninitialised buffer behind.
         self.optimizer.state[flat.param]["momentum_buffer"] = self.momentum
@@ -74,6 +75,10 @@ class Update:
         # One reduction, which a NaN gets through.
         largest = torch.linalg.vector_norm(flat.grad, torch.inf)
         found_inf = (~largest.isfinite()).float()
+        if self.clip_norm is not None:
+            # Gradients are still multiplied by the loss scale; so is the longest allowed.
+            norm = torch.linalg.vector_norm(flat.grad)
+            flat.grad.mul_((self.clip_norm * self.scale / norm).clamp(max=1))
         # Attributes by which torch's fused optimisers divide by the scale, and skip.
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.grad_scale = self.scale if self.scaled else None  # type: ignore[attr-defined]

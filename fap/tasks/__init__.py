@@ -19,6 +19,11 @@ def make_task(config: Config) -> Task:
 
     Raises ValueError for a config that the task cannot be trained by.
     """
-    module, _, name = TASKS[config.task].partition(":")
-    task: Task = getattr(import_module(module), name)(config)
-    return task
+    return task_class(config.task)(config)
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task in `TASKS`, for what can be asked before there is a run."""
+    module, _, class_name = TASKS[name].partition(":")
+    found: type[Task] = getattr(import_module(module), class_name)
+    return found

@@ -3,14 +3,14 @@
 Outputs are one tensor whose first dimension is rows, and so are targets. Every slice, permutation,
 gather over ranks and carry of the step then works for any task.
 
-The step calls `losses`, `hits` and `wrong_targets`. They are captured: recorded once in a CUDA
-graph, then replayed on new values in the same memory. So they ask the device for no value, no shape
-depends on a value, and what is random is a function of keys, never of a generator.
+The step calls `losses_and_hits`, `attack_losses` and `wrong_targets`. They are captured: recorded
+once in a CUDA graph, then replayed on new values in the same memory. So they ask the device for no
+value, no shape depends on a value, and what is random is a function of keys, never of a generator.
 
 The evaluation takes all that it tells about a metric from the task: which one matters, how it is
 called, and what sums up a corruption benchmark.
 
-A row of an evaluation plan may hold no sample (padding). `Task.targets` marks such rows, and
+A row of an evaluation plan may hold no sample (padding). `Task.references` marks such rows, and
 `Evaluator.update` passes over them. Training plans have none, so what the step calls need not know.
 """
 
@@ -31,7 +31,7 @@ Result = dict[str, float]
 """The metrics of an evaluation by name, and `count`, the number of images."""
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
-"""Batches to evaluate: uint8 images (B, 3, H, W), and targets (B, ...)."""
+"""Batches to evaluate: uint8 images (B, 3, H, W), and references (B, ...)."""
 
 
 class Evaluator(Protocol):
@@ -40,9 +40,9 @@ class Evaluator(Protocol):
     def update(
         self,
         outputs: Tensor,  # (B, ...)
-        targets: Tensor,  # (B, ...), on the device of the outputs
+        references: Tensor,  # (B, ...), on the device of the outputs
     ) -> None:
-        """Take in a batch, without waiting for the device. Padding rows do not count."""
+        """Take in a batch. Padding rows do not count."""
 
     def result(self) -> Result:
         """The metrics of all batches so far, those of all ranks where torch.distributed runs.
@@ -63,8 +63,8 @@ class CorruptionMean:
     """From `Task.measured` of each corruption, its mean over severities, and of clean images."""
     only_imagenet_c: str = ""
     """Why it means nothing for other images than ImageNet's in full size; empty: it always does."""
-    in_paper: bool = False
-    """It is what `config.paper` calls imagenet_c."""
+    paper: str = ""
+    """What `config.paper` calls it; empty: the paper has no such number."""
 
 
 class Task(Protocol):
@@ -80,6 +80,10 @@ class Task(Protocol):
     """What a report's table tells of corrupted images: error. See `measured`."""
     means: Sequence[CorruptionMean]
     """What sums up a corruption benchmark, in the order of the table."""
+    loss_parts: Sequence[str] = ()
+    """The parts that a row's loss is the sum of, where an attack may follow one of them alone."""
+    output_rows: int
+    """The first dimension of the last layer's weights: it grows with the number of classes."""
 
     def __init__(self, config: Config) -> None:
         """Raises ValueError for a config that this task cannot be trained by."""
@@ -87,8 +91,22 @@ class Task(Protocol):
     def plain_model(self) -> nn.Module:
         """An unconverted model with random weights. Raises ValueError for an unknown name."""
 
+    @staticmethod
+    def labels(store: Store) -> tuple[int, int]:
+        """The least and the greatest class label in the data.
+
+        Raises ValueError for data that this task cannot be learned from.
+        """
+
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:
-        """(steps, B, ...): what the rows of a plan should come to, on the CPU."""
+        """(steps, B, ...): what the rows of a training plan should come to, on the CPU."""
+
+    def references(self, store: Store, plan: EpochPlan) -> Tensor:
+        """(steps, B, ...): what an `Evaluator` needs beside the outputs, on the CPU.
+
+        For an evaluation plan. The targets, unless a metric needs something else.
+        """
+        return self.targets(store, plan)
 
     def empty_targets(self, rows: int, device: torch.device) -> Tensor:
         """(rows, ...): a buffer for the targets of one step, filled with valid ones."""
@@ -109,6 +127,23 @@ class Task(Protocol):
 
         The leak monitor compares adversarial with clean rows.
         """
+
+    def losses_and_hits(
+        self,
+        outputs: Tensor,  # (rows, ...)
+        targets: Tensor,  # (rows, ...)
+    ) -> tuple[Tensor, Tensor]:  # (rows,) each
+        """Both, for a task that need not do twice what they have in common. Captured."""
+        return self.losses(outputs, targets), self.hits(outputs, targets)
+
+    def attack_losses(
+        self,
+        outputs: Tensor,  # (rows, ...)
+        targets: Tensor,  # (rows, ...)
+        part: str,  # "total", or one of `loss_parts`
+    ) -> Tensor:  # (rows,)
+        """What an attack with gradients of its own follows. Captured."""
+        return self.losses(outputs, targets)
 
     def wrong_targets(
         self,
@@ -135,8 +170,15 @@ class Task(Protocol):
         classes count.
         """
 
-    def evaluator(self, device: torch.device, matching: Matching = SAME_CLASSES) -> Evaluator:
-        """A new one, for outputs and targets on `device`."""
+    def evaluator(
+        self,
+        device: torch.device,
+        matching: Matching = SAME_CLASSES,
+        store: Store | None = None,  # the images', None where they are in none
+    ) -> Evaluator:
+        """A new one, for outputs and references on `device`. Raises ValueError without `store`
+        where the metrics need it.
+        """
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         """A result without its `count`, as it was kept in a file.

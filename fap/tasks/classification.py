@@ -19,6 +19,7 @@ from fap.tasks.base import Result, Task
 from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
+from pipelines.files import readable
 
 PADDING_LABEL = -1
 WRONG_LABELS = 0x3C6EF372  # sets these draws apart from others under the same keys
@@ -43,12 +44,28 @@ class Classification(Task):
                 f"model.num_classes = {n_classes}: a classifier needs at least 2 classes, "
                 "and a targeted attack a wrong one to aim at"
             )
+        if config.method.attack_loss not in (None, "total"):
+            raise ValueError(
+                f"method.attack_loss = {config.method.attack_loss!r}: the loss of a classifier has "
+                "no parts, so only 'total'"
+            )
+        if config.data.crop == "letterbox":
+            raise ValueError("data.crop = 'letterbox': only for task = 'detection'")
         self.n_classes = n_classes
+        self.output_rows = n_classes
         self.model_name = config.model.name
         self.label_smoothing = config.optim.label_smoothing
 
     def plain_model(self) -> nn.Module:
         return plain(self.model_name, self.n_classes)
+
+    @staticmethod
+    def labels(store: Store) -> tuple[int, int]:
+        if store.annotations is not None:
+            raise ValueError(
+                f"{readable(store.path)} holds boxes and no class labels: write task=detection"
+            )
+        return int(store.labels.min()), int(store.labels.max())
 
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B)
         return torch.from_numpy(plan.look_up(store.labels, padding=PADDING_LABEL))
@@ -97,7 +114,9 @@ class Classification(Task):
             names, labels, model_names, self.n_classes, by_position=by_position, restrict=restrict
         )
 
-    def evaluator(self, device: torch.device, matching: Matching = SAME_CLASSES) -> Accuracy:
+    def evaluator(
+        self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
+    ) -> Accuracy:
         return Accuracy(device, matching.label_map, matching.restrict)
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
@@ -145,8 +164,9 @@ class Accuracy:
     def update(
         self,
         outputs: Tensor,  # (B, classes)
-        targets: Tensor,  # int64 (B,), -1 for padding
+        references: Tensor,  # int64 (B,): labels, -1 for padding
     ) -> None:
+        targets = references
         if self.label_map is not None and self.restrict:
             # Column k is the class of the data's label k, so labels need no mapping.
             outputs = outputs[:, self.label_map]

@@ -50,7 +50,7 @@ def mce(
 
 MEANS = (
     CorruptionMean("15 corruptions", tuple(ALEXNET_ERRORS), raw_mean),
-    CorruptionMean("19 corruptions", (*ALEXNET_ERRORS, *EXTRA), raw_mean, in_paper=True),
+    CorruptionMean("19 corruptions", (*ALEXNET_ERRORS, *EXTRA), raw_mean, paper="imagenet_c"),
     CorruptionMean(
         "mCE, AlexNet = 100",
         tuple(ALEXNET_ERRORS),

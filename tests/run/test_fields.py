@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fap.cli import eval as eval_cli
-from tests.run.wiring import FIELDS, Doubled, Seen, observe, value_of
+from tests.run.wiring import FIELDS, OF_DETECTION, Doubled, Seen, observe, value_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ CASES = {
     "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),
     "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
     "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
+    "optim.clip_norm": Case("optim.clip_norm=0.01", ("weights",)),
     "optim.warmup_epochs": Case("optim.warmup_epochs=1", ("rates", "weights")),
     "budget.epochs": Case("budget.epochs=8", ("steps",)),
     "budget.milestones": Case("budget.milestones=[4]", ("rates", "weights")),
@@ -133,7 +134,7 @@ def bases(
 
 def test_every_field_has_a_case() -> None:
     missing = "give the new field a case in which changing it changes something"
-    assert set(CASES) | ELSEWHERE == set(FIELDS), missing
+    assert set(CASES) | ELSEWHERE | OF_DETECTION == set(FIELDS), missing
     for name, case in CASES.items():
         assert case.change.startswith(f"{name}="), "a case changes its own field, and no other"
         assert case.aspects

@@ -23,7 +23,7 @@ from fap.config import load_config
 from fap.draws import dropout_seed
 from fap.nets.build import plain
 from pipelines.plan import PlanSpec, draw_epoch, eval_plan
-from tests.run.wiring import DRAWS, FIELDS, IMAGES, Seen, beton, observe, written
+from tests.run.wiring import DRAWS, FIELDS, IMAGES, OF_DETECTION, Seen, beton, observe, written
 
 COMMON: dict[str, Any] = {
     "name": "every_field", "seed": 11, "resume": "auto", "paper": {"top1": 12.5}, "task": "doubled",
@@ -35,7 +35,7 @@ COMMON: dict[str, Any] = {
     "data.mean": [0.4, 0.5, 0.6], "data.std": [0.2, 0.3, 0.4], "data.threads": 2,
     "data.prefetch": 5, "data.hw_decoder_load": 0.25,
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
-    "optim.label_smoothing": 0.1, "optim.warmup_epochs": 1.5,
+    "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5, "optim.warmup_epochs": 1.5,
     "budget.epochs": 4, "budget.milestones": [2, 3], "budget.gamma": 0.5,
     "budget.same_budget": False,
     "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
@@ -88,7 +88,8 @@ def everything(
 def test_the_two_runs_have_no_field_at_its_default() -> None:
     """The generic part: a field that is new, or whose default becomes a value used here, fails."""
     given = REUSE | SEPARATE
-    assert set(given) == set(FIELDS), "add the new field to a run, and to what is compared below"
+    missing = "add the new field to a run, and to what is compared below"
+    assert set(given) | OF_DETECTION == set(FIELDS), missing
     for runs in NO_DEFAULT.values():
         for name, value in runs.items():
             default = UNSET.get(name, FIELDS[name])
@@ -177,7 +178,10 @@ def test_what_reaches_the_optimiser(name: str, everything: Callable[[str], Seen]
     ):
         velocity = 0.6 * velocity + gradient + 0.02 * before
         torch.testing.assert_close(after, before - rate * velocity, rtol=1e-5, atol=1e-7)
-    assert seen.gradients[0].abs().max() > 0
+    norms = [gradient.norm() for gradient in seen.gradients]
+    assert max(norms).item() == pytest.approx(0.5, rel=1e-5), (
+        "all are longer than clip_norm at first"
+    )
     assert seen.run is not None
     start = safetensors.torch.load_file(seen.config.model.init or "")
     first = seen.run.step.network.flat.named(seen.weights[0])

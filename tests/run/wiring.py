@@ -69,6 +69,8 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 FIELDS = fields_of(Config)
+# Those that have a meaning for detection only: test_detection.py.
+OF_DETECTION = {"method.attack_loss"}
 
 
 def written(value: Any) -> str:

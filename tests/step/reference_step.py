@@ -11,7 +11,7 @@ Images are in grey levels of 0..255 throughout; they are normalised right before
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,11 @@ class Rules:
     step_255: float = 1.0
     attack_steps: int = 1
     attack_bn: Literal["batch", "running"] = "batch"
+    attack_loss: Literal["total", "cls", "box", "max"] = "total"
     label_smoothing: float = 0.0
+    losses: Callable[[Tensor, Tensor, str], Tensor] | None = None
+    """(outputs, targets, part of the loss) -> (rows,); None: cross-entropy on labels."""
+    clip_norm: float | None = None
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -64,7 +68,8 @@ class Draws:
     """
 
     images: Tensor  # uint8 (B, 3, H, W)
-    labels: Tensor  # int64 (B,)
+    labels: Tensor  # int64 (B,), or (B, ...) of another task
+    pictures: Tensor | None = None  # bool (n_adv, 1, H, W): what may be attacked; None: all
     delta0: Tensor | None = None  # (n_adv, 3, H, W) grey levels, uniform in +-eps
     shuffle: Tensor | None = None  # int64 (n_adv,): new rows = rows[shuffle]; None: as they are
     target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
@@ -156,12 +161,12 @@ class Twin:
         clean = clean_rows(self.rules, draws)
         x, labels = attacked_rows(self.rules, draws)
         self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", x + random_start(draws), labels)
+        noise = Rows("noise", started(x, draws), labels)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
         (gradient,) = self._train(self.aux, [noise], self.rules.adv_group_rows)
         direction = direction_of(self.rules, gradient, draws)
-        adversarial = ascend(self.rules, noise.images, x, direction)
+        adversarial = ascend(self.rules, noise.images, x, direction, draws)
         self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
         return adversarial
 
@@ -174,14 +179,14 @@ class Twin:
         clean = clean_rows(self.rules, draws)
         x, labels = attacked_rows(self.rules, draws)
         self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", x + random_start(draws), labels)
+        noise = Rows("noise", started(x, draws), labels)
         carried = self.carry or (noise.images, labels)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
         parts = [noise, shuffled(*carried, draws)]
         gradient, _ = self._train(self.aux, parts, self.rules.adv_group_rows)
         direction = direction_of(self.rules, gradient, draws)
-        adversarial = ascend(self.rules, noise.images, x, direction)
+        adversarial = ascend(self.rules, noise.images, x, direction, draws)
         self.carry = (adversarial, labels)
         return adversarial
 
@@ -192,7 +197,7 @@ class Twin:
         self.weights = weights_of(self.rules, len(clean), n_adv=len(x))
         if self.rules.method in RANDOM:
             direction = direction_of(self.rules, None, draws)
-            adversarial = ascend(self.rules, x + random_start(draws), x, direction)
+            adversarial = ascend(self.rules, started(x, draws), x, direction, draws)
         else:
             adversarial = pgd(self.rules, self.aux, x, labels, draws)
 
@@ -258,7 +263,13 @@ class Twin:
 
     @torch.no_grad()
     def optimise(self, lr: float) -> None:
-        """SGD with momentum and weight decay on every parameter, batch norm's included."""
+        """SGD with momentum and weight decay on every parameter, batch norm's included.
+
+        A gradient of all parameters that is longer than `clip_norm` is shortened to it before.
+        """
+        if self.rules.clip_norm is not None:
+            parameters = [parameter for _, _, parameter in self._parameters()]
+            nn.utils.clip_grad_norm_(parameters, self.rules.clip_norm)
         for _, _, parameter in self._parameters():
             assert parameter.grad is not None
             gradient = parameter.grad + WEIGHT_DECAY * parameter
@@ -366,11 +377,18 @@ def normalise(rules: Rules, grey: Tensor) -> Tensor:
 
 def losses_of(rules: Rules, part: Rows, rows: slice, logits: Tensor) -> Tensor:
     """Of some rows of a part, (rows,). Mixed ones count both labels: lam of one, 1 - lam."""
-    losses = cross_entropy(rules, logits, part.labels[rows])
+    losses = losses_to(rules, logits, part.labels[rows])
     if part.other_labels is None:
         return losses
-    other_losses = cross_entropy(rules, logits, part.other_labels[rows])
+    other_losses = losses_to(rules, logits, part.other_labels[rows])
     return part.lam * losses + (1 - part.lam) * other_losses
+
+
+def losses_to(rules: Rules, outputs: Tensor, targets: Tensor, part: str = "total") -> Tensor:
+    """Of each row, (rows,): the task's loss, or a part of it."""
+    if rules.losses is not None:
+        return rules.losses(outputs, targets, part)
+    return cross_entropy(rules, outputs, targets)
 
 
 def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
@@ -383,9 +401,13 @@ def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the attack
 
 
-def random_start(draws: Draws) -> Tensor:
+def started(x: Tensor, draws: Draws) -> Tensor:
+    """The images at the start of the attack; what is no picture stays as it is."""
     assert draws.delta0 is not None
-    return draws.delta0.double()
+    delta = draws.delta0.double()
+    if draws.pictures is not None:
+        delta = delta * draws.pictures
+    return x + delta
 
 
 def direction_of(rules: Rules, gradient: Tensor | None, draws: Draws) -> Tensor:
@@ -401,8 +423,10 @@ def sign(gradient: Tensor) -> Tensor:
     return torch.where(gradient.isfinite(), gradient.sign(), 0.0)
 
 
-def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor, draws: Draws) -> Tensor:
     """One step, projected into the ball of radius eps around x and into 0..255."""
+    if draws.pictures is not None:
+        direction = direction * draws.pictures
     step_255 = max(rules.step_255, rules.eps_255 / rules.attack_steps)
     moved = current + step_255 * direction
     near = torch.minimum(torch.maximum(moved, x - rules.eps_255), x + rules.eps_255)
@@ -410,33 +434,51 @@ def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor) -> Tenso
 
 
 def pgd(rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
-    """K projected sign steps away from the label, or towards a target.
+    """The images of an attack of its own.
 
-    No parameter gets a gradient, no running statistics move.
+    No parameter gets a gradient, no running statistics move. `attack_loss: max` (Det-AdvProp) makes
+    an image from each part of the loss, and keeps the one whose total loss is larger.
     """
-    current = x + random_start(draws)
+    if rules.attack_loss != "max":
+        return pgd_on(rules, model, x, labels, draws, rules.attack_loss)
+    candidates = [pgd_on(rules, model, x, labels, draws, part) for part in ("cls", "box")]
+    with torch.no_grad():
+        losses = [losses_at(rules, model, images, labels, "total") for images in candidates]
+    rows = []
+    for i in range(len(x)):
+        worse = int(losses[1][i] > losses[0][i])
+        rows.append(candidates[worse][i])
+    return torch.stack(rows)
+
+
+def pgd_on(
+    rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws, part: str
+) -> Tensor:
+    """K projected sign steps away from the label, or towards a target."""
+    current = started(x, draws)
     for _ in range(rules.attack_steps):
+        leaf = current.clone().requires_grad_()
         if draws.target is None:
-            direction = sign(input_gradient(rules, model, current, labels))
+            loss = losses_at(rules, model, leaf, labels, part).sum()
+            direction = sign(torch.autograd.grad(loss, leaf)[0])
         else:
-            direction = -sign(input_gradient(rules, model, current, draws.target))
-        current = ascend(rules, current, x, direction)
+            loss = losses_at(rules, model, leaf, draws.target, part).sum()
+            direction = -sign(torch.autograd.grad(loss, leaf)[0])
+        current = ascend(rules, current, x, direction, draws)
     return current
 
 
-def input_gradient(rules: Rules, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Of the sum of the losses, each group alone."""
-    gradients = []
+def losses_at(rules: Rules, model: nn.Module, images: Tensor, labels: Tensor, part: str) -> Tensor:
+    """Of each row, each group alone; (rows,)."""
+    losses = []
     n = rules.adv_group_rows
     for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
-        leaf = grey.clone().requires_grad_()
         if rules.attack_bn == "batch":
-            logits, _ = forward_alone(model, normalise(rules, leaf))
+            logits, _ = forward_alone(model, normalise(rules, grey))
         else:
-            logits = model.eval()(normalise(rules, leaf))
-        loss = cross_entropy(rules, logits, group_labels).sum()
-        gradients.append(torch.autograd.grad(loss, leaf)[0])
-    return torch.cat(gradients)
+            logits = model.eval()(normalise(rules, grey))
+        losses.append(losses_to(rules, logits, group_labels, part))
+    return torch.cat(losses)
 
 
 # ---------------------------------------------------------------------- models and norms

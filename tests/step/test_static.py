@@ -173,11 +173,15 @@ def test_rows_are_put_together_without_changing_their_layout(variant: str) -> No
         advance = step.attack.advance
 
         def watched_advance(
-            current: Tensor, clean: Tensor, gradient: Tensor | None, keys: Tensor
+            current: Tensor,
+            clean: Tensor,
+            gradient: Tensor | None,
+            keys: Tensor,
+            pictures: Tensor | None,
         ) -> Tensor:
             assert gradient is not None
             assert_channels_last(gradient, "gradient of the attack")
-            return advance(current, clean, gradient, keys)
+            return advance(current, clean, gradient, keys, pictures)
 
         step.attack.advance = watched_advance  # type: ignore[method-assign]
     for _ in range(2):  # `pipelined` joins a carry from the second step on

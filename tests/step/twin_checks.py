@@ -99,6 +99,7 @@ def rules_of(config: Config) -> Rules:
             "step_255": m.step_255,
             "attack_steps": m.attack_steps,
             "attack_bn": m.attack_bn or "batch",
+            "attack_loss": m.attack_loss or "total",
         }
     return Rules(**rules)
 

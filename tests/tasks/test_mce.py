@@ -24,4 +24,4 @@ def test_every_mean_covers_known_corruptions() -> None:
     assert (*ALEXNET_ERRORS, *EXTRA) == NAMES
     assert [len(mean.corruptions) for mean in MEANS] == [15, 19, 15]
     assert all(set(mean.corruptions) <= set(NAMES) for mean in MEANS)
-    assert [mean.in_paper for mean in MEANS] == [False, True, False]
+    assert [mean.paper for mean in MEANS] == ["", "imagenet_c", ""]

@@ -16,10 +16,14 @@ from fap.tasks.base import CorruptionMean, Task
 from fap.tasks.labels import Matching
 from pipelines.corrupt import NAMES
 
+# What a task may leave as the contract has it.
+LENT = {"loss_parts", "references", "losses_and_hits", "attack_losses"}
+
 
 def contract() -> list[str]:
     """Every member that `Task` declares: annotated attributes and methods."""
-    methods = [name for name, member in vars(Task).items() if isinstance(member, FunctionType)]
+    functions = (FunctionType, staticmethod)
+    methods = [name for name, member in vars(Task).items() if isinstance(member, functions)]
     own = [name for name in methods if not name.startswith("_") or name == "__init__"]
     return [*Task.__annotations__, *own]
 
@@ -53,9 +57,9 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 def test_the_contract_is_seen_whole() -> None:
     """A guard for the tests below, which go through it."""
     assert set(contract()) == {
-        *("primary", "percents", "rows", "measure", "means"),
-        *("__init__", "plain_model", "targets", "empty_targets"),
-        *("losses", "hits", "wrong_targets"),
+        *("primary", "percents", "rows", "measure", "means", "loss_parts", "output_rows"),
+        *("__init__", "plain_model", "labels", "targets", "references", "empty_targets"),
+        *("losses", "hits", "losses_and_hits", "attack_losses", "wrong_targets"),
         *("match", "evaluator", "check_metrics", "measured"),
     }
 
@@ -63,7 +67,12 @@ def test_the_contract_is_seen_whole() -> None:
 @pytest.mark.parametrize("member", contract())
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_has_every_member_of_its_own(name: str, member: str) -> None:
+    if member == "output_rows":  # it follows from the config
+        assert made(name).output_rows > 0
+        return
     members = own_members(class_of(name))
+    if member in LENT and member not in members:
+        return
     assert member in members
     if member not in Task.__annotations__:
         assert parameters(members[member]) == parameters(vars(Task)[member])
@@ -104,6 +113,13 @@ def test_outputs_and_targets_have_one_row_for_each_image(name: str) -> None:
     hits = task.hits(outputs, targets)
     assert hits.shape == (4,)
     assert ((hits >= 0) & (hits <= 1)).all()
+    both = task.losses_and_hits(outputs, targets)
+    assert torch.equal(both[0], losses)
+    assert torch.equal(both[1], hits)
+    assert torch.equal(task.attack_losses(outputs, targets, "total"), losses)
+    parts = [task.attack_losses(outputs, targets, part) for part in task.loss_parts]
+    if parts:
+        assert torch.allclose(sum(parts), losses)
     # A function of its own row alone.
     assert torch.allclose(task.losses(outputs[1:3], targets[1:3]), losses[1:3])
 
@@ -116,7 +132,10 @@ def test_what_must_not_wait_for_the_device_asks_for_no_value(name: str) -> None:
     outputs = task.plain_model().to(meta)(torch.empty(4, 3, 32, 32, device=meta))
     targets = task.empty_targets(4, meta)
     assert task.losses(outputs, targets).shape == (4,)
-    assert task.hits(outputs, targets).shape == (4,)
+    for found in task.losses_and_hits(outputs, targets):
+        assert found.shape == (4,)
+    for part in ("total", *task.loss_parts):
+        assert task.attack_losses(outputs, targets, part).shape == (4,)
     keys = torch.empty(2, dtype=torch.int32, device=meta)
     assert task.wrong_targets(keys, targets).shape == targets.shape
     some = torch.arange(3)
