@@ -13,7 +13,7 @@ import numpy as np
 from pipelines import corruptions
 from pipelines.corruptions import SMALL, is_small
 
-__all__ = ["CORRUPTIONS", "NAMES", "QUICK", "SMALL", "Corruption", "corrupt"]
+__all__ = ["CORRUPTIONS", "NAMES", "QUICK", "SMALL", "Corruption", "check_corruption", "corrupt"]
 
 
 class Corruption(NamedTuple):
@@ -132,6 +132,14 @@ QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # on
 SEVERITIES = range(1, 6)
 
 
+def check_corruption(name: str, severity: int) -> None:
+    """Raises ValueError for an unknown name or severity."""
+    if name not in CORRUPTIONS or severity not in SEVERITIES:
+        raise ValueError(
+            f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5"
+        )
+
+
 def corrupt(
     image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0
 ) -> np.ndarray:
@@ -142,10 +150,7 @@ def corrupt(
     Raises:
         ValueError: an unknown name or severity.
     """
-    if name not in CORRUPTIONS or severity not in SEVERITIES:
-        raise ValueError(
-            f"corruption {name!r} at severity {severity}: known are {', '.join(NAMES)} at 1 to 5"
-        )
+    check_corruption(name, severity)
     corruption = CORRUPTIONS[name]
     of_all_severities = corruption.cifar10_c if is_small(image) else corruption.imagenet_c
     constants = of_all_severities[severity - 1]

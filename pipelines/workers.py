@@ -23,7 +23,7 @@ import cv2
 from pipelines.machine import usable_cores
 
 # What the server that processes are forked from imports: once, and not again in each of them.
-PRELOAD = ["pipelines.workers", "pipelines.corrupt"]
+PRELOAD = ["pipelines.workers", "pipelines.corrupt", "pipelines.corrupt_store"]
 
 
 class Workers(Executor):

@@ -116,6 +116,7 @@ class Opened(ABC):
     labels: tuple[int, int]  # the least and the greatest
     count: int  # images
     n_batches: int
+    store: Store | None  # that the images are in; None: in arrays
     identity: dict[str, Any]
     """JSON: what the images are, by content, and what is done to them; `files` are the stamps."""
     unbuilt = False
@@ -132,6 +133,8 @@ class Opened(ABC):
 
 class StoredImages(Opened):
     """The images of a store, resized and cropped as for validation."""
+
+    store: Store
 
     def __init__(self, reading: Reading, seen: Seen) -> None:
         store = seen.store
@@ -150,7 +153,7 @@ class StoredImages(Opened):
         )
         self.references = reading.task.references(store, self.plan)
         self.classes = store.classes
-        self.labels = (int(store.labels.min()), int(store.labels.max()))
+        self.labels = reading.task.labels(store)
         self.count = len(store)
         self.n_batches = len(self.plan)
         self.identity = {
@@ -204,6 +207,8 @@ class CorruptedImages(StoredImages):
 
 class ArrayImages(Opened):
     """One severity of a corruption of CIFAR-10-C: images of the model's size, shown as they are."""
+
+    store = None
 
     def __init__(self, reading: Reading, file: Path, severity: int) -> None:
         """Raises ValueError for images of another size, DamagedData and OSError."""

@@ -150,12 +150,16 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
 
     DamagedCheckpoint for tensors that are not the model's, ValueError for a config without a model.
     """
-    _check_effort(path, config, state)
     name = shown(config.model.name)
+    try:
+        task = make_task(config)
+    except ValueError as error:  # it names the field
+        raise ValueError(f"{path}: {one_line(error)}") from None
+    _check_effort(path, config, task, state)
     try:
         with warnings.catch_warnings(), _WithoutStorage():
             warnings.simplefilter("ignore")  # of tensors that are not copied
-            model = _converted(make_task(config), state)
+            model = _converted(task, state)
     except ValueError as error:  # it names the field
         raise ValueError(f"{path}: {one_line(error)}") from None
     except Exception as error:  # a constructor of torchvision or timm may raise anything
@@ -173,22 +177,22 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
         ) from None
 
 
-def _check_effort(path: str | Path, config: Config, state: dict[str, Tensor]) -> None:
+def _check_effort(path: str | Path, config: Config, task: Task, state: dict[str, Tensor]) -> None:
     """Raise DamagedCheckpoint for a model that is far larger than the file.
 
     Even without storage a million layers, or a table per class, take a while.
     """
     name = config.model.name
-    n_classes = config.model.classes
     if name.startswith(CIFAR_RESNET):
         depth = name.removeprefix(CIFAR_RESNET)
         if depth.isdigit() and (len(depth) > MOST_DIGITS or int(depth) > len(state)):
             raise DamagedCheckpoint(
                 f"{path}: it holds {len(state)} of the model's tensors, too few for {shown(name)}"
             )
-    if not any(tensor.shape[:1] == (n_classes,) for tensor in state.values()):
+    if not any(tensor.shape[:1] == (task.output_rows,) for tensor in state.values()):
         raise DamagedCheckpoint(
-            f"{path}: no tensor has a row for each of model.num_classes = {n_classes} classes"
+            f"{path}: no tensor has the {task.output_rows:,} rows of a last layer for "
+            f"model.num_classes = {config.model.classes} classes"
         )
 
 

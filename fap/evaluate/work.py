@@ -203,7 +203,7 @@ class _Evaluation:
                 return evaluate(
                     self.trained.model,
                     tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
-                    self.trained.task.evaluator(device, matching),
+                    self.trained.task.evaluator(device, matching, opened.store),
                     mean=data.mean,
                     std=data.std,
                     bn=self.wanted.bn,
