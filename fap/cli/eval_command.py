@@ -172,6 +172,7 @@ def wishes(args: Namespace) -> Wanted:
         device=args.device,
         seed=args.seed,
         bn=args.bn,
+        pictures=_path(args.out) / "pictures",
         by_position=args.labels_by_position,
     )
 

@@ -33,6 +33,8 @@ class Wanted:
     """Of the corruptions computed here."""
     bn: Bn = "main"
     """The batch norms that the model is evaluated with."""
+    pictures: Path | None = None
+    """A folder for sheets of what was found in the first images; None: none are drawn."""
     by_position: bool = False
     """Labels may be compared by position where only one side has class names."""
 

@@ -17,7 +17,8 @@ from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
 from fap.evaluate.load import Trained, load_model
-from fap.evaluate.results import Results
+from fap.evaluate.pictures import file_of, write_pictures
+from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
 from fap.tasks.base import Result, Task
 from fap.tasks.labels import Matching
@@ -25,6 +26,8 @@ from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
 from pipelines.workers import Workers
+
+IMAGES_OF_A_SHEET = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def carry_out(
     """
     found = {item.set.key: item.known for item in work.items if item.known is not None}
     todo = [item.set for item in work.items if item.known is None]
-    if todo:
+    draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
+    if todo or draws:
         trained = load_model(work.path, wanted.device)
         if trained.content != work.content:
             raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
@@ -132,6 +136,9 @@ def carry_out(
                 f"  {one.key}: {work.task.percents[primary]} {result[primary]:.2%} "
                 f"of {result['count']:,} images"
             )
+        if draws:
+            for item in tqdm(work.items, "pictures", leave=False, disable=None):
+                evaluation.draw(item.set, say)
     return _report(work, wanted, found)
 
 
@@ -194,6 +201,29 @@ class _Evaluation:
             name, origin = self._name_and_origin(one, opened, matching)
             self.results.keep(name, origin, result)
             return result
+
+    def draw(self, one: EvalSet, say: Callable[[str], Any]) -> None:
+        """The sheet of a set, unless it is there."""
+        assert self.wanted.pictures is not None
+        trained = self.trained
+        with one.open() as opened:
+            _, origin = self._name_and_origin(one, opened, self._match(one, opened))
+            name = f"{trained.config.name}-seed{trained.config.seed}"
+            file = file_of(self.wanted.pictures, name, one.key, digest(origin))
+            if file.exists():
+                return
+            write_pictures(
+                trained.model,
+                trained.task,
+                opened,
+                file,
+                most=IMAGES_OF_A_SHEET,
+                mean=trained.config.data.mean,
+                std=trained.config.data.std,
+                bn=self.wanted.bn,
+                device=torch.device(self.wanted.device),
+                say=say,
+            )
 
     def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Result:
         data = self.trained.config.data

@@ -44,7 +44,8 @@ def open_data(config: Config) -> RunData:
     val = _open("val", config)
     n_classes = _class_count(config, train)
     matching = _match(train, val, n_classes)
-    lines = [*_lines("train", train), *_lines("val", val)]
+    not_trained = task_class(config.task).notes(train, config)
+    lines = [*_lines("train", train, not_trained), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
         lines.append(
             f"classes    {n_classes}: data.train has no class names, "
@@ -112,7 +113,7 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
             raise ValueError(
                 f"model.num_classes = {found}, but data.train = {path} holds labels 0 to {most}"
             )
-    if found < 2:
+    if found < task_class(config.task).fewest_classes:
         raise ValueError(
             f"data.train = {path} has a single class, so there is nothing to learn; "
             "are the class folders deeper?"
@@ -154,8 +155,8 @@ def _one_sided(named: str, nameless: str) -> str:
     )
 
 
-def _lines(field: str, store: pipelines.Store) -> list[str]:
-    first, *more = [*store.describe(), *store.notes]
+def _lines(field: str, store: pipelines.Store, notes: Sequence[str] = ()) -> list[str]:
+    first, *more = [*store.describe(), *store.notes, *notes]
     return [f"{field:10} {first}", *(f"{'':10} {line}" for line in more)]
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from fap.config import Config
@@ -82,6 +83,8 @@ class Task(Protocol):
     """What sums up a corruption benchmark, in the order of the table."""
     loss_parts: Sequence[str] = ()
     """The parts that a row's loss is the sum of, where an attack may follow one of them alone."""
+    fewest_classes: int = 2
+    """With fewer of them there is nothing to learn."""
     output_rows: int
     """The first dimension of the last layer's weights: it grows with the number of classes."""
 
@@ -97,6 +100,11 @@ class Task(Protocol):
 
         Raises ValueError for data that this task cannot be learned from.
         """
+
+    @staticmethod
+    def notes(store: Store, config: Config) -> list[str]:
+        """What of training data is not trained: lines for the start of a run."""
+        return []
 
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:
         """(steps, B, ...): what the rows of a training plan should come to, on the CPU."""
@@ -179,6 +187,16 @@ class Task(Protocol):
         """A new one, for outputs and references on `device`. Raises ValueError without `store`
         where the metrics need it.
         """
+
+    def pictures(
+        self,
+        images: Tensor,  # uint8 (B, 3, H, W), on the CPU, as are the others
+        outputs: Tensor,  # (B, ...)
+        references: Tensor,  # (B, ...)
+        store: Store,  # that the images are in
+    ) -> list[Image]:
+        """What was found, drawn into each image; none where there is nothing to draw."""
+        return []
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         """A result without its `count`, as it was kept in a file.

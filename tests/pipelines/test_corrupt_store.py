@@ -61,15 +61,11 @@ def test_every_image_is_corrupted_whole_and_by_its_own_number(data: Path, name: 
 
 def test_its_identity_is_that_of_the_images_and_of_what_is_done_to_them(data: Path) -> None:
     store = pipelines.open_store(data)
+    settings = (("fog", 1, 0), ("fog", 2, 0), ("snow", 1, 0), ("fog", 1, 1))
     with ThreadPoolExecutor(1) as pool:
         made = [
             CorruptedStore(store, name=name, severity=severity, pool=pool, seed=seed)
-            for name, severity, seed in (
-                ("fog", 1, 0),
-                ("fog", 2, 0),
-                ("snow", 1, 0),
-                ("fog", 1, 1),
-            )
+            for name, severity, seed in settings
         ]
     identities = [str(one.identity()) for one in made]
     assert len(set(identities)) == 4
