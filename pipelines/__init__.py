@@ -7,7 +7,7 @@ from pipelines.back_ends import BACK_ENDS
 from pipelines.loaders import loader_options, open_loader
 from pipelines.loaders.base import Batch, Loader
 from pipelines.machine import settle_in
-from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import EpochPlan, PlanSpec, Size, draw_epoch, eval_plan, sides_of
 from pipelines.sources import source_of
 from pipelines.store import DamagedData, Store
 
@@ -18,12 +18,14 @@ __all__ = [
     "EpochPlan",
     "Loader",
     "PlanSpec",
+    "Size",
     "Store",
     "draw_epoch",
     "eval_plan",
     "loader_options",
     "open_loader",
     "open_store",
+    "sides_of",
 ]
 
 settle_in()  # before a back end, a plot or a compiler looks for its cache

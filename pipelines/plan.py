@@ -15,14 +15,25 @@ from typing import Literal
 
 import numpy as np
 
+from pipelines import exchanges, windows
+
 PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its image is all zeros
 
 # The streams of one epoch. Never renumber: every number drawn so far would change.
 ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
-CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
+
+Size = int | tuple[int, int]  # pixels: the side of a square, or height and width
+
+
+def sides_of(size: Size) -> tuple[int, int]:
+    """Height and width in pixels."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -30,22 +41,25 @@ class PlanSpec:
     """What stays fixed for a run. Rows are global (all ranks together), sides are in pixels.
 
     `random_resized` is torchvision's RandomResizedCrop; `pad` its RandomCrop(size, padding=pad),
-    zeros outside; `center` belongs to `eval_plan`.
+    zeros outside; `center` belongs to `eval_plan`. `letterbox` shows the whole image, its aspect
+    ratio kept, at the top left corner of a canvas of any two sides (`windows.letterbox`).
 
     Raises:
         ValueError: a field out of range, or rows that are no whole groups.
     """
 
     seed: int
-    size: int
+    size: Size
     clean_rows: int
     adv_rows: int = 0
     clean_group_rows: int = 64
     adv_group_rows: int = 16
-    crop: Literal["random_resized", "pad", "center"] = "random_resized"
+    crop: Literal["random_resized", "pad", "center", "letterbox"] = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     pad: int = 4
+    jitter: tuple[float, float] = (1.0, 1.0)
+    """`letterbox`: range of a random factor on the size that just fits."""
     flip: float = 0.5
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
@@ -56,6 +70,11 @@ class PlanSpec:
     """
     adv_are_copies: bool = False
     """The adversarial rows are made from the clean ones (AdvProp): drawn for, but not loaded."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the canvas: of what a row shows."""
+        return sides_of(self.size)
 
     @property
     def clean_groups(self) -> int:
@@ -80,7 +99,7 @@ class PlanSpec:
         return groups_of_a_rank % self.shuffle_groups == 0
 
     def __post_init__(self) -> None:
-        minima = {"seed": 0, "size": 1, "clean_rows": 1, "adv_rows": 0, "pad": 0}
+        minima = {"seed": 0, "clean_rows": 1, "adv_rows": 0, "pad": 0}
         for name, least in minima.items():
             value = getattr(self, name)
             if value < least:
@@ -92,15 +111,33 @@ class PlanSpec:
                 raise ValueError(
                     f"{part}_rows = {rows}: must be a multiple of {part}_group_rows = {group_rows}"
                 )
-        known_crop = self.crop in ("random_resized", "pad", "center")
+        known_crop = self.crop in ("random_resized", "pad", "center", "letterbox")
         known_mix = self.mix in (None, "mixup", "cutmix")
         if not (known_crop and known_mix):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
+        self._check_canvas()
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ValueError(
                 f"scale = {self.scale}, ratio = {self.ratio}: "
                 "must be 0 < low <= high, scale at most 1"
             )
+
+    def _check_canvas(self) -> None:
+        if min(self.sides) < 1 or max(self.sides) > MAX_WINDOW:
+            raise ValueError(f"size = {self.size}: must be at least 1 and at most {MAX_WINDOW}")
+        height, width = self.sides
+        if height != width and self.mix is not None:
+            raise ValueError(f"size = {self.size}: mix = {self.mix!r} takes squares only")
+        if self.crop == "letterbox":
+            if not 0 < self.jitter[0] <= self.jitter[1]:
+                raise ValueError(f"jitter = {self.jitter}: must be 0 < low <= high")
+            return
+        if height != width:
+            raise ValueError(
+                f"size = {self.size}: crop = {self.crop!r} takes squares only, 'letterbox' any size"
+            )
+        if self.jitter != (1, 1):
+            raise ValueError(f"jitter = {self.jitter}: only with crop = 'letterbox'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +151,10 @@ class EpochPlan:
     index: np.ndarray
     # int16 (steps, B, 4): top, left, height, width in source pixels; may reach outside.
     window: np.ndarray
-    # bool (steps, B): mirrored left to right.
+    # int16 (steps, B, 4): top, left, height, width on the canvas, where the window lands. Around it
+    # lie zeros. Without `letterbox` it is all of the canvas; of PADDING rows it is empty.
+    place: np.ndarray
+    # bool (steps, B): the window mirrored left to right, in its place.
     flip: np.ndarray
     # int64 (steps, n_adv): new_adv_rows = adv_rows[shuffle]; numbers as `for_rank` says.
     shuffle: np.ndarray
@@ -181,6 +221,7 @@ class EpochPlan:
             self,
             index=self.index[:, rows],
             window=self.window[:, rows],
+            place=self.place[:, rows],
             flip=self.flip[:, rows],
             shuffle=shuffle,
             noise_key=self.noise_key[:, _share(n_adv_groups, rank, world)],
@@ -208,40 +249,61 @@ def draw_epoch(
         )
     order = _stream(spec, epoch, ORDER).permutation(np.arange(len(heights), dtype=np.uint32))
     index = order[: steps * rows]
-    windows = _stream(spec, epoch, WINDOW)
+    height, width = heights[index], widths[index]
+    rng = _stream(spec, epoch, WINDOW)
+    place = _whole_canvas(spec, len(index))
     match spec.crop:
         case "random_resized":
-            window = _random_resized(windows, heights[index], widths[index], spec)
+            window = windows.random_resized(rng, height, width, spec.scale, spec.ratio)
         case "pad":
-            window = _pad(windows, heights[index], widths[index], spec)
+            window = windows.padded(rng, height, width, spec.sides[0], spec.pad)
+        case "letterbox":
+            window, place = windows.letterbox(rng, height, width, spec.sides, spec.jitter)
         case "center":
-            raise ValueError("crop = 'center': training plans take 'random_resized' or 'pad'")
-    return _complete(spec, epoch, index.reshape(steps, rows), window)
+            raise ValueError(
+                "crop = 'center': training plans take 'random_resized', 'pad' or 'letterbox'"
+            )
+    return _complete(spec, epoch, index.reshape(steps, rows), window, place)
 
 
 def eval_plan(
     heights: np.ndarray,  # (N,) pixels
     widths: np.ndarray,  # (N,) pixels
     *,
-    size: int,
+    size: Size,
     resize: int,
     batch: int,
+    crop: Literal["center", "letterbox"] = "center",
 ) -> EpochPlan:
-    """Every image once, in order: its centre square of side size / resize * min(height, width).
+    """Every image once, in order.
 
-    The last step is filled with PADDING rows (empty window). Any `world` that divides `batch` may
-    slice it.
+    `center` shows its centre square of side size / resize * min(height, width); `letterbox` all of
+    it, and ignores `resize`. The last step is filled with PADDING rows (empty window and place).
+    Any `world` that divides `batch` may slice it.
+
+    Raises:
+        ValueError: a size that the crop does not take.
     """
-    if not 0 < size <= resize:
-        raise ValueError(f"resize = {resize}: must be at least size = {size}")
+    # Groups of one row: then a batch of any size consists of whole groups.
+    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop=crop, flip=0.0)
+    if crop == "letterbox":
+        # Without jitter the stream decides nothing.
+        rng = _stream(spec, 0, WINDOW)
+        window, place = windows.letterbox(rng, heights, widths, spec.sides, spec.jitter)
+    else:
+        side, _ = spec.sides
+        if side > resize:
+            raise ValueError(f"resize = {resize}: must be at least size = {side}")
+        window = windows.central(heights, widths, side, resize)
+        place = _whole_canvas(spec, len(heights))
     missing = -len(heights) % batch
     index = np.pad(np.arange(len(heights), dtype=np.uint32), (0, missing), constant_values=PADDING)
-    shorter = np.minimum(heights, widths).astype(np.int64)
-    side = np.maximum(shorter * size // resize, 1)
-    window = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
-    # Groups of one row: then a batch of any size consists of whole groups.
-    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop="center", flip=0.0)
-    return _complete(spec, 0, index.reshape(-1, batch), np.pad(window, ((0, missing), (0, 0))))
+    below = ((0, missing), (0, 0))
+    return _complete(spec, 0, index.reshape(-1, batch), np.pad(window, below), np.pad(place, below))
+
+
+def _whole_canvas(spec: PlanSpec, rows: int) -> np.ndarray:
+    return np.broadcast_to([0, 0, *spec.sides], (rows, 4))
 
 
 def _share(n: int, rank: int, world: int) -> slice:
@@ -259,6 +321,7 @@ def _complete(
     epoch: int,
     index: np.ndarray,  # (steps, B)
     window: np.ndarray,  # (steps * B, 4)
+    place: np.ndarray,  # (steps * B, 4)
 ) -> EpochPlan:
     """Add the fields that do not depend on the images' sizes."""
     steps = len(index)
@@ -267,139 +330,31 @@ def _complete(
             f"images with a side above {MAX_WINDOW} pixels: shrink them (fap-convert --max-side)"
         )
     noise_shape = (steps, spec.adv_groups)
-    mix_lam, mix_box, mix_partner = _mix(_stream(spec, epoch, MIX), steps, spec)
+    mix_lam, mix_box, mix_partner = exchanges.mixed(
+        _stream(spec, epoch, MIX),
+        steps,
+        spec.clean_groups,
+        spec.clean_group_rows,
+        mix=spec.mix,
+        alpha=spec.mix_alpha,
+        size=spec.sides[0],
+    )
     return EpochPlan(
         spec=spec,
         epoch=epoch,
         index=index,
         window=window.astype(np.int16).reshape(*index.shape, 4),
+        place=np.ascontiguousarray(place, np.int16).reshape(*index.shape, 4),
         flip=_stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip,
-        shuffle=_shuffle(_stream(spec, epoch, SHUFFLE), steps, spec),
+        shuffle=exchanges.shuffled(
+            _stream(spec, epoch, SHUFFLE),
+            steps,
+            spec.adv_groups,
+            spec.adv_group_rows,
+            spec.shuffle_groups,
+        ),
         noise_key=_stream(spec, epoch, NOISE).integers(0, NOISE_KEYS, noise_shape, dtype=np.int32),
         mix_lam=mix_lam,
         mix_box=mix_box,
         mix_partner=mix_partner,
     )
-
-
-def _random_resized(
-    rng: np.random.Generator,
-    heights: np.ndarray,  # (n,) pixels
-    widths: np.ndarray,  # (n,) pixels
-    spec: PlanSpec,
-) -> np.ndarray:
-    """Windows (n, 4) as torchvision's RandomResizedCrop.get_params draws them.
-
-    Area and aspect ratio are drawn until the window lies inside the image, ten times at most; then
-    the centre is taken.
-    """
-    window = np.empty((len(heights), 4), np.int32)
-    # The ratio is uniform in its logarithm. Its root suffices: width = side * root and
-    # height = side / root have the ratio root^2.
-    log_root_low, log_root_high = 0.5 * np.log(spec.ratio)
-
-    # Each try draws for all rows that are still without a window at once.
-    todo = np.arange(len(heights))
-    for _ in range(CROP_TRIES):
-        n = len(todo)
-        H, W = heights[todo], widths[todo]
-        side = np.sqrt(rng.uniform(*spec.scale, n) * H * W)
-        root = np.exp(rng.uniform(log_root_low, log_root_high, n))
-        width = np.rint(side * root)
-        height = np.rint(side / root)
-        top = np.floor(rng.random(n) * (H - height + 1))
-        left = np.floor(rng.random(n) * (W - width + 1))
-        # Rows that failed hold nonsense until a later try or the fallback overwrites them.
-        window[todo] = np.stack([top, left, height, width], 1)
-        todo = todo[(width < 1) | (width > W) | (height < 1) | (height > H)]
-
-    # The largest centred window whose ratio is allowed.
-    H, W = heights[todo], widths[todo]
-    height = np.minimum(H, np.rint(W / spec.ratio[0]))
-    width = np.minimum(W, np.rint(H * spec.ratio[1]))
-    window[todo] = np.stack([(H - height) // 2, (W - width) // 2, height, width], 1)
-    return window
-
-
-def _pad(
-    rng: np.random.Generator,
-    heights: np.ndarray,  # (n,) pixels
-    widths: np.ndarray,  # (n,) pixels
-    spec: PlanSpec,
-) -> np.ndarray:
-    """Windows (n, 4) of the output's size, anywhere in the image with `pad` pixels around it."""
-    room = np.stack([heights, widths], 1) + 2 * spec.pad - spec.size + 1  # (n, 2) places
-    if room.min() < 1:
-        at = np.argmin(room.min(1))
-        raise ValueError(
-            f"size = {spec.size}: an image of {heights[at]}x{widths[at]} plus pad {spec.pad} "
-            "is smaller"
-        )
-    corner = np.floor(rng.random(room.shape) * room) - spec.pad
-    return np.concatenate([corner, np.full_like(corner, spec.size)], 1)
-
-
-def _permute(rng: np.random.Generator, steps: int, n_groups: int, group_rows: int) -> np.ndarray:
-    """(steps, n_groups * group_rows): the rows of every group permuted inside it."""
-    keys = rng.random((steps, n_groups, group_rows), dtype=np.float32)
-    inside = keys.argsort(-1, kind="stable")
-    first_row = np.arange(n_groups)[:, None] * group_rows
-    return (inside + first_row).reshape(steps, n_groups * group_rows)
-
-
-def _shuffle(rng: np.random.Generator, steps: int, spec: PlanSpec) -> np.ndarray:
-    """(steps, adv_rows): the row that comes to each place (shuffling BN, section 3.2.2).
-
-    A step permutes the rows inside each group at random. Then they are dealt to the groups of their
-    scope, always in the same way: the random part decides which rows share a group.
-    """
-    n_rows = spec.adv_rows
-    group_rows = spec.adv_group_rows
-    dealt = np.arange(n_rows)  # place -> place before the dealing
-    if spec.shuffle_groups < 2:
-        return np.broadcast_to(dealt, (steps, n_rows))
-    for first_group in range(0, spec.adv_groups, spec.shuffle_groups):
-        # The last scope is short where the groups do not divide into whole scopes.
-        n_groups = min(spec.shuffle_groups, spec.adv_groups - first_group)
-        first_row = first_group * group_rows
-        end_row = first_row + n_groups * group_rows
-        dealt[first_row:end_row] = first_row + _deal(n_groups, group_rows)
-    return _permute(rng, steps, spec.adv_groups, group_rows)[:, dealt]
-
-
-def _deal(n_groups: int, group_rows: int) -> np.ndarray:
-    """(n_groups * group_rows,): which row comes to each place of a scope, without chance."""
-    group, row = np.divmod(np.arange(n_groups * group_rows), group_rows)
-    if n_groups >= 3:
-        # To the other groups in turn: every row leaves its group.
-        target = (group + 1 + row % (n_groups - 1)) % n_groups
-    else:
-        # Two groups exchange every other row: moving all would shuffle nothing.
-        target = (group + row % n_groups) % n_groups
-    # Sorted by target, the first `group_rows` entries are what the first group receives, and so on.
-    return np.argsort(target, kind="stable")
-
-
-def _mix(
-    rng: np.random.Generator, steps: int, spec: PlanSpec
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """mix_lam, mix_box and mix_partner; one lambda and one box per step.
-
-    Mixup is arXiv 1710.09412, CutMix arXiv 1905.04899.
-    """
-    box = np.zeros((steps, 4), np.int32)
-    if spec.mix is None:
-        # Every row is its own partner: mixing changes nothing.
-        own = np.broadcast_to(np.arange(spec.clean_rows), (steps, spec.clean_rows))
-        return np.ones(steps, np.float32), box, own
-    lam = rng.beta(spec.mix_alpha, spec.mix_alpha, steps)
-    if spec.mix == "cutmix":
-        # A box of 1 - lambda of the image's area around a random centre, cut at the image's edge;
-        # lambda is then what is left of the own image.
-        half = (0.5 * np.sqrt(1 - lam) * spec.size).astype(np.int64)[:, None]
-        centre = rng.integers(0, spec.size, (steps, 2))
-        box = np.concatenate([centre - half, centre + half], 1).clip(0, spec.size).astype(np.int32)
-        top, left, bottom, right = box.T
-        lam = 1 - (bottom - top) * (right - left) / spec.size**2
-    partner = _permute(rng, steps, spec.clean_groups, spec.clean_group_rows)
-    return lam.astype(np.float32), box, partner

@@ -8,6 +8,7 @@ import torch
 
 from pipelines.back_ends import BACK_ENDS
 from pipelines.loaders.base import Loader
+from pipelines.plan import Size
 from pipelines.store import Store
 
 
@@ -15,7 +16,7 @@ def open_loader(
     name: str,
     store: Store,
     *,
-    size: int,  # pixels a side, as in the plans
+    size: Size,  # of the canvas in pixels, as in the plans
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Loader:

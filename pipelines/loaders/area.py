@@ -57,21 +57,24 @@ def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
 @_compiled(
     types.void(
         types.Array(types.uint8, 3, "C", readonly=True),  # source
-        *[types.float64] * 4,  # top, left, height, width
+        types.UniTuple(types.float64, 4),  # window: top, left, height, width
         types.boolean,  # flip
-        types.uint8[:, :, ::1],  # out
+        types.uint8[:, :, ::1],  # canvas
+        types.UniTuple(types.int64, 4),  # place: top, left, height, width
     )
 )
-def area_resize(source, top, left, height, width, flip, out):  # type: ignore[no-untyped-def]
-    """Fill out (O, O, 3) with a window of source (H, W, 3), mirrored left to right by `flip`.
+def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped-def]
+    """Show a window of source (H, W, 3) in its place on the canvas, mirrored there by `flip`.
 
-    Each output pixel is the mean of the box of source pixels that it covers, rounded to nearest.
-    Around the source lie zeros.
+    Each pixel is the mean of the box of source pixels that it covers, rounded to nearest. Around
+    the source lie zeros, and around the place too.
     """
+    top, left, height, width = window
+    out_top, out_left, out_height, out_width = place
     stride = CHANNELS * source.shape[1]
-    n = CHANNELS * out.shape[1]  # values of an output row
-    ys, wy = _taps(top, height, source.shape[0], out.shape[0], False)
-    xs, wx_pixel = _taps(left, width, source.shape[1], out.shape[1], flip)
+    n = CHANNELS * out_width  # values of a row of the place
+    ys, wy = _taps(top, height, source.shape[0], out_height, False)
+    xs, wx_pixel = _taps(left, width, source.shape[1], out_width, flip)
 
     # The window's part of a source row, in values: all that the horizontal pass reads. With a flip
     # the leftmost pixel comes last. It may reach outside [0, stride).
@@ -94,8 +97,12 @@ def area_resize(source, top, left, height, width, flip, out):  # type: ignore[no
     values = np.empty(n, np.float32)
 
     rows = source.reshape(-1, stride)
-    result = out.reshape(-1, n)
-    for y in range(out.shape[0]):
+    lines = canvas.reshape(-1, CHANNELS * canvas.shape[1])
+    begin_out = CHANNELS * out_left
+    end_out = begin_out + n
+    lines[:out_top] = 0
+    lines[out_top + out_height :] = 0
+    for y in range(out_height):
         # Vertically first: source rows are contiguous, and each is read once per output row that
         # covers it. Rows outside the source have weight 0, and are not touched.
         inside[:] = 0
@@ -116,5 +123,9 @@ def area_resize(source, top, left, height, width, flip, out):  # type: ignore[no
                 values[j] += wx[k, j] * line[at[j] + shift]
 
         # Over int32, because a float has no vector instruction that converts it to uint8.
+        result = lines[out_top + y]
+        result[:begin_out] = 0
+        shown = result[begin_out:end_out]
         for j in range(n):
-            result[y, j] = np.uint8(np.int32(values[j]))
+            shown[j] = np.uint8(np.int32(values[j]))
+        result[end_out:] = 0

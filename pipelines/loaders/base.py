@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.machine import usable_cores
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import PADDING, EpochPlan, Size, sides_of
 from pipelines.store import Store
 
 
@@ -27,7 +27,7 @@ class Batch:
 
 
 class Loader(ABC):
-    """Executes plans of `size` x `size` pixels, and draws nothing at random.
+    """Executes plans of one size, the canvas, and draws nothing at random.
 
     A new back end is one file, with a subclass that has an `_images`, and one line in
     `pipelines.back_ends.BACK_ENDS`. If it has options, it takes them as keyword arguments of its
@@ -36,11 +36,12 @@ class Loader(ABC):
 
     `_images` is a generator, one tensor per step of the plan:
 
-    - Content: row b of step s shows the window `plan.window[s, b]` of sample `plan.index[s, b]`,
-      resized to (size, size) by the filter of `reference.area_matrix`, mirrored left to right where
-      `plan.flip[s, b]` says so. What of the window lies outside the image is zero, and so is the
-      whole row where the index is PADDING. Decoders and filters may differ by a few grey levels:
-      on average 2, and 12 on 99% of the values.
+    - Content: row b of step s shows the window `plan.window[s, b]` of sample `plan.index[s, b]` in
+      its place `plan.place[s, b]` on the canvas, resized to the place's sides by the filter of
+      `reference.area_matrix`, and mirrored left to right, inside the place, where `plan.flip[s, b]`
+      says so. What of the window lies outside the image is zero; so is the canvas around the place,
+      and the whole row where the index is PADDING. Decoders and filters may differ by a few grey
+      levels: on average 2, and 12 on 99% of the values.
     - Threads: it runs in the consumer's thread, where it only waits. Work ahead of the consumer
       happens in threads of its own (`pipelines.ahead.run_ahead`), which may call `store.read` and
       nothing of torch that depends on a current stream.
@@ -53,9 +54,10 @@ class Loader(ABC):
     - Errors: `DamagedData` that names the file and the sample for what cannot be decoded.
     """
 
-    def __init__(self, store: Store, *, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
         self.store = store
         self.size = size
+        self.sides = sides_of(size)  # height and width of the canvas
         # Of an empty tensor, because it has the index that "cuda" lacks.
         self.device = torch.empty(0, device=device).device
 
@@ -66,7 +68,7 @@ class Loader(ABC):
             ValueError: the plan was not drawn for this store or size.
             DamagedData: a sample cannot be read or decoded; the message names file and index.
         """
-        if plan.spec.size != self.size:
+        if plan.spec.sides != self.sides:
             raise ValueError(
                 f"plan of size {plan.spec.size}: the loader was opened for size = {self.size}"
             )
@@ -85,7 +87,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
-        """Steps `start_step`, `start_step` + 1, ...: uint8 (B, size, size, 3) on the device.
+        """Steps `start_step`, `start_step` + 1, ...: uint8 (B, *sides, 3) on the device.
 
         See the class for what they show, and for how long they are valid.
         """
@@ -102,7 +104,7 @@ class ThreadedLoader(Loader):
         self,
         store: Store,
         *,
-        size: int,
+        size: Size,
         device: torch.device | str = "cpu",
         threads: int | None = None,  # None: all cores this process may use, a CPU quota included
         prefetch: int = 3,  # batches in the making while one is used
@@ -118,17 +120,31 @@ class ThreadedLoader(Loader):
 def was_drawn_for(plan: EpochPlan, store: Store) -> bool:
     """Whether every sample of a plan is one of the store's, and its window one that it may have.
 
-    A back end reads what the window says without another look. So no window of another store's plan
-    may reach outside an image here.
+    A back end reads what the window says, and writes where the place says, without another look. So
+    no window of another store's plan may reach outside an image here, and no place may reach
+    outside the canvas.
     """
     real = plan.index != PADDING
     index = plan.index[real]
     if index.max(initial=0) >= len(store):
         return False
-    top, left, height, width = plan.window[real].T.astype(np.int32)
+    window = plan.window[real].astype(np.int32)
+    place = plan.place[real].astype(np.int32)
+    canvas = np.array(plan.spec.sides)
+    if plan.spec.crop != "letterbox" and (place != [0, 0, *canvas]).any():
+        return False
     if plan.spec.crop == "pad":
         # Such a window may reach outside the image, where it is zero, but it is never resized.
-        return bool(((height == plan.spec.size) & (width == plan.spec.size)).all())
-    starts_inside = (np.minimum(top, left) >= 0) & (np.minimum(height, width) > 0)
-    ends_inside = (top + height <= store.heights[index]) & (left + width <= store.widths[index])
-    return bool((starts_inside & ends_inside).all())
+        return bool((window[:, 2:] == canvas).all())
+    image = np.stack([store.heights[index], store.widths[index]], 1)
+    return _lie_inside(window, image) and _lie_inside(place, canvas)
+
+
+def _lie_inside(
+    boxes: np.ndarray,  # (n, 4) top, left, height, width
+    sides: np.ndarray,  # (n, 2) or (2,) height, width
+) -> bool:
+    """Whether each holds at least a pixel, and none that is outside."""
+    corner = boxes[:, :2]
+    extent = boxes[:, 2:]
+    return bool(((corner >= 0) & (extent > 0) & (corner + extent <= sides)).all())

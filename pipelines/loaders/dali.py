@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.ahead import run_ahead
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import PADDING, EpochPlan, Size
 from pipelines.store import RAW, DamagedData, Store
 
 READERS = 2  # threads that fetch encoded bytes, 0.05 ms per image
@@ -44,7 +44,7 @@ class DaliLoader(ThreadedLoader):
         self,
         store: Store,
         *,
-        size: int,
+        size: Size,
         device: torch.device | str = "cpu",
         threads: int | None = None,  # None: all cores this process may use, a CPU quota included
         prefetch: int = 3,  # batches in the making while one is used
@@ -112,6 +112,7 @@ class DaliLoader(ThreadedLoader):
             plan,
             index=plan.index[step][:, None],
             window=plan.window[step][:, None],
+            place=plan.place[step][:, None],
             flip=plan.flip[step][:, None],
         )
         with closing(self._decoded(one_by_one, 0)) as decoded:
@@ -142,9 +143,10 @@ class DaliLoader(ThreadedLoader):
             return pipeline.run(torch.cuda.current_stream())
 
     def _build(self, plan: EpochPlan, source: Callable[[], Fields]) -> Pipeline:
-        """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip.
+        """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip -> zeros
+        outside the place.
 
-        Its output is uint8 (B, size, size, 3); its inputs are the fields of `_read`.
+        Its output is uint8 (B, *sides, 3); its inputs are the fields of `_read`.
         """
         # exec_dynamic: outputs stay ours for as long as a tensor holds them.
         pipeline = Pipeline(
@@ -159,20 +161,25 @@ class DaliLoader(ThreadedLoader):
             layout[0] = "HWC"
         if self._slices_twice(plan):
             layout += ["", ""]  # start and shape of the second slice
+        if _has_places(plan):
+            layout += [""]  # start of the slice that is the canvas
         with pipeline:
-            images, sides, start, shape, *second = fn.external_source(
+            images, sides, start, shape, *more = fn.external_source(
                 source=source, num_outputs=len(layout), layout=layout, no_copy=True
             )
             if self.raw:
                 images = _slice(images, start, shape)
             else:
                 images = self._decode(images, start, shape)
-            if second:
-                images = _slice(images, *second)
+            if self._slices_twice(plan):
+                images = _slice(images, *more)
             if self.raw and self.device.type == "cuda":
                 images = images.gpu()
-            linear = DALIInterpType.INTERP_LINEAR
-            pipeline.set_outputs(fn.resize(images, size=sides, interp_type=linear, antialias=True))
+            images = _resize(images, sides)
+            if _has_places(plan):
+                (canvas_start,) = more
+                images = _slice(images, canvas_start, self.sides)
+            pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
@@ -207,17 +214,20 @@ class DaliLoader(ThreadedLoader):
         return read
 
     def _read(self, plan: EpochPlan, step: int) -> Fields:
-        """Per row: bytes, output sides, start and shape of the slice, and of the second slice.
+        """Per row: bytes, sides of its place, start and shape of the slice.
 
+        Then start and shape of the second slice, or where the canvas begins as seen from the place.
         A negative width flips.
         """
         index = plan.index[step]
         window = plan.window[step].astype(np.int32)
         real = index != PADDING
         window[~real] = 0, 0, 1, 1  # all of the black image
+        place = plan.place[step].astype(np.int32, order="C")
+        place[~real] = 0, 0, *self.sides  # black, as everything is around a place
         corner = window[:, :2].copy()
         shape = window[:, 2:].copy()
-        sides = np.full((len(index), 2), self.size, np.float32)
+        sides = place[:, 2:].astype(np.float32)
         sides[plan.flip[step], 1] *= -1
 
         stored = np.ones_like(corner)  # (B, 2) sides of the image; those of the black one are 1
@@ -229,6 +239,8 @@ class DaliLoader(ThreadedLoader):
                 pixels.reshape(height, width, 3)
                 for pixels, (height, width) in zip(data, stored.tolist(), strict=True)
             ]
+        if _has_places(plan):
+            return [data, sides, corner, shape, -place[:, :2]]
         if not self._slices_twice(plan):
             return [data, sides, corner, shape]
 
@@ -244,7 +256,18 @@ class DaliLoader(ThreadedLoader):
         return self.store.read(index)
 
 
-def _slice(images: DataNode, start: DataNode, shape: DataNode) -> Any:
+def _has_places(plan: EpochPlan) -> bool:
+    """Whether rows show less than the whole canvas."""
+    return plan.spec.crop == "letterbox"
+
+
+def _resize(images: DataNode, sides: DataNode) -> Any:
+    """The node that resizes to sides of each sample's own; a negative width flips."""
+    linear = DALIInterpType.INTERP_LINEAR
+    return fn.resize(images, size=sides, interp_type=linear, antialias=True)
+
+
+def _slice(images: DataNode, start: DataNode, shape: DataNode | tuple[int, int]) -> Any:
     """The node that cuts regions from pixels; zeros outside the image."""
     return fn.slice(
         images, start=start, shape=shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0

@@ -77,9 +77,7 @@ class FfcvLoader(ThreadedLoader):
 
         # Pinned, so that the GPU copies from them by itself.
         slots = torch.empty(
-            (self.prefetch + 1, n_rows, self.size, self.size, 3),
-            dtype=torch.uint8,
-            pin_memory=on_gpu,
+            (self.prefetch + 1, n_rows, *self.sides, 3), dtype=torch.uint8, pin_memory=on_gpu
         )
         # Copies to the GPU go beside the work that the consumer has queued there, not behind it.
         copies = None
@@ -115,7 +113,7 @@ class FfcvLoader(ThreadedLoader):
         plan: EpochPlan,
         step: int,
         part: slice,
-        target: np.ndarray,  # uint8 (rows of the part, size, size, 3)
+        target: np.ndarray,  # uint8 (rows of the part, *sides, 3)
     ) -> Callable[[], None]:
         """A task: decode some rows of a step into `target`."""
 
@@ -123,27 +121,31 @@ class FfcvLoader(ThreadedLoader):
             # As Python numbers: each is read once, and numpy's own take longer to make.
             indices = plan.index[step, part].tolist()
             windows = plan.window[step, part].tolist()
+            places = plan.place[step, part].tolist()
             flips = plan.flip[step, part].tolist()
-            for index, window, flip, out in zip(indices, windows, flips, target, strict=True):
+            rows = zip(indices, windows, places, flips, target, strict=True)
+            for index, window, place, flip, canvas in rows:
                 if index == PADDING:
-                    out.fill(0)
+                    canvas.fill(0)
                 else:
-                    self._show(index, window, flip, out)
+                    self._show(index, window, place, flip, canvas)
 
         return fill
 
-    def _show(self, index: int, window: list[int], flip: bool, out: np.ndarray) -> None:
-        """Fill out (size, size, 3) with a window of a sample."""
+    def _show(
+        self, index: int, window: list[int], place: list[int], flip: bool, canvas: np.ndarray
+    ) -> None:
+        """Fill a canvas with a window of a sample in its place, and zeros around it."""
         top, left, height, width = window
-        # Where the window is at least twice as large as the output, the decoder halves the image,
+        # Where the window is at least twice as large as its place, the decoder halves the image,
         # for less work than decoding it whole. The box filter does the rest.
         divisor = 1
-        if min(height, width) >= 2 * self.size and self.store.modes[index] == JPG:
+        twice_as_large = height >= 2 * place[2] and width >= 2 * place[3]
+        if twice_as_large and self.store.modes[index] == JPG:
             divisor = 2
         image = self._decoded(index, divisor)
-        area_resize(
-            image, top / divisor, left / divisor, height / divisor, width / divisor, flip, out
-        )
+        scaled = (top / divisor, left / divisor, height / divisor, width / divisor)
+        area_resize(image, scaled, flip, canvas, tuple(place))
 
     def _decoded(self, index: int, divisor: int) -> np.ndarray:
         """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3).

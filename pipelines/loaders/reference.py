@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import PADDING, EpochPlan, Size, sides_of
 from pipelines.store import JPG, DamagedData
 
 
@@ -27,18 +27,19 @@ def area_matrix(n_in: int, n_out: int) -> np.ndarray:
 def crop_resize(
     image: np.ndarray,  # uint8 (H, W, 3)
     window: np.ndarray,  # top, left, height, width in pixels of the image
-    size: int,
+    size: Size,
 ) -> np.ndarray:
-    """The window at (size, size, 3), uint8; zeros outside the image."""
+    """The window at (*sides, 3), uint8; zeros outside the image."""
+    out_height, out_width = sides_of(size)
     top, left, height, width = window.tolist()
     bottom_beyond = top + height - image.shape[0]
     right_beyond = left + width - image.shape[1]
     margin = max(0, -top, -left, bottom_beyond, right_beyond)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     crop = padded[top + margin :, left + margin :][:height, :width]
-    resized = np.einsum(
-        "yh,hwc,xw->yxc", area_matrix(height, size), crop, area_matrix(width, size), optimize=True
-    )
+    down = area_matrix(height, out_height)
+    across = area_matrix(width, out_width)
+    resized = np.einsum("yh,hwc,xw->yxc", down, crop, across, optimize=True)
     return np.floor(resized + 0.5).astype(np.uint8)
 
 
@@ -48,12 +49,14 @@ class ReferenceLoader(Loader):
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         for step in range(start_step, len(plan)):
             index = plan.index[step]
-            images = np.zeros((len(index), self.size, self.size, 3), np.uint8)
+            images = np.zeros((len(index), *self.sides, 3), np.uint8)
             for row in np.flatnonzero(index != PADDING):
                 image = self._decode(int(index[row]))
-                images[row] = crop_resize(image, plan.window[step, row], self.size)
-            flip = plan.flip[step]
-            images[flip] = images[flip, :, ::-1]
+                top, left, height, width = plan.place[step, row].tolist()
+                shown = crop_resize(image, plan.window[step, row], (height, width))
+                if plan.flip[step, row]:
+                    shown = shown[:, ::-1]
+                images[row, top : top + height, left : left + width] = shown
             yield torch.from_numpy(images).to(self.device)
 
     def _decode(self, index: int) -> np.ndarray:
