@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.boxes import Annotations
 from pipelines.files import listed, readable, shown
 
 # How a sample's bytes are to be read; FFCV's numbers.
@@ -43,6 +44,9 @@ class Store(ABC):
     The attributes are one row of numbers per image, no pixels: loaders and plans index them freely.
     Opened again, the data must have the same order and labels. Nobody writes to the arrays.
 
+    Data for detection have `annotations`, which `Annotations.check` accepts for the sides and
+    `classes`. Then `classes` are those of the boxes, and an image's label is its number.
+
     `read(index)` is called from many threads at once, with any index, in any order. It returns the
     same bytes each time, and those that the tables announce: a JPEG whose frame header says
     (heights[index], widths[index]), or that many raw pixels. What it cannot read it refuses. It
@@ -60,10 +64,10 @@ class Store(ABC):
     classes: tuple[str, ...] | None  # names in the order of the labels; None: labels have none
     heights: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
     widths: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
-    labels: np.ndarray  # int64 (N,), places in `classes` where there are any
+    labels: np.ndarray  # int64 (N,), places in `classes` where there are any; see above
     modes: np.ndarray  # uint8 (N,): JPG or RAW
     sizes: np.ndarray  # int64 (N,), bytes as they are stored
-    annotations: Any = None  # pipelines.boxes.Annotations where the images have boxes
+    annotations: Annotations | None = None  # the boxes of detection
     notes: tuple[str, ...] = ()  # lines to print where the data is opened: what was passed over
     odd_classes_are_meant = False  # see `check_classes`
 
@@ -101,14 +105,13 @@ class Store(ABC):
     def identity(self) -> dict[str, Any]:
         """What this data is, wherever it lies: `count`, `classes`, and `content`.
 
-        `content` is a checksum of tables and images. Without a sidecar, and for a folder, it covers
-        the bytes of some images only, spread evenly.
+        `content` is a checksum of tables, images and annotations. Without a sidecar, and for a
+        folder, it covers the bytes of some images only, spread evenly.
         """
-        return {
-            "count": len(self),
-            "classes": self.classes,
-            "content": f"{self._content_crc32():08x}",
-        }
+        content = self._content_crc32()
+        if self.annotations is not None:
+            content = self.annotations.crc32(content)
+        return {"count": len(self), "classes": self.classes, "content": f"{content:08x}"}
 
     def _content_crc32(self) -> int:
         """The checksum in `identity`: of the tables and of the bytes of some samples."""
@@ -135,39 +138,69 @@ class Store(ABC):
     def describe(self) -> list[str]:
         """Lines that reveal a mistake before a long run.
 
-        They tell the images, the classes with the first and last names, and images per class.
-        `notes` are others.
+        They tell the images, the classes with the first and last names, and images (or boxes) per
+        class. `notes` are others.
         """
+        if self.annotations is not None:
+            return self._describe_boxes(self.annotations)
         if self.classes is None:
             names = f"labels {self.labels.min()} to {self.labels.max()} without class names"
             counts = np.unique(self.labels, return_counts=True)[1]
             return [self._counted(names, counts)]
-        # A single class has one name to show, not two.
-        ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
-        names = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
         counts = np.bincount(self.labels, minlength=len(self.classes))
-        lines = [self._counted(names, counts)]
-        empty = [self.classes[i] for i in np.flatnonzero(counts == 0)]
-        if empty:
-            lines.append(
-                f"no images of {len(empty):,} class(es): {listed(empty)};"
-                " the labels of the others do not move"
-            )
-        return lines
+        lines = [self._counted(_first_to_last(self.classes), counts)]
+        return lines + _without("images", self.classes, counts)
 
     def _counted(self, names: str, counts: np.ndarray) -> str:
         """`counts`: images of each class."""
-        least_and_most = dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"])
-        return f"{len(self):,} images, {names}, {' to '.join(least_and_most)} images per class"
+        return f"{len(self):,} images, {names}, {_least_to_most(counts)} images per class"
+
+    def _describe_boxes(self, annotations: Annotations) -> list[str]:
+        """The lines of data with annotations. Crowd boxes count for none of the numbers."""
+        assert self.classes is not None
+        classes_of_boxes = annotations.classes[~annotations.crowd]
+        counts = np.bincount(classes_of_boxes, minlength=len(self.classes))
+        n_crowd = int(annotations.crowd.sum())
+        n_without = int((np.diff(annotations.first) == 0).sum())
+        most = int(annotations.trained_per_image().max())
+        lines = [
+            f"{len(self):,} images, {len(classes_of_boxes):,} boxes and {n_crowd:,} crowd boxes,"
+            f" {_first_to_last(self.classes)}, {_least_to_most(counts)} boxes per class",
+            f"{n_without:,} images without boxes, at most {most:,} boxes on one image",
+        ]
+        return lines + _without("boxes", self.classes, counts)
 
     def check_classes(self) -> None:
         """ValueError where the class names say that this is not training data.
 
         It may be, say, the folder above it. Data converted with `fap-convert --allow-odd-classes`
-        passes.
+        passes, and so do data with annotations: their classes were named by whoever drew the boxes,
+        never by folders.
         """
-        if self.classes is not None and not self.odd_classes_are_meant:
-            check_class_names(self.path, self.classes)
+        if self.classes is None or self.annotations is not None or self.odd_classes_are_meant:
+            return
+        check_class_names(self.path, self.classes)
+
+
+def _first_to_last(classes: Sequence[str]) -> str:
+    # A single class has one name to show, not two.
+    ends = dict.fromkeys(readable(name, 60) for name in (classes[0], classes[-1]))
+    return f"{len(classes):,} class(es) {' to '.join(ends)}"
+
+
+def _least_to_most(counts: np.ndarray) -> str:
+    return " to ".join(dict.fromkeys([f"{counts.min():,}", f"{counts.max():,}"]))
+
+
+def _without(what: str, classes: Sequence[str], counts: np.ndarray) -> list[str]:
+    """A line that names the classes of which there is nothing; none where there are none."""
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if not empty:
+        return []
+    return [
+        f"no {what} of {len(empty):,} class(es): {listed(empty)};"
+        " the labels of the others do not move"
+    ]
 
 
 def check_class_names(path: Path, classes: Sequence[str]) -> None:

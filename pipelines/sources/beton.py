@@ -89,7 +89,7 @@ class BetonStore(Store):
         return path.suffix == ".beton" or _begins_as_ffcv_files_do(path)
 
     def use(self, sidecar: Sidecar) -> None:
-        """Take class names and checksums.
+        """Take class names, checksums and annotations.
 
         Raises:
             DamagedData: they do not fit this file.
@@ -100,7 +100,9 @@ class BetonStore(Store):
         self._require(
             same_tables and same_count, f"header or tables are not those that {side} describes"
         )
-        if sidecar.classes is not None:
+        if sidecar.annotations is not None:
+            self._check_annotations(sidecar, side)
+        elif sidecar.classes is not None:
             least = int(self.labels.min())
             most = int(self.labels.max())
             self._require(
@@ -108,6 +110,7 @@ class BetonStore(Store):
                 f"labels {least} to {most}, but {side} names {len(sidecar.classes)} classes",
             )
         self.classes = sidecar.classes
+        self.annotations = sidecar.annotations
         self.crc32 = sidecar.crc32
         self.odd_classes_are_meant = sidecar.encoding.get("allow_odd_classes") is True
         skipped = sidecar.encoding.get("skipped")
@@ -115,6 +118,19 @@ class BetonStore(Store):
             n = len(skipped)
             path = readable(self.path)
             self.notes = (f"{n:,} damaged images were left out when {path} was made",)
+
+    def _check_annotations(self, sidecar: Sidecar, side: str) -> None:
+        """The annotations of a sidecar are of these images. `side`: its path, for messages."""
+        assert sidecar.annotations is not None
+        self._require(sidecar.classes is not None, f"{side} has annotations, but names no classes")
+        self._check(
+            self.labels == np.arange(len(self)),
+            f"{side} has annotations, but the label is not the sample's number",
+        )
+        try:
+            sidecar.annotations.check(self.heights, self.widths, len(sidecar.classes or ()))
+        except ValueError as error:
+            raise DamagedData(f"{readable(self.path)}: annotations in {side}: {error}") from None
 
     def read(self, index: int) -> np.ndarray:
         """See `Store.read`."""

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
+from pipelines.boxes import Annotations
 from pipelines.files import lock, readable, sync_folder
 from pipelines.names import checked_names
 from pipelines.sources.beton import (
@@ -93,10 +94,17 @@ class BetonWriter:
         self._file.write(sample.data)
         self.count += 1
 
-    def commit(self, classes: Sequence[str] | None, encoding: dict[str, Any]) -> None:
+    def commit(
+        self,
+        classes: Sequence[str] | None,
+        encoding: dict[str, Any],
+        *,
+        annotations: Annotations | None = None,
+    ) -> None:
         """Write tables and sidecar, sync, rename.
 
         `classes` is None where the labels have no names; `encoding` says how the file was made.
+        With `annotations` the labels must be 0, 1, ... in the order of the samples.
         """
         n = self.count
         end = self._file.tell()
@@ -110,7 +118,13 @@ class BetonWriter:
         os.fsync(self._file.fileno())
         if classes is not None:
             classes = tuple(classes)
-        write_sidecar(self.part, classes=classes, encoding=encoding, crc32=self._crc32[:n])
+        write_sidecar(
+            self.part,
+            classes=classes,
+            encoding=encoding,
+            crc32=self._crc32[:n],
+            annotations=annotations,
+        )
         # The sidecar first: a `.beton` without one would be read without checksums.
         self._renaming = True
         os.replace(sidecar_path(self.part), sidecar_path(self.dst))
@@ -217,12 +231,14 @@ def write_sidecar(
     classes: tuple[str, ...] | None,
     encoding: dict[str, Any],
     crc32: np.ndarray,  # uint32 (N,), of the samples' bytes
+    annotations: Annotations | None = None,
 ) -> None:
     """Write the sidecar of the complete `.beton` at `path`, whose tables are validated first.
 
     Raises:
         ValueError: class names that are not unique texts, or more than fits into a sidecar.
-        DamagedData: the tables contradict each other, or there are fewer classes than labels.
+        DamagedData: the tables contradict each other, there are fewer classes than labels, or the
+            annotations are not of these images.
     """
     store = BetonStore(path, use_sidecar=False)
     store.close()
@@ -230,7 +246,7 @@ def write_sidecar(
     checked_names(classes)
     side = sidecar_path(path)
     try:
-        text = sidecar_text(Sidecar(classes, encoding, crc32, store.tables_crc32))
+        text = sidecar_text(Sidecar(classes, encoding, crc32, store.tables_crc32, annotations))
     except ValueError as error:
         raise ValueError(f"{readable(side)}: {error}") from None
     # As it will be read: what would be refused then is refused now.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.boxes import Annotations
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import write_sidecar
 from pipelines.store import RAW, Store
@@ -68,10 +69,17 @@ def add_sidecar(
     path: Path,
     classes: tuple[str, ...] = tuple("abcdef"),
     encoding: dict[str, object] | None = None,
+    annotations: Annotations | None = None,
 ) -> None:
     """With true checksums of the samples."""
     crc32 = np.array([zlib.crc32(data) for _, data in contents(path)], np.uint32)
-    write_sidecar(path, classes=classes, encoding=encoding or {"quality": 90}, crc32=crc32)
+    write_sidecar(
+        path,
+        classes=classes,
+        encoding=encoding or {"quality": 90},
+        crc32=crc32,
+        annotations=annotations,
+    )
 
 
 def flip_bit(path: Path, at: int, bit: int) -> None:
