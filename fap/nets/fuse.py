@@ -1,6 +1,7 @@
 """Residual blocks whose norms do what follows them: residual add and ReLU are part of the call."""
 
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fap.nets.cifar import CifarResNet
@@ -39,13 +40,15 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Bottleneck: FusedBottleneck,
     ResNet: ResNet,
     CifarResNet: CifarResNet,
+    IntermediateLayerGetter: IntermediateLayerGetter,  # a detector's ResNet
 }
 
 
 def fuse_blocks(model: nn.Module) -> None:
     """Make what follows a norm part of its call, and so on a GPU part of its kernel.
 
-    Changes a converted model in place: torchvision's ResNets and ours; any other stays as it is.
+    Changes a converted model in place: torchvision's ResNets and ours, also those of
+    detectors; any other stays as it is.
     """
     for module in model.modules():
         # Not a subclass: its forward may be another one.

@@ -1,0 +1,197 @@
+"""Detection: RetinaNet's losses on boxes of fixed number; COCO's mean average precision.
+
+Targets are boxes, float32 (rows, most_boxes, 5): class, left, top, right, bottom in pixels of the
+canvas; class -1 is padding. Outputs are (rows, A * (n_classes + 4)): the class logits of all
+anchors, then their box regressions (`fap.nets.retinanet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fap.config import Config
+from fap.draws import random_bits
+from fap.nets import retinanet
+from fap.nets.retinanet import RetinaNet, anchors_per_level, spec_of
+from fap.tasks import coco
+from fap.tasks.base import Result, Task
+from fap.tasks.coco import MeanAveragePrecision
+from fap.tasks.dense import box_losses, class_losses, match, understood
+from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
+from pipelines import EpochPlan, Store
+from pipelines.files import shown
+
+if TYPE_CHECKING:
+    from pipelines.boxes import Annotations
+
+SIDE_UNIT = 32  # pixels; torchvision's RetinaNet pads its canvas to multiples
+PADDING = -1  # class of a box that is none, number of an image that is none
+WRONG_CLASSES = 0x510E527F  # sets these draws apart from others under the same keys
+ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
+
+
+class Detection(Task):
+    """Every row has up to `data.most_boxes` boxes; see `fap.tasks.base.Task` for the rest."""
+
+    primary = "map"
+    percents: Mapping[str, str] = coco.METRICS
+    rows: Mapping[str, str] = coco.METRICS
+    measure = "mAP"
+    means = coco.MEANS
+    loss_parts: Sequence[str] = ("cls", "box")
+
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for no classes, another model, odd sides of the canvas, a mix."""
+        n_classes = config.model.num_classes
+        if n_classes is None or n_classes < 1:
+            raise ValueError(f"model.num_classes = {n_classes}: a detector needs at least 1 class")
+        self.n_classes = n_classes
+        self.spec = spec_of(config.model.name)
+        self.sides = config.data.sides  # type: ignore[attr-defined]
+        self.most_boxes = config.data.most_boxes  # type: ignore[attr-defined]
+        if any(side % SIDE_UNIT for side in self.sides):
+            raise ValueError(
+                f"data.size = {shown(config.data.size)}: both sides must be multiples of "
+                f"{SIDE_UNIT}, to which torchvision's RetinaNet pads"
+            )
+        if config.data.mix:
+            raise ValueError(
+                f"data.mix = {config.data.mix!r}: has no meaning for boxes; leave it out"
+            )
+        self.output_rows = self.spec.anchors_per_place * n_classes
+        self.per_level = anchors_per_level(self.spec, self.sides)
+        # Copied once per device: within a capture nothing may come from the host.
+        self._anchors = {torch.device("cpu"): retinanet.anchors(self.spec, self.sides)}
+
+    def plain_model(self) -> nn.Module:
+        return RetinaNet(self.spec, self.n_classes)
+
+    # ------------------------------------------------------------------ the data's side
+
+    def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # float32 (steps, B, N, 5)
+        from pipelines.boxes import plan_boxes
+
+        return torch.from_numpy(plan_boxes(plan, _annotations(store), self.most_boxes))
+
+    def references(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B, 9)
+        """Image number (-1 for padding rows), window in the image, place on the canvas."""
+        numbers = plan.look_up(np.arange(len(store)), padding=PADDING)
+        place = plan.place  # type: ignore[attr-defined]
+        parts = [numbers[:, :, None], plan.window, place]
+        return torch.from_numpy(np.concatenate(parts, axis=2).astype(np.int64))
+
+    def empty_targets(self, rows: int, device: torch.device) -> Tensor:  # float32 (rows, N, 5)
+        targets = torch.zeros(rows, self.most_boxes, 5, device=device)
+        targets[:, :, 0] = PADDING
+        self._anchors_on(targets.device)
+        return targets
+
+    def match(
+        self,
+        names: Sequence[str] | None,
+        labels: tuple[int, int],
+        model_names: Sequence[str] | None,
+        *,
+        by_position: bool = False,
+        restrict: bool = False,
+    ) -> Matching:
+        return match_labels(
+            names, labels, model_names, self.n_classes, by_position=by_position, restrict=restrict
+        )
+
+    # ------------------------------------------------------------------ what the step calls
+
+    def losses_and_hits(
+        self,
+        outputs: Tensor,  # (rows, A * (n_classes + 4))
+        targets: Tensor,  # (rows, N, 5)
+    ) -> tuple[Tensor, Tensor]:  # (rows,) each
+        anchors = self._anchors_on(targets.device)
+        matches = match(anchors, targets)
+        logits, regressions = self._parts(outputs)
+        losses = class_losses(logits, targets, matches)
+        losses = losses + box_losses(regressions, anchors, targets, matches)
+        return losses, understood(logits, targets, matches)
+
+    def attack_losses(
+        self,
+        outputs: Tensor,  # (rows, A * (n_classes + 4))
+        targets: Tensor,  # (rows, N, 5)
+        of: str,  # "total" or one of `loss_parts`
+    ) -> Tensor:  # (rows,)
+        anchors = self._anchors_on(targets.device)
+        matches = match(anchors, targets)
+        logits, regressions = self._parts(outputs)
+        if of == "cls":
+            return class_losses(logits, targets, matches)
+        of_boxes = box_losses(regressions, anchors, targets, matches)
+        if of == "box":
+            return of_boxes
+        assert of == "total", of
+        return class_losses(logits, targets, matches) + of_boxes
+
+    def wrong_targets(
+        self,
+        keys: Tensor,  # int32 (G,)
+        targets: Tensor,  # (G * a, N, 5)
+    ) -> Tensor:  # as `targets`
+        """A wrong class for every box, each equally likely; boxes and padding stay."""
+        if self.n_classes < 2:
+            raise ValueError(
+                "method.targeted = true with model.num_classes = 1: "
+                "there is no wrong class to aim at"
+            )
+        rows, n_boxes, _ = targets.shape
+        bits = random_bits(keys ^ WRONG_CLASSES, rows // len(keys) * n_boxes)
+        # 1 to n_classes - 1 places further round the circle of classes: never the class itself.
+        distance = 1 + (bits.view(rows, n_boxes).long() & ALL_BUT_THE_SIGN) % (self.n_classes - 1)
+        classes = targets[:, :, 0]
+        wrong = ((classes.long() + distance) % self.n_classes).to(targets.dtype)
+        wrong = torch.where(classes >= 0, wrong, classes)
+        return torch.cat([wrong[:, :, None], targets[:, :, 1:]], 2)
+
+    def _parts(
+        self,
+        outputs: Tensor,  # (rows, A * (n_classes + 4))
+    ) -> tuple[Tensor, Tensor]:  # (rows, A, n_classes), (rows, A, 4)
+        n_anchors = sum(self.per_level)
+        logits, regressions = outputs.split([n_anchors * self.n_classes, n_anchors * 4], 1)
+        return logits.view(-1, n_anchors, self.n_classes), regressions.view(-1, n_anchors, 4)
+
+    def _anchors_on(self, device: torch.device) -> Tensor:
+        if device not in self._anchors:
+            self._anchors[device] = self._anchors[torch.device("cpu")].to(device)
+        return self._anchors[device]
+
+    # ------------------------------------------------------------------ the metrics
+
+    def evaluator(
+        self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
+    ) -> MeanAveragePrecision:
+        """Raises ValueError for data without boxes to compare with."""
+        return MeanAveragePrecision(
+            device,
+            _annotations(store),
+            self._anchors_on(device),
+            self.per_level,
+            self.n_classes,
+            matching,
+        )
+
+    def check_metrics(self, found: Mapping[str, object]) -> Result:
+        return coco.checked(found)
+
+    def measured(self, result: Result) -> float:
+        return result["map"]
+
+
+def _annotations(store: Store | None) -> Annotations:
+    annotations = getattr(store, "annotations", None)
+    if annotations is None:
+        raise ValueError("detection: the data have no boxes; fap-convert coco writes them")
+    return annotations
