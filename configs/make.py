@@ -48,7 +48,7 @@ def unknown_files() -> list[str]:
 def config_of(row: Row) -> Config:
     """The run of a row: defaults, then the recipe of its folder, then the row's own overrides."""
     folder, _, name = row.file.partition("/")
-    tree: dict[str, Any] = {"name": name, "paper": row.paper}
+    tree: dict[str, Any] = {"name": name, "task": RECIPES[folder].task, "paper": row.paper}
     for key, value in (RECIPES[folder].overrides | row.overrides).items():
         section, _, field = key.partition(".")
         tree.setdefault(section, {})[field] = value
@@ -57,9 +57,14 @@ def config_of(row: Row) -> Config:
 
 def text_of(row: Row) -> str:
     """The whole file: header, then the sections."""
-    sections = settings(config_of(row))
-    body = "\n".join(line for name, fields in sections.items() for line in _section(name, fields))
-    assert strict_yaml.load(body, row.file) == sections, f"{row.file} does not read back as it is"
+    config = config_of(row)
+    sections = settings(config)
+    lines = [f"task: {config.task}"]
+    for name, fields in sections.items():
+        lines += _section(name, fields)
+    body = "\n".join(lines)
+    said = {"task": config.task, **sections}
+    assert strict_yaml.load(body, row.file) == said, f"{row.file} does not read back as it is"
     header: list[str] = []
     for line in header_of(row):
         header += wrap(line, COLUMNS, initial_indent="# ", subsequent_indent="#   ")
@@ -79,16 +84,18 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
 
 def header_of(row: Row) -> list[str]:
     recipe = RECIPES[row.file.partition("/")[0]]
-    lines = [f"{row.title} {recipe.setting}".rstrip(), *row.notes, _cost(row)]
+    lines = [f"{row.title} {recipe.setting}".rstrip(), *recipe.notes, *row.notes, _cost(row)]
     if row.paper:
         numbers = ", ".join(f"{name} {number}" for name, number in row.paper.items())
-        lines.append(f"Paper: {numbers} (percent; ImageNet-C is an error).")
+        lines.append(f"Paper: {numbers} ({recipe.paper_words}).")
     return lines
 
 
 def command(row: Row) -> str:
-    """The command line of the run; the two data files are the user's."""
-    return f"fap-train configs/{row.file}.yaml data.train=train.beton data.val=val.beton"
+    """The command line of the run; the files that it names are the user's."""
+    more = RECIPES[row.file.partition("/")[0]].more
+    said = f"fap-train configs/{row.file}.yaml data.train=train.beton data.val=val.beton {more}"
+    return said.rstrip()
 
 
 def _cost(row: Row) -> str:

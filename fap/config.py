@@ -39,7 +39,7 @@ MOST_KEY = 60  # characters of a key in an error
 RENAMED = {"method.group": "method.group_rows"}
 
 
-PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized"]
+PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized", "map", "coco_c"]
 
 
 class Config(Section):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from configs import make
-from configs.table import TABLE, Row
+from configs.table import COCO, RECIPES, TABLE, Row
 from fap.config import Config, load_config, make_config
 
 ROWS = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.file)
@@ -72,6 +72,7 @@ def test_a_file_is_complete(row: Row) -> None:
     config = load_config(file_of(row))
     given = yaml.safe_load(file_of(row).read_text())
     of_the_machine = {"train", "val", "pipeline", "threads", "prefetch", "hw_decoder_load", "init"}
+    assert given.pop("task") == config.task
     assert given.keys() - {"paper"} == {"model", "method", "data", "optim", "budget"}
     for section in given.keys() - {"paper"}:
         values = getattr(config, section)
@@ -92,7 +93,9 @@ def test_the_header_says_what_cost_and_command(row: Row) -> None:
     (run,) = [line for line in header if line.startswith("# Run: fap-train ")]
     file, *overrides = run.removeprefix("# Run: fap-train ").split()
     config = load_config(make.FOLDER.parent / file, overrides)
-    assert config == load_config(file_of(row), ["data.train=train.beton", "data.val=val.beton"])
+    recipe = RECIPES[row.file.partition("/")[0]]
+    words = ["data.train=train.beton", "data.val=val.beton", *recipe.more.split()]
+    assert config == load_config(file_of(row), words)
 
 
 def test_the_fields_are_those_of_the_typed_config() -> None:
@@ -118,7 +121,7 @@ def test_no_two_files_are_the_same_run() -> None:
 
 def test_the_readme_shows_the_papers_numbers() -> None:
     """Every row with numbers of the paper stands in README's table, with the same numbers."""
-    rows = {row.file.removeprefix("imagenet/"): row for row in TABLE}
+    rows = {row.file.removeprefix("imagenet/"): row for row in TABLE if row not in COCO}
     shown = set()
     for line in README.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -134,8 +137,18 @@ def test_the_readme_shows_the_papers_numbers() -> None:
         assert {c for c, n in zip(PAPER_COLUMNS, cells[3:], strict=False) if n} <= {
             *rows[name].paper
         }
-    with_numbers = {row.file.removeprefix("imagenet/") for row in TABLE if row.paper}
+    with_numbers = {name for name, row in rows.items() if row.paper}
     assert with_numbers - shown <= {"fast_advprop_sequential"}  # the same run as fast_advprop
+
+
+def test_the_readme_shows_table_7() -> None:
+    shown: dict[str, dict[str, float]] = {}
+    for line in README.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[2].startswith("`") and "coco/" not in cells[2]:
+            numbers = zip(("map", "coco_c"), cells[3:5], strict=True)
+            shown[cells[2].strip("`")] = {name: float(v) for name, v in numbers if v}
+    assert shown == {row.file.removeprefix("coco/"): row.paper for row in COCO}
 
 
 def test_the_readme_names_every_file_of_imagenet() -> None:

@@ -230,6 +230,8 @@ def relative_performance(
 
 
 MEANS = (
-    CorruptionMean("mPC (AP under 15 corruptions)", tuple(ALEXNET_ERRORS), performance),
+    CorruptionMean(
+        "mPC (AP under 15 corruptions)", tuple(ALEXNET_ERRORS), performance, paper="coco_c"
+    ),
     CorruptionMean("rPC (mPC in % of clean AP)", tuple(ALEXNET_ERRORS), relative_performance),
 )

@@ -81,7 +81,7 @@ class Detection(Task):
     def references(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B, 9)
         """Image number (-1 for padding rows), window in the image, place on the canvas."""
         numbers = plan.look_up(np.arange(len(store)), padding=PADDING)
-        place = plan.place  # type: ignore[attr-defined]
+        place = plan.place
         parts = [numbers[:, :, None], plan.window, place]
         return torch.from_numpy(np.concatenate(parts, axis=2).astype(np.int64))
 
