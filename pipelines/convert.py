@@ -8,7 +8,7 @@ and the pixels nobody looks at are not computed (a test compares its verdicts wi
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +61,9 @@ def _check_range(name: str, value: int | None, most: int) -> None:
         raise ValueError(f"{name} = {value}: must be 1 to {most}")
 
 
+AS_THEY_ARE = Encoding()
+
+
 class BadImages(ValueError):  # noqa: N818
     """Some images of the source are damaged or refused; `bad` lists (path, reason)."""
 
@@ -102,7 +105,7 @@ def encode(data: bytes, encoding: Encoding) -> Sample:
 def convert_folder(
     src: str | Path,
     dst: str | Path,
-    encoding: Encoding = Encoding(),
+    encoding: Encoding = AS_THEY_ARE,
     *,
     skip_bad: bool = False,
     allow_odd_classes: bool = False,
@@ -125,13 +128,13 @@ def convert_folder(
 
     def one(item: tuple[str, int]) -> Sample | str:
         path, _ = item
-        return _encode_file(path, encoding)
+        return encode_file(path, encoding)
 
     bad: list[tuple[str, str]] = []
     n_verbatim = 0
     with (
         BetonWriter(dst, len(files)) as writer,
-        closing(in_order(one, files, _cores(threads), CHUNK, "convert")) as results,
+        closing(in_order(one, files, cores(threads), CHUNK, "convert")) as results,
     ):
         for (path, label), result in zip(files, results, strict=True):
             if isinstance(result, str):
@@ -152,10 +155,18 @@ def convert_folder(
     return done
 
 
-def _encode_file(path: str, encoding: Encoding) -> Sample | str:
-    """The sample to store, or why there is none."""
+def encode_file(
+    path: str, encoding: Encoding, look_at: Callable[[bytes], object] | None = None
+) -> Sample | str:
+    """The sample to store, or why there is none.
+
+    `look_at` is given the file's content, and may refuse it by an exception.
+    """
     try:
-        return encode(read_regular(path), encoding)
+        data = read_regular(path)
+        if look_at is not None:
+            look_at(data)
+        return encode(data, encoding)
     except MemoryError:  # not the image's fault: it must not be left out
         raise MemoryError(
             f"{readable(path)}: not enough memory; fewer --threads need less"
@@ -216,9 +227,10 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
 
     with closing(beton):
         indices = range(len(beton))
-        faults = in_order(fault_of, indices, _cores(threads), CHUNK, "check")
+        faults = in_order(fault_of, indices, cores(threads), CHUNK, "check")
         return [fault for fault in faults if fault is not None]
 
 
-def _cores(threads: int | None) -> int:
+def cores(threads: int | None) -> int:
+    """The threads asked for, or as many as there are cores."""
     return threads or usable_cores()

@@ -256,6 +256,28 @@ def upright_sides(data: bytes) -> tuple[int, int]:
     return height, width
 
 
+def unturned_sides(data: bytes) -> tuple[int, int]:
+    """(height, width) of a picture that no orientation turns or mirrors, without decoding it.
+
+    For what was drawn on the picture, such as boxes: nobody knows which way up it was shown. Raises
+    any of UNREADABLE, ValueError for a turned one.
+    """
+    header = jpeg_header(data)
+    if header is not None and header.is_rgb and not header.may_be_turned:
+        return header.height, header.width
+    image = open_image(data)
+    _refuse(image)
+    turn = _turn(image, data)
+    if image.format == "TIFF":
+        turn = getattr(image, "tag_v2", {}).get(ORIENTATION, UPRIGHT)
+    if turn in TURNS:
+        raise ValueError(
+            f"its Exif orientation ({turn}) turns or mirrors it, and its boxes may be of either"
+            " picture: save it upright, with the boxes of that"
+        )
+    return image.height, image.width
+
+
 def reason(error: Exception, path: str | Path = "") -> str:
     """An error's text for a list of damaged files, without `path`.
 

@@ -30,6 +30,7 @@ TARGETS = {
     "tree",
     "images",
     "no_file",
+    "annotations",
 }
 
 

@@ -4,17 +4,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from os.path import expanduser, lexists
+from os.path import expanduser, isdir, lexists
 
 from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, importing, raising_stopped
+
+USAGE = """fap-convert [options] SRC DST.beton
+       fap-convert [options] coco IMAGES ANNOTATIONS DST.beton
+       fap-convert --check FILE.beton"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
     args = arguments(argv)
     with importing("fap-convert"):
-        import pipelines.convert  # noqa: F401  # with all that `check` and `convert` import
+        import pipelines.convert_boxes  # noqa: F401  # with all that `check` and `convert` import
     try:
         with raising_stopped(tidying=True):
             if args.check is not None:
@@ -32,19 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fap-convert", description=__doc__)
+    parser = argparse.ArgumentParser("fap-convert", usage=USAGE, description=__doc__)
     add = parser.add_argument
     add(
-        "src",
-        nargs="?",
-        type=expanduser,
-        help="image folder in ImageNet's layout (one folder per class), or cifar10",
-    )
-    add(
-        "dst",
-        nargs="?",
-        type=expanduser,
-        help="file to write; one that exists is never overwritten",
+        "words",
+        nargs="*",
+        metavar="SRC DST",
+        help="SRC: image folder in ImageNet's layout (one folder per class), or cifar10; DST: file"
+        " to write; one that exists is never overwritten. For detection write coco IMAGES"
+        " ANNOTATIONS DST: the folder of the images, and COCO's instances_*.json or a folder of"
+        " Pascal VOC's XML files, which may be the same folder",
     )
     add(
         "--check",
@@ -69,9 +70,35 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, metavar="T", help="default: all cores")
     add("--split", choices=("train", "test"), help="cifar10 only; default: train")
     add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # words may stand on both sides of an option
+    _name_the_words(args, parser)
     _refuse_what_does_not_go_together(args, parser)
     return args
+
+
+def _name_the_words(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Set src, annotations and dst; None where they are not given."""
+    args.src = None
+    args.annotations = None
+    args.dst = None
+    match [expanduser(word) for word in args.words]:
+        case []:
+            pass
+        case ["coco", images, annotations, dst]:
+            args.src = images
+            args.annotations = annotations
+            args.dst = dst
+        case ["coco", *_] if not isdir("coco"):  # a folder of images may be called so
+            parser.error("coco takes three more: IMAGES ANNOTATIONS DST")
+        case [src]:
+            args.src = src
+        case [src, dst]:
+            args.src = src
+            args.dst = dst
+        case words:
+            parser.error(
+                f"{len(words)} words: give SRC and DST, or coco IMAGES ANNOTATIONS DST for boxes"
+            )
 
 
 def _refuse_what_does_not_go_together(
@@ -80,8 +107,9 @@ def _refuse_what_does_not_go_together(
     converts = args.src is not None
     checks = args.check is not None
     if converts == checks or converts != (args.dst is not None):
-        parser.error("give SRC and DST, or --check FILE")
-    cifar10 = args.src == "cifar10"
+        parser.error("give SRC and DST, or coco IMAGES ANNOTATIONS DST, or --check FILE")
+    boxes = args.annotations is not None
+    cifar10 = args.src == "cifar10" and not boxes
     for_folders = (
         args.max_side is not None
         or args.quality is not None
@@ -93,6 +121,8 @@ def _refuse_what_does_not_go_together(
         parser.error(
             "--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders"
         )
+    if args.allow_odd_classes and boxes:
+        parser.error("--allow-odd-classes: the classes of boxes are those of the annotations")
     if not cifar10 and (args.split or args.limit is not None):
         parser.error("--split and --limit are for cifar10")
     if args.threads is not None and (args.threads < 1 or cifar10):
@@ -114,18 +144,29 @@ def check(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
+    from pipelines.convert_boxes import convert_boxes
     from pipelines.files import readable
     from pipelines.sources.beton import BetonStore
     from pipelines.sources.listing import Listing
     from pipelines.sources.sidecar import sidecar_path
 
-    if args.src == "cifar10":
+    encoding = Encoding(args.max_side, args.quality, args.raw)
+    if args.annotations is not None:
+        done = convert_boxes(
+            args.src,
+            args.annotations,
+            args.dst,
+            encoding,
+            skip_bad=args.skip_bad,
+            threads=args.threads,
+        )
+    elif args.src == "cifar10":
         done = convert_cifar10(args.dst, args.split or "train", args.limit)
     else:
         done = convert_folder(
             args.src,
             args.dst,
-            Encoding(args.max_side, args.quality, args.raw),
+            encoding,
             skip_bad=args.skip_bad,
             allow_odd_classes=args.allow_odd_classes,
             threads=args.threads,
@@ -137,6 +178,9 @@ def convert(args: argparse.Namespace) -> int:
         print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(args.dst))}")
     for note in Listing((), [], done.get("ignored", {})).notes():
         print(note)
+    for what, count in done.get("counted", {}).items():
+        if count:
+            print(f"{count:,} {what}")
     with closing(BetonStore(args.dst)) as store:  # what is reported is what can be read
         print("\n".join(store.describe()))
     print(f"{readable(args.dst)}: {done['count']} images, {len(skipped)} left out")
