@@ -2,30 +2,45 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from fap import checkpoint
 from fap.config import Config
-from fap.nets.dual import norms
+from fap.nets.dual import export, norms
+from fap.nets.retinanet import RetinaNet
 from pipelines.files import read_regular, shown
 
 MOST_HEADER = 64 << 20  # bytes of names and metadata in a file of weights
 MOST_NAMES = 3  # that a message shows
 MOST_NAME = 100  # characters of a name that a message shows
+BODY = "backbone.body."  # of a detector: where a classifier's weights go
+CLASSIFIER_HEAD = "fc."  # of a ResNet; a detector has none
+COUNTER = "num_batches_tracked"  # of a batch norm
+
+A_CLASSIFIER = "a classifier's weights; pyramid and heads begin at random"
+A_DETECTOR = "weights of the whole detector"
+
+# Of torchvision's published weights: its detectors' heads had ReLUs as children once.
+_OLD_HEAD = re.compile(r"(head\.\w+_head\.conv)\.(\d)\.(weight|bias)")
 
 
 def load_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a plain state dict into a converted model; auxiliary norms become copies of the main.
 
-    Raises ValueError, before anything is copied, if a name or a shape differs.
+    Norms that counted no batches, as frozen ones, begin to count at 0. Raises ValueError, before
+    anything is copied, if a name or a shape differs.
     """
     own = model.state_dict()
     main_names = _main_names(model)
+    counters = [k for k in own if k.endswith(COUNTER) and k not in main_names]
+    state = {k: torch.zeros_like(own[k]) for k in counters} | dict(state)
     wrong = {
         "missing": [k for k in own if k not in main_names and k not in state],
         "unknown to the model": [k for k in state if k not in own or k in main_names],
@@ -77,9 +92,10 @@ def _few(names: Sequence[str]) -> str:
 def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], object]) -> None:
     """Start a converted model from the plain weights in a .safetensors file (`model.init`).
 
-    `say` is told where the file's header, as fap-export writes it, states other inputs or another
-    model than `config`. Raises ValueError, before anything is copied, for what is no such file or
-    does not fit.
+    A detector's may be those of a classifier: they go to its backbone, and the rest keeps its
+    random weights. `say` is told which of the two it is, and where the file's header, as fap-export
+    writes it, states other inputs or another model than `config`. Raises ValueError, before
+    anything is copied, for what is no such file or does not fit.
     """
     where = f"model.init = {shown(path)}"
     held = sum(v.numel() * v.element_size() for v in model.state_dict().values())
@@ -87,6 +103,9 @@ def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], 
     most_bytes = 2 * held + MOST_HEADER
     try:
         state, header = _read_weights(Path(os.path.expanduser(path)), most_bytes)
+        what = ""
+        if isinstance(model, RetinaNet):
+            state, what = _of_detector(model, state)
         load_plain(model, state)
     except FileNotFoundError:
         raise ValueError(f"{where}: no such file") from None
@@ -94,8 +113,35 @@ def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], 
         raise ValueError(f"{where}: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if what:
+        say(f"{where}: {what}")
+    if what == A_CLASSIFIER:
+        header.pop("model", None)  # that it is another model is no doubt
     for warning in _doubts(header, config):
         say(f"warning: {where} {warning}")
+
+
+def _of_detector(
+    detector: RetinaNet,
+    state: Mapping[str, Tensor],  # of a detector, or of a classifier
+) -> tuple[dict[str, Tensor], str]:
+    """A plain state dict of the whole detector, and what `state` was."""
+    if any(name.startswith(BODY) for name in state):
+        return _with_new_names(state), A_DETECTOR
+    plain = export(detector.state_dict())
+    rest = {k: v for k, v in plain.items() if not k.startswith(BODY)}
+    # Whatever else does not fit goes there too, so that an error shows it.
+    body = {BODY + k: v for k, v in state.items() if not k.startswith(CLASSIFIER_HEAD)}
+    return rest | body, A_CLASSIFIER
+
+
+def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a detector's heads: conv.2.weight, the second convolution, is now conv.1.0.weight."""
+
+    def new(old: re.Match[str]) -> str:
+        return f"{old[1]}.{int(old[2]) // 2}.0.{old[3]}"
+
+    return {_OLD_HEAD.sub(new, name): tensor for name, tensor in state.items()}
 
 
 def _doubts(header: Mapping[str, str], config: Config) -> list[str]:

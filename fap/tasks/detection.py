@@ -24,7 +24,7 @@ from fap.tasks.coco import MeanAveragePrecision
 from fap.tasks.dense import box_losses, class_losses, match, understood
 from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
 from pipelines import EpochPlan, Store
-from pipelines.files import shown
+from pipelines.files import readable, shown
 
 if TYPE_CHECKING:
     from pipelines.boxes import Annotations
@@ -73,6 +73,13 @@ class Detection(Task):
 
     # ------------------------------------------------------------------ the data's side
 
+    @staticmethod
+    def labels(store: Store) -> tuple[int, int]:
+        classes = _annotations(store).classes
+        if not len(classes):
+            raise ValueError(f"{readable(store.path)} holds no boxes: there is nothing to learn")
+        return int(classes.min()), int(classes.max())
+
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # float32 (steps, B, N, 5)
         from pipelines.boxes import plan_boxes
 
@@ -106,6 +113,22 @@ class Detection(Task):
 
     # ------------------------------------------------------------------ what the step calls
 
+    def losses(
+        self,
+        outputs: Tensor,  # (rows, A * (n_classes + 4))
+        targets: Tensor,  # (rows, N, 5)
+    ) -> Tensor:  # (rows,)
+        losses, _ = self.losses_and_hits(outputs, targets)
+        return losses
+
+    def hits(
+        self,
+        outputs: Tensor,  # (rows, A * (n_classes + 4))
+        targets: Tensor,  # (rows, N, 5)
+    ) -> Tensor:  # float32 (rows,)
+        _, hits = self.losses_and_hits(outputs, targets)
+        return hits
+
     def losses_and_hits(
         self,
         outputs: Tensor,  # (rows, A * (n_classes + 4))
@@ -122,18 +145,18 @@ class Detection(Task):
         self,
         outputs: Tensor,  # (rows, A * (n_classes + 4))
         targets: Tensor,  # (rows, N, 5)
-        of: str,  # "total" or one of `loss_parts`
+        part: str,
     ) -> Tensor:  # (rows,)
         anchors = self._anchors_on(targets.device)
         matches = match(anchors, targets)
         logits, regressions = self._parts(outputs)
-        if of == "cls":
-            return class_losses(logits, targets, matches)
-        of_boxes = box_losses(regressions, anchors, targets, matches)
-        if of == "box":
-            return of_boxes
-        assert of == "total", of
-        return class_losses(logits, targets, matches) + of_boxes
+        if part == "box":
+            return box_losses(regressions, anchors, targets, matches)
+        of_classes = class_losses(logits, targets, matches)
+        if part == "cls":
+            return of_classes
+        assert part == "total", part
+        return of_classes + box_losses(regressions, anchors, targets, matches)
 
     def wrong_targets(
         self,
@@ -173,7 +196,6 @@ class Detection(Task):
     def evaluator(
         self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
     ) -> MeanAveragePrecision:
-        """Raises ValueError for data without boxes to compare with."""
         return MeanAveragePrecision(
             device,
             _annotations(store),
@@ -191,7 +213,10 @@ class Detection(Task):
 
 
 def _annotations(store: Store | None) -> Annotations:
-    annotations = getattr(store, "annotations", None)
-    if annotations is None:
-        raise ValueError("detection: the data have no boxes; fap-convert coco writes them")
-    return annotations
+    if store is None:
+        raise ValueError("detection: these images are in no store that could hold boxes")
+    if store.annotations is None:
+        raise ValueError(
+            f"{readable(store.path)} holds no boxes: fap-convert writes them beside the images"
+        )
+    return store.annotations
