@@ -7,7 +7,7 @@ from pathlib import Path
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
 from fap.evaluate.published import SEVERITIES, corruption_arrays, corruption_folders
-from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, EvalSet, StoredSet
+from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
 from fap.nets.norm import Bn
 from pipelines import Store
 
@@ -73,10 +73,18 @@ def eval_sets(
 
 
 def _computed(wanted: Wanted, reading: Reading, data: Seen, workers: Executor) -> list[EvalSet]:
+    if wanted.keep is not None and reading.crop == "letterbox":
+        raise ValueError(
+            "--keep: corrupted photographs are not kept for detection, which sees them resized "
+            "from their own size; leave it out: every set's result is kept in --out"
+        )
     sets: list[EvalSet] = []
     for name, severity in wanted.computed:
         key = f"computed/{name}/{severity}"
         corruption = Corruption(name, severity, wanted.seed)
+        if reading.crop == "letterbox":  # COCO-C corrupts photographs, ImageNet-C crops of them
+            sets.append(CorruptedStoreSet(key, wanted.data, reading, data, corruption, workers))
+            continue
         computed = ComputedSet(key, wanted.data, reading, data, corruption, workers)
         if wanted.keep is None:
             sets.append(computed)

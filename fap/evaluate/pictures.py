@@ -26,6 +26,7 @@ WHITE = (255, 255, 255)
 def write_pictures(
     model: nn.Module,  # converted, in evaluation mode
     task: Task,
+    names: Sequence[str] | None,  # the model's classes
     opened: Opened,
     file: Path,  # a PNG
     *,
@@ -50,7 +51,7 @@ def write_pictures(
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
     with torch.inference_mode(), evaluate_with(model, bn):
         outputs = model((images - mean_255) / std_255)
-    drawn = task.pictures(images.cpu(), outputs.cpu(), references.cpu(), opened.store)
+    drawn = task.pictures(images.cpu(), outputs.cpu(), references.cpu(), opened.store, names)
     if not drawn:
         return
     content = BytesIO()

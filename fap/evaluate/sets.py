@@ -18,6 +18,7 @@ from fap.evaluate.images import (
     StoredImages,
     look_at,
 )
+from pipelines.corrupt_store import CorruptedStore
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,22 @@ class ComputedSet(EvalSet):
     @contextmanager
     def open(self) -> Iterator[CorruptedImages]:
         yield CorruptedImages(self.reading, self.data, self.corruption, self.workers)
+
+
+@dataclass(frozen=True)
+class CorruptedStoreSet(EvalSet):
+    """The same, corrupted as they are stored: photographs that a detector resizes afterwards."""
+
+    data: Seen
+    corruption: Corruption
+    workers: Executor
+
+    @contextmanager
+    def open(self) -> Iterator[StoredImages]:
+        settings = self.corruption._asdict()
+        store = CorruptedStore(self.data.store, pool=self.workers, **settings)
+        identity = self.data.identity | {"corrupted": settings}
+        yield StoredImages(self.reading, Seen(store, identity, self.data.stamps))
 
 
 @dataclass(frozen=True)

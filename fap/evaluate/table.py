@@ -71,7 +71,7 @@ def _plain_rows(report: Report) -> dict[str, Number]:
             reached = 100 * report.results[key][primary]
             rows[f"{words} {task.percents[primary]}"] = Number(reached, report.paper.get(key))
     for metric, title in task.rows.items():
-        if metric == primary:
+        if metric == primary or metric not in clean:  # such as AP of a size that no object has
             continue
         value = clean[metric]
         if metric in task.percents:

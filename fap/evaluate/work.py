@@ -215,6 +215,7 @@ class _Evaluation:
             write_pictures(
                 trained.model,
                 trained.task,
+                trained.meta.train.classes,
                 opened,
                 file,
                 most=IMAGES_OF_A_SHEET,

@@ -80,6 +80,7 @@ class Validation:
 
 def in_words(result: Result, task: Task) -> str:
     """`top-1 76.20%, top-5 93.00%, loss 0.9612`: percentages first."""
-    parts = [f"{words} {result[name]:.2%}" for name, words in task.percents.items()]
+    percents = {name: words for name, words in task.percents.items() if name in result}
+    parts = [f"{words} {result[name]:.2%}" for name, words in percents.items()]
     parts += [f"{name} {v:.4f}" for name, v in result.items() if name not in task.percents]
     return ", ".join(parts)

@@ -194,6 +194,7 @@ class Task(Protocol):
         outputs: Tensor,  # (B, ...)
         references: Tensor,  # (B, ...)
         store: Store,  # that the images are in
+        names: Sequence[str] | None,  # the model's classes
     ) -> list[Image]:
         """What was found, drawn into each image; none where there is nothing to draw."""
         return []

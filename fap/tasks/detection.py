@@ -8,10 +8,10 @@ anchors, then their box regressions (`fap.nets.retinanet`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL.Image import Image, fromarray
 from torch import Tensor, nn
 
 from fap.config import Config
@@ -20,19 +20,21 @@ from fap.nets import retinanet
 from fap.nets.retinanet import RetinaNet, anchors_per_level, spec_of
 from fap.tasks import coco
 from fap.tasks.base import Result, Task
+from fap.tasks.boxes_out import detections
 from fap.tasks.coco import MeanAveragePrecision
 from fap.tasks.dense import box_losses, class_losses, match, understood
+from fap.tasks.draw_boxes import Found, drawn
 from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
 from pipelines import EpochPlan, Store
+from pipelines.boxes import Annotations, canvas_boxes, plan_boxes
 from pipelines.files import readable, shown
-
-if TYPE_CHECKING:
-    from pipelines.boxes import Annotations
 
 SIDE_UNIT = 32  # pixels; torchvision's RetinaNet pads its canvas to multiples
 PADDING = -1  # class of a box that is none, number of an image that is none
 WRONG_CLASSES = 0x510E527F  # sets these draws apart from others under the same keys
 ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
+LEAST_DRAWN = 0.4  # score of a detection that is drawn into a picture
+LONGEST_NAME = 20  # characters of a class in a picture
 
 
 class Detection(Task):
@@ -44,6 +46,7 @@ class Detection(Task):
     measure = "mAP"
     means = coco.MEANS
     loss_parts: Sequence[str] = ("cls", "box")
+    fewest_classes = 1
 
     def __init__(self, config: Config) -> None:
         """Raises ValueError for no classes, another model, odd sides of the canvas, a mix."""
@@ -80,9 +83,17 @@ class Detection(Task):
             raise ValueError(f"{readable(store.path)} holds no boxes: there is nothing to learn")
         return int(classes.min()), int(classes.max())
 
-    def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # float32 (steps, B, N, 5)
-        from pipelines.boxes import plan_boxes
+    @staticmethod
+    def notes(store: Store, config: Config) -> list[str]:
+        n_boxes, n_images = _annotations(store).beyond(config.data.most_boxes)
+        if not n_boxes:
+            return []
+        return [
+            f"not trained: {n_boxes:,} boxes of {n_images:,} images, beyond data.most_boxes = "
+            f"{config.data.most_boxes}"
+        ]
 
+    def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # float32 (steps, B, N, 5)
         return torch.from_numpy(plan_boxes(plan, _annotations(store), self.most_boxes))
 
     def references(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B, 9)
@@ -205,11 +216,49 @@ class Detection(Task):
             matching,
         )
 
+    def pictures(
+        self,
+        images: Tensor,  # uint8 (B, 3, H, W)
+        outputs: Tensor,  # (B, A * (n_classes + 4))
+        references: Tensor,  # int64 (B, 9)
+        store: Store,
+        names: Sequence[str] | None,
+    ) -> list[Image]:
+        """The canvases, with the boxes that are there and those that a user would believe."""
+        annotations = _annotations(store)
+        logits, regressions = self._parts(outputs)
+        anchors = self._anchors_on(outputs.device)
+        drawings = []
+        for row, (number, *numbers) in enumerate(references.tolist()):
+            if number < 0:
+                continue
+            place = numbers[4:]
+            found = detections(logits[row], regressions[row], anchors, self.per_level, place)
+            believed = [
+                Found(box.tolist(), f"{_name(int(class_), names)} {float(score):.2f}")
+                for box, score, class_ in zip(*found, strict=True)
+                if score >= LEAST_DRAWN
+            ]
+            boxes = annotations.boxes[annotations.first[number] : annotations.first[number + 1]]
+            n = len(boxes)
+            windows = np.tile(numbers[:4], (n, 1))
+            places = np.tile(place, (n, 1))
+            true = canvas_boxes(boxes, windows, places, np.zeros(n, bool))
+            picture = fromarray(images[row].permute(1, 2, 0).numpy())
+            drawings.append(drawn(picture, true.tolist(), believed))
+        return drawings
+
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         return coco.checked(found)
 
     def measured(self, result: Result) -> float:
         return result["map"]
+
+
+def _name(class_: int, names: Sequence[str] | None) -> str:
+    if names is None:
+        return str(class_)
+    return readable(names[class_], LONGEST_NAME)
 
 
 def _annotations(store: Store | None) -> Annotations:
