@@ -18,7 +18,7 @@ from pipelines.images import unturned_sides
 from pipelines.jpeg import turbojpeg
 from pipelines.progress import in_order
 from pipelines.sources.annotated import NOT_NAMED, Annotated, image_files
-from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.sources.beton_writer import BetonWriter, Sample, refuse_existing
 from pipelines.sources.coco import read_coco
 from pipelines.sources.sidecar import MOST_BOXES
 from pipelines.sources.voc import read_voc
@@ -48,6 +48,7 @@ def convert_boxes(
     images = Path(images)
     if not images.is_dir():
         raise ValueError(f"{readable(images)}: no such folder; expected the folder of the images")
+    refuse_existing(Path(dst))  # COCO's annotations take half a minute to read
     annotated = read_annotations(annotations, images)
     entries = annotated.images
     sides = np.ones((len(entries), 2), np.int64)  # height, width of the files

@@ -2,7 +2,7 @@
 
 A file is a header, two field descriptors, one row of metadata per sample, the samples' bytes, and
 an allocation table. A sample's bytes lie within one page of the file, as FFCV's loader needs it.
-Beside the file stands a sidecar with class names and checksums, if `fap-convert` made it.
+Beside the file stands a sidecar with class names, checksums and boxes, if `fap-convert` made it.
 """
 
 import os

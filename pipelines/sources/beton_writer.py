@@ -61,10 +61,10 @@ class BetonWriter:
         self.dst = Path(dst)
         self.part = Path(f"{dst}.part")
         self._renaming = False
-        self._refuse_existing()
+        refuse_existing(self.dst)
         self._file = self._open_part()
         try:
-            self._refuse_existing()  # what another conversion has finished since
+            refuse_existing(self.dst)  # what another conversion has finished since
             self._file.truncate(0)
             self.count = 0
             self._page_bytes = PAGE_BYTES
@@ -154,14 +154,6 @@ class BetonWriter:
 
     # ------------------------------------------------------------------ who writes DST
 
-    def _refuse_existing(self) -> None:
-        for path in (self.dst, sidecar_path(self.dst)):
-            if os.path.lexists(path):
-                raise ValueError(
-                    f"{readable(path)} exists and is not overwritten;"
-                    " remove it or choose another name"
-                )
-
     def _open_part(self) -> IO[bytes]:
         """`DST.part`, locked; never one that another conversion is writing.
 
@@ -214,6 +206,15 @@ class BetonWriter:
         if not os.path.lexists(self.part):
             return False
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.part))
+
+
+def refuse_existing(dst: Path) -> None:
+    """ValueError where a conversion to `dst` would overwrite something."""
+    for path in (dst, sidecar_path(dst)):
+        if os.path.lexists(path):
+            raise ValueError(
+                f"{readable(path)} exists and is not overwritten; remove it or choose another name"
+            )
 
 
 def _field_descriptors() -> np.ndarray:

@@ -29,7 +29,7 @@ CHUNK = 32  # files of one task
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?\s*")
 LONGEST_NUMBER = 40  # characters
 
-DIFFICULT = "of these, objects marked difficult"
+DIFFICULT = "objects marked difficult: taken as crowd boxes"
 
 
 class VocObject(NamedTuple):

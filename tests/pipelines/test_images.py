@@ -17,7 +17,15 @@ from PIL import Image, ImageOps
 
 from pipelines import images, jpeg, open_loader, open_store
 from pipelines.convert import Encoding, convert_folder, encode
-from pipelines.images import decode, open_image, plain_jpeg, reason, upright_jpeg, upright_sides
+from pipelines.images import (
+    decode,
+    open_image,
+    plain_jpeg,
+    reason,
+    unturned_sides,
+    upright_jpeg,
+    upright_sides,
+)
 from pipelines.jpeg import check_jpeg
 from pipelines.store import MAX_SIDE
 from tests.pipelines.image_files import LOSSLESS, picture, random_file, saved
@@ -45,6 +53,22 @@ def test_every_format_mode_and_orientation_is_what_pillow_shows_upright() -> Non
         assert (out == data) == (plain_jpeg(data) is not None), what
         as_stored = encode(data, Encoding())
         assert (as_stored.data, as_stored.height, as_stored.width) == (out, *sides), what
+
+
+def test_pictures_that_an_orientation_turns_are_told_from_others() -> None:
+    """Boxes were drawn on one of the two pictures, and nobody knows on which."""
+    rng = np.random.default_rng()
+    n_turned = 0
+    for _ in range(120):
+        what, data = random_file(rng)
+        turn = int(what.split()[-1])
+        if 2 <= turn <= 8:
+            n_turned += 1
+            with pytest.raises(ValueError, match=rf"orientation \({turn}\) turns or mirrors it"):
+                unturned_sides(data)
+        else:
+            assert unturned_sides(data) == upright_sides(data) == twin(data).shape[:2], what
+    assert 0 < n_turned < 120
 
 
 def test_a_folder_and_its_beton_are_the_same_bytes(
