@@ -2,8 +2,8 @@
 
     make demo-detection [FAST=1] [PIPELINE=ffcv|dali|reference]
 
-A tiny RetinaNet learns to find objects of Fashion-MNIST on photographs of CIFAR-10 (bench/scenes.py)
-by vanilla training and by Fast AdvProp, for as many image passes. Writes
+A tiny RetinaNet learns to find objects of Fashion-MNIST on photographs of CIFAR-10
+(bench/scenes.py) by vanilla training and by Fast AdvProp, for as many image passes. Writes
 runs/demo_detection_PIPELINE[_fast]/report.md, report.json, and pictures of what was found. An
 interrupted demo goes on where it stopped.
 """
@@ -54,9 +54,9 @@ RECIPE = [
 INTRODUCTION = """
 A detector finds objects in an image: a box and a class for each. Fast AdvProp trains it on clean
 images and on adversarial ones, at the cost of plain ("vanilla") training. COCO takes days on GPUs;
-this demo trains a tiny RetinaNet on scenes of 128 pixels, vanilla and Fast AdvProp for as many image
-passes, and compares their mean average precision (AP, as COCO defines it) on clean and noisy scenes
-of objects that neither has seen.
+this demo trains a tiny RetinaNet on scenes of 128 pixels, vanilla and Fast AdvProp for as many
+image passes, and compares their mean average precision (AP, as COCO defines it) on clean and noisy
+scenes of objects that neither has seen.
 """
 
 
@@ -268,9 +268,7 @@ def verdict(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     passes = rows[EQUAL_COST][0]["image_passes"] / rows[BASE][0]["image_passes"]
     seconds = ""
     if all(run["cpu_seconds"] for runs in rows.values() for run in runs):
-        ours, base = (
-            fmean(run["cpu_seconds"] for run in rows[arm]) for arm in (EQUAL_COST, BASE)
-        )
+        ours, base = (fmean(run["cpu_seconds"] for run in rows[arm]) for arm in (EQUAL_COST, BASE))
         seconds = f", and {ours / base:.2f} times its processor time, start-up included"
     return [
         f"- Fast AdvProp, for {passes:.2f} times the image passes of vanilla training{seconds}, "

@@ -19,6 +19,7 @@ AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip", "mix"
 # Fields of a plan that the step's inputs have under the same name, a row per step.
 DRAWS = ("shuffle", "noise_key")
 MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")
+LETTERBOX_DRAWS = ("place",)  # elsewhere every picture fills the canvas
 AHEAD = 2  # plans: the one in use, and the next one
 
 
@@ -99,6 +100,8 @@ def step_draws(
     names = [*DRAWS]
     if config.data.mix is not None:
         names += MIX_DRAWS
+    if config.data.crop == "letterbox":
+        names += LETTERBOX_DRAWS
     draws: dict[str, Tensor] = {}
     for name in names:
         # A copy: what the plan has may be a read-only view, which torch does not take.

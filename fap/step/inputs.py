@@ -56,7 +56,7 @@ class Inputs:
             targets=task.empty_targets(n_loaded, device),
             shuffle=torch.arange(n_adv, device=device),
             noise_key=torch.zeros(n_adv_groups, dtype=torch.int32, device=device),
-            place=torch.tensor([0, 0, size, size], device=device).repeat(n_loaded, 1),
+            place=torch.tensor([0, 0, *sides], device=device).repeat(n_loaded, 1),
             lr=torch.zeros((), device=device),
             mix_lam=torch.ones((), device=device),
             mix_box=torch.zeros(4, dtype=torch.int64, device=device),

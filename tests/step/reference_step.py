@@ -268,8 +268,10 @@ class Twin:
         A gradient of all parameters that is longer than `clip_norm` is shortened to it before.
         """
         if self.rules.clip_norm is not None:
-            parameters = [parameter for _, _, parameter in self._parameters()]
-            nn.utils.clip_grad_norm_(parameters, self.rules.clip_norm)
+            gradients = [parameter.grad for _, _, parameter in self._parameters()]
+            norm = sum(gradient.square().sum() for gradient in gradients) ** 0.5
+            for gradient in gradients:
+                gradient *= min(1.0, self.rules.clip_norm / norm.item())
         for _, _, parameter in self._parameters():
             assert parameter.grad is not None
             gradient = parameter.grad + WEIGHT_DECAY * parameter

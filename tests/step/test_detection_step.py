@@ -189,7 +189,7 @@ def pictures_of(places: Tensor) -> Tensor:  # bool (n, 1, H, W)
 # ---------------------------------------------------------------------- tests
 
 
-def check(config: Config, clip_norm: float | None = None, steps: int = 3) -> None:
+def check(config: Config, clip_norm: float | None = None, steps: int = 2) -> None:
     converted, plain = models()
     step = Step(converted, config)
     rules = replace(rules_of(config), losses=torchvisions, clip_norm=clip_norm)
