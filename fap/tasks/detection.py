@@ -55,8 +55,8 @@ class Detection(Task):
             raise ValueError(f"model.num_classes = {n_classes}: a detector needs at least 1 class")
         self.n_classes = n_classes
         self.spec = spec_of(config.model.name)
-        self.sides = config.data.sides  # type: ignore[attr-defined]
-        self.most_boxes = config.data.most_boxes  # type: ignore[attr-defined]
+        self.sides = config.data.sides
+        self.most_boxes = config.data.most_boxes
         if any(side % SIDE_UNIT for side in self.sides):
             raise ValueError(
                 f"data.size = {shown(config.data.size)}: both sides must be multiples of "
