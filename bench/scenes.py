@@ -7,12 +7,16 @@ The scenes of train and test share neither an object nor a photograph. A scene i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipelines.boxes import Annotations
 from pipelines.sources import cifar10, fashion_mnist
+from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.store import RAW
 
 SIDE = 128  # pixels, of a scene
 CLASSES = ("T-shirt", "trouser", "sneaker", "bag", "ankle boot")
@@ -27,6 +31,10 @@ OPAQUE_FROM = 12  # grey level: a garment's faint edge and what is brighter
 DARKEST = (0, 90)  # grey levels, of each channel of an object's darkest pixels
 BRIGHTEST = (110, 255)  # of its brightest
 
+# Grey levels: standard deviation of the grain of a scene, as a camera makes it. An enlarged
+# photograph has none, and a network that never saw any is blind from the faintest noise on.
+GRAIN = (0, 8)
+
 
 @dataclass(frozen=True, eq=False)
 class Sources:
@@ -38,13 +46,10 @@ class Sources:
 
 
 class Scenes(NamedTuple):
-    """N scenes and their K objects, of which those of scene i are rows first[i] to first[i + 1]."""
+    """N scenes and their K objects."""
 
     images: np.ndarray  # uint8 (N, SIDE, SIDE, 3)
-    first: np.ndarray  # int64 (N + 1,)
-    boxes: np.ndarray  # float32 (K, 4): left, top, right, bottom in pixels
-    classes: np.ndarray  # int32 (K,), places in CLASSES
-    area: np.ndarray  # float32 (K,): pixels that the object covers
+    annotations: Annotations  # K boxes; an area is the number of pixels that the object covers
     objects: np.ndarray  # int64 (K,), rows of Sources.objects
 
 
@@ -70,18 +75,32 @@ def make_scenes(
     placed: list[_Placed] = []
     for i in range(count):
         rng = np.random.default_rng((seed, SPLITS.index(split), i))
-        images[i], objects = _scene(made_of, rng)
+        scene, objects = _scene(made_of, rng)
+        images[i] = _grainy(scene, rng)
         placed += objects
         first[i + 1] = len(placed)
     rows = np.array([one.row for one in placed], np.int64)
-    return Scenes(
-        images,
+    annotations = Annotations(
         first,
         boxes=np.array([one.box for one in placed], np.float32).reshape(-1, 4),
         classes=made_of.labels[rows].astype(np.int32),
+        crowd=np.zeros(len(rows), bool),
         area=np.array([one.area for one in placed], np.float32),
-        objects=rows,
     )
+    return Scenes(images, annotations, rows)
+
+
+def write_scenes(dst: str | Path, split: Literal["train", "test"], count: int, seed: int) -> None:
+    """Scenes as a `.beton` for detection, of raw samples. Raises as `sources`, and if DST exists.
+
+    With the same arguments it is the same file.
+    """
+    with BetonWriter(dst, count) as writer:
+        made = make_scenes(split, count, seed)
+        for i, image in enumerate(made.images):
+            writer.add(Sample(image.tobytes(), RAW, SIDE, SIDE), i)
+        encoding = {"source": f"scenes {split}", "seed": seed, "raw": True, "count": count}
+        writer.commit(CLASSES, encoding, annotations=made.annotations)
 
 
 class _Placed(NamedTuple):
@@ -172,3 +191,11 @@ def _coloured(
     brightest = rng.uniform(*BRIGHTEST, size=3)
     colours = darkest + grey[..., None] * (brightest - darkest)
     return colours.round().astype(np.uint8)
+
+
+def _grainy(
+    scene: np.ndarray,  # uint8 (SIDE, SIDE, 3)
+    rng: np.random.Generator,
+) -> np.ndarray:
+    grain = rng.normal(0, rng.uniform(*GRAIN), scene.shape)
+    return (scene + grain).round().clip(0, 255).astype(np.uint8)
