@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,7 @@ from fap.tasks.base import CorruptionMean, Result
 from fap.tasks.boxes_out import detections
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import ALEXNET_ERRORS
-
-if TYPE_CHECKING:
-    from pipelines.boxes import Annotations
+from pipelines.boxes import Annotations, source_boxes
 
 METRICS = {
     "map": "AP",
@@ -72,8 +69,6 @@ class MeanAveragePrecision:
         outputs: Tensor,  # (B, A * (n_classes + 4))
         references: Tensor,  # int64 (B, 9): image number (-1 for padding), window, place
     ) -> None:
-        from pipelines.boxes import source_boxes
-
         n_anchors = len(self.anchors)
         logits, regressions = outputs.float().split([n_anchors * self.n_classes, n_anchors * 4], 1)
         logits = logits.view(-1, n_anchors, self.n_classes)
@@ -102,7 +97,7 @@ class MeanAveragePrecision:
         found = found[np.argsort(found[:, 0], kind="stable")]  # the best of an image stays first
         images = np.sort(numbers).astype(np.int64)
         assert (np.diff(images) > 0).all(), "an image was evaluated twice"
-        result = self._score(images, found)
+        result = average_precisions(self.annotations, self.truth_classes, images, found)
         return result | {"count": len(images)}
 
     def _of_all_ranks(
@@ -123,58 +118,63 @@ class MeanAveragePrecision:
         parts = [rows[: int(n)] for rows, n in zip(everyones, counts, strict=True)]
         return torch.cat(parts).cpu().numpy()
 
-    def _score(
-        self,
-        images: np.ndarray,  # int64 (n,), ascending
-        found: np.ndarray,  # float64 (m, 7)
-    ) -> Result:
-        truth = COCO(self._truth(images))
-        scored = np.concatenate(
-            # As loadRes reads them: image, left, top, width, height, score, class.
-            [found[:, :1], _width_and_height(found[:, 3:]), found[:, [2, 1]]],
-            axis=1,
-        )
-        scorer = COCOeval_faster(truth, truth.loadRes(scored), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        # (thresholds, recalls, classes, sizes, limits of detections); -1 where there is no object.
-        precision = scorer.eval["precision"][..., -1]
-        of_any_size = precision[:, :, :, 0]
-        means = {
-            "map": _mean(of_any_size),
-            "map50": _mean(of_any_size[IOU_50]),
-            "map75": _mean(of_any_size[IOU_75]),
-        }
-        if math.isnan(means["map"]):
-            raise ValueError("evaluation: the images hold no objects to find")
-        for i, name in enumerate(SIZES):
-            means[name] = _mean(precision[:, :, :, i + 1])
-        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
-    def _truth(
-        self,
-        images: np.ndarray,  # int64 (n,)
-    ) -> dict[str, list[dict[str, object]]]:
-        """The annotations of some images in COCO's layout."""
-        notes = self.annotations
-        boxes = _width_and_height(notes.boxes.astype(np.float64))
-        objects: list[dict[str, object]] = []
-        for image in images.tolist():
-            for i in range(notes.first[image], notes.first[image + 1]):
-                objects.append({
-                    "id": len(objects) + 1,  # 0 would mean: not matched
-                    "image_id": image,
-                    "category_id": int(self.truth_classes[i]),
-                    "bbox": boxes[i].tolist(),
-                    "area": float(notes.area[i]),
-                    "iscrowd": int(notes.crowd[i]),
-                })  # fmt: skip
-        n_classes = max(self.n_classes, int(self.truth_classes.max(initial=0)) + 1)
-        return {
-            "images": [{"id": image} for image in images.tolist()],
-            "categories": [{"id": i, "name": str(i)} for i in range(n_classes)],
-            "annotations": objects,
-        }
+def average_precisions(
+    annotations: Annotations,
+    classes: np.ndarray,  # (K,): those of the annotations' boxes, as the detections number them
+    images: np.ndarray,  # int64 (n,), ascending: those that were looked at
+    found: np.ndarray,  # float64 (m, 7): image, class, score, box; by image
+) -> Result:
+    """The metrics of COCO's official scorer, without those of which nothing is there to be found.
+
+    Raises ValueError if that is so of all.
+    """
+    truth = COCO(_in_cocos_layout(annotations, classes, images, found))
+    # As loadRes reads them: image, left, top, width, height, score, class.
+    columns = [found[:, :1], _width_and_height(found[:, 3:]), found[:, [2, 1]]]
+    scorer = COCOeval_faster(truth, truth.loadRes(np.concatenate(columns, 1)), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    # (thresholds, recalls, classes, sizes, limits of detections); -1 where nothing is to be found.
+    precision = scorer.eval["precision"][..., -1]
+    of_any_size = precision[:, :, :, 0]
+    means = {
+        "map": _mean(of_any_size),
+        "map50": _mean(of_any_size[IOU_50]),
+        "map75": _mean(of_any_size[IOU_75]),
+    }
+    if math.isnan(means["map"]):
+        raise ValueError("evaluation: the images hold no objects to find")
+    for i, name in enumerate(SIZES):
+        means[name] = _mean(precision[:, :, :, i + 1])
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def _in_cocos_layout(
+    annotations: Annotations,
+    classes: np.ndarray,  # (K,)
+    images: np.ndarray,  # int64 (n,)
+    found: np.ndarray,  # float64 (m, 7)
+) -> dict[str, list[dict[str, object]]]:
+    """The annotations of some images, and all classes that are there or were found."""
+    boxes = _width_and_height(annotations.boxes.astype(np.float64))
+    objects: list[dict[str, object]] = []
+    for image in images.tolist():
+        for i in range(annotations.first[image], annotations.first[image + 1]):
+            objects.append({
+                "id": len(objects) + 1,  # 0 would mean: not matched
+                "image_id": image,
+                "category_id": int(classes[i]),
+                "bbox": boxes[i].tolist(),
+                "area": float(annotations.area[i]),
+                "iscrowd": int(annotations.crowd[i]),
+            })  # fmt: skip
+    n_classes = 1 + int(max(classes.max(initial=0), found[:, 1].max(initial=0)))
+    return {
+        "images": [{"id": image} for image in images.tolist()],
+        "categories": [{"id": i, "name": str(i)} for i in range(n_classes)],
+        "annotations": objects,
+    }
 
 
 def _width_and_height(

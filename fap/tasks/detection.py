@@ -49,7 +49,7 @@ class Detection(Task):
     fewest_classes = 1
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for no classes, another model, odd sides of the canvas, a mix."""
+        """Raises ValueError for no classes, another model, or odd sides of the canvas."""
         n_classes = config.model.num_classes
         if n_classes is None or n_classes < 1:
             raise ValueError(f"model.num_classes = {n_classes}: a detector needs at least 1 class")
@@ -61,10 +61,6 @@ class Detection(Task):
             raise ValueError(
                 f"data.size = {shown(config.data.size)}: both sides must be multiples of "
                 f"{SIDE_UNIT}, to which torchvision's RetinaNet pads"
-            )
-        if config.data.mix:
-            raise ValueError(
-                f"data.mix = {config.data.mix!r}: has no meaning for boxes; leave it out"
             )
         self.output_rows = self.spec.anchors_per_place * n_classes
         self.per_level = anchors_per_level(self.spec, self.sides)

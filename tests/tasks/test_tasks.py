@@ -36,9 +36,21 @@ def class_of(name: str) -> type:
     return getattr(import_module(module), attribute)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "classification": {"model": {"name": "cifar_resnet8"}},
+    "detection": {
+        "model": {"name": "retinanet_tiny"},
+        "data": {"crop": "letterbox", "size": [32, 32]},
+    },
+}
+# Their evaluators wait for the device: what they gather has no fixed size.
+WAITS = {"detection"}
+
+
 def made(name: str) -> Task:
-    model = {"name": "cifar_resnet8", "num_classes": 5}
-    return make_task(make_config({"name": "tiny", "task": name, "model": model}))
+    settings = SETTINGS[name]
+    model = settings["model"] | {"num_classes": 5}
+    return make_task(make_config({"name": "tiny", "task": name, **settings, "model": model}))
 
 
 def own_members(cls: type) -> dict[str, Any]:
@@ -142,11 +154,13 @@ def test_what_must_not_wait_for_the_device_asks_for_no_value(name: str) -> None:
         assert task.attack_losses(outputs, targets, part).shape == (4,)
     keys = torch.empty(2, dtype=torch.int32, device=meta)
     assert task.wrong_targets(keys, targets).shape == targets.shape
+    with pytest.raises(RuntimeError):
+        outputs.sum().item()
+    if name in WAITS:
+        return
     some = torch.arange(3)
     for matching in (Matching("same"), Matching("some", some), Matching("few", some, True)):
         task.evaluator(meta, matching).update(outputs, targets)
-    with pytest.raises(RuntimeError):
-        outputs.sum().item()
 
 
 def test_another_task_is_refused_by_the_config() -> None:
