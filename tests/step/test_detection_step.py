@@ -77,6 +77,9 @@ def models() -> tuple[nn.Module, nn.Module]:
             assert module.running_mean is not None and module.running_var is not None
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
+    for parameter in plain.parameters():
+        if not parameter.any():  # biases: from zero on, an update of theirs is rounding alone
+            nn.init.uniform_(parameter, -0.1, 0.1)
     # The heads begin so near to zero that no box would be wrong enough to matter.
     for head in (plain.head.classification_head.cls_logits, plain.head.regression_head.bbox_reg):
         nn.init.normal_(head.weight, std=0.2)
