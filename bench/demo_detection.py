@@ -160,7 +160,7 @@ def make_data(size: Size) -> Files:
         file = ROOT / "data" / f"scenes_{split}_{count}.beton"
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
-            scenes.write(split, count, SCENES_SEED, file)
+            scenes.write_scenes(file, split, count, SCENES_SEED)
         files[split] = file
     return files
 
