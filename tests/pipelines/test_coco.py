@@ -42,6 +42,14 @@ def test_what_may_be_left_out(tmp_path: Path) -> None:
     assert found.notes == {coco.NO_AREA_GIVEN: 2, coco.UNUSED: 1}
 
 
+def test_outlines_are_forgotten_while_they_are_read(tmp_path: Path) -> None:
+    """COCO's own take gigabytes of memory."""
+    content = coco_content()
+    assert all("segmentation" in entry for entry in content["annotations"])
+    parsed = coco._parse(write_json(tmp_path / "a.json", content))
+    assert not any("segmentation" in entry for entry in parsed["annotations"])
+
+
 def test_a_byte_order_mark_and_other_alphabets(tmp_path: Path) -> None:
     content = coco_content()
     content["categories"][0]["name"] = "щётка"
