@@ -35,6 +35,7 @@ MODULES = (
     "cv2",
     "numba",
     "scipy",
+    "faster_coco_eval",
 )
 
 LEAST_PYTHON = (3, 11)

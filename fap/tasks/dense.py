@@ -107,7 +107,11 @@ class _FocalSums(torch.autograd.Function):
             is_class = _is_class(row_classes, row.shape[1])
             # The logit of the right answer: p = sigmoid(right).
             right = torch.where(is_class, row, -row)
-            losses = torch.sigmoid(-right).pow(GAMMA) * F.logsigmoid(right) * -_alpha(row, is_class)
+            losses = (
+                torch.sigmoid(-right).pow(GAMMA)
+                * F.logsigmoid(right)
+                * -_alpha(is_class, row.dtype)
+            )
             sums.append(torch.where(row_counted[:, None], losses, 0).sum())
         return torch.stack(sums)
 
@@ -123,7 +127,7 @@ class _FocalSums(torch.autograd.Function):
             wrong = torch.sigmoid(-right)  # 1 - p, without its rounding
             # Of -(1 - p)^2 log p by `right`, where dp = p (1 - p).
             slope = wrong.pow(GAMMA) * (2 * p * F.logsigmoid(right) - wrong)
-            slope = slope * _alpha(row, is_class)
+            slope = slope * _alpha(is_class, row.dtype)
             slope = torch.where(is_class, slope, -slope)
             slope = torch.where(counted[i][:, None], slope, 0)
             torch.mul(slope, gradient[i], out=result[i])
@@ -137,9 +141,13 @@ def _is_class(
     return classes[:, None] == torch.arange(n_classes, device=classes.device)
 
 
-def _alpha(like: Tensor, is_class: Tensor) -> Tensor:
-    """The weight of each class's loss, in the type of `like`."""
-    return torch.where(is_class, ALPHA, 1 - ALPHA).to(like.dtype)
+def _alpha(
+    is_class: Tensor,  # bool (A, K)
+    dtype: torch.dtype,
+) -> Tensor:  # (A, K)
+    """The weight of each class's loss."""
+    # Not `where` of two numbers, which might be copied from the host.
+    return (1 - ALPHA) + (2 * ALPHA - 1) * is_class.to(dtype)
 
 
 # ---------------------------------------------------------------------- boxes
