@@ -78,7 +78,7 @@ def method_of(schedule: str) -> dict[str, str]:
 def synthetic(config: Config) -> tuple[pipelines.Batch, torch.Tensor]:
     """A batch of random images, of the shape that a loader would give, and their labels (1, B)."""
     rows = config.optim.clean_batch + config.loader_adv_rows
-    shape = (rows, 3, config.data.size, config.data.size)
+    shape = (rows, 3, *config.data.sides)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     images = pixels.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, config.model.num_classes, (1, rows), device=DEVICE)

@@ -38,6 +38,7 @@ MOST_KEY = 60  # characters of a key in an error
 # Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
 RENAMED = {"method.group": "method.group_rows"}
 
+DETECTION = "detection"  # the task whose images keep their aspect ratio
 
 PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized"]
 
@@ -80,23 +81,54 @@ class Config(Section):
                 f"data.mix with method.name = {self.method.name!r}: "
                 "its adversarial rows are copies of unmixed clean rows"
             )
-        for field in ("scale", "ratio"):
+        for field in ("scale", "ratio", "jitter"):
             low, high = getattr(data, field)
             if low > high or (field == "scale" and high > 1):
                 raise ValueError(
                     f"data.{field} = ({low}, {high}) must be (low, high) with low <= high, "
                     "scale at most 1"
                 )
-        if data.size > data.resize:
-            raise ValueError(
-                f"data.resize = {data.resize} must be at least data.size = {data.size}"
-            )
+        if data.crop == "letterbox":
+            self._check_letterbox()
+        else:
+            self._check_square()
         if self.run.compile and self.run.norm_kernel == "triton":
             raise ValueError(
                 "run.norm_kernel = 'triton' with run.compile = true: what is compiled is the "
                 "framework's norm; use 'framework' or 'auto'"
             )
         return self
+
+    def _check_letterbox(self) -> None:
+        if self.task != DETECTION:
+            raise ValueError(
+                f"data.crop = 'letterbox' with task = {self.task!r}: "
+                f"it is for {DETECTION}; must be 'random_resized' or 'pad'"
+            )
+        if self.data.mix is not None:
+            raise ValueError(
+                f"data.mix = {self.data.mix!r} with data.crop = 'letterbox': must be null"
+            )
+
+    def _check_square(self) -> None:
+        data = self.data
+        if self.task == DETECTION:
+            raise ValueError(
+                f"data.crop = {data.crop!r} with task = {DETECTION!r}: must be 'letterbox'"
+            )
+        height, width = data.sides
+        if height != width:
+            raise ValueError(
+                f"data.size = [{height}, {width}] with data.crop = {data.crop!r}: must be one "
+                "number, the side of a square; [height, width] is for 'letterbox'"
+            )
+        if data.jitter != (1, 1):
+            raise ValueError(
+                f"data.jitter = {list(data.jitter)} with data.crop = {data.crop!r}: "
+                "only 'letterbox' has it; leave it out"
+            )
+        if height > data.resize:
+            raise ValueError(f"data.resize = {data.resize} must be at least data.size = {height}")
 
     @property
     def loader_adv_rows(self) -> int:

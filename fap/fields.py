@@ -15,6 +15,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
+from pipelines.sizes import Size
+
 MOST_COUNT = 2**31 - 1  # fits every integer type on the way
 MOST_SEED = 2**32 - 1  # what numpy and torch take
 MOST = 1e30  # of a number, far from what float32 cannot hold
@@ -51,6 +53,24 @@ def fraction(value: Any) -> Fraction:
             "must be a fraction in (0, 1) such as 1/5 or 0.2; method.name = vanilla is p_adv = 0"
         )
     return ratio
+
+
+def canvas_size(value: Any) -> Size:
+    """A side, or height and width; of a square always the side. ValueError for anything else."""
+    sides = [value]
+    if isinstance(value, list | tuple) and len(value) == 2:
+        sides = [*value]
+    sides = [whole(side) for side in sides]
+    # `true` is no side, though Python takes it for a 1.
+    if not all(type(side) is int and 1 <= side <= MOST_COUNT for side in sides):
+        raise ValueError(
+            "must be the side of a square in pixels such as 224, "
+            f"or [height, width] such as [800, 1344]; whole numbers from 1 to {MOST_COUNT}"
+        )
+    if len(set(sides)) == 1:
+        return sides[0]
+    height, width = sides
+    return height, width
 
 
 def safe_name(value: str) -> str:
@@ -100,6 +120,7 @@ SafeName = Annotated[str, AfterValidator(safe_name)]
 FilePath = Annotated[str, Field(max_length=4096), AfterValidator(full_path)]
 # A tuple may come as a list; what is in it stays strict.
 Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
+CanvasSize = Annotated[int | tuple[int, int], BeforeValidator(canvas_size)]
 Channels = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 PositiveChannels = Annotated[
     tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo
 from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
 from fap.fields import (
+    CanvasSize,
     Channels,
     FilePath,
     NonNegativeFloat,
@@ -32,6 +33,7 @@ from fap.fields import (
 from fap.methods import DEFAULT_METHOD, METHODS, Method
 from pipelines.back_ends import BACK_ENDS
 from pipelines.files import shown
+from pipelines.sizes import sides_of
 
 UNSET: Any = None  # a default that a validator replaces
 PAPER_EPOCHS = 105  # section 4.1, with the milestones
@@ -171,14 +173,22 @@ class DataConfig(Section):
     val: FilePath | None = None
     pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS))] = "ffcv"
     """The loader: one of `pipelines.back_ends.BACK_ENDS`."""
-    size: PositiveInt = 224
+    size: CanvasSize = 224
+    """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
+    width]."""
     resize: PositiveInt = 256
     """Evaluation: shorter side before the centre crop of `size` pixels."""
-    crop: Literal["random_resized", "pad"] = "random_resized"
+    crop: Literal["random_resized", "pad", "letterbox"] = "random_resized"
+    """`letterbox` is for detection, in evaluation too: the whole image at the top left corner, its
+    aspect ratio kept, and zeros around it."""
     scale: Pair = (0.08, 1.0)
     ratio: Pair = (3 / 4, 4 / 3)
     pad: NonNegativeInt = 4
     """Pixels of zero padding with `crop: pad` (CIFAR)."""
+    jitter: Pair = (1.0, 1.0)
+    """With `crop: letterbox`: the range of a random factor on the size that just fits."""
+    most_boxes: PositiveInt = 100
+    """Detection: boxes of one image that are trained; what is beyond is counted at the start."""
     flip: Share = 0.5
     mix: Literal["mixup", "cutmix"] | None = None
     """On the clean partition only (Table 6)."""
@@ -191,6 +201,25 @@ class DataConfig(Section):
     """Batches decoded ahead."""
     hw_decoder_load: Share = 0.65
     """DALI on a GPU: share of JPEGs given to the hardware decoder."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of what the model sees, in pixels."""
+        return sides_of(self.size)
+
+    @property
+    def eval_crop(self) -> Literal["center", "letterbox"]:
+        """How evaluation shows an image."""
+        if self.crop == "letterbox":
+            return "letterbox"
+        return "center"
+
+    @property
+    def meaningless(self) -> set[str]:
+        """The fields that only the other kind of crop has a meaning for."""
+        if self.crop == "letterbox":
+            return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
+        return {"jitter", "most_boxes"}
 
 
 class OptimConfig(Section):

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from pipelines import exchanges, windows
+from pipelines.sizes import Size, sides_of
 
 PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its image is all zeros
 
@@ -24,16 +25,6 @@ ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
-
-Size = int | tuple[int, int]  # pixels: the side of a square, or height and width
-
-
-def sides_of(size: Size) -> tuple[int, int]:
-    """Height and width in pixels."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
 
 
 @dataclass(frozen=True)

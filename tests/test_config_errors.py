@@ -36,6 +36,35 @@ from fap.config import load_config, make_config
         ("optim.clean_batch=100", "multiple of method.group_rows"),
         ("data.resize=100", "data.resize"),
         ("data.scale=[1,0.1]", "data.scale"),
+        # Sizes.
+        ("data.size=0", "data.size = 0: must be the side of a square in pixels such as 224"),
+        ("data.size='224'", "data.size = '224': must be the side"),
+        ("data.size=true", "data.size = True: must be the side"),
+        ("data.size=224.5", "data.size = 224.5"),
+        ("data.size=null", "data.size = None"),
+        ("data.size=[224]", "or [height, width] such as [800, 1344]"),
+        ("data.size=[2, 3, 4]", "data.size = [2, 3, 4]: must be"),
+        ("data.size=[true, 3]", "data.size = [True, 3]: must be"),
+        ("data.size=[3, -3]", "whole numbers from 1 to 2147483647"),
+        (
+            "data.size=[200, 100]",
+            "data.size = [200, 100] with data.crop = 'random_resized': must be one number",
+        ),
+        ("data.jitter=[0, 1]", "data.jitter.0 = 0: must be greater than 0"),
+        ("data.jitter=[2, 1]", "data.jitter = (2.0, 1.0) must be (low, high) with low <= high"),
+        (
+            "data.jitter=[0.5, 1]",
+            "data.jitter = [0.5, 1.0] with data.crop = 'random_resized': only 'letterbox' has it",
+        ),
+        ("data.most_boxes=0", "data.most_boxes = 0"),
+        (
+            "data.crop=letterbox",
+            "data.crop = 'letterbox' with task = 'classification': it is for detection",
+        ),
+        (
+            "task=detection",
+            "data.crop = 'random_resized' with task = 'detection': must be 'letterbox'",
+        ),
         # What is no key, and what is no value.
         ("model=3", "model = '3': model is a section; set its fields: name, num_classes, init"),
         ("model={name: resnet18}", "model is a section"),

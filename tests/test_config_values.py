@@ -163,6 +163,7 @@ ANY_CONFIG = st.fixed_dictionaries(
                 "mean": st.lists(NUMBER, min_size=3, max_size=3),
                 "std": st.lists(POSITIVE, min_size=3, max_size=3),
                 "threads": COUNT | st.none(),
+                "most_boxes": COUNT,
             },
         ),
         "optim": st.fixed_dictionaries(
@@ -181,6 +182,30 @@ ANY_CONFIG = st.fixed_dictionaries(
 )
 
 
+@st.composite
+def letterboxes(draw: st.DrawFn) -> dict[str, Any]:
+    """The fields of `data` that detection has a meaning for."""
+    jitter = sorted(draw(st.lists(POSITIVE, min_size=2, max_size=2)))
+    size = draw(COUNT | st.lists(COUNT, min_size=2, max_size=2))
+    return {"crop": "letterbox", "size": size, "jitter": jitter, "most_boxes": draw(COUNT)}
+
+
+@given(letterboxes())
+def test_any_canvas_survives_its_file_and_its_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]
+) -> None:
+    config = make_config({"task": "detection", "data": data})
+    size = data["size"]
+    if isinstance(size, int):
+        size = [size, size]
+    assert list(config.data.sides) == size
+    assert config.data.eval_crop == "letterbox"
+    file = tmp_path_factory.getbasetemp() / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
+    assert make_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
 @given(ANY_CONFIG)
 def test_any_config_survives_its_file_and_its_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
@@ -191,3 +216,22 @@ def test_any_config_survives_its_file_and_its_checkpoint(
     file.write_text(config.to_yaml())
     assert load_config(file) == config
     assert make_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_a_size_is_written_as_it_is_given_and_a_square_by_its_side() -> None:
+    for given_size, line in ((224, "  size: 224"), ([96, 96], "  size: 96"), (64.0, "  size: 64")):
+        config = make_config({"data": {"size": given_size}})
+        assert line in config.to_yaml().splitlines()
+        assert config.data.sides[0] == config.data.sides[1] == config.data.size
+    letterbox = {"crop": "letterbox", "size": [800, 1344]}
+    config = make_config({"task": "detection", "data": letterbox})
+    assert config.model_dump(mode="json")["data"]["size"] == [800, 1344]
+    assert config.data.sides == (800, 1344)
+    # Nothing is resized before a centre crop, so nothing is compared with `resize`.
+    assert config.data.resize < 800
+
+
+def test_mix_is_for_squares_that_an_image_fills() -> None:
+    letterbox = {"crop": "letterbox", "mix": "mixup"}
+    with pytest.raises(ValueError, match=r"data.mix = 'mixup' with data.crop = 'letterbox'"):
+        make_config({"task": "detection", "data": letterbox})

@@ -15,8 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Plain file handling, limits of a machine, class names: standard library only, for anyone.
-LEAVES = {"pipelines.files", "pipelines.machine", "pipelines.names", "pipelines.back_ends"}
+# Plain file handling, limits of a machine, class names, sizes: standard library only, for anyone.
+LEAVES = {
+    "pipelines.files",
+    "pipelines.machine",
+    "pipelines.names",
+    "pipelines.sizes",
+    "pipelines.back_ends",
+}
 
 # The settings of a run as data: they know no room.
 SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "budget"}

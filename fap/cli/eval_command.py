@@ -136,7 +136,7 @@ def evaluate(args: Namespace) -> int:
         works = [look(_path(path), wanted, data, workers, results) for path in args.checkpoints]
         for work in works:
             say(report.plan(work))
-            many = many or work.config.data.size > SMALL
+            many = many or max(work.config.data.sides) > SMALL
         if not many:
             workers.n = 0  # seconds of work, which is what processes take to start
         out.mkdir(parents=True, exist_ok=True)

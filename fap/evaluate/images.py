@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ import pipelines
 from fap.tasks.base import Task
 from pipelines import Batch, Store
 from pipelines.corrupt_batches import corrupted
+from pipelines.sizes import Size, sides_of, size_in_words
 from pipelines.sources import arrays, cifar10
 from pipelines.sources.sidecar import sidecar_path
 
@@ -44,8 +45,9 @@ class Reading:
     """How images are read for one checkpoint, whichever they are."""
 
     task: Task
-    size: int  # pixels: a side of the model's images
+    size: Size  # pixels: of the model's images
     resize: int  # pixels: the shorter side before the central crop
+    crop: Literal["center", "letterbox"]
     batch: int
     device: str
     back_end: BackEnd | None  # None: the one that suits the data
@@ -60,7 +62,13 @@ class Reading:
 
     def as_stored(self) -> Reading:
         """For images that have the model's size already: no resize, no crop."""
-        return replace(self, resize=self.size)
+        return replace(self, resize=max(sides_of(self.size)))
+
+    def geometry(self) -> dict[str, Any]:
+        """What an image goes through, as a part of an identity: `resize` means nothing to all."""
+        if self.crop == "letterbox":
+            return {"size": self.size, "crop": self.crop}
+        return {"size": self.size, "resize": self.resize}
 
 
 class Seen(NamedTuple):
@@ -143,6 +151,7 @@ class StoredImages(Opened):
             size=reading.size,
             resize=reading.resize,
             batch=reading.batch,
+            crop=reading.crop,
         )
         back_end = reading.back_end_for(store.path)
         self.loader = pipelines.open_loader(
@@ -154,8 +163,7 @@ class StoredImages(Opened):
         self.count = len(store)
         self.n_batches = len(self.plan)
         self.identity = {
-            "size": reading.size,
-            "resize": reading.resize,
+            **reading.geometry(),
             "batch": reading.batch,
             "back end": back_end,
             "pixels": PIXELS,
@@ -212,10 +220,11 @@ class ArrayImages(Opened):
         part = arrays.read_severity(file, severity)
         self.part = part
         height, width = part.images.shape[1:3]
-        if (height, width) != (reading.size, reading.size):
+        sides = sides_of(reading.size)
+        if (height, width) != sides:
             raise ValueError(
                 f"{file}: its images have {height} x {width} pixels, "
-                f"the model takes {reading.size} x {reading.size}"
+                f"the model takes {size_in_words(sides)}"
             )
         self.batch = reading.batch
         self.starts = range(0, len(part.images), reading.batch)

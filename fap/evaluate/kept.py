@@ -14,6 +14,7 @@ from fap.evaluate.results import digest, safe_name
 from fap.evaluate.sets import ComputedSet, EvalSet, StoredSet
 from pipelines.corrupt_batches import build
 from pipelines.files import lock
+from pipelines.sizes import size_in_words
 from pipelines.sources.sidecar import read_sidecar, sidecar_path
 
 SECONDS_BETWEEN_TRIES = 0.5  # while another process builds the set
@@ -83,7 +84,9 @@ class KeptSet(EvalSet):
 
     def _file(self, contents: dict[str, Any]) -> Path:
         key = safe_name(self.key.replace("/", "-"))
-        name = f"{self.reading.size}-{self.reading.resize}-{key}-{digest(contents)[:12]}.beton"
+        size = size_in_words(self.reading.size).replace(" ", "")
+        _, fitted = self.reading.geometry().values()
+        name = f"{size}-{fitted}-{key}-{digest(contents)[:12]}.beton"
         return self.folder / name
 
 

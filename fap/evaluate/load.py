@@ -163,13 +163,13 @@ def _check_model(path: str | Path, config: Config, state: dict[str, Tensor]) -> 
             f"{path}: model.name = {name} cannot be built: {one_line(error)}"
         ) from None
     _compare(path, model.state_dict(), state)
-    size = config.data.size
     try:
         with torch.inference_mode():
-            model.eval()(torch.empty(1, 3, size, size, device="meta"))
+            model.eval()(torch.empty(1, 3, *config.data.sides, device="meta"))
     except Exception as error:
         raise ValueError(
-            f"{path}: data.size = {size}: the model does not accept such images: {one_line(error)}"
+            f"{path}: data.size = {shown(config.data.size)}: "
+            f"the model does not accept such images: {one_line(error)}"
         ) from None
 
 

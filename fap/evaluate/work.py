@@ -88,6 +88,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         task=trained.task,
         size=config.data.size,
         resize=config.data.resize,
+        crop=config.data.eval_crop,
         batch=wanted.batch,
         device=wanted.device,
         back_end=wanted.back_end,
@@ -143,7 +144,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
         seed=work.config.seed,
         step=work.step,
         paper={str(name): number for name, number in work.config.paper.items()},
-        small=work.config.data.size <= SMALL,
+        small=max(work.config.data.sides) <= SMALL,
         settings={
             "data": str(wanted.data),
             "bn": wanted.bn,

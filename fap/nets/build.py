@@ -14,6 +14,7 @@ from fap.nets.dual import convert
 from fap.nets.fuse import fuse_blocks
 from fap.nets.stem import install_stem
 from pipelines.files import shown
+from pipelines.sizes import Size
 
 TIMM = "timm/"  # forces a name of timm where torchvision has the same
 CIFAR_RESNETS = ("cifar_resnet18", "cifar_resnet20", "cifar_resnet56")  # those that a hint names
@@ -21,15 +22,15 @@ _CIFAR_RESNET = re.compile(r"cifar_resnet([0-9]{1,4})")
 _ALIKE = 0.7  # from 0 to 1 (equal); names less alike than this are no hint
 
 
-def build(name: str, num_classes: int, *, aux: bool = True, size: int = 224) -> nn.Module:
-    """A prepared model whose logits are (B, num_classes) for (B, 3, size, size) images.
+def build(name: str, num_classes: int, *, aux: bool = True, size: Size = 224) -> nn.Module:
+    """A prepared model whose logits are (B, num_classes) for (B, 3, *sides) images.
 
     Raises ValueError as `plain` and `prepare`.
     """
     return prepare(plain(name, num_classes), aux=aux, size=size)
 
 
-def prepare(model: nn.Module, *, aux: bool = True, size: int = 224) -> nn.Module:
+def prepare(model: nn.Module, *, aux: bool = True, size: Size = 224) -> nn.Module:
     """A plain model, changed in place into one that the step trains.
 
     It gets dual norms, fused blocks and a stem, and is channels_last. Raises ValueError for batch

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pipelines.files import shown
+from pipelines.sizes import Size, sides_of, size_in_words
+
 
 class StemConv2d(nn.Conv2d):
     """The first convolution. With a `probe` it also gives the gradient of some of its input rows.
@@ -81,12 +84,12 @@ class _StemConv(torch.autograd.Function):
         return None, gx, gw, gb, None
 
 
-def install_stem(model: nn.Module, size: int) -> None:
+def install_stem(model: nn.Module, size: Size) -> None:
     """Turn the first convolution into a `StemConv2d`, in place.
 
     Nothing is changed unless the image reaches the logits through that convolution alone: else
     its data gradient would be only a part of the image's. Raises ValueError if the model does not
-    accept images of `size` px.
+    accept images of this size.
     """
     stem = _only_reader(model, size)
     if type(stem) is not nn.Conv2d:
@@ -96,9 +99,9 @@ def install_stem(model: nn.Module, size: int) -> None:
         stem.__class__ = StemConv2d
 
 
-def _only_reader(model: nn.Module, size: int) -> nn.Module | None:
+def _only_reader(model: nn.Module, size: Size) -> nn.Module | None:
     """The module through which alone an image reaches the logits; None if there is another way."""
-    image = torch.zeros(1, 3, size, size, requires_grad=True)
+    image = torch.zeros(1, 3, *sides_of(size), requires_grad=True)
     readers: list[nn.Module] = []
 
     def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -117,7 +120,8 @@ def _only_reader(model: nn.Module, size: int) -> nn.Module | None:
             logits = model.eval()(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"data.size = {size}: the model does not accept images of {size} px: {error}"
+            f"data.size = {shown(size)}: "
+            f"the model does not accept images of {size_in_words(size)} px: {error}"
         ) from None
     finally:
         model.train()

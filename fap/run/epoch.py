@@ -15,7 +15,7 @@ from fap.tasks.base import Task
 from pipelines.ahead import run_ahead
 
 # Fields of the config's data that the plan's spec has under the same name.
-AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "flip", "mix", "mix_alpha"}
+AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip", "mix", "mix_alpha"}
 # Fields of a plan that the step's inputs have under the same name, a row per step.
 DRAWS = ("shuffle", "noise_key")
 MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")

@@ -102,14 +102,15 @@ def _flat(config: Config) -> dict[str, Any]:
     tree = config.model_dump(
         mode="json", exclude={"resume": True, "paper": True, "run": True, "data": FREE_DATA}
     )
-    data = tree["data"]
+    meaningless = set(config.data.meaningless)
     if config.data.crop == "pad":
-        data.pop("scale")
-        data.pop("ratio")
+        meaningless |= {"scale", "ratio"}
     else:
-        data.pop("pad")
+        meaningless |= {"pad"}
     if config.data.mix is None:
-        data.pop("mix_alpha")
+        meaningless |= {"mix_alpha"}
+    for field in meaningless:
+        tree["data"].pop(field)
     if config.model.init is not None:  # it may have moved, like the data
         tree["model"]["init"] = Path(config.model.init).name
     flat = {"run.amp": config.run.amp}

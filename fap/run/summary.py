@@ -5,6 +5,7 @@ from __future__ import annotations
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
 from fap.step.step import Step
+from pipelines.sizes import size_in_words
 
 
 def describe(
@@ -19,9 +20,10 @@ def describe(
     how: str = method.name
     if method.schedule is not None:
         how += f" {method.schedule}"
+    size = size_in_words(config.data.size)
     lines = [
         f"run        {config.name}, seed {config.seed}: {how}",
-        f"model      {config.model.name}, {config.model.classes} classes, {config.data.size} px",
+        f"model      {config.model.name}, {config.model.classes} classes, {size} px",
         f"parameters shared {shared:,}, main BN {main:,}, aux BN {aux:,}",
         _passes(step),
         _groups(config),

@@ -74,6 +74,7 @@ class Validation:
             size=self.config.data.size,
             resize=self.config.data.resize,
             batch=rows_per_rank * self.ranks.world,
+            crop=self.config.data.eval_crop,
         )
         return plan.for_rank(self.ranks.rank, self.ranks.world)
 

@@ -12,9 +12,11 @@ from fap.step.rows import Rows, cutmix, mixup
 from fap.tasks.base import Task
 
 
-def image_buffer(n: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros (n, 3, size, size), channels_last."""
-    nhwc = torch.zeros((n, size, size, 3), dtype=dtype, device=device)
+def image_buffer(
+    n: int, sides: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros (n, 3, *sides), channels_last."""
+    nhwc = torch.zeros((n, *sides, 3), dtype=dtype, device=device)
     return nhwc.permute(0, 3, 1, 2)
 
 
@@ -31,7 +33,7 @@ class Inputs:
     mix_lam: Tensor  # float32 ()
     mix_box: Tensor  # int64 (4,): top, left, bottom, right in pixels
     mix_partner: Tensor  # int64 (n_clean,)
-    pixels: Tensor  # int64 (H,): 0, 1, ...; never fed
+    pixels: Tensor  # int64 (H,): 0, 1, ...; never fed; what is mixed is square
 
     @classmethod
     def empty(
@@ -45,11 +47,11 @@ class Inputs:
         n_adv: int,
         n_adv_groups: int,
     ) -> Inputs:
-        size = config.data.size
+        sides = config.data.sides
         n_loaded = n_clean + n_loaded_adv
         return cls(
             n_clean=n_clean,
-            images=image_buffer(n_loaded, size, torch.uint8, device),
+            images=image_buffer(n_loaded, sides, torch.uint8, device),
             targets=task.empty_targets(n_loaded, device),
             shuffle=torch.arange(n_adv, device=device),
             noise_key=torch.zeros(n_adv_groups, dtype=torch.int32, device=device),
@@ -57,7 +59,7 @@ class Inputs:
             mix_lam=torch.ones((), device=device),
             mix_box=torch.zeros(4, dtype=torch.int64, device=device),
             mix_partner=torch.arange(n_clean, device=device),
-            pixels=torch.arange(size, device=device),
+            pixels=torch.arange(sides[0], device=device),
         )
 
     def clean_rows(self, mix: str | None, dtype: torch.dtype) -> Rows:

@@ -71,12 +71,12 @@ class Step:
             n_adv=self.n_adv,
             n_adv_groups=self.n_adv_groups,
         )
-        size = config.data.size
+        sides = config.data.sides
         self.pass_input = [
-            image_buffer(one.n_rows, size, self.dtype, self.device) for one in self.passes
+            image_buffer(one.n_rows, sides, self.dtype, self.device) for one in self.passes
         ]
         buffers = Rows(
-            image_buffer(self.n_adv, size, self.dtype, self.device),
+            image_buffer(self.n_adv, sides, self.dtype, self.device),
             self.task.empty_targets(self.n_adv, self.device),
         )
         self.adv = AdversarialRows(buffers, self.method, ranks, self.inputs.shuffle)

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 # `config.task`: where its class is. Not the class itself: its module imports models, which takes
 # seconds, and the config, which asks this table what may be asked for.
-TASKS = {"classification": "fap.tasks.classification:Classification"}
+TASKS = {
+    "classification": "fap.tasks.classification:Classification",
+    "detection": "fap.tasks.detection:Detection",
+}
 
 
 def make_task(config: Config) -> Task:

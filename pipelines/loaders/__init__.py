@@ -8,7 +8,7 @@ import torch
 
 from pipelines.back_ends import BACK_ENDS
 from pipelines.loaders.base import Loader
-from pipelines.plan import Size
+from pipelines.sizes import Size
 from pipelines.store import Store
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipelines.machine import usable_cores
-from pipelines.plan import PADDING, EpochPlan, Size, sides_of
+from pipelines.plan import PADDING, EpochPlan
+from pipelines.sizes import Size, sides_of
 from pipelines.store import Store
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pipelines.ahead import run_ahead
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.plan import PADDING, EpochPlan, Size
+from pipelines.plan import PADDING, EpochPlan
+from pipelines.sizes import Size
 from pipelines.store import RAW, DamagedData, Store
 
 READERS = 2  # threads that fetch encoded bytes, 0.05 ms per image

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
-from pipelines.plan import PADDING, EpochPlan, Size, sides_of
+from pipelines.plan import PADDING, EpochPlan
+from pipelines.sizes import Size, sides_of
 from pipelines.store import JPG, DamagedData
 
 

@@ -33,6 +33,7 @@ def differences(saved: list[str], now: list[str]) -> list[str]:
         "run.max_steps=7", "run.log_every=7", "run.checkpoint_every=7", "run.keep=7",
         "run.eval_every=7", "run.eval_batch=7", "run.max_skipped=7",
         "data.pad=7", "data.mix_alpha=7",  # no padding, no mix: without a meaning here
+        "data.most_boxes=7",  # no boxes
     ],
 )  # fmt: skip
 def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None:
@@ -69,6 +70,18 @@ def test_padding_and_mixing_count_where_they_happen() -> None:
         "data.mix_alpha: 1.0, now 2.0"
     ]
     assert differences(["data.crop=pad"], ["data.crop=pad", "data.scale=[0.2, 1]"]) == []
+
+
+def test_letterboxes_count_as_detection_has_them() -> None:
+    letterbox = ["task=detection", "data.crop=letterbox", "data.size=[80, 128]"]
+    for word in ("data.resize=7", "data.scale=[0.2, 1]", "data.ratio=[1, 1]", "data.pad=7"):
+        assert differences(letterbox, [*letterbox, word]) == []
+    for word, says in (
+        ("data.size=[80, 96]", "data.size: [80, 128], now [80, 96]"),
+        ("data.jitter=[0.5, 1]", "data.jitter: [1.0, 1.0], now [0.5, 1.0]"),
+        ("data.most_boxes=7", "data.most_boxes: 100, now 7"),
+    ):
+        assert differences(letterbox, [*letterbox, word]) == [says]
 
 
 def test_first_weights_may_have_moved_but_not_be_others() -> None:
