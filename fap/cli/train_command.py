@@ -112,7 +112,10 @@ def _problem(error: Exception) -> str | None:
 
 def _report(result: dict[str, Any], task: Task) -> None:
     last = result["last"]
-    reached = ", ".join(f"{words} {last[name]:.2%}" for name, words in task.percents.items())
+    # A metric may be absent, such as AP of a size that no object has.
+    reached = ", ".join(
+        f"{words} {last[name]:.2%}" for name, words in task.percents.items() if name in last
+    )
     cost = f"{result['image_passes']:,} image passes in {result['seconds']:.0f} s"
     print(f"done: {reached} after {cost}", flush=True)
 
