@@ -16,7 +16,8 @@ from pipelines.sources import cifar10, fashion_mnist
 from pipelines.store import RAW
 
 ROOT = Path(__file__).resolve().parents[2]
-N = 60
+N = 60  # scenes: among so many there is one with every number of objects
+FEW = 10
 
 
 def made_up_sources(rng: np.random.Generator, dark_photos: bool = False) -> Sources:
@@ -52,14 +53,14 @@ def same_annotations(a: Annotations, b: Annotations) -> bool:
 
 
 def test_a_scene_is_a_function_of_split_seed_and_number(made_of: Sources, seed: int) -> None:
-    whole = scenes.make_scenes("train", N, seed, made_of)
-    assert same(whole, scenes.make_scenes("train", N, seed, made_of))
-    fewer = scenes.make_scenes("train", N // 2, seed, made_of)
-    assert np.array_equal(fewer.images, whole.images[: N // 2])
-    of_these = whole.annotations.first[N // 2]
+    whole = scenes.make_scenes("train", FEW, seed, made_of)
+    assert same(whole, scenes.make_scenes("train", FEW, seed, made_of))
+    fewer = scenes.make_scenes("train", FEW // 2, seed, made_of)
+    assert np.array_equal(fewer.images, whole.images[: FEW // 2])
+    of_these = whole.annotations.first[FEW // 2]
     assert np.array_equal(fewer.annotations.boxes, whole.annotations.boxes[:of_these])
     for other in (("train", seed + 1), ("test", seed)):
-        assert not same(whole, scenes.make_scenes(other[0], N, other[1], made_of))
+        assert not same(whole, scenes.make_scenes(other[0], FEW, other[1], made_of))
 
 
 def test_numbers_and_places_of_the_objects(made_of: Sources, seed: int) -> None:
@@ -124,21 +125,21 @@ def test_a_file_of_scenes(
 ) -> None:
     monkeypatch.setattr(scenes, "sources", lambda split: made_of)
     file = tmp_path / "train.beton"
-    scenes.write_scenes(file, "train", N, seed)
-    made = scenes.make_scenes("train", N, seed, made_of)
+    scenes.write_scenes(file, "train", FEW, seed)
+    made = scenes.make_scenes("train", FEW, seed, made_of)
     store = open_store(file)
     assert store.classes == CLASSES
     assert set(store.modes) == {RAW}
-    assert store.labels.tolist() == list(range(N))
+    assert store.labels.tolist() == list(range(FEW))
     assert store.annotations is not None
     assert same_annotations(store.annotations, made.annotations)
     for i, image in enumerate(made.images):
         assert store.read(i).tobytes() == image.tobytes()
     again = tmp_path / "again.beton"
-    scenes.write_scenes(again, "train", N, seed)
+    scenes.write_scenes(again, "train", FEW, seed)
     assert again.read_bytes() == file.read_bytes()
     with pytest.raises(ValueError, match="exists and is not overwritten"):
-        scenes.write_scenes(file, "train", N, seed)
+        scenes.write_scenes(file, "train", FEW, seed)
 
 
 def test_grain_is_the_noise_of_a_camera(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
