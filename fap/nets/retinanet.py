@@ -67,16 +67,15 @@ def _resnet(depth: int) -> Spec:
 
 
 def _tiny_body() -> nn.Module:
-    """Strides 2, 4, 8, 16, 32."""
+    """Strides 2, 4, 8, 16."""
     body = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False),
             bn1=nn.BatchNorm2d(16),
             relu=nn.ReLU(inplace=True),
-            layer1=_halving_block(16, 32),
-            layer2=_halving_block(32, 48),
-            layer3=_halving_block(48, 64),
-            layer4=_halving_block(64, 64),
+            layer1=_halving_block(16, 24),
+            layer2=_halving_block(24, 48),
+            layer3=_halving_block(48, 96),
         )
     )
     for module in body.modules():
@@ -95,11 +94,11 @@ SPECS = {f"retinanet_resnet{depth}_fpn": _resnet(depth) for depth in RESNETS}
 # For demos and tests: canvases of 128 px.
 SPECS["retinanet_tiny"] = Spec(
     _tiny_body,
-    {"layer2": 48, "layer3": 64, "layer4": 64},
+    {"layer2": 48, "layer3": 96},
     channels=48,
-    strides=(8, 16, 32),
-    anchor_sides=tuple(map(_three_sizes, (16, 32, 64))),
-    head_convolutions=2,
+    strides=(8, 16),
+    anchor_sides=((20, 30), (42, 60)),
+    head_convolutions=1,
 )
 
 
