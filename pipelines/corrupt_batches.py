@@ -1,6 +1,6 @@
 """Batches of corrupted images, and their form on the disk, a `.beton`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import replace
@@ -30,7 +30,7 @@ def corrupted(
     severity: int,
     pool: Executor,
     seed: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches with their images corrupted, in order and on their device; they may be kept.
 
     Raises:

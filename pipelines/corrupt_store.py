@@ -4,7 +4,10 @@ The benchmark corrupts whole photographs, and detectors resize them afterwards (
 2019). `pipelines.corrupt_batches` corrupts what a classifier sees, as ImageNet-C does.
 """
 
-from concurrent.futures import Executor
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +48,30 @@ class CorruptedStore(Store):
 
         The calling thread waits for the pool, so as many threads as it has processes keep it busy.
         """
-        encoded = self.clean.read(index)
-        sides = None
-        if self.clean.modes[index] != JPG:
-            sides = (int(self.heights[index]), int(self.widths[index]))
-        settings = (self.name, self.severity, self.seed, index)
+        return self._result(index, self._begun(index))
+
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """See `Store.read_many`: one calling thread keeps the whole pool busy."""
+        begun: list[Future[np.ndarray]] = []
         try:
-            pixels: np.ndarray = self.pool.submit(_corrupted, encoded, sides, *settings).result()
-        except UNREADABLE as error:
-            raise DamagedData(f"{self.file(index)}: sample {index}: {reason(error)}") from error
-        return pixels.reshape(-1)
+            begun.extend(self._begun(index) for index in indices)
+            return [self._result(*one) for one in zip(indices, begun, strict=True)]
+        finally:
+            for future in begun:  # nobody wants the others where one fails
+                future.cancel()
+
+    def _begun(self, index: int) -> Future[np.ndarray]:
+        encoded = self.clean.read(index)
+        is_jpeg = bool(self.clean.modes[index] == JPG)
+        sides = (int(self.heights[index]), int(self.widths[index]))
+        settings = (self.name, self.severity, self.seed, index)
+        return self.pool.submit(_corrupted, encoded, is_jpeg, sides, *settings)
+
+    def _result(self, index: int, begun: Future[np.ndarray]) -> np.ndarray:
+        try:
+            return begun.result().reshape(-1)
+        except _UndecodedError as error:
+            raise DamagedData(f"{self.file(index)}: sample {index}: {error}") from error
 
     def file(self, index: int) -> Path:
         return self.clean.file(index)
@@ -65,17 +82,24 @@ class CorruptedStore(Store):
         return self.clean.identity() | corruption
 
 
+class _UndecodedError(Exception):
+    """Of an image, in the words of the reason; what else fails is no fault of the data."""
+
+
 def _corrupted(
-    encoded: np.ndarray,  # uint8 (n,): a JPEG, or the pixels of an image of `sides`
-    sides: tuple[int, int] | None,
+    encoded: np.ndarray,  # uint8 (n,): a JPEG, or pixels
+    is_jpeg: bool,
+    sides: tuple[int, int],  # pixels: height and width
     name: str,
     severity: int,
     seed: int,
     index: int,
 ) -> np.ndarray:  # uint8 (H, W, 3)
     """Runs in a process of the pool."""
-    if sides is None:
+    if not is_jpeg:
+        return corrupt(encoded.reshape(*sides, 3), name, severity, seed, index)
+    try:
         image = np.asarray(open_image(encoded.tobytes()).convert("RGB"))
-    else:
-        image = encoded.reshape(*sides, 3)
+    except UNREADABLE as error:
+        raise _UndecodedError(reason(error)) from None
     return corrupt(image, name, severity, seed, index)

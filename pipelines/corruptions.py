@@ -128,10 +128,12 @@ def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
         crop = int(np.ceil(side / factor))
         full = round(crop * factor)
         # Of `full` enlarged pixels the middle `side` are kept; `at` is where each lies in the crop.
-        at = (side - crop) // 2 + (np.arange(side) + (full - side) // 2) * (crop - 1) / (full - 1)
-        low = np.minimum(at.astype(int), side - 2)
+        step = (crop - 1) / max(1, full - 1)
+        at = (side - crop) // 2 + (np.arange(side) + (full - side) // 2) * step
+        low = at.astype(int).clip(0, max(0, side - 2))
+        high = np.minimum(low + 1, side - 1)
         share = (at - low)[:, None, None]
-        x = (x[low] * (1 - share) + x[low + 1] * share).swapaxes(0, 1)
+        x = (x[low] * (1 - share) + x[high] * share).swapaxes(0, 1)
     return x
 
 
@@ -305,7 +307,8 @@ def _pil(x: np.ndarray) -> Image.Image:
 
 def pixelate(x: np.ndarray, share: float, rng: Rng) -> np.ndarray:
     h, w = x.shape[:2]
-    coarse = _pil(x).resize((int(w * share), int(h * share)), Image.Resampling.BOX)
+    sides = (max(1, int(w * share)), max(1, int(h * share)))
+    coarse = _pil(x).resize(sides, Image.Resampling.BOX)
     return np.asarray(coarse.resize((w, h), Image.Resampling.BOX)) / 255
 
 

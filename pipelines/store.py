@@ -93,6 +93,10 @@ class Store(ABC):
                 checksum.
         """
 
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """`read` of each, at once where that is faster."""
+        return [self.read(index) for index in indices]
+
     def file(self, index: int) -> Path:
         """The file that holds sample `index`, for messages."""
         return self.path

@@ -49,6 +49,8 @@ def eval_sets(
 
     Raises ValueError and OSError for folders that hold nothing of their kind.
     """
+    if reading.crop == "letterbox":
+        _check_for_detection(wanted)
     seen = look_at(data)  # once for all that is computed from it
     sets: list[EvalSet] = [CleanSet("clean", wanted.data, reading, seen)]
     sets += _computed(wanted, reading, seen, workers)
@@ -72,12 +74,28 @@ def eval_sets(
     return sets, unused
 
 
-def _computed(wanted: Wanted, reading: Reading, data: Seen, workers: Executor) -> list[EvalSet]:
-    if wanted.keep is not None and reading.crop == "letterbox":
+def _check_for_detection(wanted: Wanted) -> None:
+    """Raise ValueError for what only classifiers are evaluated on."""
+    folders = {
+        "--imagenet-c": wanted.imagenet_c,
+        "--imagenet-r": wanted.imagenet_r,
+        "--stylized": wanted.stylized,
+        "--cifar10-c": wanted.cifar10_c,
+    }
+    for option, folder in folders.items():
+        if folder is not None:
+            raise ValueError(
+                f"{option}: its images have class labels and no boxes, and the checkpoint is a "
+                "detector's; leave it out (--corrupt all is detection's benchmark, on --data)"
+            )
+    if wanted.keep is not None:
         raise ValueError(
             "--keep: corrupted photographs are not kept for detection, which sees them resized "
             "from their own size; leave it out: every set's result is kept in --out"
         )
+
+
+def _computed(wanted: Wanted, reading: Reading, data: Seen, workers: Executor) -> list[EvalSet]:
     sets: list[EvalSet] = []
     for name, severity in wanted.computed:
         key = f"computed/{name}/{severity}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import pipelines
 from fap.tasks.base import Task
-from pipelines import Batch, Store
+from pipelines import Batch, EpochPlan, Store
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
 from pipelines.sources import arrays, cifar10
@@ -147,15 +148,9 @@ class StoredImages(Opened):
     def __init__(self, reading: Reading, seen: Seen) -> None:
         store = seen.store
         self.store = store
+        self.reading = reading
         self.device = reading.device
-        self.plan = pipelines.eval_plan(
-            store.heights,
-            store.widths,
-            size=reading.size,
-            resize=reading.resize,
-            batch=reading.batch,
-            crop=reading.crop,
-        )
+        self.plan = self._plan_of(len(store), reading.batch)
         back_end = reading.back_end_for(store.path)
         self.loader = pipelines.open_loader(
             back_end, store, size=reading.size, device=reading.device
@@ -185,15 +180,35 @@ class StoredImages(Opened):
         """All images once, with the store's own labels whatever the task; `NO_LABEL` is padding."""
         return self._beside(torch.from_numpy(self.plan.look_up(self.store.labels, NO_LABEL)))
 
+    def first(self, most: int) -> tuple[Tensor, Tensor]:  # uint8 (B, 3, H, W), (B, ...), on the CPU
+        """The first images with their targets; no others are read or corrupted."""
+        n = min(most, self.count)
+        plan = self._plan_of(n, n)
+        references = self.reading.task.references(self.store, plan)
+        with closing(self._shown(plan)) as batches:
+            return next(batches).images.cpu(), references[0]
+
+    def _plan_of(self, count: int, batch: int) -> EpochPlan:
+        """The first `count` images, `batch` at a time."""
+        return pipelines.eval_plan(
+            self.store.heights[:count],
+            self.store.widths[:count],
+            size=self.reading.size,
+            resize=self.reading.resize,
+            batch=batch,
+            crop=self.reading.crop,
+        )
+
     def _beside(
         self,
         values: Tensor,  # (steps, B, ...)
     ) -> Batches:
-        for batch in self._shown():
-            yield batch.images, values[batch.step]
+        with closing(self._shown(self.plan)) as batches:
+            for batch in batches:
+                yield batch.images, values[batch.step]
 
-    def _shown(self) -> Iterator[Batch]:
-        return self.loader.load(self.plan)
+    def _shown(self, plan: EpochPlan) -> Generator[Batch, None, None]:
+        return self.loader.load(plan)
 
 
 class CorruptedImages(StoredImages):
@@ -207,9 +222,9 @@ class CorruptedImages(StoredImages):
         self.workers = workers
         self.identity["corrupted"] = corruption._asdict()
 
-    def _shown(self) -> Iterator[Batch]:
+    def _shown(self, plan: EpochPlan) -> Generator[Batch, None, None]:
         return corrupted(
-            super()._shown(), self.plan.index, pool=self.workers, **self.corruption._asdict()
+            super()._shown(plan), plan.index, pool=self.workers, **self.corruption._asdict()
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fap.evaluate.images import Opened
+from fap.evaluate.images import Opened, StoredImages
 from fap.evaluate.results import safe_name
 from fap.nets.dual import evaluate_with
 from fap.nets.norm import Bn
@@ -36,24 +35,22 @@ def write_pictures(
     bn: Bn,
     device: torch.device,
     say: Callable[[str], Any],
-) -> None:
+) -> bool:
     """Write the sheet of a set, unless the task draws nothing.
 
-    What cannot be written costs the picture, and `say` is told.
+    What cannot be written costs the picture: `say` is told, and False is returned.
     """
-    if opened.store is None:
-        return
-    with closing(opened.batches()) as batches:
-        images, references = next(iter(batches))
-    images = images[:most].to(device)
-    references = references[:most]
+    if not isinstance(opened, StoredImages):
+        return True
+    pixels, references = opened.first(most)
+    images = pixels.to(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
     with torch.inference_mode(), evaluate_with(model, bn):
         outputs = model((images - mean_255) / std_255)
-    drawn = task.pictures(images.cpu(), outputs.cpu(), references.cpu(), opened.store, names)
+    drawn = task.pictures(pixels, outputs.float().cpu(), references, opened.store, names)
     if not drawn:
-        return
+        return True
     content = BytesIO()
     sheet(drawn).save(content, "PNG")
     try:
@@ -61,6 +58,8 @@ def write_pictures(
         write_whole(file, [content.getvalue()])
     except OSError as error:
         say(f"warning: no picture {file}: {error}")
+        return False
+    return True
 
 
 def file_of(folder: Path, run: str, key: str, content: str) -> Path:

@@ -49,6 +49,7 @@ def table_of(report: Report) -> Table:
         notes += [
             f"{title} ({measured.words}): not computed: {why}" for title, why in refused.items()
         ]
+        notes += measured.notes(refused)
     notes += [f"not used: {line}" for line in capped(report.unused)]
     return Table(rows, notes)
 
@@ -135,6 +136,13 @@ class _Measured:
             title = f"{task.measure}, {name} ({self.words}){_severities(by)}"
             rows[title] = Number(100 * by_corruption[name])
         return rows
+
+    def notes(self, refused: Mapping[str, str]) -> list[str]:
+        """What a reader must know of the means that were computed."""
+        if self.benchmark != "computed":
+            return []
+        means = [mean for mean in self.report.task.means if mean.title not in refused]
+        return [f"{mean.title}: {mean.note}" for mean in means if mean.note]
 
     def _paper(self, mean: CorruptionMean) -> float | None:
         """The paper's number; it has none for CIFAR-10-C."""

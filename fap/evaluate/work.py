@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ def carry_out(
             )
         if draws:
             for item in tqdm(work.items, "pictures", leave=False, disable=None):
-                evaluation.draw(item.set, say)
+                if not evaluation.draw(item.set, workers, say):
+                    break  # nor could the others be written
     return _report(work, wanted, found)
 
 
@@ -162,6 +163,16 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
         unused=work.unused,
         results={item.set.key: found[item.set.key] for item in work.items},
     )
+
+
+@contextmanager
+def _stopping(workers: Workers) -> Iterator[None]:
+    """Stop them where the block fails."""
+    try:
+        yield
+    except BaseException:
+        workers.stop()
+        raise
 
 
 def _has_aux(trained: Trained) -> bool:
@@ -203,8 +214,11 @@ class _Evaluation:
             self.results.keep(name, origin, result)
             return result
 
-    def draw(self, one: EvalSet, say: Callable[[str], Any]) -> None:
-        """The sheet of a set, unless it is there."""
+    def draw(self, one: EvalSet, workers: Workers, say: Callable[[str], Any]) -> bool:
+        """Write the sheet of a set, unless it is there; False if it could not be written.
+
+        `workers` are stopped where anything else fails.
+        """
         assert self.wanted.pictures is not None
         trained = self.trained
         with one.open() as opened:
@@ -212,39 +226,36 @@ class _Evaluation:
             name = f"{trained.config.name}-seed{trained.config.seed}"
             file = file_of(self.wanted.pictures, name, one.key, digest(origin))
             if file.exists():
-                return
-            write_pictures(
-                trained.model,
-                trained.task,
-                trained.meta.train.classes,
-                opened,
-                file,
-                most=IMAGES_OF_A_SHEET,
-                mean=trained.config.data.mean,
-                std=trained.config.data.std,
-                bn=self.wanted.bn,
-                device=torch.device(self.wanted.device),
-                say=say,
-            )
+                return True
+            with _stopping(workers):
+                return write_pictures(
+                    trained.model,
+                    trained.task,
+                    trained.meta.train.classes,
+                    opened,
+                    file,
+                    most=IMAGES_OF_A_SHEET,
+                    mean=trained.config.data.mean,
+                    std=trained.config.data.std,
+                    bn=self.wanted.bn,
+                    device=torch.device(self.wanted.device),
+                    say=say,
+                )
 
     def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Result:
         data = self.trained.config.data
         device = torch.device(self.wanted.device)
-        with closing(opened.batches()) as batches:
-            try:
-                return evaluate(
-                    self.trained.model,
-                    tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
-                    self.trained.task.evaluator(device, matching, opened.store),
-                    mean=data.mean,
-                    std=data.std,
-                    bn=self.wanted.bn,
-                    device=device,
-                )
-            except BaseException:
-                # Else closing the batches waits for corruptions that nobody wants any more.
-                workers.stop()
-                raise
+        # Stopped first: else closing the batches waits for corruptions that nobody wants any more.
+        with closing(opened.batches()) as batches, _stopping(workers):
+            return evaluate(
+                self.trained.model,
+                tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
+                self.trained.task.evaluator(device, matching, opened.store),
+                mean=data.mean,
+                std=data.std,
+                bn=self.wanted.bn,
+                device=device,
+            )
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:
         try:

@@ -66,6 +66,8 @@ class CorruptionMean:
     """Why it means nothing for other images than ImageNet's in full size; empty: it always does."""
     paper: str = ""
     """What `config.paper` calls it; empty: the paper has no such number."""
+    note: str = ""
+    """What a reader must know of it where it was computed here; empty: nothing."""
 
 
 class Task(Protocol):

@@ -229,9 +229,19 @@ def relative_performance(
     return performance(precisions, clean) / clean
 
 
+# Those of `imagecorruptions`, with which COCO-C is made, against `pipelines.corruptions`.
+OTHER_THAN_COCO_C = (
+    "the corruptions have ImageNet-C's definitions and constants: motion_blur, snow, frost and "
+    "above all elastic_transform, which here moves objects away from their boxes, "
+    "are not those of COCO-C's own generator"
+)
 MEANS = (
     CorruptionMean(
-        "mPC (AP under 15 corruptions)", tuple(ALEXNET_ERRORS), performance, paper="coco_c"
+        "mPC (AP under 15 corruptions)",
+        tuple(ALEXNET_ERRORS),
+        performance,
+        paper="coco_c",
+        note=OTHER_THAN_COCO_C,
     ),
     CorruptionMean("rPC (mPC in % of clean AP)", tuple(ALEXNET_ERRORS), relative_performance),
 )

@@ -1,7 +1,7 @@
 """What every loader yields, and what all loaders share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ class Loader(ABC):
         # Of an empty tensor, because it has the index that "cuda" lacks.
         self.device = torch.empty(0, device=device).device
 
-    def load(self, plan: EpochPlan, start_step: int = 0) -> Iterator[Batch]:
+    def load(self, plan: EpochPlan, start_step: int = 0) -> Generator[Batch, None, None]:
         """`len(plan) - start_step` batches; the same images whatever the threads and the start.
 
         Raises:
@@ -80,7 +80,7 @@ class Loader(ABC):
     def close(self) -> None:  # noqa: B027
         """Nothing outlives the iterators of `load`."""
 
-    def _batches(self, plan: EpochPlan, start_step: int) -> Iterator[Batch]:
+    def _batches(self, plan: EpochPlan, start_step: int) -> Generator[Batch, None, None]:
         # Leaving the loop early closes the back end's generator, and with it its threads.
         with closing(self._images(plan, start_step)) as steps:
             for step, images in enumerate(steps, start_step):

@@ -234,7 +234,8 @@ class DaliLoader(ThreadedLoader):
         stored = np.ones_like(corner)  # (B, 2) sides of the image; those of the black one are 1
         stored[real, 0] = self.store.heights[index[real]]
         stored[real, 1] = self.store.widths[index[real]]
-        data = [self._bytes(i) for i in index.tolist()]
+        encoded = iter(self.store.read_many(index[real].tolist()))
+        data = [next(encoded) if is_real else self.black for is_real in real.tolist()]
         if self.raw:
             data = [
                 pixels.reshape(height, width, 3)
@@ -250,11 +251,6 @@ class DaliLoader(ThreadedLoader):
         start = corner.clip(0, stored - 1)
         end = np.minimum(corner + shape, stored).clip(start + 1)
         return [data, sides, start, end - start, corner - start, shape]
-
-    def _bytes(self, index: int) -> np.ndarray:
-        if index == PADDING:
-            return self.black
-        return self.store.read(index)
 
 
 def _has_places(plan: EpochPlan) -> bool:
