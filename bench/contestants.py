@@ -4,6 +4,7 @@ A library of the benches that time steps. What touches the inside of `Step` or o
 here (and, for other people's loops, in `bench.peers`), not in the benches.
 """
 
+import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,15 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pipelines
 from fap.config import Config, make_config
-from fap.nets.build import build
+from fap.nets.build import prepare
 from fap.nets.dual import norm_state
+from fap.nets.retinanet import SPECS
 from fap.nets.stem import stem_of
-from fap.run.epoch import plan_spec
+from fap.run.epoch import plan_spec, step_draws
 from fap.run.stopwatch import Stopwatch
 from fap.run.torch_setup import set_up_torch
 from fap.step.graph import runner
 from fap.step.passes import passes_of
 from fap.step.step import Step
+from fap.tasks import make_task
+from pipelines.sizes import Size, sides_of
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -40,6 +44,12 @@ else:
     SCHEDULES = ("sequential", "pipelined")
 
 LARGEST_CIFAR_SIZE = 64  # pixels a side; above it the data is like ImageNet's
+GROUP_ROWS = 64  # of vanilla's batch norm, as on several GPUs
+DETECTOR_GROUP_ROWS = 8  # as in configs/coco
+COCO_CLASSES = 80
+COCO_BUDGET = {"epochs": 24, "milestones": [16, 22]}  # Table 7
+COCO_CLIP_NORM = 35  # as in configs/coco
+MOST_SYNTHETIC_BOXES = 8  # of an image; COCO's have 7 on average
 LR = 0.01  # any that trains: nothing here is trained to the end
 LOADER_WARM_UP = 4  # batches decoded while another contestant ran, or a cold start
 
@@ -50,9 +60,30 @@ def sync() -> None:
         torch.cuda.synchronize()
 
 
-def config_of(model: str, rows: int, size: int, **method: Any) -> Config:
-    """For `rows` clean rows; data like CIFAR-10's up to 64 pixels a side, like ImageNet's above."""
-    if size > LARGEST_CIFAR_SIZE:
+def canvas(text: str) -> Size:
+    """An option's value: 224, or 800x1344, height by width."""
+    height, by, width = text.partition("x")
+    try:
+        if by:
+            return int(height), int(width)
+        return int(height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be N or HxW, pixels") from None
+
+
+def is_detector(model: str) -> bool:
+    """Is it trained to find boxes?"""
+    return model in SPECS
+
+
+def config_of(model: str, rows: int, size: Size, **method: Any) -> Config:
+    """For `rows` clean rows; a detector's is that of configs/coco at `size`.
+
+    Other data is like CIFAR-10's up to 64 pixels a side, like ImageNet's above.
+    """
+    if is_detector(model):
+        return _detector_config(model, rows, size, {"group_rows": DETECTOR_GROUP_ROWS} | method)
+    if max(sides_of(size)) > LARGEST_CIFAR_SIZE:
         crop = "random_resized"
         classes = 1000
     else:
@@ -68,6 +99,19 @@ def config_of(model: str, rows: int, size: int, **method: Any) -> Config:
     )
 
 
+def _detector_config(model: str, rows: int, size: Size, method: dict[str, Any]) -> Config:
+    return make_config(
+        {
+            "task": "detection",
+            "model": {"name": model, "num_classes": COCO_CLASSES},
+            "method": method,
+            "data": {"size": size, "crop": "letterbox"},
+            "optim": {"clean_batch": rows, "clip_norm": COCO_CLIP_NORM},
+            "budget": COCO_BUDGET,
+        }
+    )
+
+
 def method_of(schedule: str) -> dict[str, str]:
     """The method's config by a bench's word: `vanilla`, or a schedule of Fast AdvProp."""
     if schedule == "vanilla":
@@ -76,13 +120,35 @@ def method_of(schedule: str) -> dict[str, str]:
 
 
 def synthetic(config: Config) -> tuple[pipelines.Batch, torch.Tensor]:
-    """A batch of random images, of the shape that a loader would give, and their labels (1, B)."""
+    """A batch of random images, of the shape that a loader would give, and targets (1, B, ...).
+
+    They are random labels, or the boxes of `synthetic_boxes`.
+    """
     rows = config.optim.clean_batch + config.loader_adv_rows
     shape = (rows, 3, *config.data.sides)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
     images = pixels.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, config.model.num_classes, (1, rows), device=DEVICE)
-    return pipelines.Batch(images, 0), labels
+    if is_detector(config.model.name):
+        targets = synthetic_boxes(config, rows).to(DEVICE)[None]
+    else:
+        targets = torch.randint(0, config.model.classes, (1, rows), device=DEVICE)
+    return pipelines.Batch(images, 0), targets
+
+
+def synthetic_boxes(config: Config, rows: int) -> torch.Tensor:  # float32 (rows, most_boxes, 5)
+    """Random boxes of random classes, from none to eight in an image, as `Detection.targets`."""
+    most_boxes = config.data.most_boxes
+    height, width = config.data.sides
+    classes = torch.randint(0, config.model.classes, (rows, most_boxes, 1))
+    # Two corners, of each coordinate the lesser one first; a box has at least 1 px a side.
+    corners = torch.rand(rows, most_boxes, 2, 2).sort(2).values
+    corners = corners * torch.tensor([width - 1, height - 1])
+    corners[:, :, 1] += 1
+    boxes = torch.cat([classes, corners.flatten(2)], 2)
+    counts = torch.randint(0, MOST_SYNTHETIC_BOXES + 1, (rows, 1, 1))
+    counts[0] = 0  # whatever is drawn, some image has none
+    padding = torch.tensor([-1.0, 0, 0, 0, 0])
+    return torch.where(torch.arange(most_boxes)[:, None] < counts, boxes, padding)
 
 
 def largest_pass(config: Config) -> int:
@@ -130,13 +196,12 @@ class Contestant:
         set_up_torch(DEVICE)  # as in fap-train, for the peers too
         self.config = config
         size = config.data.size
-        self.model = build(
-            config.model.name, config.model.num_classes, aux=config.method.entry.has_aux, size=size
-        )
+        plain = make_task(config).plain_model()
+        self.model = prepare(plain, aux=config.method.entry.has_aux, size=size)
         self.step = self._made_step(amp, without)
 
         spec = plan_spec(config)
-        heights, widths = np.full((2, spec.loaded_rows), size)
+        heights, widths = (np.full(spec.loaded_rows, side) for side in spec.sides)
         if store is not None:
             heights, widths = store.heights, store.widths
         self.plan = pipelines.draw_epoch(spec, heights, widths, 0)
@@ -144,9 +209,7 @@ class Contestant:
         self.sample, self.targets = synthetic(config)
         if store is not None:
             self.targets = self.step.task.targets(store, self.plan).to(DEVICE)
-        self.draws = {}
-        for name in ("shuffle", "noise_key"):
-            self.draws[name] = torch.from_numpy(getattr(self.plan, name).copy()).to(DEVICE)
+        self.draws = step_draws(self.plan, config, DEVICE)
         self.loader: Any = None
         if store is not None:
             self.loader = pipelines.open_loader(pipeline, store, size=size, device=DEVICE)

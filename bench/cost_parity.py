@@ -2,12 +2,16 @@
 
     python -m bench.cost_parity                                     # synthetic images
     python -m bench.cost_parity --data train.beton --pipeline ffcv  # with the loader
+    python -m bench.cost_parity --models retinanet_tiny --size 128 --rows 32      # a detector
 
 A whole run is seconds per step x steps under the budget (`fap.budget`) + an evaluation per epoch +
 start-up (capture, compilation). Each schedule alternates with a vanilla step in short blocks in one
 process, so that both meet the same clock speed and the same neighbours. The ratio of medians has a
 bootstrap interval over the blocks. ResNet-50 on a GPU, CIFAR size without. Writes
-bench/results/cost_parity_{cpu,cuda}.json, .md and .png.
+bench/results/cost_parity_{cpu,cuda}.json, .md and .png; of detectors cost_parity_detection_*.
+
+A detector's run is one over COCO, norm in groups of 8. Its evaluation is the forwards alone: COCO's
+scoring runs on the CPU, takes both as long, and is left out.
 """
 
 import argparse
@@ -25,24 +29,31 @@ import pipelines
 from bench.common import alternate, options, ratio, report, settings_of, spread
 from bench.contestants import (
     AMPS,
+    DETECTOR_GROUP_ROWS,
     DEVICE,
     GPU,
+    GROUP_ROWS,
     LARGEST_CIFAR_SIZE,
     MODEL,
     SCHEDULES,
     SIZE,
     Contestant,
+    canvas,
     config_of,
+    is_detector,
     largest_pass,
+    sync,
 )
 from fap.budget import Budget, budget
 from fap.config import Config
 from fap.evaluate.exact import evaluate
+from fap.tasks.base import Evaluator, Result
+from pipelines.sizes import sides_of
 
 # Images of the runs whose cost is computed without --data: to train on, to evaluate on.
 IMAGENET_IMAGES = (1_281_167, 50_000)
 CIFAR10_IMAGES = (50_000, 10_000)
-GROUP_ROWS = 64  # of vanilla's batch norm, as on several GPUs
+COCO_IMAGES = (118_287, 5_000)
 EVALUATION_BATCHES = 3
 EVALUATION_REPEATS = 3
 
@@ -55,14 +66,14 @@ class Case(NamedTuple):
     rows: int  # clean ones
     p_adv: str
     schedule: str
-    bn: str  # vanilla's batch norm: over `groups` of 64 or over the `whole` batch
+    bn: str  # vanilla's batch norm: over `groups` of 64 (detectors: 8) or over the `whole` batch
 
 
 def compare(case: Case, a: Any, store: pipelines.Store | None) -> dict[str, Any]:
     """Whole runs of one schedule and of vanilla training: seconds of the parts, and their ratio."""
     configs = configs_of(case, a)
     ours, vanilla = [Contestant(config, case.amp, store, a.pipeline) for config in configs]
-    train_images, val_images = images_of(a, store)
+    train_images, val_images = images_of(case.model, a, store)
     our_budget, base_budget = [budget(config, train_images) for config in configs]
     evaluation_s = evaluation(vanilla) * val_images  # the same network for both
 
@@ -91,34 +102,58 @@ def configs_of(case: Case, a: Any) -> tuple[Config, Config]:
     """Of Fast AdvProp and of the vanilla training beside it."""
     ours = config_of(case.model, case.rows, a.size, p_adv=case.p_adv, schedule=case.schedule)
     rows = case.rows
+    group_rows = DETECTOR_GROUP_ROWS if is_detector(case.model) else GROUP_ROWS
     if a.equal_rows:
         # The nearest whole groups: a CPU's time per row grows with the pass.
-        rows = max(GROUP_ROWS, round(largest_pass(ours) / GROUP_ROWS) * GROUP_ROWS)
-    group_rows = GROUP_ROWS if case.bn == "groups" else rows
+        rows = max(group_rows, round(largest_pass(ours) / group_rows) * group_rows)
+    if case.bn == "whole":
+        group_rows = rows
     vanilla = config_of(case.model, rows, a.size, name="vanilla", group_rows=group_rows)
     return ours, vanilla
 
 
-def images_of(a: Any, store: pipelines.Store | None) -> tuple[int, int]:
+def images_of(model: str, a: Any, store: pipelines.Store | None) -> tuple[int, int]:
     """Training and validation images of the run whose cost is computed."""
     if store is not None:
         return len(store), a.val_images
-    if a.size > LARGEST_CIFAR_SIZE:
+    if is_detector(model):
+        return COCO_IMAGES
+    if max(sides_of(a.size)) > LARGEST_CIFAR_SIZE:
         return IMAGENET_IMAGES
     return CIFAR10_IMAGES
 
 
+class Forwards:
+    """An `Evaluator` of no metrics: only the forwards are waited for."""
+
+    def update(self, outputs: torch.Tensor, references: torch.Tensor) -> None:
+        """Nothing is gathered."""
+
+    def result(self) -> Result:
+        sync()
+        return {}
+
+
 def evaluation(contestant: Contestant) -> float:
-    """Seconds per image of the evaluation, loading left out; the best of three."""
+    """Seconds per image of the evaluation, loading left out; the best of three.
+
+    A detector's scoring on the CPU is left out too.
+    """
     data = contestant.config.data
     step = contestant.step
+
+    def evaluator() -> Evaluator:
+        if is_detector(contestant.config.model.name):
+            return Forwards()
+        return step.task.evaluator(DEVICE)
+
     batches = [(contestant.sample.images, contestant.targets[0])] * EVALUATION_BATCHES
 
     def run() -> None:
         evaluate(
             contestant.model,
             batches,
-            step.task.evaluator(DEVICE),
+            evaluator(),
             mean=data.mean,
             std=data.std,
             device=DEVICE,
@@ -187,13 +222,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options(
         __doc__,
         models=[MODEL],
-        size=SIZE,
         rows=rows,
         p_adv=["1/5"],
         schedules=["fused", *SCHEDULES],
         equal_rows=not GPU,
         val_images=50_000,
         rounds=rounds,
+    )
+    parser.add_argument(
+        "--size", type=canvas, default=SIZE, metavar="N|HxW", help="default: %(default)s"
     )
     parser.add_argument("--amp", nargs="+", choices=AMPS, default=[AMPS[0]])
     parser.add_argument("--vanilla-bn", nargs="+", choices=["groups", "whole"], default=norms)
@@ -210,6 +247,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-ratio", type=float, help="exit 1 if a whole-run ratio is above it or not measured"
     )
     a = parser.parse_args(argv)
+    if len({is_detector(model) for model in a.models}) > 1:
+        parser.error("--models: detectors and other models share no run; measure them apart")
     if not a.block:
         a.block = steps_per_block(with_loader=bool(a.data))
     return a
@@ -224,6 +263,8 @@ def steps_per_block(with_loader: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     a = parsed(argv)
     store = pipelines.open_store(a.data) if a.data else None
+    kind = "detection_" if is_detector(a.models[0]) else ""
+    file = a.out / f"cost_parity_{kind}{DEVICE.type}"
     settings = settings_of(a, train_images=len(store) if store else "synthetic")
     results: list[dict[str, Any]] = []
     for values in product(a.amp, a.models, a.rows, a.p_adv, a.schedules, a.vanilla_bn):
@@ -239,7 +280,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         results.append(result)
         # Written after every case: a time-out loses nothing. Said: the head once, then one line.
-        file = a.out / f"cost_parity_{DEVICE.type}"
         lines = report(file, settings, results, ["whole run / vanilla's"], row)
         if len(results) > 1:
             lines = lines[-1:]

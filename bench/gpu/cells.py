@@ -4,8 +4,8 @@
 
 A library of `bench.gpu.suite`; no failure of a cell reaches the next one. First contact and the GPU
 tests come first, since without them no figure means anything. Then every cell that a target hangs
-on (`bench.gpu.table.TARGETS`), then the rest: whole-batch norm, bfloat16, the other schedules, the
-peers, each of our ingredients taken away, the loaders, the study.
+on (`bench.gpu.table.TARGETS`), detection's too, then the rest: whole-batch norm, bfloat16, the
+other schedules, the peers, each of our ingredients taken away, the loaders, the study.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,11 @@ STUDY_SECONDS = "{seconds}"  # stands for the seconds left
 # Clean rows of the real thing: a large step, and one batch-norm group.
 LARGE = 256
 SMALL = 64
+
+# Of detection, as in configs/coco: clean rows, and canvases.
+DETECTOR_ROWS = 16
+SQUARE = "640"
+FULL = "800x1344"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Sizes:
 
     model: str
     px: int
+    detector: str
+    canvas: dict[str, str]  # of the detector, by that of the real thing
     rows: dict[int, int]  # clean rows, by those of the real thing
     amp: dict[str, str]  # precision, by that of the real thing
     half: str  # precision of what exists in half precision only
@@ -63,6 +70,8 @@ class Sizes:
 REAL = Sizes(
     model="resnet50",
     px=224,
+    detector="retinanet_resnet50_fpn",
+    canvas={SQUARE: SQUARE, FULL: FULL},
     rows={LARGE: 256, SMALL: 64},
     amp={"fp16": "fp16", "bf16": "bf16"},
     half="fp16",
@@ -80,6 +89,8 @@ REAL = Sizes(
 TOY = Sizes(
     model="cifar_resnet8",
     px=4,
+    detector="retinanet_tiny",
+    canvas={SQUARE: "32", FULL: "32x64"},
     rows={LARGE: 128, SMALL: 64},
     amp={"fp16": "off", "bf16": "bf16"},  # a CPU takes seconds for what float16 needs
     half="bf16",
@@ -137,17 +148,16 @@ def command(module: str, **options: Any) -> tuple[str, ...]:
 def _smoke(sizes: Sizes) -> list[Cell]:
     found = []
     for schedule in ("vanilla", "fused", "pipelined", "sequential", "parallel"):
-        words = command(
-            "bench.gpu.smoke",
-            schedule=schedule,
-            model=sizes.model,
-            size=sizes.px,
-            rows=sizes.rows[SMALL],
-            amp="fp16",
-            **sizes.smoke,
-        )
-        found.append(Cell(f"smoke/{schedule}", words, limit_s=120, usual_s=20, at_once=True))
+        options = {"model": sizes.model, "size": sizes.px, "rows": sizes.rows[SMALL]}
+        found.append(_smoke_of(sizes, schedule, schedule, options))
+    detector = {"model": sizes.detector, "size": sizes.canvas[SQUARE], "rows": DETECTOR_ROWS}
+    found.append(_smoke_of(sizes, "detection", "fused", detector))
     return found
+
+
+def _smoke_of(sizes: Sizes, name: str, schedule: str, options: Mapping[str, Any]) -> Cell:
+    words = command("bench.gpu.smoke", schedule=schedule, **options, amp="fp16", **sizes.smoke)
+    return Cell(f"smoke/{name}", words, limit_s=120, usual_s=20, at_once=True)
 
 
 def _photos(sizes: Sizes, images: Path) -> Cell:
@@ -185,6 +195,8 @@ def _targets(sizes: Sizes) -> list[Cell]:
         _profile(sizes, "vanilla"),
         _profile(sizes, "fused"),
         _step(sizes, LARGE, "torchvision reference"),
+        _detection(sizes, SQUARE),
+        _detection(sizes, FULL),
         _step(sizes, LARGE, "timm-like, compiled"),
     ]
 
@@ -249,6 +261,23 @@ def _parity(
         **options,
     )
     return Cell(f"{name}/{amp}/{rows}/{schedule}/{bn}", words, limit_s=120, usual_s=30)
+
+
+def _detection(sizes: Sizes, canvas: str) -> Cell:
+    """A whole run of a detector against vanilla's."""
+    words = command(
+        "bench.cost_parity",
+        amp=sizes.amp["fp16"],
+        models=sizes.detector,
+        size=sizes.canvas[canvas],
+        rows=DETECTOR_ROWS,
+        schedules="fused",
+        vanilla_bn="groups",
+        equal_rows=False,
+        rounds=sizes.rounds,
+        block=sizes.block,
+    )
+    return Cell(f"detection/{canvas}", words, limit_s=180, usual_s=45)
 
 
 def _step(sizes: Sizes, rows: int, contender: str, amp: str = "") -> Cell:

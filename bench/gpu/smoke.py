@@ -15,15 +15,26 @@ from typing import Any
 import torch
 
 from bench.common import options, spread, write_json
-from bench.contestants import AMPS, DEVICE, GPU, MODEL, SIZE, Contestant, config_of, method_of
+from bench.contestants import (
+    AMPS,
+    DEVICE,
+    GPU,
+    MODEL,
+    SIZE,
+    Contestant,
+    canvas,
+    config_of,
+    method_of,
+)
 from fap.distributed import ONE_RANK
+from pipelines.sizes import Size
 
 SCHEDULES = ("vanilla", "fused", "pipelined", "sequential", "parallel")
 BLOCKS = 5
 MOST_SKIPPED = 5  # the first steps in float16 may halve the loss scale
 
 
-def look(schedule: str, model: str, size: int, rows: int, amp: str, steps: int) -> dict[str, Any]:
+def look(schedule: str, model: str, size: Size, rows: int, amp: str, steps: int) -> dict[str, Any]:
     """Train a few blocks of steps on one batch of random images."""
     contestant = Contestant(config_of(model, rows, size, **method_of(schedule)), amp)
     seconds = [contestant.block(steps)[0] for _ in range(BLOCKS)]
@@ -60,7 +71,10 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = options(__doc__, model=MODEL, size=SIZE, rows=64, steps=5)
+    parser = options(__doc__, model=MODEL, rows=64, steps=5)
+    parser.add_argument(
+        "--size", type=canvas, default=SIZE, metavar="N|HxW", help="default: %(default)s"
+    )
     parser.add_argument("--schedule", choices=SCHEDULES, default="fused")
     parser.add_argument("--amp", choices=AMPS, default=AMPS[0])
     a = parser.parse_args(argv)

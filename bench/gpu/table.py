@@ -16,6 +16,9 @@ from bench.common import interval
 # ResNet-50 training per GPU: MLPerf Training v4.0, closed division, 8 GPUs (MXNet, fused
 # convolution + batch norm + ReLU).
 MLPERF_IMAGES_PER_S = {"H200": 7950, "H100": 7160}
+# RetinaNet training per H100: MLPerf Training, about. Another backbone than ours, ResNeXt-50, and
+# canvases of 800 x 800.
+MLPERF_RETINANET_IMAGES_PER_S = 290
 
 Found = dict[str, dict[str, Any]]  # by cell
 Interval = tuple[float, float, float]  # figure, low, high
@@ -86,6 +89,16 @@ def _cost_target(schedule: str, rows: int, bound: float) -> Target:
     )
 
 
+def _detection_target(canvas: str) -> Target:
+    return Target(
+        what=f"`fused` / vanilla, whole run, RetinaNet at {canvas}, 16 rows",
+        bound=1.05,
+        at_least=False,
+        cells=(f"detection/{canvas}",),
+        figure=whole_run,
+    )
+
+
 TARGETS = (
     _cost_target("fused", 256, 1.02),
     _cost_target("fused", 64, 1.10),
@@ -112,6 +125,8 @@ TARGETS = (
         cells=("kernels",),
         figure=norm_share,
     ),
+    _detection_target("640"),
+    _detection_target("800x1344"),
 )
 
 
@@ -148,6 +163,7 @@ def table(suite: dict[str, Any]) -> str:
         "|---|--:|--:|",
         *_throughput(measured, anchor),
         "",
+        *_detection(measured),
         "| whole run against vanilla | Fast AdvProp / vanilla | ms per step | vanilla's ms |",
         "|---|---|---|---|",
         *_parities(measured),
@@ -215,9 +231,27 @@ def _throughput(measured: Found, anchor: int | None) -> Iterator[str]:
             yield f"| {name} | {rate:,.0f} | {share} |"
 
 
+def _detection(measured: Found) -> Iterator[str]:
+    """Images per second of a detector's vanilla training, loading left out."""
+    cells = [cell for cell in measured if cell.startswith("detection/")]
+    if not cells:
+        return
+    yield (
+        f"| vanilla detection | images/s | share of MLPerf's {MLPERF_RETINANET_IMAGES_PER_S} per "
+        "H100 (RetinaNet with ResNeXt-50, another backbone, at 800 x 800) |"
+    )
+    yield "|---|--:|--:|"
+    for cell in cells:
+        result = parity(measured[cell])
+        rate = result["vanilla"]["passes_per_s"]
+        what = f"{cell}: {result['model']}, {result['amp']}, {result['rows']} rows"
+        yield f"| {what} | {rate:,.0f} | {rate / MLPERF_RETINANET_IMAGES_PER_S:.0%} |"
+    yield ""
+
+
 def _parities(measured: Found) -> Iterator[str]:
     for cell, found in measured.items():
-        if not cell.startswith(("parity/", "loader/")):
+        if not cell.startswith(("parity/", "loader/", "detection/")):
             continue
         result = parity(found)
         ours = result["ours"]

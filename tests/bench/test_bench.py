@@ -13,7 +13,7 @@ pytest.importorskip("bench.cost_parity")
 from bench import cost_parity
 from bench import step as bench_step
 from bench.common import alternate, cell, interval, ratio, spread
-from bench.contestants import Contestant, config_of, largest_pass
+from bench.contestants import Contestant, canvas, config_of, largest_pass, synthetic
 from bench.peers import Peer
 from fap.nets.dual import norm_state
 
@@ -120,6 +120,84 @@ def test_cost_parity_with_a_loader_waits_for_it(tmp_path):
     (r,) = written(tmp_path, "cost_parity")["results"]
     assert r["ours"]["steps"] == 87 * (400 // 80)
     assert 0 < r["ours"]["waiting_share"] < 1
+
+
+# ------------------------------------------------------------------ detection
+
+TINY = ["--models", "retinanet_tiny", "--rows", "16", "--rounds", "1", "--amp", "off", *ONE]
+
+
+@pytest.mark.slow
+def test_cost_parity_of_a_detector_is_that_of_a_run_over_coco(tmp_path):
+    arguments = [*TINY, "--size", "32x64", "--schedules", "fused", "pipelined", "--equal-rows"]
+    assert cost_parity.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert [file.stem for file in tmp_path.glob("*.json")] == [
+        f"cost_parity_detection_{cost_parity.DEVICE.type}"
+    ]
+    found = written(tmp_path, "cost_parity_detection")
+    assert found["settings"]["size"] == [32, 64]
+    # Two groups of 8 clean + 2 adversarial rows: fused's largest pass has 12, a tie of 8 and 16;
+    # pipelined's 24.
+    rows_of = {"fused": 16, "pipelined": 24}
+    for r in found["results"]:
+        rows = rows_of[r["schedule"]]
+        assert (r["vanilla"]["rows"], r["vanilla"]["bn_group"]) == (rows, 8)
+        assert r["ours"]["bn_group"] == 8
+        assert r["ours"]["steps"] == 20 * (118_287 // 20)
+        assert r["vanilla"]["steps"] == 24 * (118_287 // rows)
+        assert r["ideal"] == pytest.approx(1, abs=0.001)
+        assert 0 < r["ours"]["evaluation_share"] < 1
+
+
+def test_detectors_and_others_share_no_file(tmp_path, capsys):
+    models = ["--models", "retinanet_tiny", "cifar_resnet8", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cost_parity.main(models)
+    assert "measure them apart" in capsys.readouterr().err
+
+
+def test_a_size_is_a_number_or_two(capsys):
+    assert canvas("224") == 224
+    assert canvas("800x1344") == (800, 1344)
+    for wrong in ("224 px", "800x", "x800", "1x2x3"):
+        with pytest.raises(SystemExit):
+            cost_parity.main(["--size", wrong])
+        assert f"{wrong!r}: must be N or HxW" in capsys.readouterr().err
+
+
+def test_synthetic_boxes_are_on_the_canvas_and_some_images_have_none():
+    config = config_of("retinanet_tiny", 64, (32, 96))
+    batch, targets = synthetic(config)
+    assert batch.images.shape == (64 + 16, 3, 32, 96)
+    assert targets.shape == (1, 64 + 16, config.data.most_boxes, 5)
+    is_box = targets[0, :, :, 0] >= 0
+    counts = is_box.sum(1)
+    assert counts.min() == 0
+    assert 1 < counts.max() <= 8
+    classes, left, top, right, bottom = targets[0][is_box].unbind(1)
+    assert set(classes.tolist()) <= set(range(80))
+    assert len(classes.unique()) > 10
+    for low, high, side in ((left, right, 96), (top, bottom, 32)):
+        assert low.min() >= 0
+        assert high.max() <= side
+        assert (high - low).min() >= 1 - 1e-4
+        assert high.max() > 0.8 * side
+    padding = torch.tensor([-1.0, 0, 0, 0, 0], device=targets.device)
+    assert (targets[0][~is_box] == padding).all()
+
+
+def test_a_detector_trains_on_its_boxes_within_its_pictures():
+    """The step gets what a run would feed it: every box, and where the picture is."""
+    contestant = Contestant(config_of("retinanet_tiny", 16, (32, 64)), "off")
+    assert contestant.draws["place"].shape == (1, 20, 4)
+    step = contestant.step
+    step.inputs.place.zero_()
+    step.inputs.targets.zero_()
+    before = step.network.flat.param.clone()
+    contestant.block(1)
+    assert step.inputs.place.tolist() == [[0, 0, 32, 64]] * 20
+    assert torch.equal(step.inputs.targets, contestant.targets[0])
+    assert not torch.equal(step.network.flat.param, before)
 
 
 # ------------------------------------------------------------------ what the benches share

@@ -92,6 +92,31 @@ def test_versions_are_the_pinned_ones() -> None:
         assert build_kit.constraint(package).startswith(f"{package}==")
 
 
+def test_the_kit_has_what_the_project_imports_and_the_machine_lacks() -> None:
+    """Detection's scorer: without it no detector trains."""
+    source = (ROOT / "fap" / "tasks" / "coco.py").read_text()
+    (scorer,) = re.findall(r"^from (\w+) import COCO", source, re.MULTILINE)
+    assert scorer.replace("_", "-") in build_kit.PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("inside", "fine"), [("data/notes.txt", True), ("data/bin/x", False), ("purelib/m.py", False)]
+)
+def test_a_wheel_is_unpacked_where_its_files_are_found(
+    inside: str, fine: bool, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "m-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.mkdir("m-1.data/data")
+        archive.writestr(f"m-1.data/{inside}", "")
+        archive.writestr("m/__init__.py", "")
+    if fine:
+        build_kit.check_unpackable(wheel)
+        return
+    with pytest.raises(SystemExit, match=f"m-1.data/{inside}"):
+        build_kit.check_unpackable(wheel)
+
+
 def test_an_upload_that_does_not_fit_ends_the_build(tmp_path: Path, capsys) -> None:
     uploads = [tmp_path / ".gpu", tmp_path / ".gpu2"]
     for upload, mib in zip(uploads, (57, 59), strict=True):

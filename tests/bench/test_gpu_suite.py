@@ -46,8 +46,8 @@ def test_order_of_value():
     """
     names = [c.name for c in cells(REAL, Path("images"))]
     sorts = [name.split("/")[0] for name in names]
-    assert sorts[:7] == ["smoke"] * 5 + ["photos", "tests"]
-    assert names[7:11] == [target.cells[0] for target in TARGETS[:4]]
+    assert sorts[:8] == ["smoke"] * 6 + ["photos", "tests"]
+    assert names[8:12] == [target.cells[0] for target in TARGETS[:4]]
     last_target = max(names.index(c) for t in TARGETS for c in t.cells)
     others = [n for n in names if (n.startswith("parity/") and n.endswith("whole")) or "bf16" in n]
     assert last_target < min(names.index(name) for name in others)
@@ -429,6 +429,14 @@ def parity_cell(name: str, ratio: float, rate: float) -> dict:
     return {"cell": name, "state": "measured", "found": {"cost_parity_cuda": {"results": [result]}}}
 
 
+def detection_cell(canvas: str, ratio: float, rate: float) -> dict:
+    cell = parity_cell(f"detection/{canvas}", ratio, rate)
+    found = cell["found"].pop("cost_parity_cuda")
+    found["results"][0] |= {"model": "retinanet_resnet50_fpn", "rows": 16}
+    cell["found"] = {"cost_parity_detection_cuda": found}
+    return cell
+
+
 def peer_cell(name: str, ratio: float) -> dict:
     result = {
         "ours": "vanilla",
@@ -458,6 +466,29 @@ def test_the_table_holds_target_figure_verdict_and_share():
     ):
         assert line in text
     assert "dry run" not in text
+
+
+def test_detection_stands_beside_mlperf_s_retinanet_and_not_its_resnet():
+    measured = [
+        parity_cell("parity/fp16/256/fused/groups", 1.03, 3580.0),
+        detection_cell("640", 1.02, 435.0),
+        detection_cell("800x1344", 1.20, 145.0),
+    ]
+    lines = table(content(*measured, not_reached=[])).splitlines()
+    for line in (
+        "| `fused` / vanilla, whole run, RetinaNet at 640, 16 rows | <= 1.05 "
+        "| 1.020 [1.015, 1.025] | met |",
+        "| `fused` / vanilla, whole run, RetinaNet at 800x1344, 16 rows | <= 1.05 "
+        "| 1.200 [1.195, 1.205] | missed |",
+        "| detection/640: retinanet_resnet50_fpn, fp16, 16 rows | 435 | 150% |",
+        "| detection/800x1344: retinanet_resnet50_fpn, fp16, 16 rows | 145 | 50% |",
+        "| detection/640 | 1.020 [1.015, 1.025] | 80.00 | 80.00 |",
+    ):
+        assert line in lines
+    assert len([line for line in lines if "ResNeXt-50" in line]) == 1
+    assert not [line for line in lines if line.startswith("| vanilla, retinanet")]
+    none = table(content(parity_cell("parity/fp16/256/fused/groups", 1, 1), not_reached=[]))
+    assert "ResNeXt-50" not in none
 
 
 def content(*cells: dict, not_reached: list[str]) -> dict:
