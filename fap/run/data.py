@@ -43,7 +43,7 @@ def open_data(config: Config) -> RunData:
     train.check_classes()  # data.val may hold few classes, and its names must be among these
     val = _open("val", config)
     n_classes = _class_count(config, train)
-    matching = _match(train, val, n_classes)
+    matching = _match(config, train, val, n_classes)
     not_trained = task_class(config.task).notes(train, config)
     lines = [*_lines("train", train, not_trained), *_lines("val", val)]
     if train.classes is None and config.model.num_classes is None:
@@ -121,11 +121,13 @@ def _class_count(config: Config, train: pipelines.Store) -> int:
     return found
 
 
-def _match(train: pipelines.Store, val: pipelines.Store, n_classes: int) -> Matching:
+def _match(
+    config: Config, train: pipelines.Store, val: pipelines.Store, n_classes: int
+) -> Matching:
     """By name where both have names, so that data.val may lack classes; else by number."""
     where = f"data.val = {readable(val.path)}"
     if train.classes is None and val.classes is None:
-        most = int(val.labels.max())
+        _, most = task_class(config.task).labels(val)
         if most >= n_classes:
             raise ValueError(
                 f"{where} holds labels up to {most}, but the model has {n_classes} classes"

@@ -7,6 +7,13 @@ from fap.config import Config
 from fap.step.step import Step
 from pipelines.sizes import size_in_words
 
+# Of `method.attack_loss`, where it is not the loss that is trained.
+PARTIAL_LOSSES = {
+    "cls": "by the loss of the classes alone",
+    "box": "by the loss of the boxes alone",
+    "max": "by each part of the loss, of which the worse image is trained",
+}
+
 
 def describe(
     config: Config,
@@ -74,6 +81,8 @@ def _attack(config: Config, eps_255: float) -> str:
         if method.targeted:
             aim = "towards a random wrong label"
         steps += f", {aim}, through {method.attack_bn} statistics"
+    if method.attack_loss in PARTIAL_LOSSES:
+        steps += f", {PARTIAL_LOSSES[method.attack_loss]}"
     return f"attack     eps {eps_255:g}/255 = {per_channel} after normalisation; {steps}"
 
 

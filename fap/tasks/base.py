@@ -162,7 +162,7 @@ class Task(Protocol):
     ) -> Tensor:  # as `targets`
         """Random wrong targets for a targeted attack; rows [g a, (g + 1) a) draw from keys[g].
 
-        Captured. Raises ValueError if this task has none.
+        Captured. A task that has none refuses a targeted attack when it is made.
         """
 
     def match(

@@ -27,7 +27,7 @@ from fap.tasks.draw_boxes import Found, drawn
 from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
 from pipelines import EpochPlan, Store
 from pipelines.boxes import Annotations, canvas_boxes, plan_boxes
-from pipelines.files import readable, shown
+from pipelines.files import readable
 
 SIDE_UNIT = 32  # pixels; torchvision's RetinaNet pads its canvas to multiples
 PADDING = -1  # class of a box that is none, number of an image that is none
@@ -49,17 +49,29 @@ class Detection(Task):
     fewest_classes = 1
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for no classes, another model, or odd sides of the canvas."""
+        """Raises ValueError for no classes, another model, odd sides of the canvas, and fields
+        without a meaning here.
+        """
         n_classes = config.model.num_classes
         if n_classes is None or n_classes < 1:
             raise ValueError(f"model.num_classes = {n_classes}: a detector needs at least 1 class")
+        if n_classes < 2 and config.method.targeted:
+            raise ValueError(
+                "method.targeted = true with model.num_classes = 1: "
+                "there is no wrong class to aim at; write method.targeted=false"
+            )
+        if config.optim.label_smoothing:
+            raise ValueError(
+                f"optim.label_smoothing = {config.optim.label_smoothing}: "
+                "the focal loss of a detector has none, so only 0"
+            )
         self.n_classes = n_classes
         self.spec = spec_of(config.model.name)
         self.sides = config.data.sides
         self.most_boxes = config.data.most_boxes
         if any(side % SIDE_UNIT for side in self.sides):
             raise ValueError(
-                f"data.size = {shown(config.data.size)}: both sides must be multiples of "
+                f"data.size = {list(self.sides)}: both sides must be multiples of "
                 f"{SIDE_UNIT}, to which torchvision's RetinaNet pads"
             )
         self.output_rows = self.spec.anchors_per_place * n_classes
@@ -74,10 +86,13 @@ class Detection(Task):
 
     @staticmethod
     def labels(store: Store) -> tuple[int, int]:
-        classes = _annotations(store).classes
-        if not len(classes):
-            raise ValueError(f"{readable(store.path)} holds no boxes: there is nothing to learn")
-        return int(classes.min()), int(classes.max())
+        annotations = _annotations(store)
+        if annotations.crowd.all():  # no boxes at all are all crowds, too
+            raise ValueError(
+                f"{readable(store.path)} holds no boxes, or crowd boxes alone: "
+                "there is nothing to learn and nothing to find"
+            )
+        return int(annotations.classes.min()), int(annotations.classes.max())
 
     @staticmethod
     def notes(store: Store, config: Config) -> list[str]:
@@ -171,11 +186,6 @@ class Detection(Task):
         targets: Tensor,  # (G * a, N, 5)
     ) -> Tensor:  # as `targets`
         """A wrong class for every box, each equally likely; boxes and padding stay."""
-        if self.n_classes < 2:
-            raise ValueError(
-                "method.targeted = true with model.num_classes = 1: "
-                "there is no wrong class to aim at"
-            )
         rows, n_boxes, _ = targets.shape
         bits = random_bits(keys ^ WRONG_CLASSES, rows // len(keys) * n_boxes)
         # 1 to n_classes - 1 places further round the circle of classes: never the class itself.

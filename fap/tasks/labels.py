@@ -39,7 +39,7 @@ def match_classes(
     unknown = [name for name in names if name not in position]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of the {len(names)} class folders are none of the model's "
+            f"{len(unknown)} of the {len(names)} classes are none of the model's "
             f"{len(classes)} classes, the first being {shown(unknown[0])}; "
             f"the model has {_first(classes)}"
         )

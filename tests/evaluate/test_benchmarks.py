@@ -22,7 +22,7 @@ def test_cifar10_c_belongs_to_cifar10s_classes(
 ) -> None:
     array = ["--cifar10-c", str(world / "cifar")]
     message = refused(capsys, world, *array, out="cifar1")
-    assert "10 class folders are none of the model's 6 classes" in message
+    assert "10 classes are none of the model's 6 classes" in message
     order = [*reversed(cifar10.CLASSES)]
     write_checkpoint(world / "ten.safetensors", order, 10)
     write_folder(world / "ten", order, 1, (40, 36), seed=5)

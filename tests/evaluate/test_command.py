@@ -23,7 +23,7 @@ from tests.evaluate.world import CHECKPOINT, command, fresh, refused, run
     (["--seed", "-1"], "--seed -1"),
     (["--device", "nothing"], "--device nothing"),
     (["--device", "meta"], "--device meta"),
-    (["--imagenet-r", "@/c/fog"], "2 class folders are none of the model's 6 classes"),
+    (["--imagenet-r", "@/c/fog"], "2 classes are none of the model's 6 classes"),
     (["--stylized", "@/nowhere"], "nowhere"),
     (["--out", f"@/{CHECKPOINT}"], "File exists"),
 ])  # fmt: skip

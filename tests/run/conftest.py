@@ -11,6 +11,7 @@ import torch
 
 from fap.nets.build import plain
 from fap.tasks import TASKS
+from tests.run.detections import write_boxes
 from tests.run.wiring import CLASSES, beton
 
 
@@ -45,4 +46,18 @@ def files(
         "other": beton(folder / "other.beton", 1, CLASSES),
         "five": beton(folder / "five.beton", 2, 5),
         "weights": folder / "weights.safetensors",
+    }
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Path]:
+    """Data with boxes, by the names of tests.run.wiring and by what is odd about them."""
+    folder = tmp_path_factory.mktemp("boxes")
+    return {
+        "data": write_boxes(folder / "data.beton", 0),
+        "other": write_boxes(folder / "other.beton", 1),
+        "moved": write_boxes(folder / "moved.beton", 0, moved=2),
+        "single": write_boxes(folder / "single.beton", 0, ("disc",)),
+        "strange": write_boxes(folder / "strange.beton", 0, ("disc", "frame", "wheel")),
+        "crowds": write_boxes(folder / "crowds.beton", 0, all_crowds=True),
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fap.config import Config, make_config
 from fap.nets.retinanet import SPECS, anchors, anchors_per_level
+from fap.sections import MethodConfig
 from fap.tasks.dense import box_losses, class_losses, match, understood
 from fap.tasks.detection import Detection
 from pipelines import PlanSpec, draw_epoch, eval_plan
@@ -251,9 +252,11 @@ def test_wrong_targets_are_a_function_of_their_key() -> None:
 
 
 def test_a_single_class_has_no_wrong_one() -> None:
-    task = Detection(config(1))
+    method = {"name": "decoupled", "targeted": True}
+    targeted = config(1).model_copy(update={"method": MethodConfig.model_validate(method)})
     with pytest.raises(ValueError, match="num_classes = 1: there is no wrong class"):
-        task.wrong_targets(keys(1), task.empty_targets(3, CPU))
+        Detection(targeted)
+    Detection(config(1))
 
 
 # ---------------------------------------------------------------------- what is refused
