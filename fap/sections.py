@@ -318,7 +318,7 @@ class RunConfig(Section):
     """Checkpoints that are kept."""
     eval_every: PositiveInt = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    eval_batch: PositiveInt = 256
-    """Images of an evaluation's batch over all ranks."""
+    eval_batch: PositiveInt | None = None
+    """Images of an evaluation's batch over all ranks; unset: what suits the task, 256 or 16."""
     max_skipped: PositiveInt = 20
     """Consecutive non-finite steps after which the run stops."""

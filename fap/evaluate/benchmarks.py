@@ -27,7 +27,8 @@ class Wanted:
     stylized: Path | None = None
     cifar10_c: Path | None = None
     back_end: BackEnd | None = None
-    batch: int = 256
+    batch: int | None = None
+    """Images at once; None: what suits the task."""
     device: str = "cpu"
     seed: int = 0
     """Of the corruptions computed here."""

@@ -92,7 +92,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         size=config.data.size,
         resize=config.data.resize,
         crop=config.data.eval_crop,
-        batch=wanted.batch,
+        batch=wanted.batch or trained.task.eval_batch,
         device=wanted.device,
         back_end=wanted.back_end,
     )
@@ -157,7 +157,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
             "data": str(wanted.data),
             "bn": wanted.bn,
             "seed": wanted.seed,
-            "batch": wanted.batch,
+            "batch": wanted.batch or work.task.eval_batch,
         },
         labels={item.set.key: item.labels for item in work.items},
         unused=work.unused,

@@ -67,7 +67,8 @@ class Validation:
 
     def _plan(self) -> pipelines.EpochPlan:
         """This rank's rows: as many batches as every other rank has, the last one padded."""
-        rows_per_rank = max(1, self.config.run.eval_batch // self.ranks.world)
+        rows = self.config.run.eval_batch or self.task.eval_batch
+        rows_per_rank = max(1, rows // self.ranks.world)
         plan = pipelines.eval_plan(
             self.data.val.heights,
             self.data.val.widths,

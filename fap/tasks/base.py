@@ -87,6 +87,8 @@ class Task(Protocol):
     """The parts that a row's loss is the sum of, where an attack may follow one of them alone."""
     fewest_classes: int = 2
     """With fewer of them there is nothing to learn."""
+    eval_batch: int = 256
+    """Images of an evaluation's batch where the user says nothing."""
     output_rows: int
     """The first dimension of the last layer's weights: it grows with the number of classes."""
 

@@ -47,6 +47,7 @@ class Detection(Task):
     means = coco.MEANS
     loss_parts: Sequence[str] = ("cls", "box")
     fewest_classes = 1
+    eval_batch = 16  # at 800 x 1344 the outputs of an image are 68 MB
 
     def __init__(self, config: Config) -> None:
         """Raises ValueError for no classes, another model, odd sides of the canvas, and fields

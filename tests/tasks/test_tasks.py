@@ -19,7 +19,7 @@ from pipelines.corrupt import NAMES
 # What a task may leave as the contract has it.
 LENT = {
     *("loss_parts", "fewest_classes", "references", "losses_and_hits", "attack_losses"),
-    *("notes", "pictures"),
+    *("eval_batch", "notes", "pictures"),
 }
 
 
@@ -73,7 +73,7 @@ def test_the_contract_is_seen_whole() -> None:
     """A guard for the tests below, which go through it."""
     assert set(contract()) == {
         *("primary", "percents", "rows", "measure", "means", "loss_parts"),
-        *("output_rows", "fewest_classes", "notes", "pictures"),
+        *("output_rows", "fewest_classes", "eval_batch", "notes", "pictures"),
         *("__init__", "plain_model", "labels", "targets", "references", "empty_targets"),
         *("losses", "hits", "losses_and_hits", "attack_losses", "wrong_targets"),
         *("match", "evaluator", "check_metrics", "measured"),
