@@ -110,7 +110,7 @@ def _add_settings(parser: ArgumentParser) -> None:
         choices=list(pipelines.BACK_ENDS),
         help="default: ffcv for a .beton, reference for a folder",
     )
-    add("--batch", type=int, default=256)
+    add("--batch", type=int, help="default 256; less for detection, by the size of its canvas")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the corruptions computed here")
     add(
@@ -151,7 +151,7 @@ def evaluate(args: Namespace) -> int:
 
 def wishes(args: Namespace) -> Wanted:
     """The arguments as `fap.evaluate.benchmarks.Wanted`. Raises ValueError."""
-    if args.batch < 1:
+    if args.batch is not None and args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be at least 0")

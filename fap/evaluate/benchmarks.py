@@ -4,12 +4,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
+from fap.config import Config
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
 from fap.evaluate.published import SEVERITIES, corruption_arrays, corruption_folders
 from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
 from fap.nets.norm import Bn
 from pipelines import Store
+
+BATCH = 256
+USUAL_SIDE = 224  # pixels of a classifier's images
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Wanted:
     stylized: Path | None = None
     cifar10_c: Path | None = None
     back_end: BackEnd | None = None
-    batch: int = 256
+    batch: int | None = None
+    """None: 256 images, but for detection no more pixels than those of 256 classifiers' images."""
     device: str = "cpu"
     seed: int = 0
     """Of the corruptions computed here."""
@@ -37,6 +42,16 @@ class Wanted:
     """A folder for sheets of what was found in the first images; None: none are drawn."""
     by_position: bool = False
     """Labels may be compared by position where only one side has class names."""
+
+
+def batch_for(wanted: Wanted, config: Config) -> int:
+    """Images of one batch: as asked for, or what a device is likely to have room for."""
+    if wanted.batch is not None:
+        return wanted.batch
+    if config.data.eval_crop != "letterbox":
+        return BATCH
+    height, width = config.data.sides
+    return max(1, min(BATCH, BATCH * USUAL_SIDE**2 // (height * width)))
 
 
 def eval_sets(

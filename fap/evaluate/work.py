@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fap.config import Config
-from fap.evaluate.benchmarks import Wanted, eval_sets
+from fap.evaluate.benchmarks import Wanted, batch_for, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
 from fap.evaluate.load import Trained, load_model
@@ -92,7 +93,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         size=config.data.size,
         resize=config.data.resize,
         crop=config.data.eval_crop,
-        batch=wanted.batch,
+        batch=batch_for(wanted, config),
         device=wanted.device,
         back_end=wanted.back_end,
     )
@@ -157,7 +158,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
             "data": str(wanted.data),
             "bn": wanted.bn,
             "seed": wanted.seed,
-            "batch": wanted.batch,
+            "batch": batch_for(wanted, work.config),
         },
         labels={item.set.key: item.labels for item in work.items},
         unused=work.unused,
@@ -225,7 +226,7 @@ class _Evaluation:
             _, origin = self._name_and_origin(one, opened, self._match(one, opened))
             name = f"{trained.config.name}-seed{trained.config.seed}"
             file = file_of(self.wanted.pictures, name, one.key, digest(origin))
-            if file.exists():
+            if os.path.exists(file):  # False where the folder may not be looked into
                 return True
             with _stopping(workers):
                 return write_pictures(
