@@ -281,15 +281,19 @@ def elastic_transform(
 ) -> np.ndarray:
     """Three points move and the image with them; then every pixel does, as its neighbours do."""
     h, w = x.shape[:2]
-    # Pixels in which the constants count; 244 (sic, not 224).
-    unit = 32 if is_small(x) else 244
+    # Pixels in which the constants count; 244 (sic, not 224). They are for sides of 32 and 224
+    # pixels: what is narrower would be torn to pieces by them.
+    shorter = min(h, w)
+    unit = 244 * min(224, shorter) / 224
+    if is_small(x):
+        unit = min(32, shorter)
     amplitude *= unit
     sigma *= unit
     jitter *= unit
 
     middle = np.array([w, h]) // 2
     corners = np.array([(1, 1), (1, -1), (-1, -1)])
-    before = (middle + min(h, w) // 3 * corners).astype(np.float32)
+    before = (middle + max(1, shorter // 3) * corners).astype(np.float32)
     after = (before + rng.uniform(-jitter, jitter, before.shape)).astype(np.float32)
     affine = cv2.getAffineTransform(before, after)
     moved = cv2.warpAffine(x, affine, (w, h), borderMode=cv2.BORDER_REFLECT_101)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ class _Evaluation:
             _, origin = self._name_and_origin(one, opened, self._match(one, opened))
             name = f"{trained.config.name}-seed{trained.config.seed}"
             file = file_of(self.wanted.pictures, name, one.key, digest(origin))
-            if file.exists():
+            if os.path.exists(file):  # False where the folder may not be looked into
                 return True
             with _stopping(workers):
                 return write_pictures(

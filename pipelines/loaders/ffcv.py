@@ -22,7 +22,7 @@ from pipelines.loaders.base import ThreadedLoader
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.store import JPG, DamagedData
 
-# Few enough that all threads have work, enough that starting a task costs little beside it.
+# At most: enough that starting a task costs little beside it.
 ROWS_PER_TASK = 8
 
 WHOLE_IMAGE = (0, 0)  # x and y of the decoder's crop, which we do not use
@@ -73,7 +73,9 @@ class FfcvLoader(ThreadedLoader):
         on_gpu = self.device.type == "cuda"
         n_rows = plan.index.shape[1]
         steps = range(start_step, len(plan))
-        parts = [slice(row, row + ROWS_PER_TASK) for row in range(0, n_rows, ROWS_PER_TASK)]
+        # Small batches are divided more finely, or there would be fewer tasks than threads.
+        n_each = min(ROWS_PER_TASK, max(1, n_rows * self.prefetch // self.threads))
+        parts = [slice(row, row + n_each) for row in range(0, n_rows, n_each)]
 
         # Pinned, so that the GPU copies from them by itself.
         slots = torch.empty(

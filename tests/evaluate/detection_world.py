@@ -33,13 +33,13 @@ SIDES = [(33, 120), (120, 33), (64, 96), (50, 50), (90, 71), (48, 100)]
 MOST_TRUE = 4  # boxes of an image
 
 
-def config(**paper: float) -> Config:
+def config(size: tuple[int, int] = CANVAS, **paper: float) -> Config:
     return make_config({
         "name": "detector",
         "task": "detection",
         "paper": paper,
         "model": {"name": "retinanet_tiny", "num_classes": len(CLASSES)},
-        "data": {"size": CANVAS, "crop": "letterbox"},
+        "data": {"size": size, "crop": "letterbox"},
     })  # fmt: skip
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +46,7 @@ from tests.evaluate.detection_world import (
     write_data,
 )
 from tests.evaluate.reports import report_of
+from tests.evaluate.test_command import told_until
 from tests.evaluate.world import counted, refused, run, write_folder
 from tests.evaluate.world import write_checkpoint as write_classifier
 
@@ -365,12 +369,16 @@ def test_classes_are_matched_by_name(fresh: Path, capsys: pytest.CaptureFixture[
     assert not (fresh / "other").exists()
 
 
-@pytest.mark.parametrize("back_end", ["ffcv", "reference"])
+@pytest.mark.parametrize(
+    "back_end", ["ffcv", "reference", pytest.param("dali", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("words", [[], ["--corrupt", "fog"]], ids=["clean", "corrupted"])
 def test_a_damaged_image_is_named(
     fresh: Path, capsys: pytest.CaptureFixture[str], back_end: str, words: list[str]
 ) -> None:
     """Its checksum is right: it was written so."""
+    if back_end == "dali":
+        pytest.importorskip("nvidia.dali")
     contents = jpegs()
     contents[3] = contents[3][: len(contents[3]) // 2]
     annotations = open_store(fresh / DATA).annotations
@@ -421,6 +429,37 @@ def test_images_without_any_object_are_one_line(
     write_data(fresh / "crowds.beton", crowds)
     line = refused(capsys, fresh, model=CHECKPOINT, data="crowds.beton")
     assert "no objects to find" in line
+
+
+def test_the_batch_is_that_of_the_task(world: Path) -> None:
+    """Unless it is given: a report says which it was."""
+    for words, batch in (([], 16), (["--batch", "7"], 7)):
+        run(world, *words, model=CHECKPOINT, data=DATA, out=f"batch{batch}")
+        (report,) = json.loads((world / f"batch{batch}" / "report.json").read_text())
+        assert report["settings"]["batch"] == batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", ["workers", "work"])
+def test_a_signal_ends_it_without_a_traceback(
+    fresh: Path, number: signal.Signals, code: int, moment: str
+) -> None:
+    """To the whole group, as a terminal's Ctrl-C is sent; no process stays behind."""
+    words = [sys.executable, "-m", "fap.cli.eval", str(fresh / CHECKPOINT), "--corrupt", "all"]
+    words += ["--data", str(fresh / DATA), "--device", "cpu", "--out", str(fresh / "out")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, text=True, start_new_session=True, **pipes)
+    sign = {"workers": "clean: AP", "work": "computed/shot_noise/1: AP"}[moment]
+    told = told_until(sign, process)
+    os.killpg(process.pid, number)
+    rest = process.communicate(timeout=300)[1]  # it ends when all that hold the pipe have ended
+    assert process.returncode == code, rest
+    assert "Traceback" not in rest, rest
+    assert f"stopped by {number.name}" in rest
+    finished = [line for line in told if ": AP " in line]
+    assert len(list((fresh / "out" / "results").iterdir())) >= len(finished) > 0
+    assert not list(fresh.rglob("*.tmp"))
 
 
 def test_two_detectors_stand_side_by_side(world: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from threading import Barrier
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import pipelines
+from pipelines import corrupt_store
 from pipelines.corrupt import corrupt
 from pipelines.corrupt_store import CorruptedStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
@@ -85,6 +88,60 @@ def test_loaders_show_the_corrupted_pixels(data: Path) -> None:
     for one, other in zip(seen["reference"], seen["ffcv"], strict=True):
         assert (one.int() - other.int()).abs().max() <= 1
     assert seen["reference"][0].float().std() < 0.5 * clean.images.float().std()
+
+
+def together(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """From here on no image is finished before `n` are worked on."""
+    barrier = Barrier(n)
+
+    def waiting(image: np.ndarray, *settings: object) -> np.ndarray:
+        barrier.wait(timeout=60)
+        return image
+
+    monkeypatch.setattr(corrupt_store, "corrupt", waiting)
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(1, 2), (2, 2), (4, 6)])
+def test_the_threads_of_a_loader_keep_all_workers_busy(
+    data: Path, monkeypatch: pytest.MonkeyPatch, batch: int, threads: int
+) -> None:
+    """Whatever the batch: a small one is divided among them."""
+    together(monkeypatch, 2)
+    store = pipelines.open_store(data)
+    plan = pipelines.eval_plan(store.heights, store.widths, size=32, resize=32, batch=batch)
+    with ThreadPoolExecutor(2) as pool:
+        made = CorruptedStore(store, name="fog", severity=1, pool=pool)
+        loader = pipelines.open_loader("ffcv", made, size=32, threads=threads)
+        assert len(list(loader.load(plan))) == 4 // batch
+
+
+def test_one_thread_that_reads_many_keeps_all_workers_busy(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = pipelines.open_store(data)
+    order = [2, 0, 3, 1]
+    with ThreadPoolExecutor(4) as pool:
+        made = CorruptedStore(store, name="fog", severity=1, pool=pool)
+        for found, i in zip(made.read_many(order), order, strict=True):
+            np.testing.assert_array_equal(found, made.read(i))
+        together(monkeypatch, 4)
+        for found, i in zip(made.read_many(order), order, strict=True):
+            np.testing.assert_array_equal(found, decoded(store, i).ravel())
+
+
+def test_what_fails_in_a_corruption_is_no_damage(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as frost without its photos: the images are as good as ever."""
+
+    def lacking(*arguments: object) -> NoReturn:
+        raise ValueError("corruption 'frost' needs photos")
+
+    monkeypatch.setattr(corrupt_store, "corrupt", lacking)
+    with ThreadPoolExecutor(1) as pool:
+        made = CorruptedStore(pipelines.open_store(data), name="frost", severity=1, pool=pool)
+        with pytest.raises(ValueError, match=r"^corruption 'frost' needs photos"):
+            made.read(0)
 
 
 def test_what_is_unknown_or_damaged_is_named(data: Path, tmp_path: Path) -> None:
