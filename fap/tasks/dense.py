@@ -9,6 +9,7 @@ pixels of the canvas.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -121,15 +122,8 @@ class _FocalSums(torch.autograd.Function):
         ctx.save_for_backward(logits, classes, counted)
         sums = []
         for row, row_classes, row_counted in zip(logits, classes, counted, strict=True):
-            is_class = _is_class(row_classes, row.shape[1])
-            # The logit of the right answer: p = sigmoid(right).
-            right = torch.where(is_class, row, -row)
-            losses = (
-                torch.sigmoid(-right).pow(GAMMA)
-                * F.logsigmoid(right)
-                * -_alpha(is_class, row.dtype)
-            )
-            sums.append(torch.where(row_counted[:, None], losses, 0).sum())
+            losses = _over_classes(_focal_loss, row, row_classes, sign=1)
+            sums.append(torch.where(row_counted, losses.sum(1), 0).sum())
         return torch.stack(sums)
 
     @staticmethod
@@ -138,33 +132,37 @@ class _FocalSums(torch.autograd.Function):
         logits, classes, counted = ctx.saved_tensors
         result = torch.empty_like(logits)
         for i, row in enumerate(logits):
-            is_class = _is_class(classes[i], row.shape[1])
-            right = torch.where(is_class, row, -row)
-            p = torch.sigmoid(right)
-            wrong = torch.sigmoid(-right)  # 1 - p, without its rounding
-            # Of -(1 - p)^2 log p by `right`, where dp = p (1 - p).
-            slope = wrong.pow(GAMMA) * (2 * p * F.logsigmoid(right) - wrong)
-            slope = slope * _alpha(is_class, row.dtype)
-            slope = torch.where(is_class, slope, -slope)
-            slope = torch.where(counted[i][:, None], slope, 0)
-            torch.mul(slope, gradient[i], out=result[i])
+            slopes = _over_classes(_focal_slope, row, classes[i], sign=-1)
+            factors = torch.where(counted[i], gradient[i], 0)
+            torch.mul(slopes, factors[:, None], out=result[i])
         return result, None, None
 
 
-def _is_class(
-    classes: Tensor,  # int64 (A,)
-    n_classes: int,
-) -> Tensor:  # bool (A, K)
-    return classes[:, None] == torch.arange(n_classes, device=classes.device)
-
-
-def _alpha(
-    is_class: Tensor,  # bool (A, K)
-    dtype: torch.dtype,
+def _over_classes(
+    of: Callable[[Tensor], Tensor],  # the logit of a wrong answer
+    logits: Tensor,  # (A, K)
+    classes: Tensor,  # int64 (A,); -1: none
+    sign: int,  # 1 for losses; -1 for slopes, as the wrong logit of a matched class is -logit
 ) -> Tensor:  # (A, K)
-    """The weight of each class's loss."""
-    # Not `where` of two numbers, which might be copied from the host.
-    return (1 - ALPHA) + (2 * ALPHA - 1) * is_class.to(dtype)
+    """`of` every anchor and class, weighted: as if none were matched, then those that are."""
+    found = of(logits).mul_(1 - ALPHA)
+    place = classes.clamp(min=0)[:, None]
+    matched = of(-logits.gather(1, place)) * (sign * ALPHA)
+    matched = torch.where(classes[:, None] >= 0, matched, found.gather(1, place))
+    return found.scatter_(1, place, matched)
+
+
+def _focal_loss(wrong: Tensor) -> Tensor:
+    """-q^2 log(1 - q), where q = sigmoid(wrong)."""
+    return torch.sigmoid(wrong).pow(GAMMA).mul_(F.logsigmoid(-wrong)).neg_()
+
+
+def _focal_slope(wrong: Tensor) -> Tensor:
+    """The derivative of `_focal_loss`, with dq = q (1 - q)."""
+    q = torch.sigmoid(wrong)
+    right = -wrong
+    slope = torch.sigmoid(right).mul_(F.logsigmoid(right)).mul_(-2)  # 1 - q without its rounding
+    return slope.add_(q).mul_(q.pow(GAMMA))
 
 
 # ---------------------------------------------------------------------- boxes
