@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import box_iou
 
 from fap.nets import retinanet
-from fap.tasks.dense import Matches, box_losses, class_losses, encoded, match, understood
+from fap.tasks.dense import (
+    Matches,
+    box_losses,
+    class_losses,
+    encoded,
+    intersection_over_union,
+    match,
+    understood,
+)
 from tests.step.test_static import NoHostSync
 
 SIDES = (96, 128)  # height, width
@@ -74,6 +83,12 @@ KINDS = [
     anchors_as_boxes,
     nowhere,
 ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_overlaps_are_torchvision_s_to_the_bit(kind: Callable[[int], Tensor]) -> None:
+    boxes = torch.cat([kind(MOST), torch.zeros(2, 4)])  # padding, too
+    assert torch.equal(intersection_over_union(boxes, ANCHORS.T), box_iou(boxes, ANCHORS))
 
 
 def row_of(boxes: Tensor) -> Tensor:  # (MOST, 5)
