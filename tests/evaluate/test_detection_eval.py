@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from fap.cli import eval as cli
+from fap.cli import eval as eval_cli
 from fap.cli import eval_command
 from fap.evaluate import work
 from fap.evaluate.exact import evaluate
@@ -433,9 +434,11 @@ def test_images_without_any_object_are_one_line(
 
 def test_the_batch_is_that_of_the_task(world: Path) -> None:
     """Unless it is given: a report says which it was."""
+    where = [str(world / CHECKPOINT), "--data", str(world / DATA), "--device", "cpu"]
     for words, batch in (([], 16), (["--batch", "7"], 7)):
-        run(world, *words, model=CHECKPOINT, data=DATA, out=f"batch{batch}")
-        (report,) = json.loads((world / f"batch{batch}" / "report.json").read_text())
+        out = world / f"batch{batch}"
+        assert eval_cli.main([*where, *words, "--out", str(out)]) == 0
+        (report,) = json.loads((out / "report.json").read_text())
         assert report["settings"]["batch"] == batch
 
 
