@@ -231,9 +231,9 @@ def relative_performance(
 
 # Those of `imagecorruptions`, with which COCO-C is made, against `pipelines.corruptions`.
 OTHER_THAN_COCO_C = (
-    "the corruptions have ImageNet-C's definitions and constants: motion_blur, snow, frost and "
-    "above all elastic_transform, which moves objects away from their boxes at severities 1 and 2, "
-    "are not those of COCO-C's own generator"
+    "the corruptions have ImageNet-C's definitions and constants; COCO-C's own generator has other "
+    "ones of motion_blur, snow, frost and above all elastic_transform, which here moves objects "
+    "away from their boxes at severities 1 and 2"
 )
 MEANS = (
     CorruptionMean(

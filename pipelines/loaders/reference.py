@@ -51,8 +51,11 @@ class ReferenceLoader(Loader):
         for step in range(start_step, len(plan)):
             index = plan.index[step]
             images = np.zeros((len(index), *self.sides, 3), np.uint8)
-            for row in np.flatnonzero(index != PADDING):
-                image = self._decode(int(index[row]))
+            rows = np.flatnonzero(index != PADDING)
+            numbers = index[rows].tolist()
+            samples = zip(rows, numbers, self.store.read_many(numbers), strict=True)
+            for row, number, encoded in samples:
+                image = self._decode(number, encoded)
                 top, left, height, width = plan.place[step, row].tolist()
                 shown = crop_resize(image, plan.window[step, row], (height, width))
                 if plan.flip[step, row]:
@@ -60,9 +63,12 @@ class ReferenceLoader(Loader):
                 images[row, top : top + height, left : left + width] = shown
             yield torch.from_numpy(images).to(self.device)
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(
+        self,
+        index: int,
+        encoded: np.ndarray,  # uint8 (n,)
+    ) -> np.ndarray:
         """One sample as it is stored, upright: uint8 (H, W, 3)."""
-        encoded = self.store.read(index)
         if self.store.modes[index] != JPG:
             return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
         try:

@@ -235,7 +235,7 @@ def test_no_limit_of_pillows_but_our_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "a" / "x.JPEG").write_bytes(of_jpeg)
     convert_folder(tmp_path, tmp_path / "out.beton", allow_odd_classes=True)
     store = open_store(tmp_path / "out.beton")
-    assert open_loader("reference", store, size=64)._decode(0).shape == (400, 800, 3)
+    assert open_loader("reference", store, size=64)._decode(0, store.read(0)).shape == (400, 800, 3)
 
     monkeypatch.setattr(jpeg, "BIG_PIXELS", 50_000)
     monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
