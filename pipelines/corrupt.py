@@ -128,6 +128,10 @@ CORRUPTIONS = {
     ),
 }
 NAMES = tuple(CORRUPTIONS)
+# What COCO-C's generator (`imagecorruptions`, Michaelis et al., 2019) has otherwise than
+# ImageNet-C's and would matter to boxes, with constants for severity 1 to 5. Its snow, frost and
+# motion blur differ too, by how they are drawn and not by how strong they are.
+COCO_C = {"elastic_transform": (corruptions.elastic_warp, (12.5, 16.25, 21.25, 25.0, 30.0))}
 QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # one of each family
 SEVERITIES = range(1, 6)
 
@@ -141,21 +145,31 @@ def check_corruption(name: str, severity: int) -> None:
 
 
 def corrupt(
-    image: np.ndarray, name: str, severity: int, seed: int = 0, index: int = 0
+    image: np.ndarray,
+    name: str,
+    severity: int,
+    seed: int = 0,
+    index: int = 0,
+    *,
+    as_coco_c: bool = False,
 ) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (H, W, 3); a function of its arguments alone.
 
-    `index` is the image's number: images of one seed draw differently.
+    `index` is the image's number: images of one seed draw differently. `as_coco_c`: as photographs
+    for detection are corrupted.
 
     Raises:
         ValueError: an unknown name or severity.
     """
     check_corruption(name, severity)
     corruption = CORRUPTIONS[name]
+    define = corruption.define
     of_all_severities = corruption.cifar10_c if is_small(image) else corruption.imagenet_c
+    if as_coco_c and name in COCO_C:
+        define, of_all_severities = COCO_C[name]
     constants = of_all_severities[severity - 1]
     if not isinstance(constants, tuple):
         constants = (constants,)
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
-    x = corruption.define(image / 255, *constants, rng)
+    x = define(image / 255, *constants, rng)
     return (x.clip(0, 1) * 255).astype(np.uint8)  # truncates, as published

@@ -97,9 +97,9 @@ def _corrupted(
 ) -> np.ndarray:  # uint8 (H, W, 3)
     """Runs in a process of the pool."""
     if not is_jpeg:
-        return corrupt(encoded.reshape(*sides, 3), name, severity, seed, index)
+        return corrupt(encoded.reshape(*sides, 3), name, severity, seed, index, as_coco_c=True)
     try:
         image = np.asarray(open_image(encoded.tobytes()).convert("RGB"))
     except UNREADABLE as error:
         raise _UndecodedError(reason(error)) from None
-    return corrupt(image, name, severity, seed, index)
+    return corrupt(image, name, severity, seed, index, as_coco_c=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 Rng = np.random.Generator
 
@@ -302,6 +302,22 @@ def elastic_transform(
     dy = _gauss(rng.uniform(-1, 1, (h, w)), sigma, 3, cv2.BORDER_REFLECT) * amplitude
     at = np.mgrid[:h, :w] + [dy, dx]
     channels = [map_coordinates(moved[..., k], at, order=1, mode="reflect") for k in range(3)]
+    return np.stack(channels, 2)
+
+
+def elastic_warp(x: np.ndarray, amplitude: float, rng: Rng) -> np.ndarray:
+    """COCO-C's elastic_transform: every pixel moves a little, as its neighbours do.
+
+    ImageNet-C's moves whole photographs by tens of pixels, and objects away from their boxes.
+    """
+    h, w = x.shape[:2]
+    most = 0.005 * h  # pixels, before smoothing; of the height along both axes, as published
+    dx, dy = (
+        gaussian_filter(rng.uniform(-most, most, (h, w)), (0.01 * h, 0.01 * w), truncate=3)
+        for _ in range(2)
+    )
+    at = np.mgrid[:h, :w] + amplitude * np.stack([dy, dx])
+    channels = [map_coordinates(x[..., k], at, order=1, mode="reflect") for k in range(3)]
     return np.stack(channels, 2)
 
 

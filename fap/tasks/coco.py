@@ -231,9 +231,8 @@ def relative_performance(
 
 # Those of `imagecorruptions`, with which COCO-C is made, against `pipelines.corruptions`.
 OTHER_THAN_COCO_C = (
-    "the corruptions have ImageNet-C's definitions and constants; COCO-C's own generator has other "
-    "ones of motion_blur, snow, frost and above all elastic_transform, which here moves objects "
-    "away from their boxes at severities 1 and 2"
+    "elastic_transform is COCO-C's, the others are ImageNet-C's: COCO-C's own generator draws "
+    "motion_blur, snow and frost in another way, as strong"
 )
 MEANS = (
     CorruptionMean(

@@ -113,7 +113,7 @@ def test_photos_are_corrupted_before_they_are_resized(world: Path, name: str) ->
     words = ["--corrupt", name, "--severity", "2", "--seed", "3", "--pipeline", "reference"]
     found, _ = run(world, *words, **WHERE, out=name)
     store = open_store(world / DATA)
-    made = [corrupt(image, name, 2, 3, i) for i, image in enumerate(photos(store))]
+    made = [corrupt(image, name, 2, 3, i, as_coco_c=True) for i, image in enumerate(photos(store))]
     expected = scored_one_by_one(detector(), made, store.annotations)
     same(found["results"][f"computed/{name}/2"], expected)
 
@@ -272,9 +272,11 @@ def test_only_the_drawn_images_are_corrupted_again(
     shutil.rmtree(fresh / "out" / "pictures")
     seen: list[int] = []
 
-    def noting(image: np.ndarray, name: str, severity: int, seed: int, index: int) -> np.ndarray:
+    def noting(
+        image: np.ndarray, name: str, severity: int, seed: int, index: int, *, as_coco_c: bool
+    ) -> np.ndarray:
         seen.append(index)
-        return corrupt(image, name, severity, seed, index)
+        return corrupt(image, name, severity, seed, index, as_coco_c=as_coco_c)
 
     monkeypatch.setattr("pipelines.corrupt_store.corrupt", noting)
     run(fresh, "--corrupt", "fog", **WHERE)

@@ -225,6 +225,43 @@ def test_deterministic_per_seed_and_another_for_each_image(name, side):
     assert all((first == other).all() == (name in FIXED) for other in others)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_coco_cs_elastic_transform_is_as_strong_as_the_packages(package, severity):
+    """On photographs that are no squares: how far grey levels are from the clean ones."""
+    rng = np.random.default_rng(3)
+    images = [photo(rng, 128)[:96] for _ in range(6)]
+    ours = [
+        corrupt(image, "elastic_transform", severity, index=i, as_coco_c=True)
+        for i, image in enumerate(images)
+    ]
+    theirs = [package(image, "elastic_transform", severity, i) for i, image in enumerate(images)]
+    errors = [
+        np.mean(
+            [
+                np.abs(one.astype(int) - image).mean()
+                for one, image in zip(made, images, strict=True)
+            ]
+        )
+        for made in (ours, theirs)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.25)
+    assert errors[0] > 1
+
+
+def test_coco_cs_elastic_transform_leaves_objects_in_their_boxes():
+    image = np.zeros((120, 200, 3), np.uint8)
+    image[40:80, 60:120] = 255
+    for severity in range(1, 6):
+        made = corrupt(image, "elastic_transform", severity, as_coco_c=True)
+        rows, columns = np.nonzero(made[..., 0] > 127)
+        found = np.array([rows.min(), rows.max() + 1, columns.min(), columns.max() + 1])
+        assert np.abs(found - [40, 80, 60, 120]).max() <= 6  # ImageNet-C moves them by up to 40
+    # The one of ImageNet-C does not.
+    far = corrupt(image, "elastic_transform", 1)
+    assert (far[45:75, 65:115] < 127).mean() > 0.05
+
+
 # Elastic transform's constants for ImageNet-C count in shorter sides, and are not harsher there.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "elastic_transform"])
 def test_small_images_get_cifar10_cs_milder_constants(name, monkeypatch):

@@ -94,7 +94,7 @@ def together(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """From here on no image is finished before `n` are worked on."""
     barrier = Barrier(n)
 
-    def waiting(image: np.ndarray, *settings: object) -> np.ndarray:
+    def waiting(image: np.ndarray, *settings: object, as_coco_c: bool) -> np.ndarray:
         barrier.wait(timeout=60)
         return image
 
@@ -134,7 +134,7 @@ def test_what_fails_in_a_corruption_is_no_damage(
 ) -> None:
     """Such as frost without its photos: the images are as good as ever."""
 
-    def lacking(*arguments: object) -> NoReturn:
+    def lacking(*arguments: object, as_coco_c: bool) -> NoReturn:
         raise ValueError("corruption 'frost' needs photos")
 
     monkeypatch.setattr(corrupt_store, "corrupt", lacking)
