@@ -107,11 +107,16 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def kill_and_resume(
-    data: Path, runs: Path, kills: int, expected: dict[str, torch.Tensor], seed: int
+    data: Path,
+    runs: Path,
+    kills: int,
+    expected: dict[str, torch.Tensor],
+    seed: int,
+    *more: str,  # settings
 ) -> None:
     """Kill a run soon after it has logged something, often; then it ends with the same weights."""
     rng = random.Random(seed)
-    argv = command(*words(data, runs, "resume=auto", "run.checkpoint_every=1"))
+    argv = command(*words(data, runs, "resume=auto", "run.checkpoint_every=1", *more))
     metrics = runs / RUN / "metrics.jsonl"
     for _ in range(kills):
         before = _size(metrics)

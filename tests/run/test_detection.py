@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from fap.run.epoch import plan_spec
 from fap.tasks.detection import Detection
 from pipelines.boxes import plan_boxes
 from tests.run.detections import DETECTION
-from tests.run.runs import assert_same, without_metrics
+from tests.run.runs import assert_same, final_state, kill_and_resume, run, without_metrics
 from tests.run.wiring import OF_DETECTION, Seen, observe, value_of
 
 STEPS = 8  # of an undisturbed run: four epochs of two
@@ -284,6 +285,23 @@ def test_stopped_and_resumed_is_never_stopped(
     assert len(rest.inputs) == len(expected.inputs) - 3
     assert_same(state(rest), state(expected))
     assert rest.result["last"] == expected.result["last"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_with_the_same_weights(
+    boxes: dict[str, Path], tmp_path: Path
+) -> None:
+    """Twice, by SIGKILL; 20 steps as runs.py has them, of 8 + 2 rows."""
+    more = (*DETECTION, "optim.clean_batch=8", "budget.epochs=12", "run.eval_every=5")
+    folder, _ = run(boxes["data"], tmp_path / "whole", *more)
+    kill_and_resume(
+        boxes["data"],
+        tmp_path / "killed",
+        2,
+        final_state(folder),
+        secrets.randbelow(1 << 30),
+        *more,
+    )
 
 
 def test_other_boxes_of_the_same_images_are_other_data(

@@ -15,7 +15,7 @@ from fap.step.graph import runner
 from fap.step.half import Amp
 from fap.step.step import Step
 from tests.step.layout_copies import layout_copies
-from tests.step.made_steps import VARIANTS, changed, clone, feed, make
+from tests.step.made_steps import STEPS, changed, clone, feed, make
 
 gpu = pytest.mark.gpu
 SIZE = 32
@@ -53,9 +53,9 @@ def two(variant: str, **more: Any) -> tuple[Step, Step]:
 
 @gpu
 @pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_captured_equals_eager(variant: str, amp: Amp, strict_sync: Strict) -> None:
-    eager, captured = two(variant, amp=amp)
+@pytest.mark.parametrize(("task", "variant"), STEPS)
+def test_captured_equals_eager(task: str, variant: str, amp: Amp, strict_sync: Strict) -> None:
+    eager, captured = two(variant, task=task, amp=amp)
     replay, how = runner(captured, "on")
     assert how == "CUDA graph"
     for seed in range(5):
@@ -125,8 +125,9 @@ def test_every_replay_uses_the_mix_it_was_fed(mix: str, strict_sync: Strict) -> 
 
 @gpu
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
-def test_no_layout_copies_in_the_trace(amp: Amp, strict_sync: Strict) -> None:
-    step = make("fused", device="cuda", amp=amp, size=SIZE)
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_no_layout_copies_in_the_trace(task: str, amp: Amp, strict_sync: Strict) -> None:
+    step = make("fused", task=task, device="cuda", amp=amp, size=SIZE)
     step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, record_shapes=True) as trace:

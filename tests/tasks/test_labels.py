@@ -7,7 +7,7 @@ from fap.tasks.labels import match_classes, match_labels
 
 def test_each_class_is_found_by_its_name() -> None:
     assert match_classes(["d", "b"], ["a", "b", "c", "d"]).tolist() == [3, 1]
-    with pytest.raises(ValueError, match=r"1 of the 2 class folders.*'n02'"):
+    with pytest.raises(ValueError, match=r"1 of the 2 classes.*'n02'"):
         match_classes(["n00000003", "n02"], [f"n{i:08d}" for i in range(12)])
     for names, classes in ((["a", "a"], ["a", "b"]), (["a"], ["a", "b", "b"])):
         with pytest.raises(ValueError, match="twice"):
