@@ -96,7 +96,7 @@ def test_clean_precision_is_that_of_one_image_at_a_time(world: Path) -> None:
     found, text = run(world, "--pipeline", "reference", **WHERE, out="clean")
     store = open_store(world / DATA)
     expected = scored_one_by_one(detector(), photos(store), store.annotations)
-    assert expected["map"] > 0.05
+    assert expected["map"] > 0.02
     clean = found["results"]["clean"]
     same(clean, expected)
     assert clean["count"] == len(SIDES)
@@ -431,7 +431,7 @@ def test_images_without_any_object_are_one_line(
     crowds = replace(annotations, crowd=np.ones_like(annotations.crowd))
     write_data(fresh / "crowds.beton", crowds)
     line = refused(capsys, fresh, model=CHECKPOINT, data="crowds.beton")
-    assert "no objects to find" in line
+    assert "crowd boxes alone" in line
 
 
 def test_the_batch_is_that_of_the_task(world: Path) -> None:
