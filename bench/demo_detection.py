@@ -48,7 +48,7 @@ RECIPE = [
     "optim.clean_batch=16",
     "optim.clip_norm=1",
     "optim.lr=1.92",  # 0.12 for 16 scenes
-    "optim.warmup_epochs=1",
+    "optim.warmup_epochs=4",
     "data.threads=1",
     "run.torch_threads=1",
     "resume=auto",
@@ -76,7 +76,7 @@ class Size:
 
 
 FULL = Size(
-    train=1600, test=400, epochs=12, milestones=(8, 11), seeds=1, noises=NOISES, severities=(1, 2)
+    train=400, test=400, epochs=12, milestones=(8, 11), seeds=1, noises=NOISES, severities=(1, 2)
 )
 FAST = Size(
     train=160,
