@@ -1,4 +1,4 @@
-"""Train an image classifier or a detector with Fast AdvProp (the default), AdvProp or plain training.
+"""Train a classifier or a detector with Fast AdvProp (the default), AdvProp or plain training.
 
 Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml
 data.train=train.beton data.val=val.beton --pipeline dali resume=auto
