@@ -23,7 +23,7 @@ CLASSES = ("T-shirt", "trouser", "sneaker", "bag", "ankle boot")
 SPLITS = ("train", "test")
 
 MOST_OBJECTS = 4
-LONGER_SIDE = (20, 64)  # pixels, of an object's box; log-uniform between them
+LONGER_SIDE = (28, 72)  # pixels, of an object's box; log-uniform between them
 MOST_OVERLAP = 0.1  # of two boxes: the intersection's share of the smaller one
 TRIES = 20  # to find a place for an object; then the scene goes without it
 
