@@ -76,7 +76,7 @@ class Size:
 
 
 FULL = Size(
-    train=400, test=400, epochs=12, milestones=(8, 11), seeds=1, noises=NOISES, severities=(1, 2)
+    train=400, test=400, epochs=48, milestones=(32, 44), seeds=1, noises=NOISES, severities=(1, 2)
 )
 FAST = Size(
     train=160,
