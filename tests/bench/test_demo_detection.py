@@ -49,7 +49,7 @@ def test_the_verdict_follows_the_numbers() -> None:
         BASE: [run(seed, 50 + seed, 20.0) for seed in range(3)],
         EQUAL_COST: [run(seed, 50 + seed, 25 + 0.1 * seed) for seed in range(3)],
     }
-    (first, last) = verdict(rows)
+    first, _, last = verdict(rows)
     assert "1.00 times the image passes" in first
     assert f"better: {MEASURES['noise']}" in first
     assert f"undecided: {MEASURES['clean']}, {MEASURES['AP50']}" in first
@@ -62,8 +62,8 @@ def test_the_verdict_follows_the_numbers() -> None:
     worse = {BASE: rows[EQUAL_COST], EQUAL_COST: rows[BASE]}
     assert f"worse: {MEASURES['noise']}" in verdict(worse)[0]
     one = {arm: runs[:1] for arm, runs in rows.items()}
-    assert "better" not in verdict(one)[0]  # one seed decides nothing
-    assert "worse" not in verdict(one)[0]
+    assert "50.0 -> 50.0" in verdict(one)[0]
+    assert "20.0 -> 25.0; one seed decides nothing" in verdict(one)[0]
 
 
 def test_a_run_in_numbers(tmp_path: Path) -> None:
