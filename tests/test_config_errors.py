@@ -112,7 +112,7 @@ from fap.config import load_config, make_config
         ("run.graph=true", "run.graph = True: must be 'auto', 'on' or 'off'"),
         (
             "paper.top=1",
-            "paper.top = 'top': must be 'top1', 'imagenet_c', 'imagenet_r' or 'stylized'",
+            "paper.top = 'top': must be 'top1', 'imagenet_c', 'imagenet_r', 'stylized', 'map' or",
         ),
         ("paper.top1=101", "paper.top1 = 101"),
         ("paper={top1: x}", "paper.top1 = 'x': must be a number"),

@@ -49,8 +49,6 @@ class Classification(Task):
                 f"method.attack_loss = {config.method.attack_loss!r}: the loss of a classifier has "
                 "no parts, so only 'total'"
             )
-        if config.data.crop == "letterbox":
-            raise ValueError("data.crop = 'letterbox': only for task = 'detection'")
         self.n_classes = n_classes
         self.output_rows = n_classes
         self.model_name = config.model.name

@@ -14,6 +14,7 @@ from fap.config import load_config
 from fap.run.monitor import NonFinite
 from fap.run.train import Run
 from tests.conftest import write_beton
+from tests.run.detections import write_boxes
 from tests.run.runs import STEPS, assert_same, final_state, records, run, steps_recorded
 
 
@@ -150,10 +151,12 @@ def test_a_frozen_run_keeps_its_losses(tiny_beton: Path, tmp_path: Path) -> None
 
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
+DETECTORS = [file for file in CONFIGS if file.parent.name == "coco"]
+CLASSIFIERS = [file for file in CONFIGS if file not in DETECTORS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+@pytest.mark.parametrize("file", CLASSIFIERS, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_every_config_runs_two_steps(
     tiny_beton: Path, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +174,23 @@ def test_every_config_runs_two_steps(
     result = Run(config).train()
     assert result["steps"] == 2
     assert result["last"]["loss"] == result["last"]["loss"]  # not NaN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", DETECTORS, ids=lambda f: f.stem)
+def test_every_config_of_a_detector_runs_two_steps(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only data, canvas and number of steps are overridden."""
+    monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+    data = write_boxes(tmp_path / "boxes.beton", 0, tuple(f"class {i}" for i in range(80)))
+    machine = [
+        f"data.train={data}", f"data.val={data}", "data.pipeline=reference", "data.size=64",
+        "run.max_steps=2", f"run.dir={tmp_path}", "run.device=cpu",
+    ]  # fmt: skip
+    result = Run(load_config(file, machine)).train()
+    assert result["steps"] == 2
+    assert 0 <= result["last"]["map"] <= 1
 
 
 def _twice(data: Path, folder: Path) -> Path:

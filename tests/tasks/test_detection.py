@@ -289,7 +289,7 @@ def test_the_plain_model_is_the_configs() -> None:
     assert outputs.shape == (2, len(ANCHORS) * (N_CLASSES + 4))
     assert task.per_level == anchors_per_level(SPECS[NAME], SIDES)
     last = model.state_dict()["head.classification_head.cls_logits.weight"]
-    assert len(last) == task.output_rows == 9 * N_CLASSES
+    assert len(last) == task.output_rows == SPECS[NAME].anchors_per_place * N_CLASSES
 
 
 def boxes_far_apart(heights: np.ndarray, widths: np.ndarray) -> Annotations:
