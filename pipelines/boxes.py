@@ -13,11 +13,10 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
-from pipelines.plan import PADDING
+from pipelines.plan import PADDING, EpochPlan
 
 NO_BOX = -1  # the class of a row of `plan_boxes` that holds no box
 LEAST_SIDE = 1.0  # source pixels that must be left of a box in the window, along both sides
@@ -194,20 +193,7 @@ def _columns(rows: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ a whole epoch
 
 
-class Placed(Protocol):
-    """What `plan_boxes` needs of an `EpochPlan`."""
-
-    @property
-    def index(self) -> np.ndarray: ...  # uint32 (steps, B)
-    @property
-    def window(self) -> np.ndarray: ...  # int16 (steps, B, 4)
-    @property
-    def place(self) -> np.ndarray: ...  # int16 (steps, B, 4)
-    @property
-    def flip(self) -> np.ndarray: ...  # bool (steps, B)
-
-
-def plan_boxes(plan: Placed, annotations: Annotations, most_boxes: int) -> np.ndarray:
+def plan_boxes(plan: EpochPlan, annotations: Annotations, most_boxes: int) -> np.ndarray:
     """The boxes to train on the canvases of an epoch: float32 (steps, B, most_boxes, 5).
 
     A row is class, left, top, right, bottom in pixels of the canvas. Rows without a box have class

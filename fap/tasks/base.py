@@ -35,6 +35,15 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 """Batches to evaluate: uint8 images (B, 3, H, W), and references (B, ...)."""
 
 
+def plain_number(found: Mapping[str, object], name: str) -> int | float:
+    """A metric out of a file. Raises TypeError for what is no number."""
+    value = found[name]
+    # JSON's true is Python's True, which is an int too.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"its {name} is no number")
+    return value
+
+
 class Evaluator(Protocol):
     """Gathers what the metrics need, batch after batch. A new one for every evaluation."""
 

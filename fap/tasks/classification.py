@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
-from fap.tasks.base import Result, Task
+from fap.tasks.base import Result, Task, plain_number
 from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
@@ -120,9 +120,9 @@ class Classification(Task):
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         if found.keys() != {"loss", "top1", "top5"}:
             raise ValueError("it has other metrics")
-        loss = _number(found, "loss")
-        top1 = _number(found, "top1")
-        top5 = _number(found, "top5")
+        loss = float(plain_number(found, "loss"))
+        top1 = float(plain_number(found, "top1"))
+        top5 = float(plain_number(found, "top5"))
         if not 0 <= top1 <= top5 <= 1:
             raise ValueError("it has no accuracies")
         # The loss of a model that diverged is NaN.
@@ -132,15 +132,6 @@ class Classification(Task):
 
     def measured(self, result: Result) -> float:
         return 1 - result["top1"]
-
-
-def _number(found: Mapping[str, object], name: str) -> float:
-    """A number out of a file. Raises TypeError, or OverflowError for an integer beyond floats."""
-    value = found[name]
-    # JSON's true is Python's True, which is an int too.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"its {name} is no number")
-    return float(value)
 
 
 class Accuracy:

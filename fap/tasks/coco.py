@@ -14,7 +14,7 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor, distributed
 
-from fap.tasks.base import CorruptionMean, Result
+from fap.tasks.base import CorruptionMean, Result, plain_number
 from fap.tasks.boxes_out import detections
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import ALEXNET_ERRORS
@@ -190,7 +190,7 @@ def _mean(precision: np.ndarray) -> float:
 
 
 def checked(found: Mapping[str, object]) -> Result:
-    """Metrics out of a file. Raises ValueError or TypeError for others than `result` gives."""
+    """Metrics out of a file. Raises as `fap.tasks.base.Task.check_metrics`."""
     needed = METRICS.keys() - set(SIZES)
     if not needed <= found.keys() <= METRICS.keys():
         raise ValueError("it has other metrics")
@@ -198,10 +198,7 @@ def checked(found: Mapping[str, object]) -> Result:
     for name in METRICS:
         if name not in found:
             continue
-        value = found[name]
-        # JSON's true is Python's True, which is an int too.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"its {name} is no number")
+        value = plain_number(found, name)
         if not 0 <= value <= 1:
             raise ValueError(f"its {name} is no average precision")
         result[name] = float(value)

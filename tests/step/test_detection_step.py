@@ -5,7 +5,6 @@ The twin's loss is torchvision's own, image by image; its padding is masked pixe
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +16,12 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from fap.config import Config, make_config
 from fap.draws import uniform
-from fap.nets.dual import convert
 from fap.nets.retinanet import SPECS, RetinaNet, anchors
-from fap.nets.stem import install_stem
 from fap.step.attack import DIRECTION, picture_mask
 from fap.step.step import Step
 from fap.tasks import make_task
 from tests.step.reference_step import Draws, Twin
-from tests.step.twin_checks import close, compare_step, rules_of
+from tests.step.twin_checks import close, compare_step, converted_from, randomise_norms, rules_of
 
 SIDES = (64, 96)  # height, width
 CLASSES = 3
@@ -70,27 +67,14 @@ def config_of(method: dict[str, Any], **optim: Any) -> Config:
 def models() -> tuple[nn.Module, nn.Module]:
     """(converted, plain): equal random weights, with norms that no longer begin at 1 and 0."""
     plain = RetinaNet(SPEC, CLASSES).double()
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-            assert module.running_mean is not None and module.running_var is not None
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+    randomise_norms(plain)
     for parameter in plain.parameters():
         if not parameter.any():  # biases: from zero on, an update of theirs is rounding alone
             nn.init.uniform_(parameter, -0.1, 0.1)
     # The heads begin so near to zero that no box would be wrong enough to matter.
     for head in (plain.head.classification_head.cls_logits, plain.head.regression_head.bbox_reg):
         nn.init.normal_(head.weight, std=0.2)
-    converted = convert(copy.deepcopy(plain)).float()
-    install_stem(converted, SIDES)
-    converted = converted.double().to(memory_format=torch.channels_last)
-    state = plain.state_dict()
-    converted.load_state_dict(
-        {name: state[name.replace(".aux.", ".")] for name in converted.state_dict()}
-    )
-    return converted, plain
+    return converted_from(plain, SIDES), plain
 
 
 # ---------------------------------------------------------------------- the twin's loss

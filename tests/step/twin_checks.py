@@ -17,6 +17,7 @@ from fap.nets.stem import install_stem, stem_of
 from fap.step.attack import DIRECTION
 from fap.step.step import Step
 from fap.tasks import make_task
+from pipelines.sizes import Size
 from tests.step.reference_step import Draws, Result, Rules, Twin
 
 SIZE = 16
@@ -110,6 +111,12 @@ def models(net: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
     No fresh initialisation: the norms' parameters and statistics are random.
     """
     plain = net().double()
+    randomise_norms(plain)
+    return converted_from(plain, SIZE), plain
+
+
+def randomise_norms(plain: nn.Module) -> None:
+    """Their parameters and statistics, as if the model had been trained."""
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -117,14 +124,18 @@ def models(net: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
             assert module.running_mean is not None and module.running_var is not None
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
+
+
+def converted_from(plain: nn.Module, size: Size) -> nn.Module:
+    """What `Step` trains, with equal weights; the auxiliary norms are copies of the main ones."""
     converted = convert(copy.deepcopy(plain)).float()
-    install_stem(converted, SIZE)
+    install_stem(converted, size)
     converted = converted.double().to(memory_format=torch.channels_last)
     state = plain.state_dict()
     converted.load_state_dict(
         {name: state[name.replace(".aux.", ".")] for name in converted.state_dict()}
     )
-    return converted, plain
+    return converted
 
 
 def draw(config: Config) -> tuple[dict[str, Any], Draws]:
