@@ -111,7 +111,11 @@ def test_the_debian_package_needs_no_root(
     assert labels.tolist() == [9, 0]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no archive", gzip.compress(bytes(999))[:-9]])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"no archive", gzip.compress(bytes(999), mtime=0)[:-9]],
+    ids=["empty", "no archive", "cut short"],
+)
 def test_a_damaged_archive_is_one_line(
     tmp_path: Path, archives: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
 ) -> None:
