@@ -9,10 +9,8 @@ interrupted demo goes on where it stopped. `bench.demo_runs` says which runs the
 
 import argparse
 import json
-import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,14 @@ from bench import demo_figures, demo_words
 from bench.commands import fap, stopping
 from bench.common import write_json
 from bench.contestants import GPU
+from bench.demo_common import (
+    MOST_WORKERS,
+    cpu_seconds,
+    in_parallel,
+    minutes,
+    say,
+    train_side_by_side,
+)
 from bench.demo_measure import ATTACK_STEPS, STEP_255, adversarial_accuracy, cost, examples
 from bench.demo_runs import CONFIGS, EPS_255, FAST, FULL, Demo, Size
 from bench.demo_words import BASE, EQUAL_COST, LABELS, Cost
@@ -33,10 +39,6 @@ from pipelines.back_ends import BACK_ENDS
 from pipelines.machine import usable_cores
 
 STEPS_PER_BLOCK = 3  # of the measurement of cost
-MOST_WORKERS = 4  # runs side by side
-SAY_EVERY_S = 30
-WIDTH = 110  # of what is said, in characters
-LONGEST_IN_SECONDS = 100  # a longer time is said in minutes
 MARGIN = 1.2  # the runs also evaluate and save
 INTRODUCTION = """
 Fast AdvProp trains an image classifier on clean images and on adversarial ones: images changed by a
@@ -49,19 +51,6 @@ as many image passes (one image through the network and back), hence at equal co
 as many optimiser steps, which costs half as much again. Then it compares them on clean, corrupted
 and adversarial test images.
 """
-
-
-def say(text: str = "") -> None:
-    """Lines of text, each wrapped to WIDTH."""
-    for line in text.split("\n"):
-        indent = " " * (len(line) - len(line.lstrip(" -")))
-        print(textwrap.fill(line, WIDTH, subsequent_indent=indent), flush=True)
-
-
-def minutes(seconds: float) -> str:
-    if seconds >= LONGEST_IN_SECONDS:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds:.0f} s"
 
 
 def introduce(size: Size, fast: bool) -> None:
@@ -101,18 +90,6 @@ def measured_cost(demo: Demo) -> Cost:
 
 
 # ------------------------------------------------------------------ training
-
-
-def train(demo: Demo, arm: str, seed: int) -> None:
-    """One run, or what is left of it."""
-    if demo.finished(arm, seed):
-        return
-    folder = demo.run_folder(arm, seed)
-    resumed = (folder / "checkpoints").exists()
-    log = demo.log(f"{arm}-seed{seed}")
-    seconds = fap("train", demo.config_file(arm), *demo.words(arm, seed), log=log, threads=1)
-    if not resumed:  # the rest of an interrupted run has the seconds of a rest
-        (folder / "cpu_seconds.json").write_text(json.dumps(seconds))
 
 
 def passes_done(demo: Demo, arm: str, seed: int) -> float:
@@ -155,32 +132,7 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
             line += f", about {minutes(rest)} left"
         return line
 
-    def training(arm: str, seed: int) -> Callable[[], None]:
-        def call() -> None:
-            train(demo, arm, seed)
-
-        return call
-
-    in_parallel([training(*run) for run in todo], workers, progress)
-
-
-def in_parallel(
-    calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]
-) -> None:
-    """Make the calls, saying a line of progress now and then. The first failure ends them all."""
-    with ThreadPoolExecutor(workers) as pool, stopping():
-        jobs: list[Future[Any]] = [pool.submit(call) for call in calls]
-        pending = set(jobs)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=SAY_EVERY_S, return_when="FIRST_EXCEPTION")
-                for job in done:
-                    job.result()
-                if pending:
-                    say(progress())
-        finally:
-            for job in jobs:
-                job.cancel()
+    train_side_by_side(demo, todo, workers, progress)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -243,10 +195,7 @@ def run_in_numbers(folder: Path, report: dict[str, Any], under_attack: Path) -> 
     """A run as `bench.demo_words` wants it."""
     run = summary(folder, report)
     run["adversarial"] = json.loads(under_attack.read_text())
-    run["cpu_seconds"] = None
-    seconds = folder / "cpu_seconds.json"
-    if seconds.exists():
-        run["cpu_seconds"] = json.loads(seconds.read_text())
+    run["cpu_seconds"] = cpu_seconds(folder)
     return run
 
 

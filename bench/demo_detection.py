@@ -11,7 +11,7 @@ interrupted demo goes on where it stopped.
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,14 @@ import torch
 from bench import scenes
 from bench.commands import fap, stopping
 from bench.common import write_json
-from bench.demo import MOST_WORKERS, in_parallel, minutes, say
+from bench.demo_common import (
+    MOST_WORKERS,
+    RunsInAFolder,
+    cpu_seconds,
+    minutes,
+    say,
+    train_side_by_side,
+)
 from bench.demo_words import BASE, EQUAL_COST, LABELS, difference, markdown
 from bench.study import ROOT, RUNS, Files, last_checkpoint, same_settings
 from fap.budget import Budget, budget
@@ -90,7 +97,7 @@ FAST = Size(
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(RunsInAFolder):
     """The runs of one demo, below `folder`."""
 
     size: Size
@@ -103,7 +110,7 @@ class Demo:
         """(arm, seed), seed by seed: what runs side by side is of one seed."""
         return [(arm, seed) for seed in range(self.size.seeds) for arm in ARMS]
 
-    def words(self, arm: str, seed: int) -> list[str]:
+    def command(self, arm: str, seed: int) -> list[str]:
         size = self.size
         words = [
             *RECIPE,
@@ -123,19 +130,10 @@ class Demo:
         return words
 
     def config(self, arm: str) -> Config:
-        return load_config(None, self.words(arm, seed=0))
+        return load_config(None, self.command(arm, seed=0))
 
     def budget(self, arm: str) -> Budget:
         return budget(self.config(arm), self.size.train)
-
-    def run_folder(self, arm: str, seed: int) -> Path:
-        return self.folder / arm / f"seed{seed}"
-
-    def finished(self, arm: str, seed: int) -> bool:
-        return (self.run_folder(arm, seed) / "result.json").exists()
-
-    def log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
 
 
 # ------------------------------------------------------------------ data and training
@@ -158,24 +156,17 @@ def train_all(demo: Demo, workers: int) -> None:
     steps = " and ".join(f"{demo.budget(arm).steps:,} steps of {LABELS[arm]}" for arm in ARMS)
     passes = " and ".join(f"{demo.budget(arm).image_passes:,}" for arm in ARMS)
     say(f"\n2. Training: {len(demo.runs)} runs, {workers} at a time: {steps}")
+    if len(todo) < len(demo.runs):
+        say(f"   {len(demo.runs) - len(todo)} are there from an earlier demo, in {demo.folder}")
     say(f"   image passes: {passes}; what each run says is in {demo.folder / 'logs'}")
     began = time.monotonic()
-
-    def training(arm: str, seed: int) -> Callable[[], None]:
-        def call() -> None:
-            seconds = fap(
-                "train", *demo.words(arm, seed), log=demo.log(f"{arm}-seed{seed}"), threads=1
-            )
-            (demo.run_folder(arm, seed) / "cpu_seconds.json").write_text(json.dumps(seconds))
-
-        return call
 
     def progress() -> str:
         finished = sum(demo.finished(*run) for run in demo.runs)
         spent = minutes(time.monotonic() - began)
         return f"   {finished} of {len(demo.runs)} runs finished, {spent} so far"
 
-    in_parallel([training(*run) for run in todo], workers, progress)
+    train_side_by_side(demo, todo, workers, progress)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -209,7 +200,6 @@ def numbers_of(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
             _, noise, _ = key.split("/")
             found.setdefault(noise, []).append(100 * result["map"])
     result = json.loads((folder / "result.json").read_text())
-    seconds = folder / "cpu_seconds.json"
     clean = report["results"][CLEAN]
     noises = {noise: fmean(values) for noise, values in found.items()}
     return {
@@ -220,7 +210,7 @@ def numbers_of(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         "corruptions": noises,
         "steps": result["steps"],
         "image_passes": result["image_passes"],
-        "cpu_seconds": json.loads(seconds.read_text()) if seconds.exists() else None,
+        "cpu_seconds": cpu_seconds(folder),
     }
 
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from bench import demo_words
+from bench.demo_common import RunsInAFolder
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS
 from bench.study import Files
 from fap.budget import Budget, budget
@@ -71,7 +72,7 @@ FAST = Size(
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(RunsInAFolder):
     """What every part of one demo needs."""
 
     size: Size
@@ -132,19 +133,12 @@ class Demo:
     def config_file(self, arm: str) -> str:
         return f"configs/cifar10/{CONFIGS[arm]}.yaml"
 
+    def command(self, arm: str, seed: int) -> list[str]:
+        return [self.config_file(arm), *self.words(arm, seed)]
+
     def config(self, arm: str) -> Config:
         """Of the arm's run of seed 0."""
         return load_config(self.config_file(arm), self.words(arm, seed=0))
 
     def budget(self, arm: str) -> Budget:
         return budget(self.config(arm), self.size.images)
-
-    def run_folder(self, arm: str, seed: int) -> Path:
-        return self.folder / arm / f"seed{seed}"
-
-    def finished(self, arm: str, seed: int) -> bool:
-        return (self.run_folder(arm, seed) / "result.json").exists()
-
-    def log(self, name: str) -> Path:
-        """Where a command says what it does."""
-        return self.folder / "logs" / f"{name}.log"

@@ -22,7 +22,7 @@ from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
 from fap.tasks.base import Result, Task
-from fap.tasks.labels import Matching
+from fap.tasks.labels import Matching, match_labels
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
@@ -260,10 +260,11 @@ class _Evaluation:
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:
         try:
-            return self.trained.task.match(
+            return match_labels(
                 opened.classes,
                 opened.labels,
                 self.trained.meta.train.classes,
+                self.trained.task.n_classes,
                 by_position=self.wanted.by_position,
                 restrict=one.restrict,
             )

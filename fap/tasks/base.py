@@ -98,6 +98,8 @@ class Task(Protocol):
     """With fewer of them there is nothing to learn."""
     eval_batch: int = 256
     """Images of an evaluation's batch where the user says nothing."""
+    n_classes: int
+    """Of the model."""
     output_rows: int
     """The first dimension of the last layer's weights: it grows with the number of classes."""
 
@@ -174,21 +176,6 @@ class Task(Protocol):
         """Random wrong targets for a targeted attack; rows [g a, (g + 1) a) draw from keys[g].
 
         Captured. A task that has none refuses a targeted attack when it is made.
-        """
-
-    def match(
-        self,
-        names: Sequence[str] | None,  # the data's classes, in the order of its labels
-        labels: tuple[int, int],  # the least and the greatest label of the data
-        model_names: Sequence[str] | None,  # the model's classes
-        *,
-        by_position: bool = False,
-        restrict: bool = False,
-    ) -> Matching:
-        """How the data's classes become the model's. Raises ValueError where they do not fit.
-
-        `by_position`: the user allows what names do not show. `restrict`: only the data's own
-        classes count.
         """
 
     def evaluator(

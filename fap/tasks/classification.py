@@ -6,7 +6,7 @@ Targets are labels, int64, -1 for padding rows; outputs are logits (rows, classe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
-from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
+from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
 from pipelines.files import readable
@@ -98,19 +98,6 @@ class Classification(Task):
         # 1 to n_classes - 1 places further round the circle of classes: never the label itself.
         distance = 1 + (bits & ALL_BUT_THE_SIGN) % (self.n_classes - 1)
         return (targets + distance) % self.n_classes
-
-    def match(
-        self,
-        names: Sequence[str] | None,
-        labels: tuple[int, int],
-        model_names: Sequence[str] | None,
-        *,
-        by_position: bool = False,
-        restrict: bool = False,
-    ) -> Matching:
-        return match_labels(
-            names, labels, model_names, self.n_classes, by_position=by_position, restrict=restrict
-        )
 
     def evaluator(
         self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None

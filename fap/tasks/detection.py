@@ -24,7 +24,7 @@ from fap.tasks.boxes_out import detections
 from fap.tasks.coco import MeanAveragePrecision
 from fap.tasks.dense import box_losses, class_losses, match, understood
 from fap.tasks.draw_boxes import Found, drawn
-from fap.tasks.labels import SAME_CLASSES, Matching, match_labels
+from fap.tasks.labels import SAME_CLASSES, Matching
 from pipelines import EpochPlan, Store
 from pipelines.boxes import Annotations, canvas_boxes, plan_boxes
 from pipelines.files import readable
@@ -120,19 +120,6 @@ class Detection(Task):
         targets[:, :, 0] = PADDING
         self._anchors_on(targets.device)
         return targets
-
-    def match(
-        self,
-        names: Sequence[str] | None,
-        labels: tuple[int, int],
-        model_names: Sequence[str] | None,
-        *,
-        by_position: bool = False,
-        restrict: bool = False,
-    ) -> Matching:
-        return match_labels(
-            names, labels, model_names, self.n_classes, by_position=by_position, restrict=restrict
-        )
 
     # ------------------------------------------------------------------ what the step calls
 

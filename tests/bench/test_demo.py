@@ -16,7 +16,16 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench import commands, demo, demo_figures, demo_measure, demo_words, study, study_report
+from bench import (
+    commands,
+    demo,
+    demo_common,
+    demo_figures,
+    demo_measure,
+    demo_words,
+    study,
+    study_report,
+)
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost, Difference
 from fap.config import DataConfig
 
@@ -331,6 +340,32 @@ def test_leaving_ends_the_running_commands_and_starts_no_other(leave, tmp_path: 
 
 
 # ------------------------------------------------------------------ a whole miniature
+
+
+@pytest.mark.parametrize("before", ["nothing", "checkpoints", "result.json"])
+def test_only_a_whole_run_has_its_cpu_seconds(before: str, tmp_path: Path, monkeypatch) -> None:
+    class OneRun(demo_common.RunsInAFolder):
+        folder = tmp_path
+
+        def command(self, arm: str, seed: int) -> list[str]:
+            return [arm, str(seed)]
+
+    started = []
+
+    def fap(*words: str, log: Path, threads: int) -> float:
+        started.append(words)
+        (OneRun().run_folder(BASE, 3) / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return 12.5
+
+    monkeypatch.setattr(demo_common, "fap", fap)
+    folder = OneRun().run_folder(BASE, 3)
+    if before != "nothing":
+        (folder / before).mkdir(parents=True)
+    OneRun().train(BASE, 3)
+    finished = before == "result.json"
+    assert started == ([] if finished else [("train", BASE, "3")])
+    assert demo_common.cpu_seconds(folder) == (12.5 if before == "nothing" else None)
+
 
 TINY = demo.Size(
     images=96,

@@ -36,7 +36,7 @@ def test_both_arms_cost_the_same(size: demo_detection.Size, tmp_path: Path) -> N
     # Of the short version, whose last batch of an epoch is dropped, as nearly as that allows.
     assert passes[EQUAL_COST] == pytest.approx(passes[BASE], rel=0.05 if size is FAST else 0)
     assert demo.config(EQUAL_COST).method.eps_255 == demo_detection.EPS_255
-    differ = [word for word in demo.words(EQUAL_COST, 0) if word not in demo.words(BASE, 0)]
+    differ = [word for word in demo.command(EQUAL_COST, 0) if word not in demo.command(BASE, 0)]
     assert differ == [
         f"name={EQUAL_COST}",
         f"method.name={EQUAL_COST}",

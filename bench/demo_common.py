@@ -1,0 +1,107 @@
+"""What both demos share: the runs in a demo's folder, runs side by side, what is said.
+
+A library of `bench.demo` and `bench.demo_detection`.
+"""
+
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from bench.commands import fap, stopping
+
+MOST_WORKERS = 4  # runs side by side
+SAY_EVERY_S = 30
+WIDTH = 110  # of what is said, in characters
+LONGEST_IN_SECONDS = 100  # a longer time is said in minutes
+
+
+# ------------------------------------------------------------------ runs
+
+
+class RunsInAFolder:
+    """A run for each arm (a way of training) and seed, trained once.
+
+    A demo inherits from it and says in `command` what an arm means.
+    """
+
+    folder: Path
+
+    def command(self, arm: str, seed: int) -> list[str]:
+        """fap-train's words for one run, which puts itself into `run_folder`."""
+        raise NotImplementedError
+
+    def run_folder(self, arm: str, seed: int) -> Path:
+        return self.folder / arm / f"seed{seed}"
+
+    def finished(self, arm: str, seed: int) -> bool:
+        return (self.run_folder(arm, seed) / "result.json").exists()
+
+    def log(self, name: str) -> Path:
+        """Where a command says what it does."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def train(self, arm: str, seed: int) -> None:
+        """One run, or what is left of it."""
+        if self.finished(arm, seed):
+            return
+        folder = self.run_folder(arm, seed)
+        resumed = (folder / "checkpoints").exists()
+        log = self.log(f"{arm}-seed{seed}")
+        seconds = fap("train", *self.command(arm, seed), log=log, threads=1)
+        if not resumed:  # the rest of an interrupted run has the seconds of a rest
+            (folder / "cpu_seconds.json").write_text(json.dumps(seconds))
+
+
+def cpu_seconds(run_folder: Path) -> float | None:
+    """Of a whole run, start-up included; None if it was interrupted."""
+    file = run_folder / "cpu_seconds.json"
+    if not file.exists():
+        return None
+    return json.loads(file.read_text())
+
+
+def train_side_by_side(
+    demo: RunsInAFolder, runs: Sequence[tuple[str, int]], workers: int, progress: Callable[[], str]
+) -> None:
+    def training(arm: str, seed: int) -> Callable[[], None]:
+        return lambda: demo.train(arm, seed)
+
+    in_parallel([training(*run) for run in runs], workers, progress)
+
+
+def in_parallel(
+    calls: Iterable[Callable[[], Any]], workers: int, progress: Callable[[], str]
+) -> None:
+    """Make the calls, saying a line of progress now and then. The first failure ends them all."""
+    with ThreadPoolExecutor(workers) as pool, stopping():
+        jobs: list[Future[Any]] = [pool.submit(call) for call in calls]
+        pending = set(jobs)
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=SAY_EVERY_S, return_when="FIRST_EXCEPTION")
+                for job in done:
+                    job.result()
+                if pending:
+                    say(progress())
+        finally:
+            for job in jobs:
+                job.cancel()
+
+
+# ------------------------------------------------------------------ what is said
+
+
+def say(text: str = "") -> None:
+    """Lines of text, each wrapped to WIDTH."""
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip(" -")))
+        print(textwrap.fill(line, WIDTH, subsequent_indent=indent), flush=True)
+
+
+def minutes(seconds: float) -> str:
+    if seconds >= LONGEST_IN_SECONDS:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s"
