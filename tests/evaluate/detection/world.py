@@ -26,6 +26,7 @@ from tests.pipelines.samples import encoded, picture
 
 CHECKPOINT = "detector.safetensors"
 DATA = "val.beton"
+WHERE = {"model": CHECKPOINT, "data": DATA}  # of `run`: what is evaluated
 CLASSES = ("ant", "bee", "cat", "dog")
 CANVAS = (64, 96)
 # COCO's images have any shape. None is so large that an object in it could be large.
@@ -171,3 +172,7 @@ def write_world(at: Path) -> Path:
     write_checkpoint(at / CHECKPOINT)
     write_data(at / DATA, plain_annotations(model, images))
     return at
+
+
+def pictures(out: Path) -> list[Path]:
+    return sorted((out / "pictures").iterdir())
