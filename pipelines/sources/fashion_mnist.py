@@ -6,7 +6,6 @@ package unpacked, which needs no root.
 
 import gzip
 import hashlib
-import socket
 import subprocess
 import tempfile
 import zlib
@@ -17,8 +16,9 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.files import one_line, read_regular, write_whole
+from pipelines.files import one_line, write_whole
 from pipelines.images import reason
+from pipelines.sources.fetching import little_patience, verified
 
 CLASSES = (
     "T-shirt",
@@ -51,7 +51,6 @@ SHA256 = {
 IMAGES_HEADER_BYTES = 16
 LABELS_HEADER_BYTES = 8
 
-PATIENCE_SECONDS = 10  # with a network that does not answer
 MOST_SHOWN = 200  # characters of an error
 
 
@@ -70,17 +69,10 @@ def load(
     if not all((root / name).exists() for name in SHA256):
         _fetch(root)
     images_file, labels_file = FILES[split]
-    images = np.frombuffer(_verified(root / images_file), np.uint8, offset=IMAGES_HEADER_BYTES)
-    labels = np.frombuffer(_verified(root / labels_file), np.uint8, offset=LABELS_HEADER_BYTES)
+    content = {name: verified(root / name, SHA256[name], MOST_BYTES) for name in FILES[split]}
+    images = np.frombuffer(content[images_file], np.uint8, offset=IMAGES_HEADER_BYTES)
+    labels = np.frombuffer(content[labels_file], np.uint8, offset=LABELS_HEADER_BYTES)
     return images.reshape(-1, SIDE, SIDE), labels.astype(np.int64)
-
-
-def _verified(file: Path) -> bytes:
-    """Its content. Raises ValueError for another than the published one."""
-    content = read_regular(file, MOST_BYTES)
-    if hashlib.sha256(content).hexdigest() != SHA256[file.name]:
-        raise ValueError(f"{file}: damaged (wrong sha256); delete it and it is fetched again")
-    return content
 
 
 # ------------------------------------------------------------------ where it comes from
@@ -139,12 +131,8 @@ def _published(folder: Path) -> Path:
     """The authors' own archives."""
     from torchvision.datasets import FashionMNIST
 
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE_SECONDS)
-    try:
+    with little_patience():
         return Path(FashionMNIST(str(folder), download=True).raw_folder)
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _from_debian(folder: Path) -> Path:
