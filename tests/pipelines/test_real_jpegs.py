@@ -27,11 +27,11 @@ def photos_beton(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_resnet18_trains_on_real_jpegs(
     photos_beton: tuple[Path, Path], tmp_path: Path, pipeline: str, folder: bool
 ) -> None:
-    as_folder, as_beton = photos_beton
+    as_folder, as_beton = photos_beton  # decoded whole, and shown small
     data = as_folder if folder else as_beton
     settings = (
         f"data.train={data} data.val={as_folder.parent / 'val'} data.pipeline={pipeline}"
-        " data.threads=2 model.name=resnet18"
+        " data.threads=2 data.size=64 data.resize=72 model.name=resnet18"
         " optim.clean_batch=8 method.group_rows=4 method.p_adv=1/3"
         f" run.max_steps=10 run.device=cpu run.dir={tmp_path} run.log_every=1 run.eval_batch=50"
     )

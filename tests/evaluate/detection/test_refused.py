@@ -142,10 +142,11 @@ def test_images_without_any_object_are_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", ["workers", "work"])
+@pytest.mark.parametrize(
+    ("moment", "number", "code"), [("workers", signal.SIGINT, 130), ("work", signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_it_without_a_traceback(
-    fresh: Path, number: signal.Signals, code: int, moment: str
+    fresh: Path, moment: str, number: signal.Signals, code: int
 ) -> None:
     """To the whole group, as a terminal's Ctrl-C is sent; no process stays behind."""
     words = [sys.executable, "-m", "fap.cli.eval", str(fresh / CHECKPOINT), "--corrupt", "all"]
