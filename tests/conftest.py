@@ -5,6 +5,7 @@ A run of seconds and its command are in `run/runs.py`.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import io
 import os
@@ -50,6 +51,22 @@ def heed_signals() -> None:
 
 
 heed_signals()
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays, so the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Free the models of the tests before, which hold themselves: else they come to gigabytes.
+
+    A model is few objects, which Python counts, and much memory, which it does not.
+    """
+    if item.get_closest_marker("slow"):
+        gc.collect()
+
 
 # A busy machine stops for longer than hypothesis grants an example: 0.2 seconds.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
