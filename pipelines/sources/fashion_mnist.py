@@ -69,7 +69,7 @@ def load(
     if not all((root / name).exists() for name in SHA256):
         _fetch(root)
     images_file, labels_file = FILES[split]
-    content = {name: verified(root / name, SHA256[name], MOST_BYTES) for name in FILES[split]}
+    content = {name: verified(root / name, SHA256[name], most=MOST_BYTES) for name in FILES[split]}
     images = np.frombuffer(content[images_file], np.uint8, offset=IMAGES_HEADER_BYTES)
     labels = np.frombuffer(content[labels_file], np.uint8, offset=LABELS_HEADER_BYTES)
     return images.reshape(-1, SIDE, SIDE), labels.astype(np.int64)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pipelines.files import GIGABYTE, read_regular
 
@@ -22,15 +23,21 @@ def little_patience() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def verified(file: Path, sha256: str, most: int = GIGABYTE) -> bytes:
-    """The content of a fetched file of at most `most` bytes.
+def verified(
+    file: Path,
+    digest: str,  # of the published content, in hexadecimal digits
+    *,
+    algorithm: Literal["sha256", "md5"] = "sha256",
+    most: int = GIGABYTE,  # bytes
+) -> bytes:
+    """The content of a fetched file. `md5` is for where nothing better was published.
 
     Raises ValueError for another than the published one.
     """
     content = read_regular(file, most)
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != digest:
         raise ValueError(
-            f"{file}: damaged or not fetched to its end (wrong sha256);"
+            f"{file}: damaged or not fetched to its end (wrong {algorithm});"
             " delete it and it is fetched again"
         )
     return content
