@@ -1,4 +1,4 @@
-"""The area resize of the `ffcv` loader, compiled by numba.
+"""The area resize of the loaders on CPU cores, compiled by numba.
 
 `reference.crop_resize` is its slow twin. Sides below are in source pixels, and may be fractions:
 the decoder may have halved the image.
