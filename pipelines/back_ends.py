@@ -12,6 +12,8 @@ class BackEnd(NamedTuple):
     module: str
     loader: str  # the class in it
     install: str  # how to install what it needs
+    # The resizes that it can show (`pipelines.plan.Filter`); the first where none is named.
+    filters: tuple[str, ...] = ("area", "bilinear")
 
 
 BACK_ENDS = {
@@ -21,7 +23,10 @@ BACK_ENDS = {
         "pip install --no-deps ffcv==1.0.2 (README lists the system packages)",
     ),
     "dali": BackEnd(
-        "pipelines.loaders.dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"
+        "pipelines.loaders.dali",
+        "DaliLoader",
+        "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'",
+        filters=("bilinear",),
     ),
     "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
 }

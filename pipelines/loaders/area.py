@@ -17,20 +17,21 @@ from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
 HALF = np.float32(0.5)
 
 
-def _compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(signature: Any, *, fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` whose machine code is kept beside this file or in the user's cache.
 
     It is then compiled once, not once per run. Where it cannot be kept, or what was kept is
     damaged, it is compiled for this process alone. Numba's errors for that are of many types: no
-    folder to write (RuntimeError), a full disk (OSError), half a pickle.
+    folder to write (RuntimeError), a full disk (OSError), half a pickle. `fastmath` holds for the
+    functions that it calls too.
     """
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(signature, nogil=True, fastmath=True, cache=True)(function)
+            return njit(signature, nogil=True, fastmath=fastmath, cache=True)(function)
         except Exception:
             # Raises again what the cache did not cause.
-            return njit(signature, nogil=True, fastmath=True)(function)
+            return njit(signature, nogil=True, fastmath=fastmath)(function)
 
     return compile_
 
@@ -90,14 +91,15 @@ def _blend(rows, first, weights, line):  # type: ignore[no-untyped-def]
             line[i] += w * np.float32(row[i])
 
 
-@_compiled(
+@compiled(
     types.void(
         types.Array(types.uint8, 3, "C", readonly=True),  # source
         types.UniTuple(types.float64, 4),  # window: top, left, height, width
         types.boolean,  # flip
         types.uint8[:, :, ::1],  # canvas
         types.UniTuple(types.int64, 4),  # place: top, left, height, width
-    )
+    ),
+    fastmath=True,
 )
 def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped-def]
     """Show a window of source (H, W, 3) in its place on the canvas, mirrored there by `flip`.

@@ -1,14 +1,18 @@
-"""The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, row by row."""
+"""The slow, plain twin of the other loaders: Pillow decodes, and resizes where the filter is its own.
+
+The area filter is two matrices.
+"""
 
 from collections.abc import Generator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import PADDING, EpochPlan, Filter
 from pipelines.sizes import Size, sides_of
 from pipelines.store import JPG, DamagedData
 
@@ -16,7 +20,7 @@ from pipelines.store import JPG, DamagedData
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """(n_out, n_in): how much of each output pixel's box every input pixel covers.
 
-    Rows sum to 1, when it shrinks and when it enlarges. The resize of all loaders is
+    Rows sum to 1, when it shrinks and when it enlarges. The area resize of all loaders is
     `area_matrix @ image @ area_matrix.T`, rounded to nearest.
     """
     edges = np.arange(n_out + 1)[:, None] * (n_in / n_out)
@@ -29,6 +33,7 @@ def crop_resize(
     image: np.ndarray,  # uint8 (H, W, 3)
     window: np.ndarray,  # top, left, height, width in pixels of the image
     size: Size,
+    filter_: Filter = "area",
 ) -> np.ndarray:
     """The window at (*sides, 3), uint8; zeros outside the image."""
     out_height, out_width = sides_of(size)
@@ -38,10 +43,26 @@ def crop_resize(
     margin = max(0, -top, -left, bottom_beyond, right_beyond)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     crop = padded[top + margin :, left + margin :][:height, :width]
+    if filter_ == "bilinear":
+        picture = Image.fromarray(np.ascontiguousarray(crop))
+        return np.asarray(picture.resize((out_width, out_height), Image.Resampling.BILINEAR))
     down = area_matrix(height, out_height)
     across = area_matrix(width, out_width)
     resized = np.einsum("yh,hwc,xw->yxc", down, crop, across, optimize=True)
     return np.floor(resized + 0.5).astype(np.uint8)
+
+
+def put(
+    shown: np.ndarray,  # uint8 (height, width, 3)
+    top: int,
+    left: int,
+    canvas: np.ndarray,  # uint8 (H, W, 3)
+) -> None:
+    """Lay a picture on a canvas; what reaches outside is cut off."""
+    above = max(0, -top)
+    before = max(0, -left)
+    visible = shown[above : canvas.shape[0] - top, before : canvas.shape[1] - left]
+    canvas[max(0, top) :, max(0, left) :][: visible.shape[0], : visible.shape[1]] = visible
 
 
 class ReferenceLoader(Loader):
@@ -57,10 +78,11 @@ class ReferenceLoader(Loader):
             for row, number, encoded in samples:
                 image = self._decode(number, encoded)
                 top, left, height, width = plan.place[step, row].tolist()
-                shown = crop_resize(image, plan.window[step, row], (height, width))
+                window = plan.window[step, row]
+                shown = crop_resize(image, window, (height, width), plan.spec.filter)
                 if plan.flip[step, row]:
                     shown = shown[:, ::-1]
-                images[row, top : top + height, left : left + width] = shown
+                put(shown, top, left, images[row])
             yield torch.from_numpy(images).to(self.device)
 
     def _decode(
