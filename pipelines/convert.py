@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pipelines.files import read_regular, readable
 from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason
-from pipelines.jpeg import check_jpeg, is_jpeg, turbojpeg
+from pipelines.jpeg import is_jpeg
 from pipelines.machine import usable_cores
 from pipelines.progress import in_order
 from pipelines.sources import cifar10
@@ -27,6 +27,7 @@ from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.listing import list_images
 from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData, check_class_names
+from pipelines.turbojpeg import check_jpeg
 
 CHUNK = 8  # images of one task
 MOST_TOLD = 20  # damaged images that a message lists
@@ -121,7 +122,6 @@ def convert_folder(
         ValueError, OSError: wrong arguments, odd class names (unless allowed), no images, nothing
             can be written.
     """
-    turbojpeg()
     classes, files, ignored = list_images(Path(src))
     if not allow_odd_classes:
         check_class_names(Path(src), classes)

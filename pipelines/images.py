@@ -17,7 +17,6 @@ and encoded once, as a JPEG of quality 95 with 4:2:0 colours:
 """
 
 import struct
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -29,13 +28,13 @@ from pipelines.jpeg import (
     ORIENTATION,
     PIXELS_PER_BYTE,
     UPRIGHT,
-    check_jpeg,
     is_big,
     is_jpeg,
     jpeg_header,
     one_big_at_a_time,
 )
 from pipelines.store import MAX_SIDE
+from pipelines.turbojpeg import check_jpeg
 
 # Pillow's names. Its other formats may run programs.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
@@ -233,9 +232,7 @@ def upright_jpeg(data: bytes) -> tuple[bytes, tuple[int, int]]:
     if sides is not None:
         return data, sides
     if is_jpeg(data):
-        # Without libturbojpeg less damage is noticed: Pillow passes over its warnings.
-        with suppress(ImportError):
-            check_jpeg(data)
+        check_jpeg(data)  # Pillow passes over libjpeg-turbo's warnings
     picture = decode(data)
     return as_jpeg(picture), (picture.height, picture.width)
 

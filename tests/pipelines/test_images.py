@@ -26,8 +26,8 @@ from pipelines.images import (
     upright_jpeg,
     upright_sides,
 )
-from pipelines.jpeg import check_jpeg
 from pipelines.store import MAX_SIDE
+from pipelines.turbojpeg import check_jpeg
 from tests.pipelines.image_files import LOSSLESS, picture, random_file, saved
 from tests.pipelines.samples import ORIENTATION
 
