@@ -10,11 +10,10 @@ from numba import njit, types
 
 from pipelines.loaders.area import CHANNELS, compiled
 
-PRECISION_BITS = 32 - 8 - 2  # of a weight behind the point: 8 bits a value, 2 for the sum
-HALF = np.uint32(1 << (PRECISION_BITS - 1))
-PACKED = 4  # values of 8 bits in an unsigned integer of 32
-BITS = np.uint32(8)
-LOW_8 = np.uint32(0xFF)
+PRECISION_BITS = np.uint32(32 - 8 - 2)  # of a weight behind the point: 8 a value, 2 for the sum
+HALF = np.uint32(1 << 21)  # rounds to nearest
+MOST = np.uint32(255)
+WORD = 4  # bytes of a pixel in the horizontal pass: its values and a zero
 
 
 @njit(nogil=True)
@@ -53,7 +52,7 @@ def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
     weights = np.empty((n_taps, n), np.uint32)
     for k in range(n_taps):
         for i in range(n):
-            weights[k, i] = np.uint32(0.5 + exact[k, i] * (1 << PRECISION_BITS))
+            weights[k, i] = np.uint32(0.5 + exact[k, i] * 2.0**PRECISION_BITS)
     return firsts, weights
 
 
@@ -61,42 +60,51 @@ def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
 def _round(sums, result):  # type: ignore[no-untyped-def]
     """Sums of weighted values, uint32, HALF included -> the values, uint8."""
     for j in range(len(result)):
-        result[j] = np.uint8(min(sums[j] >> np.uint32(PRECISION_BITS), np.uint32(255)))
+        result[j] = np.uint8(min(sums[j] >> PRECISION_BITS, MOST))
 
 
 @njit(nogil=True)
-def _add(row, weight, sums):  # type: ignore[no-untyped-def]
-    """One tap of the vertical pass: of a row of values, uint8."""
+def _add(values, weight, sums):  # type: ignore[no-untyped-def]
+    """One tap of the vertical pass: a row of values, uint8."""
     for j in range(len(sums)):
-        sums[j] += weight * np.uint32(row[j])
+        sums[j] += weight * np.uint32(values[j])
 
 
 @njit(nogil=True)
-def _across(line, packed, at, weights, sums, result):  # type: ignore[no-untyped-def]
-    """The horizontal pass of one row: `line` (uint8) -> `result` (uint8).
+def _add_each(values, weights, sums):  # type: ignore[no-untyped-def]
+    """One tap of the horizontal pass: every value, uint8, has a weight of its own."""
+    for j in range(len(sums)):
+        sums[j] += weights[j] * np.uint32(values[j])
 
-    A processor fetches numbers from all over an array one by one, which is what this pass is slow
-    by. So the values of PACKED neighbouring pixels are packed into one integer first, which needs
-    no such fetches, and then each fetch brings PACKED of them.
+
+@njit(nogil=True)
+def _across(line, pixels, at, weights, words, values, sums, result):  # type: ignore[no-untyped-def]
+    """The horizontal pass of one row: `line` (uint8, 3 a pixel) -> `result` (uint8, 4 a pixel).
+
+    It wants values from all over a row, which a processor fetches one by one, and sums, which it
+    makes of many values at once if they lie side by side. So each pixel becomes one number of 32
+    bits; for each tap these are fetched, and then summed up as the bytes that they are. `values`
+    are the bytes of `words`.
     """
-    for i in range(len(packed)):
-        packed[i] = (
-            np.uint32(line[i])
-            | np.uint32(line[i + CHANNELS]) << BITS
-            | np.uint32(line[i + 2 * CHANNELS]) << 2 * BITS
-            | np.uint32(line[i + 3 * CHANNELS]) << 3 * BITS
-        )
+    for x in range(len(pixels)):
+        red = np.uint32(line[CHANNELS * x])
+        green = np.uint32(line[CHANNELS * x + 1]) << np.uint32(8)
+        blue = np.uint32(line[CHANNELS * x + 2]) << np.uint32(16)
+        pixels[x] = red | green | blue
     sums[:] = HALF
-    for k in range(0, len(weights), PACKED):
-        shift = np.uint32(CHANNELS * k)
-        for j in range(len(result)):
-            values = packed[at[j] + shift]
-            total = weights[k, j] * (values & LOW_8)
-            total += weights[k + 1, j] * ((values >> BITS) & LOW_8)
-            total += weights[k + 2, j] * ((values >> 2 * BITS) & LOW_8)
-            total += weights[k + 3, j] * (values >> 3 * BITS)
-            sums[j] += np.uint32(total)
+    for k in range(len(weights)):
+        for x in range(len(words)):
+            words[x] = pixels[at[x] + np.uint32(k)]
+        _add_each(values, weights[k], sums)
     _round(sums, result)
+
+
+@njit(nogil=True)
+def _narrow(values, shown):  # type: ignore[no-untyped-def]
+    """4 values a pixel -> 3."""
+    for x in range(len(shown) // CHANNELS):
+        for c in range(CHANNELS):
+            shown[CHANNELS * x + c] = values[WORD * x + c]
 
 
 @compiled(
@@ -129,33 +137,33 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
     ys, wy = _taps(height, out_height, y_begin, y_end, False)
     xs, wx_pixel = _taps(width, out_width, x_begin, x_end, flip)
 
-    # One index and one weight per channel value, as in area.py; weights for whole packs of taps.
-    n = CHANNELS * (x_end - x_begin)
-    n_packs = (len(wx_pixel) + PACKED - 1) // PACKED
-    wx = np.zeros((PACKED * n_packs, n), np.uint32)
-    for k in range(len(wx_pixel)):
-        for j in range(n):
-            wx[k, j] = wx_pixel[k, j // CHANNELS]
+    n_pixels = x_end - x_begin
+    wx = np.empty((len(wx_pixel), WORD * n_pixels), np.uint32)  # a weight per value
+    for k in range(len(wx)):
+        for j in range(WORD * n_pixels):
+            wx[k, j] = wx_pixel[k, j // WORD]
     begin = xs.min()  # in pixels of the window, as `end`
-    end = xs.max() + PACKED * n_packs
-    at = np.empty(n, np.uint32)
-    for j in range(n):
-        at[j] = CHANNELS * (xs[j // CHANNELS] - begin) + j % CHANNELS
+    end = xs.max() + len(wx)
+    # Unsigned, because numba lets a signed index count from the end and would test each for that.
+    at = (xs - begin).astype(np.uint32)
 
     # `line` is what the horizontal pass reads of a row. Only `inside` of it, which lies over the
     # window and over the source, is ever written. The rest stays zero.
-    line = np.zeros(CHANNELS * (end - begin + PACKED), np.uint8)
-    packed = np.empty(CHANNELS * (end - begin), np.uint32)
+    line = np.zeros(CHANNELS * (end - begin), np.uint8)
     low = max(begin, -left)
     high = max(low, min(end, width, source.shape[1] - left))
     inside = line[CHANNELS * (low - begin) : CHANNELS * (high - begin)]
     rows = source.reshape(-1, CHANNELS * source.shape[1])
     read = slice(CHANNELS * (left + low), CHANNELS * (left + high))
-    sums = np.empty(n, np.uint32)
+    pixels = np.empty(end - begin, np.uint32)
+    words = np.empty(n_pixels, np.uint32)
+    values = words.view(np.uint8)
+    sums = np.empty(WORD * n_pixels, np.uint32)
+    result = np.empty(WORD * n_pixels, np.uint8)
 
     lines = canvas.reshape(-1, CHANNELS * canvas.shape[1])
     begin_out = CHANNELS * (out_left + x_begin)
-    end_out = begin_out + n
+    end_out = begin_out + CHANNELS * n_pixels
     lines[: out_top + y_begin] = 0
     lines[out_top + y_end :] = 0
     lines[:, :begin_out] = 0
@@ -173,24 +181,27 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
                 if wy[k, y] > 0 and 0 <= row < source.shape[0]:
                     _add(rows[row, read], wy[k, y], wide_sums)
             _round(wide_sums, inside)
-            _across(line, packed, at, wx, sums, shown[y])
+            _across(line, pixels, at, wx, words, values, sums, result)
+            _narrow(result, shown[y])
         return
 
     # The rows that the vertical pass needs next, in turn: as many as it has taps.
-    ring = np.zeros((len(wy), n), np.uint8)
+    ring = np.zeros((len(wy), WORD * n_pixels), np.uint8)
     done = -1  # the last row of the window that has been through the horizontal pass
     for y in range(len(shown)):
         last = min(ys[y] + len(wy), height) - 1
         for k in range(max(ys[y], done + 1), last + 1):
             row = top + k
+            slot = ring[k % len(ring)]
             if 0 <= row < source.shape[0]:
                 inside[:] = rows[row, read]
-                _across(line, packed, at, wx, sums, ring[k % len(ring)])
+                _across(line, pixels, at, wx, words, values, sums, slot)
             else:
-                ring[k % len(ring)] = 0
+                slot[:] = 0
         done = last
         sums[:] = HALF
         for k in range(last + 1 - ys[y]):
             if wy[k, y] > 0:
                 _add(ring[(ys[y] + k) % len(ring)], wy[k, y], sums)
-        _round(sums, shown[y])
+        _round(sums, result)
+        _narrow(result, shown[y])

@@ -8,6 +8,8 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor
 from pipelines.ahead import run_ahead
 from pipelines.loaders.area import area_resize
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.loaders.bilinear import bilinear_resize
+from pipelines.plan import PADDING, EpochPlan, Filter
 from pipelines.store import JPG, DamagedData
 
 # At most: enough that starting a task costs little beside it.
@@ -26,13 +29,18 @@ _this_thread = threading.local()  # `scratch`, where a thread decodes; it grows 
 
 
 class CpuLoader(ThreadedLoader):
-    """See `Loader`. A subclass brings the decoder of JPEGs, `_decode_jpeg`.
+    """See `Loader`. A subclass brings the decoder of JPEGs for the filter `area`, `_decode_jpeg`.
+
+    For `bilinear` JPEGs are decoded as Pillow does it, since the filter is Pillow's too: then the
+    pixels are the same.
 
     The images of a step are decoded into a slot, a buffer of its own. There are `prefetch` + 1 of
     them, used in turn: one belongs to the consumer, the others to the threads that fill them.
     """
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
+        if plan.spec.filter == "bilinear" and (self.store.modes == JPG).any():
+            _exact_decoder()  # the error of a missing package comes here, and not out of a thread
         on_gpu = self.device.type == "cuda"
         n_rows = plan.index.shape[1]
         steps = range(start_step, len(plan))
@@ -93,14 +101,24 @@ class CpuLoader(ThreadedLoader):
                 if index == PADDING:
                     canvas.fill(0)
                 else:
-                    self._show(index, window, place, flip, canvas)
+                    self._show(index, window, place, flip, canvas, plan.spec.filter)
 
         return fill
 
     def _show(
-        self, index: int, window: list[int], place: list[int], flip: bool, canvas: np.ndarray
+        self,
+        index: int,
+        window: list[int],
+        place: list[int],
+        flip: bool,
+        canvas: np.ndarray,
+        filter_: Filter,
     ) -> None:
         """Fill a canvas with a window of a sample in its place, and zeros around it."""
+        if filter_ == "bilinear":
+            image = self._decoded(index, 1, exact=True)
+            bilinear_resize(image, tuple(window), flip, canvas, tuple(place))
+            return
         top, left, height, width = window
         # Where the window is at least twice as large as its place, the decoder halves the image,
         # for less work than decoding it whole. The box filter does the rest.
@@ -108,12 +126,12 @@ class CpuLoader(ThreadedLoader):
         twice_as_large = height >= 2 * place[2] and width >= 2 * place[3]
         if twice_as_large and self.store.modes[index] == JPG:
             divisor = 2
-        image = self._decoded(index, divisor)
+        image = self._decoded(index, divisor, exact=False)
         scaled = (top / divisor, left / divisor, height / divisor, width / divisor)
         area_resize(image, scaled, flip, canvas, tuple(place))
 
-    def _decoded(self, index: int, divisor: int) -> np.ndarray:
-        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3).
+    def _decoded(self, index: int, divisor: int, *, exact: bool) -> np.ndarray:
+        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3); `exact`: as Pillow shows it.
 
         A JPEG lies in this thread's scratch memory: it is valid until the thread decodes its next.
         """
@@ -131,7 +149,11 @@ class CpuLoader(ThreadedLoader):
             _this_thread.scratch = scratch
 
         image = scratch[:n_bytes].reshape(shape)
-        if not self._decode_jpeg(encoded, (height, width), divisor, image):
+        if exact:
+            decodes = _decode_as_pillow(encoded, image)
+        else:
+            decodes = self._decode_jpeg(encoded, (height, width), divisor, image)
+        if not decodes:
             raise DamagedData(
                 f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly"
             )
@@ -146,6 +168,31 @@ class CpuLoader(ThreadedLoader):
         image: np.ndarray,  # uint8 (ceil(height / divisor), ceil(width / divisor), 3): to fill
     ) -> bool:
         """Decode a JPEG; False for any error or warning of the decoder. Called in many threads."""
+
+
+def _exact_decoder() -> Any:
+    """simplejpeg's `decode_jpeg`: libjpeg-turbo, and no other decoder's pixels are Pillow's."""
+    try:
+        return import_module("simplejpeg").decode_jpeg
+    except ImportError as error:
+        raise ImportError(
+            f"filter = 'bilinear', which evaluation has too, needs a package that is missing"
+            f" ({error}): pip install simplejpeg"
+        ) from error
+
+
+def _decode_as_pillow(
+    encoded: np.ndarray,  # uint8 (n,)
+    image: np.ndarray,  # uint8 (H, W, 3): to fill
+) -> bool:
+    """Decode a JPEG to the pixels that Pillow shows; False for any error or warning."""
+    try:
+        shown = _exact_decoder()(
+            encoded, "RGB", fastdct=False, fastupsample=False, buffer=image, strict=True
+        )
+    except ValueError:
+        return False
+    return shown.shape == image.shape
 
 
 def _ceil_div(a: int, b: int) -> int:
