@@ -16,7 +16,9 @@ CHANNELS = 3
 HALF = np.float32(0.5)
 
 
-def compiled(signature: Any, *, fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    signature: Any, *, fastmath: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` whose machine code is kept beside this file or in the user's cache.
 
     It is then compiled once, not once per run. Where it cannot be kept, or what was kept is
