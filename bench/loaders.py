@@ -81,7 +81,8 @@ def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: fl
     # One plan for all epochs, so that there is no pause between them.
     heights = np.tile(store.heights, EPOCHS)
     widths = np.tile(store.widths, EPOCHS)
-    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
+    spec = PlanSpec(0, SIZE, batch, clean_group_rows=batch, filter=BACK_ENDS[name].filters[0])
+    plan = draw_epoch(spec, heights, widths, 0)
     plan = replace(plan, index=plan.index % len(store))
     loader = open_loader(name, store, size=SIZE, device=device, **options)
     for one in loader.load(plan):

@@ -3,7 +3,7 @@
 To add a loader, see `pipelines.loaders.base.Loader`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class BackEnd(NamedTuple):
@@ -12,8 +12,8 @@ class BackEnd(NamedTuple):
     module: str
     loader: str  # the class in it
     install: str  # how to install what it needs
-    # The resizes that it can show (`pipelines.plan.Filter`); the first where none is named.
-    filters: tuple[str, ...] = ("area", "bilinear")
+    # The resizes that it can show; the first is the one where none is named.
+    filters: tuple[Literal["area", "bilinear"], ...] = ("area", "bilinear")
 
 
 BACK_ENDS = {

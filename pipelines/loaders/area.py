@@ -17,7 +17,9 @@ from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
 HALF = np.float32(0.5)
 
 
-def compiled(signature: Any, *, fastmath: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    signature: Any, *, fastmath: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` whose machine code is kept beside this file or in the user's cache.
 
     It is then compiled once, not once per run. Where it cannot be kept, or what was kept is

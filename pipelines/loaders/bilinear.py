@@ -1,4 +1,4 @@
-"""Pillow's bilinear resize of the loaders on CPU cores, compiled by numba: the same bytes, bit for bit.
+"""Pillow's bilinear resize for the loaders on CPU cores, compiled by numba, bit for bit the same.
 
 `reference.crop_resize` is its slow twin, which is Pillow. The arithmetic is that of Pillow's
 src/libImaging/Resample.c: a horizontal pass, then a vertical one, each with weights of 22 bits

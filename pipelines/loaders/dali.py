@@ -152,7 +152,7 @@ class DaliLoader(ThreadedLoader):
             return pipeline.run(torch.cuda.current_stream())
 
     def _names(self, plan: EpochPlan) -> list[str]:
-        """The fields that the graph of a plan is fed. What `_read` says of them is done with them."""
+        """The fields that the graph of a plan is fed; `_read` says what each is for."""
         names = ["pixels" if self.raw else "encoded", "start", "shape", "sides"]
         borders = False
         match plan.spec.crop:
@@ -262,7 +262,10 @@ class DaliLoader(ThreadedLoader):
                 for side, n_out in enumerate(self.sides)
             )
             across[plan.flip[step]] = across[plan.flip[step], ::-1]
-            fields |= {"inside_down": down[:, :, None, None], "inside_across": across[:, None, :, None]}
+            fields |= {
+                "inside_down": down[:, :, None, None],
+                "inside_across": across[:, None, :, None],
+            }
         if plan.spec.crop == "letterbox":
             fields["canvas_start"] = -place[:, :2]
 
@@ -296,17 +299,24 @@ def _int32(values: np.ndarray) -> np.ndarray:
 
 def _resize(images: DataNode, fed: dict[str, DataNode]) -> Any:
     """The node that resizes to sides of each sample's own; a negative width flips."""
-    settings = {"size": fed["sides"], "interp_type": DALIInterpType.INTERP_LINEAR}
-    if "shown_from" in fed:
-        settings |= {"roi_start": fed["shown_from"], "roi_end": fed["shown_to"]}
-    if "inside_down" not in fed:
-        return fn.resize(images, antialias=True, **settings)
-    sums = fn.resize(images, antialias=True, dtype=DALIDataType.FLOAT, **settings)
+    # Unset means all of what it gets, and the type of that.
+    divides = "inside_down" in fed
+    resized = fn.resize(
+        images,
+        size=fed["sides"],
+        roi_start=fed.get("shown_from"),
+        roi_end=fed.get("shown_to"),
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+        dtype=DALIDataType.FLOAT if divides else None,
+    )
+    if not divides:
+        return resized
     down, across = fed["inside_down"], fed["inside_across"]
     if images.device == "gpu":
         down, across = down.gpu(), across.gpu()
     # Rounds to nearest, and 255 is the most.
-    return fn.cast_like(sums / down / across, images)
+    return fn.cast_like(resized / down / across, images)
 
 
 def _slice(images: DataNode, start: DataNode, shape: DataNode | tuple[int, int]) -> Any:

@@ -1,6 +1,6 @@
-"""The slow, plain twin of the other loaders: Pillow decodes, and resizes where the filter is its own.
+"""The slow, plain twin of the other loaders: Pillow decodes, row by row.
 
-The area filter is two matrices.
+Its own resize is the bilinear filter; the area filter is two matrices.
 """
 
 from collections.abc import Generator
