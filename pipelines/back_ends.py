@@ -28,5 +28,8 @@ BACK_ENDS = {
         "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'",
         filters=("bilinear",),
     ),
+    "turbojpeg": BackEnd(
+        "pipelines.loaders.turbojpeg", "TurboJpegLoader", "pip install -e . (simplejpeg, numba)"
+    ),
     "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
 }

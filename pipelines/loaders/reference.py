@@ -13,8 +13,9 @@ from torch import Tensor
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
 from pipelines.plan import PADDING, EpochPlan, Filter
+from pipelines.planes import split_planes
 from pipelines.sizes import Size, sides_of
-from pipelines.store import JPG, DamagedData
+from pipelines.store import PLANES, RAW, DamagedData
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
@@ -65,8 +66,49 @@ def put(
     canvas[max(0, top) :, max(0, left) :][: visible.shape[0], : visible.shape[1]] = visible
 
 
+def planes_as_rgb(
+    y: np.ndarray,  # uint8 (H, W)
+    cb: np.ndarray,  # uint8, each side half, rounded up
+    cr: np.ndarray,
+) -> np.ndarray:
+    """The pixels that libjpeg-turbo makes of a 4:2:0 JPEG's planes, uint8 (H, W, 3)."""
+    height, width = y.shape
+    light = y.astype(np.int64)
+    blue = _at_full_size(cb)[:height, :width] - 128
+    red = _at_full_size(cr)[:height, :width] - 128
+    # JFIF's equations in 65536ths, each rounded to nearest.
+    half = 1 << 15
+    rgb = (
+        light + (91881 * red + half >> 16),
+        light + (-22554 * blue - 46802 * red + half >> 16),
+        light + (116130 * blue + half >> 16),
+    )
+    return np.stack(rgb, -1).clip(0, 255).astype(np.uint8)
+
+
+def _at_full_size(
+    plane: np.ndarray,  # uint8 (h, w)
+) -> np.ndarray:
+    """Colours at twice the sides: 3/4 of a pixel's own value, 1/4 of the nearest other one.
+
+    Along both axes; libjpeg's "fancy upsampling". Planes of one or two columns it merely repeats.
+    """
+    if plane.shape[1] < 3:
+        return plane.astype(np.int64).repeat(2, 0).repeat(2, 1)
+    padded = np.pad(plane.astype(np.int64), 1, mode="edge")
+    rows = np.empty((2 * plane.shape[0], padded.shape[1]), np.int64)
+    rows[0::2] = 3 * padded[1:-1] + padded[:-2]
+    rows[1::2] = 3 * padded[1:-1] + padded[2:]
+    columns = np.empty((len(rows), 2 * plane.shape[1]), np.int64)
+    columns[:, 0::2] = 3 * rows[:, 1:-1] + rows[:, :-2] + 8 >> 4
+    columns[:, 1::2] = 3 * rows[:, 1:-1] + rows[:, 2:] + 7 >> 4
+    return columns
+
+
 class ReferenceLoader(Loader):
     """See `Loader`. One thread, nothing is decoded ahead, no options."""
+
+    shows_planes = True
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         for step in range(start_step, len(plan)):
@@ -91,8 +133,13 @@ class ReferenceLoader(Loader):
         encoded: np.ndarray,  # uint8 (n,)
     ) -> np.ndarray:
         """One sample as it is stored, upright: uint8 (H, W, 3)."""
-        if self.store.modes[index] != JPG:
-            return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
+        height = int(self.store.heights[index])
+        width = int(self.store.widths[index])
+        mode = self.store.modes[index]
+        if mode == RAW:
+            return encoded.reshape(height, width, 3)
+        if mode == PLANES:
+            return planes_as_rgb(*split_planes(encoded, height, width))
         try:
             return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
         except UNREADABLE as error:

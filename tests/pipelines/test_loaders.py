@@ -10,6 +10,7 @@ import threading
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from pipelines import (
     Batch,
@@ -39,7 +41,7 @@ from pipelines.sources.beton import BetonStore
 from tests.conftest import as_jpeg, photo, write_beton
 
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
-ON_A_CPU = [pytest.param("ffcv", marks=needs_ffcv), "reference"]
+ON_A_CPU = [pytest.param("ffcv", marks=needs_ffcv), "turbojpeg", "reference"]
 SEED = random.SystemRandom().randrange(2**31)  # plans are fresh at every run
 
 
@@ -124,6 +126,26 @@ def test_the_halving_decoder_stays_within_the_tolerance(tmp_path: Path) -> None:
     plan = draw(store, scale=(0.8, 1.0))
     assert (plan.window[..., 2:] >= 128).all(), "every window is decoded at one half"
     assert_close(images("ffcv", store, plan), images("reference", store, plan))
+
+
+@needs_ffcv
+@pytest.mark.parametrize("filter_", ["area", "bilinear"])
+def test_turbojpeg_shows_the_pixels_of_ffcv(filter_: str, tmp_path: Path) -> None:
+    """Whole and halved, odd sides, 4:2:0 and 4:4:4, progressive: the same libjpeg-turbo."""
+    rng = np.random.default_rng(SEED)
+    samples = []
+    for height, width in rng.integers(20, 400, (24, 2)).tolist():
+        out = BytesIO()
+        subsampling = str(rng.choice(["4:2:0", "4:2:2", "4:4:4"]))
+        progressive = bool(rng.integers(2))
+        image = Image.fromarray(photo(rng, height, width))
+        image.save(out, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        samples.append(out.getvalue())
+    store = open_store(write_beton(tmp_path / "all.beton", samples, range(24)))
+    plan = draw(store, filter=filter_)
+    large = (plan.window[..., 2:] >= 128).all(-1)
+    assert large.any() and not large.all(), "some windows are decoded at one half"
+    assert_array_equal(images("turbojpeg", store, plan), images("ffcv", store, plan))
 
 
 @needs_ffcv
@@ -328,7 +350,9 @@ def test_a_back_end_is_a_file_and_a_line_of_the_registry(
 
 
 def test_mistakes_are_named(jpeg_store: BetonStore) -> None:
-    with pytest.raises(ValueError, match="pipeline = 'fcv': must be one of ffcv, dali, reference"):
+    with pytest.raises(
+        ValueError, match="pipeline = 'fcv': must be one of ffcv, dali, turbojpeg, reference"
+    ):
         open_loader("fcv", jpeg_store, size=64)
 
 
