@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from pipelines.files import read_regular, readable
 from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason
-from pipelines.jpeg import is_jpeg
 from pipelines.machine import usable_cores
 from pipelines.progress import in_order
 from pipelines.sources import cifar10
@@ -90,13 +89,12 @@ def told(bad: Sequence[tuple[str, str]]) -> list[str]:
 
 def encode(data: bytes, encoding: Encoding) -> Sample:
     """The sample to store for one image file's bytes. Raises any exception for a damaged image."""
-    if is_jpeg(data):
+    sides = plain_jpeg(data)
+    if sides is not None and encoding.keeps(sides):
         decoded_sides = check_jpeg(data)
-        sides = plain_jpeg(data)
-        if sides is not None and sides != decoded_sides:
+        if sides != decoded_sides:
             raise ValueError(f"its header says {sides} pixels, the decoder {decoded_sides}")
-        if sides is not None and encoding.keeps(sides):
-            return Sample(data, JPG, *sides, verbatim=True)
+        return Sample(data, JPG, *sides, verbatim=True)
     picture = decode(data, encoding.max_side)
     if encoding.raw:
         return Sample(picture.tobytes(), RAW, picture.height, picture.width)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.images import as_jpeg
 from pipelines.turbojpeg import check_jpeg, decode, read_header
 from tests.pipelines import samples
 from tests.pipelines.image_files import saved
@@ -250,13 +251,18 @@ def no_forced_switches() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("what", ["decode", "check"])
+@pytest.mark.parametrize("what", ["decode", "check", "encode"])
 def test_other_threads_run_meanwhile(what: str, no_forced_switches: None) -> None:
     """Nothing makes a thread give up the GIL here but the function itself."""
     noise = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
-    data = samples.encoded(Image.fromarray(noise), "JPEG", quality=90)
+    image = Image.fromarray(noise)
+    data = as_jpeg(image, 90)
     target = np.empty_like(noise)
-    work = {"decode": lambda: decode(data, target), "check": lambda: check_jpeg(data)}
+    work = {
+        "decode": lambda: decode(data, target),
+        "check": lambda: check_jpeg(data),
+        "encode": lambda: as_jpeg(image),
+    }
     begun = threading.Event()
     seen_at_work = threading.Event()
     told = []
