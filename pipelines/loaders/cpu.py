@@ -40,6 +40,7 @@ class CpuLoader(ThreadedLoader):
     """
 
     shows_planes = True
+    stops_early = False  # whether `_decode_jpeg` can decode the uppermost rows alone
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         on_gpu = self.device.type == "cuda"
@@ -125,7 +126,7 @@ class CpuLoader(ThreadedLoader):
         else:
             if mode == JPG:
                 divisor = _divisor(window, place, filter_)
-            image = self._decoded(index, divisor, exact=filter_ == "bilinear")
+            image = self._decoded(index, divisor, top + height, exact=filter_ == "bilinear")
         if filter_ == "bilinear":
             bilinear_resize(image, (*corner, height, width), flip, canvas, tuple(place))
         else:
@@ -140,20 +141,27 @@ class CpuLoader(ThreadedLoader):
         self,
         index: int,
         divisor: int,
+        bottom: int,  # rows of the image that matter
         *,
         exact: bool,  # as Pillow shows it
     ) -> np.ndarray:
-        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3).
+        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3), or the rows that matter.
 
         A JPEG lies in this thread's scratch memory: it is valid until the thread asks for the next.
         """
         encoded = self.store.read(index)
-        if self.store.modes[index] == RAW:
-            return encoded.reshape(*self._sides(index), 3)
         height, width = self._sides(index)
-        image = _scratch(_ceil_div(height, divisor), _ceil_div(width, divisor))
+        if self.store.modes[index] == RAW:
+            return encoded.reshape(height, width, 3)
+        rows = height
+        if (exact or self.stops_early) and self.store.is_proven(index):
+            needed = max(bottom, 1) + turbojpeg.CONTEXT_ROWS
+            rows = min(height, _ceil_div(needed, divisor) * divisor)
+        image = _scratch(_ceil_div(rows, divisor), _ceil_div(width, divisor))
         try:
-            if exact:
+            if exact and rows < height:
+                turbojpeg.decode_top(encoded, image)
+            elif exact:
                 turbojpeg.decode(encoded, image)
             else:
                 self._decode_jpeg(encoded, (height, width), divisor, image)
@@ -188,7 +196,7 @@ class CpuLoader(ThreadedLoader):
         divisor: int,  # 1, or 2: at half the sides
         image: np.ndarray,  # uint8 (ceil(height / divisor), ceil(width / divisor), 3): to fill
     ) -> None:
-        """Decode a JPEG. Called in many threads.
+        """Decode a JPEG, or with `stops_early` as many rows as `image` has. Called in many threads.
 
         Raises ValueError for any error or warning of the decoder.
         """

@@ -12,7 +12,12 @@ from pipelines.loaders.cpu import CpuLoader
 class TurboJpegLoader(CpuLoader):
     """See `CpuLoader`."""
 
+    stops_early = True
+
     def _decode_jpeg(
         self, encoded: np.ndarray, sides: tuple[int, int], divisor: int, image: np.ndarray
     ) -> None:
-        turbojpeg.decode(encoded, image, divisor, fast_dct=True)
+        if len(image) * divisor < sides[0]:
+            turbojpeg.decode_top(encoded, image, divisor, fast_dct=True)
+        else:
+            turbojpeg.decode(encoded, image, divisor, fast_dct=True)
