@@ -148,7 +148,7 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8).take(np.asarray(image), mode="clip"))
 
 
-def _shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+def shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
     """`size` with `max_side` as its longer side, or as it is if that is no longer."""
     longer = max(size)
     if max_side is None or longer <= max_side:
@@ -170,7 +170,7 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
     width, height = full
     if max_side is None and max(full) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels: sides above {MAX_SIDE} need --max-side")
-    target = _shrunk(full, max_side)
+    target = shrunk_size(full, max_side)
     if target != full and image.format == "JPEG" and is_big(width, height):
         # The decoder's own 1/2, 1/4 or 1/8: if it can, no further than twice the wanted size, the
         # rest is averaged.

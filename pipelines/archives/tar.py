@@ -1,0 +1,394 @@
+"""Tars, and tars of tars, compressed or not: read where they lie.
+
+`tarfile` reads the headers. What it passes over in silence is an error here: a damaged header ends
+an archive for it, and so does the end of a truncated file.
+"""
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from io import RawIOBase
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.archives.tree import (
+    LINKS,
+    MOST_BYTES,
+    SPECIAL,
+    Content,
+    RandomTree,
+    Tree,
+    checked_name,
+    refuse_doubles,
+)
+from pipelines.files import open_regular, readable
+
+BLOCK = tarfile.BLOCKSIZE
+END = bytes(BLOCK)  # an archive ends with such blocks
+MOST_HEADER = 1 << 20  # bytes: nothing larger is read while headers are
+MOST_BEHIND_THE_END = 64 << 20  # bytes of padding that are looked at
+
+SUFFIX = ".tar"
+NESTED = "tars inside tars inside a tar"
+
+# First bytes of a compressed file, and what decompresses it.
+COMPRESSIONS: dict[bytes, tuple[str, Callable[..., Any]]] = {
+    b"\x1f\x8b": ("gzip", gzip.open),
+    b"BZh": ("bzip2", bz2.open),
+    b"\xfd7zXZ": ("xz", lzma.open),
+}
+
+# What `tarfile` and the decompressors raise for damage.
+DAMAGE = (
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    OverflowError,
+    OSError,
+    EOFError,
+)
+
+
+class Member(NamedTuple):
+    """A file of a tar."""
+
+    name: str
+    offset: int  # of its first byte in the outermost, decompressed file
+    size: int  # bytes
+
+
+# ------------------------------------------------------------------ bytes of the tar
+
+
+class Bytes(ABC):
+    """The bytes of a tar, decompressed."""
+
+    @abstractmethod
+    def at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on; fewer at the end only."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class PlainBytes(Bytes):
+    """Those of a file, at any place, from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = open_regular(path)
+
+    def n_bytes(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def at(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class StreamedBytes(Bytes):
+    """Those of a compressed file, from its beginning to its end: an offset may only go forward.
+
+    It may go back by less than CHUNK.
+    """
+
+    CHUNK = 1 << 20
+
+    def __init__(self, path: Path, decompress: Callable[..., Any]) -> None:
+        self._file: IO[bytes] = open_regular(path)
+        self._stream = decompress(self._file)
+        self._begin = 0  # offset of the buffer's first byte
+        self._buffer = bytearray()
+
+    def at(self, offset: int, size: int) -> bytes:
+        assert offset >= self._begin, "a stream does not go back"
+        while (end := self._begin + len(self._buffer)) < offset + size:
+            part = self._stream.read(self.CHUNK)
+            if not part:
+                break
+            self._buffer += part
+            surplus = min(offset, end) - self.CHUNK - self._begin
+            if surplus > 0:
+                del self._buffer[:surplus]
+                self._begin += surplus
+        first = offset - self._begin
+        return bytes(self._buffer[first : first + size])
+
+    def close(self) -> None:
+        self._stream.close()
+        self._file.close()
+
+
+class _Part(RawIOBase):
+    """A part of a tar as a file, for `tarfile` to read headers from."""
+
+    def __init__(self, data: Bytes, begin: int, end: int | None) -> None:
+        self._data = data
+        self._begin = begin
+        self._end = end  # None: that of the data, which nobody knows yet
+        self._at = begin
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at - self._begin
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self._at = self._begin + offset
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MOST_HEADER:
+            raise ValueError(f"a header of {size:,} bytes")
+        if self._end is not None:
+            size = max(0, min(size, self._end - self._at))
+        data = self._data.at(self._at, size)
+        self._at += len(data)
+        return data
+
+
+# ------------------------------------------------------------------ trees
+
+
+class TarTree(RandomTree):
+    """A tar whose members can be read at any place.
+
+    A member X.tar of the outermost tar is a folder X with the files of that tar: so ImageNet's tar
+    of 1,000 tars is a tree of class folders.
+
+    Raises:
+        ValueError: a damaged or truncated archive, doubled names, names that lead outside.
+    """
+
+    described_as = "a tar"
+
+    def __init__(self, path: Path, *, keep_open: bool = True) -> None:
+        self.path = path
+        self.passed_over = Counter()
+        self._bytes: PlainBytes | None = PlainBytes(path)
+        try:
+            n_bytes = self._bytes.n_bytes()
+            members, n_inner = _members(self._bytes, n_bytes, path, self.passed_over)
+        except BaseException:
+            self.close()
+            raise
+        self.described_as = _described(self.described_as, n_inner)
+        self.names = [member.name for member in members]
+        self.positions = np.array([member.offset for member in members], np.int64)
+        self.sizes = np.array([member.size for member in members], np.int64)
+        if not keep_open:
+            self.close()
+
+    def read(self, number: int, most: int | None = None) -> bytes:
+        size = int(self.sizes[number])
+        if most is not None:
+            size = min(size, most)
+        offset = int(self.positions[number])
+        if self._bytes is not None:
+            data = self._bytes.at(offset, size)
+        else:
+            with open_regular(self.path) as file:
+                data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise ValueError(f"{size:,} bytes expected at {offset:,}, {len(data):,} found")
+        return data
+
+    def close(self) -> None:
+        if self._bytes is not None:
+            self._bytes.close()
+            self._bytes = None
+
+
+class StreamedTar(Tree):
+    """A compressed tar: listed once from beginning to end, and read once more.
+
+    Raises as `TarTree`.
+    """
+
+    described_as = "a tar"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.passed_over = Counter()
+        compression = compression_of(path)
+        assert compression is not None
+        name, self._decompress = compression
+        data = StreamedBytes(path, self._decompress)
+        try:
+            members, n_inner = _members(data, None, path, self.passed_over)
+        finally:
+            data.close()
+        self.described_as = f"{_described(self.described_as, n_inner)}, {name}"
+        self.names = [member.name for member in members]
+        self.sizes = np.array([member.size for member in members], np.int64)
+        self._offsets = np.array([member.offset for member in members], np.int64)
+
+    def contents(self, numbers: Iterable[int]) -> Iterator[Content]:
+        wanted = np.fromiter(numbers, np.int64)
+        data = StreamedBytes(self.path, self._decompress)
+        try:
+            for number in wanted[np.argsort(self._offsets[wanted], kind="stable")].tolist():
+                size = int(self.sizes[number])
+                found = data.at(int(self._offsets[number]), size)
+                yield number, _given(found, size)
+        except DAMAGE as error:
+            raise ValueError(f"{readable(self.path)}: damaged: {error}") from error
+        finally:
+            data.close()
+
+
+def compression_of(path: Path) -> tuple[str, Callable[..., Any]] | None:
+    """How a file is compressed, and what opens it; None where it is not."""
+    with open_regular(path) as file:
+        head = file.read(max(map(len, COMPRESSIONS)))
+    for first_bytes, how in COMPRESSIONS.items():
+        if head.startswith(first_bytes):
+            return how
+    return None
+
+
+def has_tar_header(path: Path) -> bool:
+    """Whether a file begins as a tar does that is not older than POSIX's."""
+    with open_regular(path) as file:
+        return file.read(BLOCK)[257:262] == b"ustar"
+
+
+def _given(data: bytes, size: int) -> Callable[[], bytes]:
+    """A call that gives what has been read."""
+
+    def give() -> bytes:
+        if len(data) != size:
+            raise ValueError(f"{size:,} bytes expected, {len(data):,} found")
+        return data
+
+    return give
+
+
+def _described(what: str, n_inner: int) -> str:
+    return f"{what} of {n_inner:,} tars" if n_inner else what
+
+
+# ------------------------------------------------------------------ headers
+
+
+def _members(
+    data: Bytes, n_bytes: int | None, path: Path, passed_over: Counter[str]
+) -> tuple[list[Member], int]:
+    """All files, and how many members were tars that stand for folders."""
+    found: list[Member] = []
+    n_inner = 0
+    with tqdm(
+        total=n_bytes, desc="index", unit="B", unit_scale=True, delay=1, disable=None
+    ) as progress:
+        for member in _headers(data, 0, n_bytes, path, passed_over):
+            progress.update(member.offset - progress.n)
+            if not member.name.endswith(SUFFIX):
+                found.append(member)
+                continue
+            n_inner += 1
+            folder = member.name.removesuffix(SUFFIX)
+            end = member.offset + member.size
+            for inner in _headers(data, member.offset, end, path / member.name, passed_over):
+                progress.update(inner.offset - progress.n)
+                if inner.name.endswith(SUFFIX):
+                    passed_over[NESTED] += 1
+                else:
+                    found.append(inner._replace(name=f"{folder}/{inner.name}"))
+    refuse_doubles([member.name for member in found], path)
+    return found, n_inner
+
+
+def _headers(
+    data: Bytes,
+    begin: int,
+    end: int | None,
+    path: Path,  # for messages
+    passed_over: Counter[str],
+) -> Iterator[Member]:
+    """The files of the tar in [begin, end). Raises ValueError, see `TarTree`."""
+    part: Any = _Part(data, begin, end)
+    by_name: dict[str, Member] = {}  # what hard links lead to
+    at = 0
+    try:
+        archive: Any = tarfile.TarFile(
+            fileobj=part, mode="r", encoding="utf-8", errors="surrogateescape"
+        )
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # it would keep them all
+            at = archive.offset
+            member = _member(info, begin, end, path, by_name, passed_over)
+            if member is not None:
+                by_name[member.name] = member
+                yield member
+        _check_the_end(part, archive.offset)
+    except DAMAGE as error:
+        raise ValueError(
+            f"{readable(path)}: a damaged or truncated tar, near byte {at:,}: {error}"
+        ) from error
+
+
+def _member(
+    info: tarfile.TarInfo,
+    begin: int,
+    end: int | None,
+    path: Path,
+    by_name: dict[str, Member],
+    passed_over: Counter[str],
+) -> Member | None:
+    """A file, or None for what is none or is passed over. ValueError for a damaged one."""
+    name = checked_name(info.name, path)
+    if info.isdir():
+        return None
+    if info.issym():
+        passed_over[LINKS] += 1
+        return None
+    if info.islnk():  # the same file under a second name
+        target = by_name.get(checked_name(info.linkname, path))
+        if target is None:
+            raise ValueError(
+                f"{readable(name)} is a link to {readable(info.linkname)}, which is not before it"
+            )
+        return target._replace(name=name)
+    if not info.isreg() or info.issparse():
+        passed_over[SPECIAL] += 1
+        return None
+    offset = begin + info.offset_data
+    if not name or info.size < 0:
+        raise ValueError(f"a member called {readable(info.name)!r} of {info.size:,} bytes")
+    if end is not None and offset + info.size > end:
+        left = max(0, end - offset)
+        raise ValueError(f"{readable(name)} has {info.size:,} bytes, {left:,} follow")
+    if info.size > MOST_BYTES and not name.endswith(SUFFIX):
+        raise ValueError(f"{readable(name)} has {info.size:,} bytes, more than {MOST_BYTES:,}")
+    return Member(name, offset, info.size)
+
+
+def _check_the_end(part: _Part, at: int) -> None:
+    """ValueError where an archive that `tarfile` takes to end at `at` does not end there."""
+    part.seek(at)
+    block = part.read(BLOCK)
+    if block != END:
+        raise ValueError("no end of the archive, or a header that is none")
+    looked_at = 0
+    while looked_at < MOST_BEHIND_THE_END and (more := part.read(MOST_HEADER)):
+        if more.strip(b"\0"):
+            raise ValueError(
+                "more follows behind the end of the archive: is it several tars in one file?"
+            )
+        looked_at += len(more)

@@ -1,0 +1,103 @@
+"""A tar of class folders, or of tars, as a store: no conversion, and nothing is unpacked."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.archives.tar import TarTree, has_tar_header
+from pipelines.files import open_regular, readable
+from pipelines.images import UNREADABLE, reason
+from pipelines.intake import layouts
+from pipelines.intake.webdataset import looks_like_shards
+from pipelines.progress import in_order
+from pipelines.sources.image_files import (
+    CHUNK,
+    THREADS,
+    ImageFilesStore,
+    index_places,
+    keep_index,
+    read_index,
+    refused_sides,
+)
+from pipelines.sources.listing import notes_of
+
+INDEX_VERSION = 1
+
+
+class TarStore(ImageFilesStore):
+    """A plain tar whose members lie in class folders; ILSVRC2012_img_train.tar is one.
+
+    Raises:
+        ValueError: a damaged archive, one without class folders, members that are no images.
+    """
+
+    described_as = "a tar of class folders"
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._index_name = f".{self.path.name}.fap-index.npz"
+        places = index_places(self.path.with_name(self._index_name), self.path)
+        self._tree = TarTree(self.path)
+        try:
+            if looks_like_shards(self._tree.names):
+                raise ValueError(
+                    f"{readable(self.path)}: WebDataset shards are not read in place:"
+                    " convert them with fap-convert"
+                )
+            root = layouts.innermost_root(self._tree.names)
+            found = layouts.class_folders(self._tree, root)
+            assert found.classes is not None
+            self.classes = found.classes
+            self.labels = found.labels
+            self.notes = notes_of(found.ignored)
+            self._files = found.files
+            self._names = [self._tree.names[file] for file in found.files]
+            heights, widths = self._scan(places)
+            self._use(self._tree.sizes[self._files], heights, widths)
+        except BaseException:
+            self._tree.close()
+            raise
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_file() and has_tar_header(path)
+
+    def close(self) -> None:
+        self._tree.close()
+
+    def _file_content(self, index: int, most: int | None = None) -> bytes:
+        return self._tree.read(int(self._files[index]), most)
+
+    def _scan(self, places: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths, int64 (N,) each. Raises ValueError for members that are no images."""
+        with open_regular(self.path) as file:
+            stat = os.fstat(file.fileno())
+        # A tar that was changed since is scanned again.
+        version = hash((INDEX_VERSION, stat.st_size, stat.st_mtime_ns)) % (1 << 62)
+        for place in places:
+            with contextlib.suppress(Exception):  # bad, old or missing: it is made again
+                names, table = read_index(place, version)
+                assert names == self._names
+                heights, widths = table.T
+                return heights, widths
+
+        def row(index: int) -> tuple[int, int] | str:
+            try:
+                sides = self._sides(index)
+            except UNREADABLE as error:
+                return reason(error, self.file(index))
+            return refused_sides(sides) or sides
+
+        order = np.argsort(self._tree.positions[self._files], kind="stable").tolist()
+        rows: list[tuple[int, int] | str] = [""] * len(order)
+        for index, found in zip(
+            order, in_order(row, order, THREADS, CHUNK, "image headers"), strict=True
+        ):
+            rows[index] = found
+        self._refuse_bad(rows)
+        table = np.array(rows, np.int64)
+        keep_index(places, self._names, table, version)
+        heights, widths = table.T
+        return heights, widths
