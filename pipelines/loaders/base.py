@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.files import readable
 from pipelines.machine import usable_cores
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.sizes import Size, sides_of
-from pipelines.store import Store
+from pipelines.store import PLANES, Store
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,14 @@ class Loader(ABC):
     - Errors: `DamagedData` that names the file and the sample for what cannot be decoded.
     """
 
+    shows_planes = False  # whether `_images` can show samples of mode PLANES
+
     def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
+        if not self.shows_planes and (store.modes == PLANES).any():
+            raise ValueError(
+                f"{readable(store.path)}: holds decoded planes, which this data.pipeline cannot"
+                " show: choose another, or convert the images again without --decoded"
+            )
         self.store = store
         self.size = size
         self.sides = sides_of(size)  # height and width of the canvas

@@ -11,7 +11,8 @@ import numpy as np
 
 import pipelines
 from pipelines import convert
-from pipelines.sources.beton import FIELD, HEADER, BetonStore
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import FIELD, HEADER
 from pipelines.sources.sidecar import read_sidecar, sidecar_path
 from tests.fuzzing.damage import EXTREME, HOSTILE_JSON, mutate
 from tests.fuzzing.intact import COUNT, RAW_SAMPLES, add_sidecar, make_beton

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import numpy as np
 import pytest
 
 from fap.cli.convert import main
+from pipelines import open_store
 from pipelines.convert import Encoding, check, convert_folder
 from pipelines.sources import beton_writer
-from pipelines.sources.beton import HEADER, BetonStore
-from pipelines.sources.beton_writer import BetonWriter
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import HEADER
+from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.sidecar import sidecar_path
+from pipelines.store import PLANES, RAW
+from tests.pipelines.many_fields import planes_of
 from tests.pipelines.samples import decoded, encoded, image_folder, no_trace, picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +55,89 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     last_page = (store._ptrs + store.sizes - 1) // page
     assert (first_page == last_page).all()
 
+
+# ------------------------------------------------------------------ places, and planes
+
+
+def test_samples_in_any_order_with_places_left_empty(tmp_path: Path, seed: int) -> None:
+    """Labels, sides and bytes are those of the samples in the order of their places."""
+    rng = np.random.default_rng(seed)
+    samples = [Sample(rng.bytes(3 * h * w), RAW, h, w) for h, w in rng.integers(1, 9, (20, 2))]
+    places = rng.permutation(30)[:20].tolist()
+    with BetonWriter(tmp_path / "out.beton", 30) as writer:
+        for label, (sample, place) in enumerate(zip(samples, places, strict=True)):
+            writer.add(sample, label, place)
+        writer.commit([f"c{i}" for i in range(20)], {})
+    store = BetonStore(tmp_path / "out.beton")
+    assert len(store) == 20
+    assert check(tmp_path / "out.beton") == []
+    for i, k in enumerate(np.argsort(places).tolist()):
+        assert store.labels[i] == k
+        assert store.read(i).tobytes() == samples[k].data
+        assert (store.heights[i], store.widths[i]) == samples[k][2:4]
+
+
+def test_no_place_is_filled_twice(tmp_path: Path) -> None:
+    sample = Sample(bytes(3), RAW, 1, 1)
+    with BetonWriter(tmp_path / "out.beton", 3) as writer:
+        writer.add(sample, 0, 1)
+        with pytest.raises(AssertionError, match="two samples for place 1"):
+            writer.add(sample, 0, 1)
+    assert no_trace(tmp_path)
+
+
+def write_planes(path: Path, photos: list[np.ndarray]) -> None:
+    with BetonWriter(path, len(photos), planes=True) as writer:
+        for i, image in enumerate(photos):
+            height, width, _ = image.shape
+            writer.add(Sample(planes_of(image), PLANES, height, width), i % 4)
+        writer.commit("abcd", {})
+
+
+def test_planes_are_written(tmp_path: Path, photos: list[np.ndarray]) -> None:
+    write_planes(tmp_path / "out.beton", photos)
+    store = open_store(tmp_path / "out.beton")
+    assert store.labels.tolist() == [i % 4 for i in range(len(photos))]
+    assert set(store.modes.tolist()) == {PLANES}
+    for i, image in enumerate(photos):
+        assert store.read(i).tobytes() == planes_of(image)
+        assert (store.heights[i], store.widths[i]) == image.shape[:2]
+    assert store.notes == ()
+    assert check(tmp_path / "out.beton") == []
+    with open(tmp_path / "out.beton", "r+b") as file:
+        file.seek(int(store._ptrs[3]))
+        file.write(b"\x01\x02\x03")
+    assert check(tmp_path / "out.beton") == [
+        f"sample 3: {tmp_path / 'out.beton'}: sample 3: wrong checksum"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
+def test_ffcv_loader_reads_planes(tmp_path: Path, photos: list[np.ndarray]) -> None:
+    """In a subprocess: importing ffcv changes torch's thread count, its loader leaves threads."""
+    write_planes(tmp_path / "out.beton", photos)
+    code = """
+import sys, numpy as np
+from ffcv.fields.bytes import BytesDecoder
+from ffcv.fields.decoders import IntDecoder
+from ffcv.loader import Loader, OrderOption
+ints = {name: [IntDecoder()] for name in ("label", "height", "width")}
+options = {"batch_size": 40, "num_workers": 1, "order": OrderOption.SEQUENTIAL}
+loader = Loader(sys.argv[1], **options, pipelines={"planes": [BytesDecoder()], **ints})
+for planes, *found in loader:
+    np.savez(sys.argv[2], planes=planes.copy(), ints=np.concatenate(found, 1))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out.beton"), str(tmp_path / "seen.npz")]
+    subprocess.run(command, check=True, timeout=300)
+    seen = np.load(tmp_path / "seen.npz")
+    for i, image in enumerate(photos):
+        assert seen["ints"][i].tolist() == [i % 4, *image.shape[:2]]
+        data = planes_of(image)
+        assert seen["planes"][i, : len(data)].tobytes() == data
+
+
+# ------------------------------------------------------------------ whatever stops it
 
 STARTING = """
 import signal, sys
