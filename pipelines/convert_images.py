@@ -14,7 +14,9 @@ from pipelines.intake.collection import Collection, Image
 from pipelines.intake.parts import Part
 from pipelines.intake.recognise import Wishes, recognise
 from pipelines.progress import in_order
+from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.sources.sidecar import read_sidecar
 from pipelines.store import check_class_names
 
 
@@ -97,20 +99,23 @@ def convert_collection(
             )
         )
         for number, result in results:
-            part = part_of[number]
+            index = part_of[number]
             if isinstance(result, str):
                 bad.append((number, result))
-                skipped[part].append(number)
+                skipped[index].append(number)
             elif not bad or skip_bad:  # else nothing will be kept: only the list goes on
                 label = int(collection.labels[number])
-                writers[part].add(result, label, int(place_of[number]))
-                n_verbatim[part] += result.verbatim
+                writers[index].add(result, label, int(place_of[number]))
+                n_verbatim[index] += result.verbatim
         if bad and not (skip_bad and all(writer.count for writer in writers)):
             raise BadImages([(collection.shown(number), why) for number, why in sorted(bad)])
         entries = []
-        for writer, left_out, verbatim in zip(writers, skipped, n_verbatim, strict=True):
+        for part, writer, left_out, verbatim in zip(
+            parts, writers, skipped, n_verbatim, strict=True
+        ):
             entries.append(
                 asdict(encoding)
+                | part.made_as
                 | {
                     "source": collection.described_as,
                     "count": writer.count,
@@ -123,3 +128,26 @@ def convert_collection(
         for writer, entry in zip(writers, entries, strict=True):
             writer.commit(collection.classes, entry)
     return entries
+
+
+def is_complete(part: Part, encoding: Encoding) -> bool:
+    """Whether a part was written before, in the same way: conversion may begin again with others.
+
+    Raises:
+        ValueError: there is a file of that name, but it was made otherwise.
+        DamagedData: it is damaged.
+    """
+    if not part.dst.exists():
+        return False
+    sidecar = read_sidecar(part.dst)
+    wanted = asdict(encoding) | part.made_as
+    entry = {} if sidecar is None else sidecar.encoding
+    n_skipped = len(entry.get("skipped", ()))
+    BetonStore(part.dst).close()
+    same = all(entry.get(name) == value for name, value in wanted.items())
+    if not same or entry["count"] + n_skipped != len(part.numbers):
+        raise ValueError(
+            f"{readable(part.dst)} exists, and was made from other images or with other options;"
+            " remove it or choose another name"
+        )
+    return True

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.archives.tree import Tree
+from pipelines.files import readable
 
 # An image file's bytes, or pixels: uint8 (H, W, 3), RGB.
 Image = bytes | np.ndarray
@@ -46,6 +47,14 @@ class Collection(ABC):
     def shown(self, number: int) -> str:
         """Where an image is, for messages."""
         return f"{self.path}/{self.name(number)}"
+
+    def describe(self) -> list[str]:
+        """Lines that say what was recognised, before hours are spent on it."""
+        classes = "classes without names"
+        if self.classes is not None:
+            ends = dict.fromkeys(readable(name, 60) for name in (self.classes[0], self.classes[-1]))
+            classes = f"{len(self.classes):,} class(es) {' to '.join(ends)}"
+        return [f"{readable(self.path)}: {self.described_as}: {len(self):,} images, {classes}"]
 
     def close(self) -> None:  # noqa: B027
         """Release file handles."""

@@ -1,17 +1,21 @@
 """Which images of a collection go into which file: all, a shard, or a part for validation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from pipelines.intake.collection import Collection
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file to write, and the numbers of its images, int64 (n,) in ascending order."""
+    """A file to write."""
 
     dst: Path
-    numbers: np.ndarray
+    numbers: np.ndarray  # int64 (n,), of its images, in ascending order
+    made_as: dict[str, Any] = field(default_factory=dict)  # which part it is, for its sidecar
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,35 @@ def validation_numbers(
 def val_path(dst: Path) -> Path:
     """Where the images for validation go: train.beton -> train.val.beton."""
     return dst.with_name(f"{dst.stem}.val{dst.suffix}")
+
+
+def parts_of(
+    collection: Collection,
+    dst: Path,
+    *,
+    shard: Shard | None = None,
+    val_split: float | None = None,
+    seed: int = 0,
+) -> list[Part]:
+    """The files to write: `dst`, a shard of it, or `dst` and the one for validation beside it.
+
+    Raises:
+        ValueError: more shards than images, or as `validation_numbers`.
+    """
+    everything = np.arange(len(collection))
+    if shard is not None:
+        numbers = shard.numbers(len(collection))
+        if not len(numbers):
+            raise ValueError(
+                f"shard = {shard.number}/{shard.count}: there are only {len(collection):,} images"
+            )
+        return [Part(shard.path(dst), numbers, {"shard": [shard.number, shard.count]})]
+    if val_split is not None:
+        chosen = validation_numbers(collection.labels, val_split, seed)
+        made_as = {"val_split": val_split, "seed": seed}
+        rest = np.setdiff1d(everything, chosen)
+        return [
+            Part(dst, rest, made_as | {"part": "train"}),
+            Part(val_path(dst), chosen, made_as | {"part": "val"}),
+        ]
+    return [Part(dst, everything)]

@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 from pipelines.archives.tar import StreamedTar, TarTree, compression_of, has_tar_header
 from pipelines.archives.tree import FolderTree, JoinedTree, ListedFolder, Tree
 from pipelines.archives.zips import ZipTree
-from pipelines.files import listed, open_regular, readable
+from pipelines.files import listed, open_regular, read_regular, readable
 from pipelines.intake import layouts
 from pipelines.intake.betons import Samples
 from pipelines.intake.collection import Collection, TreeCollection
 from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
 from pipelines.intake.webdataset import WebDataset, looks_like_shards
+from pipelines.names import checked_names
 from pipelines.sources import source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
@@ -47,6 +48,7 @@ class Wishes(NamedTuple):
 
     split: Split | None = None
     labels: Path | None = None  # a file of labels, or ImageNet's devkit
+    classes: tuple[str, ...] | None = None  # names, where the data have numbers only
 
 
 def recognise(src: str | Path, wishes: Wishes = Wishes()) -> Collection:  # noqa: B008
@@ -58,6 +60,13 @@ def recognise(src: str | Path, wishes: Wishes = Wishes()) -> Collection:  # noqa
         ImportError: a package that this form needs is missing.
         DamagedData: a `.beton` contradicts itself.
     """
+    collection = _recognised(src, wishes._replace(classes=None))
+    if wishes.classes is not None:
+        _name_classes(collection, wishes.classes)
+    return collection
+
+
+def _recognised(src: str | Path, wishes: Wishes) -> Collection:
     path = Path(src)
     if not os.path.lexists(path) and any(sign in str(src) for sign in WILDCARDS):
         return _of_many(str(src), wishes)
@@ -66,6 +75,27 @@ def recognise(src: str | Path, wishes: Wishes = Wishes()) -> Collection:  # noqa
     if path.is_dir():
         return _of_folder(path, wishes)
     return _of_file(path, wishes)
+
+
+def _name_classes(collection: Collection, classes: tuple[str, ...]) -> None:
+    where = readable(collection.path)
+    if collection.classes is not None:
+        raise ValueError(f"{where}: names its classes itself: leave out --classes")
+    most = int(collection.labels.max())
+    if most >= len(classes):
+        raise ValueError(f"{where}: holds labels up to {most}, --classes {len(classes)} names")
+    collection.classes = classes
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Names of classes, one a line. ValueError for what are none."""
+    try:
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
+        names = checked_names([line.strip() for line in lines])
+    except ValueError as error:
+        raise ValueError(f"classes = {readable(path)}: {error}") from None
+    assert names is not None
+    return names
 
 
 # ------------------------------------------------------------------ files
