@@ -31,6 +31,7 @@ TARGETS = {
     "images",
     "no_file",
     "annotations",
+    "archive",
 }
 
 

@@ -24,6 +24,13 @@ SUFFIX = ".parquet"
 FIRST_BYTES = b"PAR1"
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png")
+SPLIT_FOLDERS = {
+    "train": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "test": "test",
+}
 ROWS = 64  # read at once: a few megabytes
 BUFFER_BYTES = 8 << 20  # of a row group, which may have any size
 
@@ -45,7 +52,7 @@ class Columns(NamedTuple):
         """The bytes of each row of the image column."""
         if not self.of_struct:
             return column.to_pylist()
-        return [None if cell is None else cell["bytes"] for cell in column.to_pylist()]
+        return [cell and cell["bytes"] for cell in column.to_pylist()]
 
 
 class ParquetFiles(Collection):
@@ -116,19 +123,18 @@ class ParquetFiles(Collection):
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Those below a folder, sorted."""
-    return sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file())
+    """Those in a folder, sorted, and where Hugging Face's `datasets` has them below it."""
+    found: list[Path] = []
+    for place in (".", "data", *SPLIT_FOLDERS):
+        found += (folder / place).glob(f"*{SUFFIX}")
+    return sorted(found)
 
 
 def split_of(file: Path) -> str | None:
     """What Hugging Face's file names say: train-00000-of-00294.parquet; or their folder's name."""
     for word in (re.split(r"[-_.]", file.name)[0], file.parent.name):
-        if word.lower() in ("train", "training"):
-            return "train"
-        if word.lower() in ("validation", "valid", "val"):
-            return "val"
-        if word.lower() == "test":
-            return "test"
+        if word in SPLIT_FOLDERS:
+            return SPLIT_FOLDERS[word]
     return None
 
 
@@ -172,7 +178,7 @@ def _index(file: Path, columns: Columns) -> tuple[list[str], list[int]]:
         labels = table.column(columns.label).to_pylist()
         paths: list[str | None] = [None] * len(labels)
         if columns.has_paths:
-            paths = [cell["path"] for cell in table.column(columns.image).to_pylist()]
+            paths = [cell and cell["path"] for cell in table.column(columns.image).to_pylist()]
     if None in labels:
         row = labels.index(None)
         raise ValueError(f"{readable(file)}: row {row:,} has no label")

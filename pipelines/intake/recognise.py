@@ -21,7 +21,7 @@ from pipelines.names import checked_names
 from pipelines.sources import source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
-from pipelines.sources.listing import list_images
+from pipelines.sources.listing import is_foreign, list_images
 
 Split = Literal["train", "val", "test"]
 
@@ -185,14 +185,14 @@ def _of_folder(path: Path, wishes: Wishes) -> Collection:
         return _of_split(path, wishes.split, wishes._replace(split=None))
     if wishes.labels is not None:
         return layouts.flat(FolderTree(path), read_labels(wishes.labels))
-    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-    if not any(entry.is_dir() for entry in entries):
-        tars = [path / entry.name for entry in entries if entry.name.endswith(".tar")]
-        if tars:
-            return _of_tars(path, tars, wishes)
-        return _of_archive(FolderTree(path), wishes)
     _refuse_roots(path)
-    return _listed(path)
+    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    if any(entry.is_dir() and not is_foreign(entry.name) for entry in entries):
+        return _listed(path)
+    tars = [path / entry.name for entry in entries if entry.name.endswith(".tar")]
+    if tars:
+        return _of_tars(path, tars, wishes)
+    return _of_archive(FolderTree(path), wishes)
 
 
 def _listed(path: Path) -> TreeCollection:

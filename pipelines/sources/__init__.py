@@ -9,10 +9,11 @@ from pathlib import Path
 from pipelines.files import readable
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
+from pipelines.sources.tar import TarStore
 from pipelines.store import Store
 
 # The first that accepts a path opens it.
-SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore)
+SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore, TarStore)
 
 
 def accepted() -> str:

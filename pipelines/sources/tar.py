@@ -53,7 +53,8 @@ class TarStore(ImageFilesStore):
             self.labels = found.labels
             self.notes = notes_of(found.ignored)
             self._files = found.files
-            self._names = [self._tree.names[file] for file in found.files]
+            # Below the class folders' own folder: a copy from elsewhere is the same data.
+            self._names = [self._tree.names[file].removeprefix(root) for file in found.files]
             heights, widths = self._scan(places)
             self._use(self._tree.sizes[self._files], heights, widths)
         except BaseException:
@@ -63,6 +64,9 @@ class TarStore(ImageFilesStore):
     @classmethod
     def accepts(cls, path: Path) -> bool:
         return path.is_file() and has_tar_header(path)
+
+    def file(self, index: int) -> Path:
+        return self.path / self._tree.names[self._files[index]]
 
     def close(self) -> None:
         self._tree.close()
