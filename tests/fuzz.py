@@ -10,7 +10,8 @@ in an archive, boxes of images, a checkpoint or a config, or what is whole and h
 metadata, folders full of traps, odd images, what is no file. What may happen: an error of a known
 type that names the file and the sample; or the data, where every sample whose bytes are intact is
 delivered as ever, and a damaged one never shows another sample's pixels. Where there are checksums,
-damage is always an error. Seeds below zero test the tester: a crash, a hang, another sample's pixels.
+damage is always an error. Seeds below zero test the tester: a crash, a hang, another sample's
+pixels.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ import os
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pipelines.archives.tree import (
     LINKS,
@@ -31,6 +31,7 @@ from pipelines.archives.tree import (
     refuse_doubles,
 )
 from pipelines.files import open_regular, readable
+from pipelines.progress import progress_of
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(BLOCK)  # an archive ends with such blocks
@@ -60,11 +61,44 @@ DAMAGE = (
 
 
 class Member(NamedTuple):
-    """A file of a tar."""
+    """A file of a tar, or a hard link to one: the same file under a second name."""
 
     name: str
     offset: int  # of its first byte in the outermost, decompressed file
     size: int  # bytes
+    same_as: str | None = None  # of a link: the name of the file
+
+
+class Members:
+    """All files of a tar, in the order in which they lie; in columns, for there are millions."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.offsets = array("q")
+        self.sizes = array("q")
+        self.n_inner = 0  # members of the outermost tar that were tars
+        self._number_of: dict[str, int] = {}  # of the first names
+
+    def take(self, member: Member, folder: str = "") -> None:
+        """Append a file. ValueError for a link to what is not before it."""
+        offset, size = member.offset, member.size
+        if member.same_as is not None:
+            number = self._number(folder + member.same_as)
+            if number is None:
+                raise ValueError(
+                    f"{readable(member.name)} is a link to {readable(member.same_as)}, which is not"
+                    " before it"
+                )
+            offset, size = self.offsets[number], self.sizes[number]
+        self.names.append(folder + member.name)
+        self.offsets.append(offset)
+        self.sizes.append(size)
+
+    def _number(self, name: str) -> int | None:
+        """The place of a name. What knows it is made for the first link: most tars have none."""
+        for number in range(len(self._number_of), len(self.names)):
+            self._number_of[self.names[number]] = number
+        return self._number_of.get(name)
 
 
 # ------------------------------------------------------------------ bytes of the tar
@@ -183,15 +217,14 @@ class TarTree(RandomTree):
         self.passed_over = Counter()
         self._bytes: PlainBytes | None = PlainBytes(path)
         try:
-            n_bytes = self._bytes.n_bytes()
-            members, n_inner = _members(self._bytes, n_bytes, path, self.passed_over)
+            members = _members(self._bytes, self._bytes.n_bytes(), path, self.passed_over)
         except BaseException:
             self.close()
             raise
-        self.described_as = _described(self.described_as, n_inner)
-        self.names = [member.name for member in members]
-        self.positions = np.array([member.offset for member in members], np.int64)
-        self.sizes = np.array([member.size for member in members], np.int64)
+        self.described_as = _described(self.described_as, members)
+        self.names = members.names
+        self.positions = np.array(members.offsets, np.int64)
+        self.sizes = np.array(members.sizes, np.int64)
         if not keep_open:
             self.close()
 
@@ -231,19 +264,18 @@ class StreamedTar(Tree):
         name, self._decompress = compression
         data = StreamedBytes(path, self._decompress)
         try:
-            members, n_inner = _members(data, None, path, self.passed_over)
+            members = _members(data, None, path, self.passed_over)
         finally:
             data.close()
-        self.described_as = f"{_described(self.described_as, n_inner)}, {name}"
-        self.names = [member.name for member in members]
-        self.sizes = np.array([member.size for member in members], np.int64)
-        self._offsets = np.array([member.offset for member in members], np.int64)
+        self.described_as = f"{_described(self.described_as, members)}, {name}"
+        self.names = members.names
+        self.sizes = np.array(members.sizes, np.int64)
+        self._offsets = np.array(members.offsets, np.int64)
 
-    def contents(self, numbers: Iterable[int]) -> Iterator[Content]:
-        wanted = np.fromiter(numbers, np.int64)
+    def contents(self, numbers: np.ndarray) -> Iterator[Content]:
         data = StreamedBytes(self.path, self._decompress)
         try:
-            for number in wanted[np.argsort(self._offsets[wanted], kind="stable")].tolist():
+            for number in numbers[np.argsort(self._offsets[numbers], kind="stable")].tolist():
                 size = int(self.sizes[number])
                 found = data.at(int(self._offsets[number]), size)
                 yield number, _given(found, size)
@@ -280,38 +312,46 @@ def _given(data: bytes, size: int) -> Callable[[], bytes]:
     return give
 
 
-def _described(what: str, n_inner: int) -> str:
-    return f"{what} of {n_inner:,} tars" if n_inner else what
+def _described(what: str, members: Members) -> str:
+    return f"{what} of {members.n_inner:,} tars" if members.n_inner else what
 
 
 # ------------------------------------------------------------------ headers
 
 
-def _members(
-    data: Bytes, n_bytes: int | None, path: Path, passed_over: Counter[str]
-) -> tuple[list[Member], int]:
-    """All files, and how many members were tars that stand for folders."""
-    found: list[Member] = []
-    n_inner = 0
-    with tqdm(
-        total=n_bytes, desc="index", unit="B", unit_scale=True, delay=1, disable=None
-    ) as progress:
+def _members(data: Bytes, n_bytes: int | None, path: Path, passed_over: Counter[str]) -> Members:
+    """All files of a tar, and of the tars in it."""
+    found = Members()
+    n_done = 0
+    with progress_of(n_bytes, "index", "B") as update:
         for member in _headers(data, 0, n_bytes, path, passed_over):
-            progress.update(member.offset - progress.n)
-            if not member.name.endswith(SUFFIX):
-                found.append(member)
-                continue
-            n_inner += 1
-            folder = member.name.removesuffix(SUFFIX)
-            end = member.offset + member.size
-            for inner in _headers(data, member.offset, end, path / member.name, passed_over):
-                progress.update(inner.offset - progress.n)
-                if inner.name.endswith(SUFFIX):
-                    passed_over[NESTED] += 1
-                else:
-                    found.append(inner._replace(name=f"{folder}/{inner.name}"))
-    refuse_doubles([member.name for member in found], path)
-    return found, n_inner
+            if member.name.endswith(SUFFIX):
+                folder = f"{member.name.removesuffix(SUFFIX)}/"
+                _take_inner(data, member, folder, path, passed_over, found)
+            else:
+                found.take(member)
+            update(member.offset + member.size - n_done)
+            n_done = member.offset + member.size
+    refuse_doubles(found.names, path)
+    return found
+
+
+def _take_inner(
+    data: Bytes,
+    outer: Member,
+    folder: str,  # what it stands for
+    path: Path,
+    passed_over: Counter[str],
+    found: Members,
+) -> None:
+    """The files of a tar inside a tar."""
+    found.n_inner += 1
+    end = outer.offset + outer.size
+    for member in _headers(data, outer.offset, end, path / outer.name, passed_over):
+        if member.name.endswith(SUFFIX):
+            passed_over[NESTED] += 1
+        else:
+            found.take(member, folder)
 
 
 def _headers(
@@ -323,7 +363,6 @@ def _headers(
 ) -> Iterator[Member]:
     """The files of the tar in [begin, end). Raises ValueError, see `TarTree`."""
     part: Any = _Part(data, begin, end)
-    by_name: dict[str, Member] = {}  # what hard links lead to
     at = 0
     try:
         archive: Any = tarfile.TarFile(
@@ -332,9 +371,8 @@ def _headers(
         while (info := archive.next()) is not None:
             archive.members.clear()  # it would keep them all
             at = archive.offset
-            member = _member(info, begin, end, path, by_name, passed_over)
+            member = _member(info, begin, end, path, passed_over)
             if member is not None:
-                by_name[member.name] = member
                 yield member
         _check_the_end(part, archive.offset)
     except DAMAGE as error:
@@ -344,12 +382,7 @@ def _headers(
 
 
 def _member(
-    info: tarfile.TarInfo,
-    begin: int,
-    end: int | None,
-    path: Path,
-    by_name: dict[str, Member],
-    passed_over: Counter[str],
+    info: tarfile.TarInfo, begin: int, end: int | None, path: Path, passed_over: Counter[str]
 ) -> Member | None:
     """A file, or None for what is none or is passed over. ValueError for a damaged one."""
     name = checked_name(info.name, path)
@@ -358,13 +391,8 @@ def _member(
     if info.issym():
         passed_over[LINKS] += 1
         return None
-    if info.islnk():  # the same file under a second name
-        target = by_name.get(checked_name(info.linkname, path))
-        if target is None:
-            raise ValueError(
-                f"{readable(name)} is a link to {readable(info.linkname)}, which is not before it"
-            )
-        return target._replace(name=name)
+    if info.islnk():
+        return Member(name, 0, 0, same_as=checked_name(info.linkname, path))
     if not info.isreg() or info.issparse():
         passed_over[SPECIAL] += 1
         return None

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +35,8 @@ class Tree(ABC):
     passed_over: Counter[str]  # sort of member that is no file, and how many
 
     @abstractmethod
-    def contents(self, numbers: Iterable[int]) -> Iterator[Content]:
-        """The files of these numbers, in the order in which they lie.
+    def contents(self, numbers: np.ndarray) -> Iterator[Content]:
+        """The files of these numbers, int64 (n,), in the order in which they lie.
 
         The calls may be made from other threads, later and in any order. They raise ValueError or
         OSError for what cannot be read.
@@ -63,9 +63,8 @@ class RandomTree(Tree):
             ValueError, OSError: it cannot be read, or is damaged.
         """
 
-    def contents(self, numbers: Iterable[int]) -> Iterator[Content]:
-        wanted = np.fromiter(numbers, np.int64)
-        for number in wanted[np.argsort(self.positions[wanted], kind="stable")].tolist():
+    def contents(self, numbers: np.ndarray) -> Iterator[Content]:
+        for number in numbers[np.argsort(self.positions[numbers], kind="stable")].tolist():
             yield number, partial(self.read, number)
 
 
@@ -118,13 +117,13 @@ class JoinedTree(Tree):
             self.passed_over += tree.passed_over
         self._first = np.cumsum([0] + [len(tree.names) for tree in self.trees])
 
-    def contents(self, numbers: Iterable[int]) -> Iterator[Content]:
-        wanted = np.sort(np.fromiter(numbers, np.int64))
+    def contents(self, numbers: np.ndarray) -> Iterator[Content]:
+        wanted = np.sort(numbers)
         ends = np.searchsorted(wanted, self._first)
         for tree, first, begin, end in zip(
             self.trees, self._first[:-1].tolist(), ends[:-1], ends[1:], strict=True
         ):
-            for number, content in tree.contents((wanted[begin:end] - first).tolist()):
+            for number, content in tree.contents(wanted[begin:end] - first):
                 yield first + number, content
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """`Collection`: images with labels, in whatever form people hold them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +84,11 @@ class TreeCollection(Collection):
         return self.tree.names[self.files[number]]
 
     def contents(self, numbers: np.ndarray) -> Iterator[Content]:
-        return self._contents(self.files[numbers].tolist(), numbers)
-
-    def _contents(self, files: Iterable[int], numbers: np.ndarray) -> Iterator[Content]:
-        number_of = dict(zip(files, numbers.tolist(), strict=True))
-        for file, content in self.tree.contents(number_of):
-            yield number_of[file], content
+        files = self.files[numbers]
+        number_of = np.zeros(len(self.tree.names), np.int64)
+        number_of[files] = numbers
+        for file, content in self.tree.contents(files):
+            yield int(number_of[file]), content
 
     def close(self) -> None:
         self.tree.close()
@@ -101,8 +100,14 @@ def in_class_order(labels: Sequence[int], names: Sequence[str]) -> list[int]:
     By path, "a b/1" would come before "a/2".
     """
 
-    def key(place: int) -> tuple[int, str, str]:
+    def key(place: int) -> tuple[str, str]:
         folder, _, file = names[place].rpartition("/")
-        return labels[place], folder, file
+        return folder, file
 
-    return sorted(range(len(names)), key=key)
+    by_label = np.argsort(labels, kind="stable")
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    order: list[int] = []
+    # Class by class: keys of all names at once would take more room than the names.
+    for places in np.split(by_label, np.cumsum(counts)[:-1]):
+        order += sorted(places.tolist(), key=key)
+    return order

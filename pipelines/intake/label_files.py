@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from pipelines.archives.tar import StreamedTar, TarTree, compression_of
 from pipelines.archives.tree import FolderTree, Tree
 from pipelines.extras import needs
@@ -85,7 +87,9 @@ def _devkit(tree: Tree) -> Labels:
         base = os.path.basename(name)
         if base in (META, GROUND_TRUTH):
             wanted[number] = base
-    content = {wanted[number]: read() for number, read in tree.contents(wanted)}
+    content = {
+        wanted[number]: read() for number, read in tree.contents(np.array(list(wanted), np.int64))
+    }
     tree.close()
     missing = {META, GROUND_TRUTH} - content.keys()
     if missing:

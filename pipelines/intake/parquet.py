@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pipelines.extras import needs
 from pipelines.files import listed, open_regular, readable
@@ -74,7 +73,7 @@ class ParquetFiles(Collection):
         names: list[str] = []
         labels: list[int] = []
         self._first = [0]  # number of the first row of each file, and of all rows
-        for file in tqdm(files, "index", unit="file", delay=1, disable=None):
+        for file in files:
             if _columns(file) != self._columns:
                 raise ValueError(
                     f"{readable(file)}: its columns are not those of {readable(files[0])}"

@@ -37,13 +37,16 @@ class Sample(NamedTuple):
 
 def looks_like_shards(names: Sequence[str]) -> bool:
     """Whether some image has a label beside it."""
-    keys: dict[str, set[str]] = {}
+    labelled = set()
     for name in names:
         match = KEY_AND_FIELD.match(name)
-        if match:
-            keys.setdefault(match[1], set()).add(match[2].lower())
+        if match and match[2].lower() in LABEL_FIELDS:
+            labelled.add(match[1])
+    if not labelled:  # most archives have none
+        return False
+    matches = (KEY_AND_FIELD.match(name) for name in names)
     return any(
-        fields & set(IMAGE_FIELDS) and fields & set(LABEL_FIELDS) for fields in keys.values()
+        match and match[2].lower() in IMAGE_FIELDS and match[1] in labelled for match in matches
     )
 
 
@@ -133,7 +136,7 @@ def _labels_and_names(tree: Tree, samples: Sequence[Sample]) -> tuple[list[int |
     place_of = {
         sample.label: place for place, sample in enumerate(samples) if sample.label is not None
     }
-    for number, content in tree.contents(place_of):
+    for number, content in tree.contents(np.array(list(place_of), np.int64)):
         place = place_of[number]
         where = tree.shown(number)
         if tree.names[number].lower().endswith(".json"):
