@@ -249,10 +249,10 @@ def convert_images(args: argparse.Namespace, encoding: Encoding) -> None:
 
 def tell(dst: str | Path, done: dict[str, Any]) -> None:
     """What was written, and what was not: `done` is the sidecar's `encoding` entry."""
+    from pipelines.archives.listing import notes_of
     from pipelines.convert import MOST_TOLD
     from pipelines.files import readable
     from pipelines.sources.beton import BetonStore
-    from pipelines.sources.listing import notes_of
     from pipelines.sources.sidecar import sidecar_path
 
     skipped = done["skipped"]

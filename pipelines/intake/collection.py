@@ -92,22 +92,3 @@ class TreeCollection(Collection):
 
     def close(self) -> None:
         self.tree.close()
-
-
-def in_class_order(labels: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Places sorted by label, then by folder and file name, as torchvision's ImageFolder has them.
-
-    By path, "a b/1" would come before "a/2".
-    """
-
-    def key(place: int) -> tuple[str, str]:
-        folder, _, file = names[place].rpartition("/")
-        return folder, file
-
-    by_label = np.argsort(labels, kind="stable")
-    counts = np.unique(np.asarray(labels), return_counts=True)[1]
-    order: list[int] = []
-    # Class by class: keys of all names at once would take more room than the names.
-    for places in np.split(by_label, np.cumsum(counts)[:-1]):
-        order += sorted(places.tolist(), key=key)
-    return order

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.archives.names import in_class_order
 from pipelines.extras import needs
 from pipelines.files import listed, open_regular, readable
-from pipelines.intake.collection import Collection, Content, Image, in_class_order
+from pipelines.intake.collection import Collection, Content, Image
 from pipelines.intake.wnids import class_names, without_wnid
 from pipelines.names import checked_names
 

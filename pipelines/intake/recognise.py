@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from pipelines.archives.listing import is_foreign, list_images
+from pipelines.archives.names import innermost_root, is_image, looks_like_shards
 from pipelines.archives.tar import StreamedTar, TarTree, compression_of, has_tar_header
 from pipelines.archives.tree import FolderTree, JoinedTree, ListedFolder, Tree
 from pipelines.archives.zips import ZipTree
@@ -16,12 +18,11 @@ from pipelines.intake.betons import Samples
 from pipelines.intake.collection import Collection, TreeCollection
 from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
-from pipelines.intake.webdataset import WebDataset, looks_like_shards
+from pipelines.intake.webdataset import WebDataset
 from pipelines.names import checked_names
 from pipelines.sources import source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
-from pipelines.sources.listing import is_foreign, list_images
 
 Split = Literal["train", "val", "test"]
 
@@ -133,7 +134,7 @@ def _of_archive(tree: Tree, wishes: Wishes) -> Collection:
     if looks_like_shards(tree.names):
         _refuse(wishes, tree.path, "WebDataset shards")
         return WebDataset(tree)
-    root = _split_in(tree, wishes.split) if wishes.split else layouts.innermost_root(tree.names)
+    root = _split_in(tree, wishes.split) if wishes.split else innermost_root(tree.names)
     labels = _labels_for(tree, root, wishes)
     if labels is not None:
         return layouts.flat(tree, labels, root)
@@ -144,7 +145,7 @@ def _split_in(tree: Tree, split: Split) -> str:
     """The folder of an archive that holds a split, "a/b/"; the outermost one of that name."""
     roots: set[str] = set()
     for name in tree.names:
-        if not layouts.is_image(name):
+        if not is_image(name):
             continue
         folders = name.split("/")[:-1]
         for depth, folder in enumerate(folders, 1):
@@ -161,7 +162,7 @@ def _labels_for(tree: Tree, root: str, wishes: Wishes) -> Labels | None:
     """Those asked for; else, where images lie flat, those found beside the data."""
     if wishes.labels is not None:
         return read_labels(wishes.labels)
-    images = [name for name in tree.names if name.startswith(root) and layouts.is_image(name)]
+    images = [name for name in tree.names if name.startswith(root) and is_image(name)]
     if not images or any("/" in name[len(root) :] for name in images):
         return None
     folder = tree.path if tree.path.is_dir() else tree.path.parent

@@ -2,24 +2,19 @@
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.archives.listing import NO_SUFFIX
+from pipelines.archives.names import IMAGE_FIELDS, KEY_AND_FIELD, LABEL_FIELDS, in_class_order
 from pipelines.archives.tree import Tree
 from pipelines.files import listed, readable, shown
-from pipelines.intake.collection import Content, TreeCollection, in_class_order
+from pipelines.intake.collection import Content, TreeCollection
 from pipelines.intake.wnids import class_names, without_wnid
-from pipelines.sources.listing import NO_SUFFIX
 
-# WebDataset's rule: the key ends at the first dot behind the last slash.
-KEY_AND_FIELD = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff")
-LABEL_FIELDS = ("cls", "json")  # the first one that a sample has
 LABEL_ENTRIES = ("label", "cls", "class", "class_id")  # in a JSON, the first number
 NAME_ENTRIES = ("filename", "file_name", "path")  # in a JSON, what the image's file was called
 META = "__"  # WebDataset's own entries begin and end with it
@@ -33,21 +28,6 @@ class Sample(NamedTuple):
     key: str
     image: int
     label: int | None
-
-
-def looks_like_shards(names: Sequence[str]) -> bool:
-    """Whether some image has a label beside it."""
-    labelled = set()
-    for name in names:
-        match = KEY_AND_FIELD.match(name)
-        if match and match[2].lower() in LABEL_FIELDS:
-            labelled.add(match[1])
-    if not labelled:  # most archives have none
-        return False
-    matches = (KEY_AND_FIELD.match(name) for name in names)
-    return any(
-        match and match[2].lower() in IMAGE_FIELDS and match[1] in labelled for match in matches
-    )
 
 
 class WebDataset(TreeCollection):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.archives.listing import INDEX, list_images
 from pipelines.files import open_regular, read_regular
 from pipelines.images import UNREADABLE, reason
 from pipelines.progress import in_order
@@ -22,7 +23,6 @@ from pipelines.sources.image_files import (
     read_index,
     refused_sides,
 )
-from pipelines.sources.listing import INDEX, list_images
 
 INDEX_VERSION = 2  # 1 held the sides as stored, not the upright ones
 

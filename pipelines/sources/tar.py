@@ -2,15 +2,16 @@
 
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.archives.listing import notes_of
+from pipelines.archives.names import ClassFolders, class_folders, innermost_root, looks_like_shards
 from pipelines.archives.tar import TarTree, has_tar_header
 from pipelines.files import open_regular, readable
 from pipelines.images import UNREADABLE, reason
-from pipelines.intake import layouts
-from pipelines.intake.webdataset import looks_like_shards
 from pipelines.progress import in_order
 from pipelines.sources.image_files import (
     CHUNK,
@@ -21,7 +22,6 @@ from pipelines.sources.image_files import (
     read_index,
     refused_sides,
 )
-from pipelines.sources.listing import notes_of
 
 INDEX_VERSION = 1
 
@@ -41,18 +41,12 @@ class TarStore(ImageFilesStore):
         places = index_places(self.path.with_name(self._index_name), self.path)
         self._tree = TarTree(self.path)
         try:
-            if looks_like_shards(self._tree.names):
-                raise ValueError(
-                    f"{readable(self.path)}: WebDataset shards are not read in place:"
-                    " convert them with fap-convert"
-                )
-            root = layouts.innermost_root(self._tree.names)
-            found = layouts.class_folders(self._tree, root)
-            assert found.classes is not None
+            root = innermost_root(self._tree.names)
+            found = self._class_folders(root)
             self.classes = found.classes
-            self.labels = found.labels
-            self.notes = notes_of(found.ignored)
-            self._files = found.files
+            self.labels = np.array(found.labels, np.int64)
+            self.notes = notes_of(self._tree.passed_over + Counter(found.ignored))
+            self._files = np.array(found.files, np.int64)
             # Below the class folders' own folder: a copy from elsewhere is the same data.
             self._names = [self._tree.names[file].removeprefix(root) for file in found.files]
             heights, widths = self._scan(places)
@@ -60,6 +54,18 @@ class TarStore(ImageFilesStore):
         except BaseException:
             self._tree.close()
             raise
+
+    def _class_folders(self, root: str) -> ClassFolders:
+        """Raises ValueError where there are none."""
+        where = readable(self.path)
+        if looks_like_shards(self._tree.names):
+            raise ValueError(
+                f"{where}: WebDataset shards are not read in place: convert them with fap-convert"
+            )
+        try:
+            return class_folders(self._tree.names, root)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
     @classmethod
     def accepts(cls, path: Path) -> bool:

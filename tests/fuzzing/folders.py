@@ -11,9 +11,9 @@ import numpy as np
 
 import pipelines
 from pipelines import convert
+from pipelines.archives.listing import list_images
 from pipelines.convert import Encoding
 from pipelines.convert_images import convert_images
-from pipelines.sources.listing import list_images
 from tests.fuzzing.damage import mutate
 from tests.fuzzing.intact import FILES, images, make_folder
 from tests.fuzzing.judge import (
