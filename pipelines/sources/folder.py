@@ -85,7 +85,7 @@ class FolderStore(Store):
         return np.frombuffer(data, np.uint8)
 
     def _damaged(self, index: int, what: str) -> DamagedData:
-        return DamagedData(f"{readable(self.file(index))}: sample {index}: {what}")
+        return DamagedData(f"{self.name_of(index)}: {what}")
 
     def _content_crc32(self) -> int:
         # Neither where the folder lies nor when its files were written: a copy is the same data.
