@@ -25,6 +25,7 @@ from pipelines.progress import in_order
 from pipelines.sources import cifar10
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.sources.shards import ShardedStore, is_pattern, shards_of
 from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData
 
 CHUNK = 8  # images of one task
@@ -173,10 +174,13 @@ def convert_arrays(
 
 
 def check(path: str | Path, threads: int | None = None) -> list[str]:
-    """The faults of a `.beton`: structure and every CRC.
+    """The faults of a `.beton`, or of several as one data set: structure and every CRC.
 
-    Where there is no sidecar every JPEG is decoded instead.
+    Where there is no sidecar every JPEG is decoded instead. Raises ValueError for a pattern that
+    `shards_of` refuses.
     """
+    if is_pattern(path):
+        return _check_shards(path, threads)
     try:
         beton = BetonStore(path)
     except DamagedData as error:
@@ -195,6 +199,17 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
         indices = range(len(beton))
         faults = in_order(fault_of, indices, cores(threads), CHUNK, "check")
         return [fault for fault in faults if fault is not None]
+
+
+def _check_shards(pattern: str | Path, threads: int | None) -> list[str]:
+    faults = [fault for shard in shards_of(pattern) for fault in check(shard, threads)]
+    try:
+        ShardedStore(pattern).close()
+    except DamagedData:  # which is among the faults
+        assert faults
+    except ValueError as error:  # whole files that do not belong together
+        faults.append(str(error))
+    return faults
 
 
 def cores(threads: int | None) -> int:

@@ -74,7 +74,7 @@ class ImageFilesStore(Store):
         self.modes = np.full(len(self._names), JPG, np.uint8)
 
     def _damaged(self, index: int, what: str) -> DamagedData:
-        return DamagedData(f"{readable(self.file(index))}: sample {index}: {what}")
+        return DamagedData(f"{self.name_of(index)}: {what}")
 
     def _content_crc32(self) -> int:
         # Neither where the files lie nor when they were written: a copy is the same data.
