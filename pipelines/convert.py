@@ -18,8 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.files import readable
-from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason, shrunk_size
-from pipelines.jpeg import check_jpeg, is_jpeg
+from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason, shrink
 from pipelines.machine import usable_cores
 from pipelines.progress import in_order
 from pipelines.sources import cifar10
@@ -27,6 +26,7 @@ from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.shards import ShardedStore, is_pattern, shards_of
 from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData
+from pipelines.turbojpeg import check_jpeg
 
 CHUNK = 8  # images of one task
 MOST_TOLD = 20  # damaged images that a message lists
@@ -89,13 +89,12 @@ def told(bad: Sequence[tuple[str, str]]) -> list[str]:
 
 def encode(data: bytes, encoding: Encoding) -> Sample:
     """The sample to store for one image file's bytes. Raises any exception for a damaged image."""
-    if is_jpeg(data):
+    sides = plain_jpeg(data)
+    if sides is not None and encoding.keeps(sides):
         decoded_sides = check_jpeg(data)
-        sides = plain_jpeg(data)
-        if sides is not None and sides != decoded_sides:
+        if sides != decoded_sides:
             raise ValueError(f"its header says {sides} pixels, the decoder {decoded_sides}")
-        if sides is not None and encoding.keeps(sides):
-            return Sample(data, JPG, *sides, verbatim=True)
+        return Sample(data, JPG, *sides, verbatim=True)
     picture = decode(data, encoding.max_side)
     if encoding.raw:
         return Sample(picture.tobytes(), RAW, picture.height, picture.width)
@@ -107,10 +106,7 @@ def encode_pixels(
     encoding: Encoding,
 ) -> Sample:
     """The sample to store for pixels: raw ones, unless a quality is asked for."""
-    picture = Image.fromarray(pixels)
-    size = shrunk_size(picture.size, encoding.max_side)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BOX)
+    picture = Image.fromarray(shrink(pixels, encoding.max_side))
     if encoding.quality is None:
         return Sample(picture.tobytes(), RAW, picture.height, picture.width)
     return Sample(as_jpeg(picture, encoding.quality), JPG, picture.height, picture.width)

@@ -16,7 +16,6 @@ import numpy as np
 from pipelines.convert import AS_THEY_ARE, CHUNK, BadImages, Encoding, cores, encode_content
 from pipelines.files import read_regular, readable
 from pipelines.images import unturned_sides
-from pipelines.jpeg import turbojpeg
 from pipelines.progress import in_order
 from pipelines.sources.annotated import NOT_NAMED, Annotated, image_files
 from pipelines.sources.beton_writer import BetonWriter, Sample, refuse_existing
@@ -45,7 +44,6 @@ def convert_boxes(
         ValueError, OSError: wrong arguments, annotations that are none or contradict themselves,
             nothing can be written.
     """
-    turbojpeg()
     images = Path(images)
     if not images.is_dir():
         raise ValueError(f"{readable(images)}: no such folder; expected the folder of the images")

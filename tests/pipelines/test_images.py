@@ -27,8 +27,8 @@ from pipelines.images import (
     upright_jpeg,
     upright_sides,
 )
-from pipelines.jpeg import check_jpeg
 from pipelines.store import MAX_SIDE
+from pipelines.turbojpeg import check_jpeg
 from tests.pipelines.image_files import LOSSLESS, picture, random_file, saved
 from tests.pipelines.samples import ORIENTATION
 
@@ -258,14 +258,51 @@ def test_a_big_jpeg_is_shrunk_while_it_is_decoded_and_hardly_differs(
         data = saved(image, "JPEG", turn, quality=95)
         for side in (50, 100, 333, 999):
             whole = Image.fromarray(twin(data))
-            whole.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
-            wanted = np.asarray(whole).astype(int)
+            wanted = area_average(whole, side)
             monkeypatch.setattr(jpeg, "BIG_PIXELS", 1 << 26)
             assert np.abs(np.asarray(decode(data, side)) - wanted).max() <= 1
             monkeypatch.setattr(jpeg, "BIG_PIXELS", 1000)
             ours = np.asarray(decode(data, side))
             assert ours.shape == wanted.shape
             assert np.abs(ours - wanted).mean() < 2
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_shrinking_is_the_area_average(image_format: str) -> None:
+    rng = np.random.default_rng()
+    for _ in range(20):
+        data = saved(picture(rng), image_format)
+        for side in (1, 7, 20, 39):
+            ours = np.asarray(decode(data, side)).astype(int)
+            wanted = area_average(Image.fromarray(twin(data)), side)
+            assert np.abs(ours - wanted).max() <= 1
+
+
+def area_average(image: Image.Image, max_side: int) -> np.ndarray:
+    """The twin: shares of rows and columns as matrices, in float64."""
+    factor = max_side / max(image.size)
+    rows = shares(image.height, max(1, round(image.height * factor)))
+    columns = shares(image.width, max(1, round(image.width * factor)))
+    mean = np.einsum("yh,xw,hwc->yxc", rows, columns, np.asarray(image), optimize=True)
+    return np.floor(mean + 0.5).astype(int)
+
+
+def shares(n: int, n_out: int) -> np.ndarray:
+    """(n_out, n): how much of each place each of n_out equal parts of a line of n covers."""
+    edges = np.arange(n_out + 1).reshape(-1, 1) * n / n_out
+    places = np.arange(n)
+    covered = np.minimum(edges[1:], places + 1) - np.maximum(edges[:-1], places)
+    return np.maximum(covered, 0) * n_out / n
+
+
+@pytest.mark.parametrize("quality", [10, 90, 95, 100])
+def test_encoding_again_is_what_pillow_makes_of_what_it_decodes(quality: int) -> None:
+    rng = np.random.default_rng()
+    for subsampling in (0, 1, 2):
+        data = saved(picture(rng), "JPEG", quality=92, subsampling=subsampling)
+        out = BytesIO()
+        Image.open(BytesIO(data)).save(out, "JPEG", quality=quality)
+        assert encode(data, Encoding(quality=quality)).data == out.getvalue()
 
 
 def test_a_damaged_jpeg_that_must_be_encoded_again_is_noticed_in_a_folder_too() -> None:
