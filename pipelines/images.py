@@ -214,9 +214,8 @@ def shrink(
     max_side: int | None,
 ) -> np.ndarray:
     """Pixels as `decode` shrinks a picture; ValueError for what is too large to stay as it is."""
-    size = pixels.shape[1], pixels.shape[0]
-    target = _target(size, max_side)
-    return pixels if target == size else _shrunk(pixels, target)
+    height, width, _ = pixels.shape
+    return _shrunk(pixels, _target((width, height), max_side))
 
 
 def _target(

@@ -55,7 +55,7 @@ def read_labels(path: Path) -> Labels:
         return _devkit(StreamedTar(path))
     if path.suffix == ".tar":
         return _devkit(TarTree(path))
-    return _table(path)
+    return _table(read_regular(path, GIGABYTE), path)
 
 
 def labels_beside(folder: Path, most_up: int = 4) -> Path | None:
@@ -64,6 +64,15 @@ def labels_beside(folder: Path, most_up: int = 4) -> Path | None:
         for name in (KAGGLE_VAL, *DEVKIT_NAMES):
             if (place / name).exists():
                 return place / name
+    return None
+
+
+def labels_inside(tree: Tree) -> Labels | None:
+    """Kaggle's CSV in the archive that holds the images."""
+    for number, name in enumerate(tree.names):
+        if os.path.basename(name) == KAGGLE_VAL:
+            ((_, read),) = tree.contents(np.array([number]))
+            return _table(read(), tree.path / name)
     return None
 
 
@@ -134,10 +143,10 @@ def _wnids(meta: bytes, path: Path) -> dict[int, str]:
 # ------------------------------------------------------------------ tables
 
 
-def _table(path: Path) -> Labels:
+def _table(content: bytes, path: Path) -> Labels:
     """Kaggle's CSV, or lines of path and label."""
     try:
-        text = read_regular(path, GIGABYTE).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(
             f"labels = {readable(path)}: is no UTF-8 text; expected {ACCEPTED}"

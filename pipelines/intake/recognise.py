@@ -16,7 +16,7 @@ from pipelines.files import listed, open_regular, read_regular, readable
 from pipelines.intake import layouts
 from pipelines.intake.betons import Samples
 from pipelines.intake.collection import Collection, TreeCollection
-from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, read_labels
+from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, labels_inside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
 from pipelines.intake.webdataset import WebDataset
 from pipelines.names import checked_names
@@ -165,6 +165,9 @@ def _labels_for(tree: Tree, root: str, wishes: Wishes) -> Labels | None:
     images = [name for name in tree.names if name.startswith(root) and is_image(name)]
     if not images or any("/" in name[len(root) :] for name in images):
         return None
+    inside = labels_inside(tree)
+    if inside is not None:
+        return inside
     folder = tree.path if tree.path.is_dir() else tree.path.parent
     beside = labels_beside(folder)
     if beside is None:

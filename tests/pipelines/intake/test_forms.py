@@ -199,6 +199,18 @@ def kaggle_val_alone(files: Files, root: Path, rng: np.random.Generator) -> Held
     return f"{src}/ILSVRC/Data/CLS-LOC/val", NOTHING
 
 
+def kaggle_val_zip(files: Files, root: Path, rng: np.random.Generator) -> Held:
+    inside = {
+        f"ILSVRC/Data/CLS-LOC/val/{forms.file_name(one)}": data for one, data in files.items()
+    }
+    table = forms.kaggle_csv(files, root / "temporary.csv", rng)
+    others = {
+        "ILSVRC/Data/CLS-LOC/train/n1/1.JPEG": b"",
+        "LOC_val_solution.csv": table.read_bytes(),
+    }
+    return forms.zipped(inside | others, root / "imagenet.zip"), Wishes("val")
+
+
 def flat_zip_and_csv(files: Files, root: Path, rng: np.random.Generator) -> Held:
     flat = {forms.file_name(one): data for one, data in files.items()}
     return forms.zipped(flat, root / "val.zip"), Wishes(labels=forms.own_csv(files, root / "a.csv"))
@@ -225,6 +237,7 @@ VAL: dict[str, Make] = {
     "torchvision's root": torchvision_val,
     "Kaggle's root": kaggle_val,
     "Kaggle's folder": kaggle_val_alone,
+    "Kaggle's zip": kaggle_val_zip,
     "a zip and a CSV": flat_zip_and_csv,
     "CSV": own(True, ","),
     "CSV without header": own(False, ","),
