@@ -167,8 +167,7 @@ class CpuLoader(ThreadedLoader):
                 self._decode_jpeg(encoded, (height, width), divisor, image)
         except ValueError as error:
             raise DamagedData(
-                f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly:"
-                f" {error}"
+                f"{self.store.name_of(index)}: the JPEG does not decode cleanly: {error}"
             ) from error
         return image
 

@@ -5,7 +5,6 @@ allocation table. A sample's bytes lie within one page of the file, as FFCV's lo
 Beside the file stands a sidecar with class names, checksums and boxes, if `fap-convert` made it.
 """
 
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from pipelines.sources.beton_layout import (
     parse_fields,
     pointer_columns,
 )
+from pipelines.sources.handles import Handle, OpenFiles
 from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
 from pipelines.store import JPG, MAX_SIDE, PLANES, RAW, DamagedData, Store, planes_bytes
 
@@ -50,13 +50,19 @@ class BetonStore(Store):
     crc32: np.ndarray | None  # uint32 (N,), of the samples' bytes; None without a sidecar
     tables_crc32: int  # see `Sidecar`
 
-    def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        use_sidecar: bool = True,
+        among: OpenFiles | None = None,  # None: the file stays open
+    ) -> None:
         super().__init__(path)
         self.classes = None
         self.crc32 = None
-        self._file = open_regular(self.path)
+        self._file = Handle(self.path, among)
         try:
-            self._load_tables(os.fstat(self._file.fileno()).st_size)
+            self._load_tables(self._file.size)
             sidecar = read_sidecar(self.path) if use_sidecar else None
             if sidecar is not None:
                 self.use(sidecar)
@@ -132,6 +138,11 @@ class BetonStore(Store):
     def is_proven(self, index: int) -> bool:
         """Conversion checks every image, and its sidecar has the checksums."""
         return self.crc32 is not None
+
+    def files(self) -> list[Path]:
+        """See `Store.files`."""
+        side = sidecar_path(self.path)
+        return [self.path, side] if side.exists() else [self.path]
 
     def close(self) -> None:
         self._file.close()
@@ -293,15 +304,8 @@ class BetonStore(Store):
     # ------------------------------------------------------------------ bytes and errors
 
     def _pread(self, size: int, offset: int, what: str) -> bytes:
-        """pread, not mmap: a file that shrinks under us is a short count instead of a SIGBUS."""
-        raw = b""
         try:
-            # Linux reads at most 2 GiB at once.
-            while len(raw) < size:
-                more = os.pread(self._file.fileno(), size - len(raw), offset + len(raw))
-                if not more:
-                    break
-                raw += more
+            raw = self._file.read(size, offset)
         except OSError as error:
             raise DamagedData(f"{readable(self.path)}: {what}: {error}") from error
         self._require(
