@@ -292,8 +292,6 @@ def parsed() -> argparse.Namespace:
         make(a.images)
     if not a.beton.exists():
         convert_images(a.images, a.beton)
-    if not planes_file(a.beton).exists():
-        make_planes(a.beton)
     file_mb = a.beton.stat().st_size / 1e6
     if a.memory_limit and file_mb < a.memory_limit:
         parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {file_mb:.0f} MB")
@@ -302,13 +300,17 @@ def parsed() -> argparse.Namespace:
     for name in a.only:
         if name not in names():
             parser.error(f"--only {name!r}: must be of {', '.join(names())}")
+    of_planes = any(name.endswith(PLANES_OF) for name in a.only)
+    if of_planes and not planes_file(a.beton).exists():
+        make_planes(a.beton)
     return a
 
 
 def sizes_mb(beton: Path) -> dict[str, int]:
     """What the images take as JPEGs and as planes, for the report."""
     files = {"jpegs_mb": beton, "planes_mb": planes_file(beton)}
-    return {name: round(file.stat().st_size / 1e6) for name, file in files.items()}
+    there = {name: file for name, file in files.items() if file.exists()}
+    return {name: round(file.stat().st_size / 1e6) for name, file in there.items()}
 
 
 def be_child(a: argparse.Namespace) -> None:
