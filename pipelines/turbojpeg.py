@@ -14,7 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from pipelines.jpeg import DCT_FRAMES, FRAMES, PIXELS_PER_BYTE, jpeg_segments, one_big_at_a_time
+from pipelines.jpeg import (
+    DCT_FRAMES,
+    FRAME,
+    FRAMES,
+    PIXELS_PER_BYTE,
+    jpeg_segments,
+    one_big_at_a_time,
+)
 
 # simplejpeg's names.
 RGB = "RGB"
@@ -146,7 +153,7 @@ def _dct_frame(data: bytes | bytearray | np.ndarray) -> int:
         # The decoder takes the same one: it skips the segments before it as we do, and a second one
         # is an error.
         if marker in FRAMES:
-            if marker in DCT_FRAMES:
+            if marker in DCT_FRAMES and start + FRAME.size <= len(data):
                 return start
             break
     raise ValueError("unsupported JPEG process: it is not made of DCT coefficients")
