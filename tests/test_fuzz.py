@@ -32,6 +32,7 @@ TARGETS = {
     "images",
     "no_file",
     "annotations",
+    "archive",
 }
 
 

@@ -10,10 +10,11 @@ from pipelines.files import readable
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
 from pipelines.sources.shards import ShardedStore, is_pattern
+from pipelines.sources.tar import TarStore
 from pipelines.store import Store
 
 # The first that accepts a path opens it.
-SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore, ShardedStore)
+SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore, TarStore, ShardedStore)
 
 
 def accepted() -> str:
