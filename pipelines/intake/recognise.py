@@ -14,10 +14,10 @@ from pipelines.archives.tree import FolderTree, JoinedTree, ListedFolder, Tree
 from pipelines.archives.zips import ZipTree
 from pipelines.files import listed, open_regular, read_regular, readable
 from pipelines.intake import layouts
-from pipelines.intake.stores import Samples
 from pipelines.intake.collection import Collection, TreeCollection
 from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, labels_inside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
+from pipelines.intake.stores import Samples
 from pipelines.intake.webdataset import WebDataset
 from pipelines.names import checked_names
 from pipelines.sources import SOURCES, source_of
