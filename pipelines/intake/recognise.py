@@ -14,15 +14,16 @@ from pipelines.archives.tree import FolderTree, JoinedTree, ListedFolder, Tree
 from pipelines.archives.zips import ZipTree
 from pipelines.files import listed, open_regular, read_regular, readable
 from pipelines.intake import layouts
-from pipelines.intake.betons import Samples
 from pipelines.intake.collection import Collection, TreeCollection
 from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, labels_inside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
+from pipelines.intake.stores import Samples
 from pipelines.intake.webdataset import WebDataset
 from pipelines.names import checked_names
-from pipelines.sources import source_of
+from pipelines.sources import SOURCES, source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
+from pipelines.sources.image_files import ImageFilesStore
 
 Split = Literal["train", "val", "test"]
 
@@ -103,9 +104,11 @@ def names_in(path: Path) -> tuple[str, ...]:
 
 
 def _of_file(path: Path, wishes: Wishes) -> Collection:
-    if path.suffix != ".tar" and BetonStore.accepts(path):
-        _refuse(wishes, path, "a .beton")
-        return Samples(BetonStore(path))
+    for source in SOURCES:
+        # Image files in a tar have names, which a store does not tell.
+        if not issubclass(source, ImageFilesStore) and source.accepts(path):
+            _refuse(wishes, path, source.described_as)
+            return Samples(source(path))
     if is_parquet(path):
         _refuse(wishes, path, "a parquet file")
         return ParquetFiles(path, [path])

@@ -24,7 +24,7 @@ from pipelines.sources.beton import BetonStore
 from pipelines.sources.handles import OpenFiles
 from pipelines.store import Store
 
-OPENERS = 8  # threads: opening waits for the file system
+OPENERS = 4  # threads: they cost a tenth on a local disk, and hide the latency of a network one
 OPENED_AHEAD = 16  # shards whose class names are in memory at once
 MOST_NOTES = 5  # of the shards
 MOST_NAMED = 6  # missing shards

@@ -1,5 +1,6 @@
 """The data of a run: how many classes, whose names, and which of them data.val may lack."""
 
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fap.checkpoint import Checkpoints
 from fap.config import Config, load_config
 from fap.run.data import open_data
 from pipelines.sources.beton import BetonStore
 from tests.conftest import noise_beton, photo, write_beton
-from tests.run.runs import assert_same, final_state, run
+from tests.run.runs import assert_same, final_state, run, without_metrics
 
 
 def image_folder(root: Path, classes: list[str], each: int = 8) -> Path:
@@ -161,6 +163,27 @@ def test_a_run_of_shards_is_that_of_the_one_file(
     other = divide(tiny_beton, tmp_path / "other", [0, 20, 22, 70])
     with pytest.raises(ValueError, match="but another content"):
         run(other, tmp_path / "runs", "resume=auto")
+
+
+def test_a_run_of_a_tar_is_that_of_its_class_folders(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """In place: neither is converted. The same data, so the same identity too."""
+    tar = tmp_path / "train.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(folders["train"], "train")
+    states = []
+    for name, data in (("folder", folders["train"]), ("tar", tar)):
+        words = ["model.num_classes=4", "optim.clean_batch=8", "method.group_rows=8"]
+        folder, _ = run(
+            data, tmp_path / name, *words, "budget.epochs=3", "budget.milestones=[2]"
+        )
+        newest = Checkpoints(folder / "checkpoints").newest()
+        assert newest is not None
+        states.append((newest[1], newest[2]["train"]))
+    (of_folder, folder_identity), (of_tar, tar_identity) = states
+    assert_same(without_metrics(of_folder), without_metrics(of_tar))
+    assert folder_identity == tar_identity
 
 
 def test_data_train_names_a_pattern_without_files(tiny_beton: Path, tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_wishes_that_a_form_does_not_have(wishes: Wishes, tmp_path: Path) -> Non
     folder = forms.shards(forms.train_files(), tmp_path / "s", np.random.default_rng(SEED), 1)
     refused(folder / "imagenet-000000.tar", "takes no --", tmp_path, wishes)
     convert_images(folder, tmp_path / "first.beton")
-    refused(tmp_path / "first.beton", "a .beton, which takes no --", tmp_path, wishes)
+    refused(tmp_path / "first.beton", "a .beton file, which takes no --", tmp_path, wishes)
 
 
 # ------------------------------------------------------------------ parquet

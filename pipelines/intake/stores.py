@@ -1,4 +1,4 @@
-"""A `.beton` that is converted again: to add a sidecar, to shrink, or to re-encode."""
+"""A `.beton`, or another store, that is converted: to add a sidecar, to shrink, or to re-encode."""
 
 from collections.abc import Callable, Iterator
 
@@ -27,7 +27,7 @@ class Samples(Collection):
                 f"{readable(store.path)}: holds decoded planes: convert what it was made from"
             )
         self.path = store.path
-        self.described_as = f"{store.described_as}"
+        self.described_as = store.described_as
         self.classes = store.classes
         self.labels = store.labels
         self.ignored = {}
