@@ -89,7 +89,7 @@ def decode(
 def decode_top(
     data: bytes | np.ndarray,  # of a JPEG that is known to be sound; uint8 (n,)
     image: np.ndarray,  # uint8 (rows, ceil(W / divisor), 3), C order: filled with RGB
-    divisor: int = 1,  # of the sides H and W: 1 or 2
+    divisor: int = 1,  # of the sides H and W: 1, 2, 4 or 8
     *,
     fast_dct: bool = False,
 ) -> None:
