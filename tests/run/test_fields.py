@@ -212,7 +212,7 @@ def test_a_run_is_not_resumed_with_another_filter(files: dict[str, Path], tmp_pa
     for change in ({"filter": "bilinear"}, {"pipeline": "dali"}):
         tree = half.config.model_dump()
         tree["data"] |= change
-        with pytest.raises(ValueError, match="data.filter: 'area', now 'bilinear'"):
+        with pytest.raises(ValueError, match=r"data\.filter: 'area', now 'bilinear'"):
             Run(make_config(tree | {"resume": "auto"}))
 
 
