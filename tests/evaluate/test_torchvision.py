@@ -121,8 +121,8 @@ class Recorder:
     [
         ("reference", True, 1e-3),
         ("ffcv", False, 1e-3),
-        # Of a grey level that DALI rounds otherwise, with weights that nobody has trained.
-        ("dali", False, 2e-2),
+        # Of some 0.2% of the values, which DALI rounds to the next grey level: 1.1e-3 at most.
+        ("dali", False, 5e-3),
     ],
 )
 def test_a_checkpoint_scores_what_torchvisions_loop_gives(
