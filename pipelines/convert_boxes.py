@@ -7,15 +7,15 @@ turned by Exif, or of other sides than the annotations say is a bad image: its b
 
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.convert import AS_THEY_ARE, CHUNK, BadImages, Encoding, cores, encode_file
-from pipelines.files import readable
+from pipelines.convert import AS_THEY_ARE, CHUNK, BadImages, Encoding, cores, encode_content
+from pipelines.files import read_regular, readable
 from pipelines.images import unturned_sides
-from pipelines.jpeg import turbojpeg
 from pipelines.progress import in_order
 from pipelines.sources.annotated import NOT_NAMED, Annotated, image_files
 from pipelines.sources.beton_writer import BetonWriter, Sample, refuse_existing
@@ -44,7 +44,6 @@ def convert_boxes(
         ValueError, OSError: wrong arguments, annotations that are none or contradict themselves,
             nothing can be written.
     """
-    turbojpeg()
     images = Path(images)
     if not images.is_dir():
         raise ValueError(f"{readable(images)}: no such folder; expected the folder of the images")
@@ -65,7 +64,10 @@ def convert_boxes(
                 )
             sides[place] = found
 
-        return entry.fault or encode_file(str(images / entry.name), encoding, look_at)
+        if entry.fault:
+            return entry.fault
+        path = str(images / entry.name)
+        return encode_content(partial(read_regular, path), encoding, path, look_at)
 
     bad: list[tuple[str, str]] = []
     kept: list[int] = []  # places of the images that are stored

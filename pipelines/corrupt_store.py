@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from pipelines.corrupt import check_corruption, corrupt
+from pipelines.files import readable
 from pipelines.images import UNREADABLE, open_image, reason
-from pipelines.store import JPG, RAW, DamagedData, Store
+from pipelines.store import JPG, PLANES, RAW, DamagedData, Store
 
 
 class CorruptedStore(Store):
     """Every image of `clean` as raw pixels, corrupted by `pool` when it is read.
 
     Labels, boxes, sides and files are those of `clean`, which stays open. Raises ValueError for an
-    unknown name or severity.
+    unknown name or severity, and for images stored as planes.
     """
 
     def __init__(
@@ -30,6 +31,11 @@ class CorruptedStore(Store):
     ) -> None:
         super().__init__(clean.path)
         check_corruption(name, severity)
+        if (clean.modes == PLANES).any():
+            raise ValueError(
+                f"{readable(clean.path)}: decoded planes cannot be corrupted: convert the images"
+                " again without --decoded"
+            )
         self.clean = clean
         self.classes = clean.classes
         self.annotations = clean.annotations
@@ -71,10 +77,16 @@ class CorruptedStore(Store):
         try:
             return begun.result().reshape(-1)
         except _UndecodedError as error:
-            raise DamagedData(f"{self.file(index)}: sample {index}: {error}") from error
+            raise DamagedData(f"{self.name_of(index)}: {error}") from error
 
     def file(self, index: int) -> Path:
         return self.clean.file(index)
+
+    def name_of(self, index: int) -> str:
+        return self.clean.name_of(index)
+
+    def files(self) -> list[Path]:
+        return self.clean.files()
 
     def identity(self) -> dict[str, Any]:
         """That of the clean images, and what is done to them."""

@@ -16,20 +16,20 @@ and encoded once, as a JPEG of quality 95 with 4:2:0 colours:
   LAB; JPEGs of 12 bits; what is none of FORMATS.
 """
 
+import os
 import struct
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin
 
+from pipelines import turbojpeg
 from pipelines.files import readable
 from pipelines.jpeg import (
     ORIENTATION,
     PIXELS_PER_BYTE,
     UPRIGHT,
-    check_jpeg,
     is_big,
     is_jpeg,
     jpeg_header,
@@ -148,29 +148,39 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8).take(np.asarray(image), mode="clip"))
 
 
-def _shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
-    """`size` with `max_side` as its longer side, or as it is if that is no longer."""
-    longer = max(size)
-    if max_side is None or longer <= max_side:
-        return size
-    first = max(1, round(size[0] * max_side / longer))
-    second = max(1, round(size[1] * max_side / longer))
-    return first, second
-
-
 def decode(data: bytes, max_side: int | None = None) -> Image.Image:
     """The upright RGB picture; with a side above `max_side` pixels shrunk, by area average.
 
+    Area average: a pixel is the mean of the rectangle of the image that it covers, to nearest, a
+    part of a pixel counting as that part. What Pillow shows is shrunk as it is stored, before it is
+    set upright.
+
     Raises any of UNREADABLE for what is damaged or refused (see this module's docstring), or too
-    large.
+    large. Of a JPEG libjpeg-turbo's warnings are damage.
     """
+    if is_jpeg(data):
+        sides = plain_jpeg(data)
+        if sides is not None and not is_big(*sides):
+            return _decode_plain_jpeg(data, sides, max_side)
+        turbojpeg.check_jpeg(data)  # Pillow passes over its warnings
+    return _decode_by_pillow(data, max_side)
+
+
+def _decode_plain_jpeg(data: bytes, sides: tuple[int, int], max_side: int | None) -> Image.Image:
+    """One of height and width `sides`, shown as Pillow shows it, for less work."""
+    height, width = sides
+    target = _target((width, height), max_side)
+    pixels = np.empty((height, width, 3), np.uint8)
+    turbojpeg.decode(data, pixels)
+    return Image.fromarray(_shrunk(pixels, target))
+
+
+def _decode_by_pillow(data: bytes, max_side: int | None) -> Image.Image:
     image = open_image(data)
     _refuse(image)
     full = image.size
     width, height = full
-    if max_side is None and max(full) > MAX_SIDE:
-        raise ValueError(f"{width} x {height} pixels: sides above {MAX_SIDE} need --max-side")
-    target = _shrunk(full, max_side)
+    target = _target(full, max_side)
     if target != full and image.format == "JPEG" and is_big(width, height):
         # The decoder's own 1/2, 1/4 or 1/8: if it can, no further than twice the wanted size, the
         # rest is averaged.
@@ -186,7 +196,7 @@ def decode(data: bytes, max_side: int | None = None) -> Image.Image:
         turn = _turn(image, data)
         picture = _as_rgb(image)
         if target != full:
-            picture = picture.resize(target, Image.Resampling.BOX)
+            picture = Image.fromarray(_shrunk(np.asarray(picture), target))
         if turn in TURNS:
             picture = picture.transpose(TURNS[turn])
         return picture
@@ -199,14 +209,60 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def shrink(
+    pixels: np.ndarray,  # uint8 (H, W, 3)
+    max_side: int | None,
+) -> np.ndarray:
+    """Pixels as `decode` shrinks a picture; ValueError for what is too large to stay as it is."""
+    height, width, _ = pixels.shape
+    return _shrunk(pixels, _target((width, height), max_side))
+
+
+def _target(
+    size: tuple[int, int],  # width, height
+    max_side: int | None,
+) -> tuple[int, int]:
+    """`size` with `max_side` as its longer side, or as it is if that is no longer.
+
+    ValueError for one that is too large to stay as it is.
+    """
+    longer = max(size)
+    if max_side is None and longer > MAX_SIDE:
+        raise ValueError(f"{size[0]} x {size[1]} pixels: sides above {MAX_SIDE} need --max-side")
+    if max_side is None or longer <= max_side:
+        return size
+    first = max(1, round(size[0] * max_side / longer))
+    second = max(1, round(size[1] * max_side / longer))
+    return first, second
+
+
+def _shrunk(
+    pixels: np.ndarray,  # uint8 (H, W, 3)
+    size: tuple[int, int],  # width, height
+) -> np.ndarray:
+    """The area average, uint8 (height, width, 3); `pixels` themselves if they have that size."""
+    width, height = size
+    if pixels.shape == (height, width, 3):
+        return pixels
+    # Not at the top: numba takes a second to import, and few conversions shrink.
+    from pipelines.loaders.area import area_resize
+
+    whole = (0.0, 0.0, float(pixels.shape[0]), float(pixels.shape[1]))
+    shrunk = np.empty((height, width, 3), np.uint8)
+    area_resize(pixels, whole, False, shrunk, (0, 0, height, width))
+    return shrunk
+
+
 # ------------------------------------------------------------------ as a JPEG
 
 
 def as_jpeg(picture: Image.Image, quality: int = QUALITY) -> bytes:
     """A baseline JPEG with 4:2:0 colours."""
-    out = BytesIO()
-    picture.save(out, "JPEG", quality=quality)
-    return out.getvalue()
+    # While Pillow encodes into a file's descriptor other threads may run. While it encodes into a
+    # BytesIO it holds the GIL.
+    with open(os.memfd_create("jpeg"), "w+b", buffering=0) as file:
+        picture.save(file, "JPEG", quality=quality)
+        return os.pread(file.fileno(), file.tell(), 0)
 
 
 def plain_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -232,10 +288,6 @@ def upright_jpeg(data: bytes) -> tuple[bytes, tuple[int, int]]:
     sides = plain_jpeg(data)
     if sides is not None:
         return data, sides
-    if is_jpeg(data):
-        # Without libturbojpeg less damage is noticed: Pillow passes over its warnings.
-        with suppress(ImportError):
-            check_jpeg(data)
     picture = decode(data)
     return as_jpeg(picture), (picture.height, picture.width)
 

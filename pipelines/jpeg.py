@@ -1,11 +1,9 @@
-"""JPEG files: what their headers say, and libjpeg-turbo's verdict on the rest."""
+"""JPEG files: what their headers say, and which are so big that they are decoded alone."""
 
-import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import NamedTuple
 
 # A JPEG's block of 64 pixels takes at least a bit: damaged sides must not ask for gigabytes.
@@ -46,6 +44,7 @@ APP1 = 0xE1  # Exif or XMP
 
 FRAMES = frozenset(range(0xC0, 0xD0)) - {HUFFMAN_TABLES, RESERVED, ARITHMETIC_TABLES}
 PLAIN_FRAMES = (BASELINE, EXTENDED, PROGRESSIVE)  # what every decoder knows
+DCT_FRAMES = (*PLAIN_FRAMES, 0xC9, 0xCA)  # the same, and two with arithmetic coding: not lossless
 
 FRAME = struct.Struct(">BHHB")  # bits per sample, height, width, components
 SIDES = struct.Struct(">HH")  # height and width, behind the bits per sample
@@ -172,74 +171,3 @@ def _surely_upright(tiff: bytes) -> bool:
     except struct.error:  # an address or a length behind the end
         return False
     return True
-
-
-# ------------------------------------------------------------------ libjpeg-turbo
-
-# turbojpeg.h: TJCS_..., TJPF_..., and two arguments.
-CMYK_COLOURS = (3, 4)  # colour spaces CMYK and YCCK, which it cannot turn into RGB
-RGB_PIXELS = 0
-CMYK_PIXELS = 11
-MOST_BYTES_PER_PIXEL = 4
-NO_PADDING = 0  # as "pitch": rows of pixels without a gap
-NO_FLAGS = 0
-
-
-@cache
-def turbojpeg() -> ctypes.CDLL:
-    """The library of libjpeg-turbo. Raises ImportError with the remedy where it is missing."""
-    try:
-        lib = ctypes.CDLL("libturbojpeg.so.0")
-    except OSError as error:
-        raise ImportError(
-            f"libturbojpeg is missing ({error}): apt-get install libturbojpeg0"
-        ) from error
-    lib.tjInitDecompress.restype = ctypes.c_void_p
-    lib.tjGetErrorStr2.restype = ctypes.c_char_p
-    return lib
-
-
-def check_jpeg(data: bytes, shrink: int = 8) -> tuple[int, int]:
-    """Decode at 1/shrink size: the (height, width) of the whole. Holds no GIL.
-
-    Raises:
-        ValueError: libjpeg-turbo's error or warning.
-    """
-    lib = turbojpeg()
-    handle = ctypes.c_void_p(lib.tjInitDecompress())
-
-    def call(function: Callable[..., int], *arguments: object) -> None:
-        # Not 0 for a warning either: it would have filled the rest of the image with grey.
-        if function(handle, data, ctypes.c_ulong(len(data)), *arguments):
-            raise ValueError(lib.tjGetErrorStr2(handle).decode(errors="replace"))
-
-    try:
-        width, height, colours = _turbojpeg_header(lib, call)
-        if width * height > PIXELS_PER_BYTE * len(data):
-            raise ValueError(f"too few bytes for a JPEG of {height} x {width} pixels")
-        small_width = _shrunk_side(width, shrink)
-        small_height = _shrunk_side(height, shrink)
-        pixel_format = CMYK_PIXELS if colours in CMYK_COLOURS else RGB_PIXELS
-        with one_big_at_a_time(width, height):
-            pixels = ctypes.create_string_buffer(small_width * small_height * MOST_BYTES_PER_PIXEL)
-            size = (small_width, NO_PADDING, small_height)
-            call(lib.tjDecompress2, pixels, *size, pixel_format, NO_FLAGS)
-        return height, width
-    finally:
-        lib.tjDestroy(handle)
-
-
-def _turbojpeg_header(lib: ctypes.CDLL, call: Callable[..., None]) -> tuple[int, int, int]:
-    """Width, height and colour space, by the `call` of `check_jpeg`."""
-    width = ctypes.c_int()
-    height = ctypes.c_int()
-    subsampling = ctypes.c_int()
-    colours = ctypes.c_int()
-    results = [ctypes.byref(number) for number in (width, height, subsampling, colours)]
-    call(lib.tjDecompressHeader3, *results)
-    return width.value, height.value, colours.value
-
-
-def _shrunk_side(side: int, shrink: int) -> int:
-    """libjpeg-turbo rounds the sides of a shrunk image up."""
-    return -(-side // shrink)

@@ -12,9 +12,10 @@ import numpy as np
 from pipelines.boxes import Annotations
 from pipelines.files import listed, readable, shown
 
-# How a sample's bytes are to be read; FFCV's numbers.
+# How a sample's bytes are to be read; the first two are FFCV's numbers.
 JPG = 0  # a JPEG that every decoder shows as an upright RGB picture
 RAW = 1  # pixels, RGB in the order height, width, channel
+PLANES = 2  # the planes of a 4:2:0 JPEG, decoded: see `planes_bytes`; FFCV has no such mode
 
 MAX_SIDE = 32767  # pixels; an epoch plan's windows are int16
 IDENTITY_SAMPLES = 256  # samples whose bytes say what data without checksums is
@@ -28,6 +29,20 @@ class DamagedData(RuntimeError):  # noqa: N818
 
     The message names the file and, if it is one, the sample.
     """
+
+
+def planes_bytes(
+    heights: np.ndarray,  # integers (N,), pixels
+    widths: np.ndarray,  # integers (N,), pixels
+) -> np.ndarray:
+    """The bytes of samples of mode PLANES, int64 (N,).
+
+    Such a sample is full-range YCbCr as JFIF has it, uint8: Y of height x width, then Cb, then Cr,
+    each of half the height and half the width, rounded up. Nothing lies between them.
+    """
+    heights = np.asarray(heights, np.int64)
+    widths = np.asarray(widths, np.int64)
+    return heights * widths + 2 * ((heights + 1) // 2) * ((widths + 1) // 2)
 
 
 class Store(ABC):
@@ -49,8 +64,8 @@ class Store(ABC):
 
     `read(index)` is called from many threads at once, with any index, in any order. It returns the
     same bytes each time, and those that the tables announce: a JPEG whose frame header says
-    (heights[index], widths[index]), or that many raw pixels. What it cannot read it refuses. It
-    never returns another sample's bytes, or half of them.
+    (heights[index], widths[index]), or that many raw pixels, or their planes. What it cannot read
+    it refuses. It never returns another sample's bytes, or half of them.
 
     `identity()` says what the data is, wherever it lies. A run is resumed, and a result is found
     again, only on data of the same identity. So a copy must keep it and a change should alter it:
@@ -65,7 +80,7 @@ class Store(ABC):
     heights: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
     widths: np.ndarray  # int32 (N,), pixels, 1 to MAX_SIDE
     labels: np.ndarray  # int64 (N,), places in `classes` where there are any; see above
-    modes: np.ndarray  # uint8 (N,): JPG or RAW
+    modes: np.ndarray  # uint8 (N,): JPG, RAW or PLANES
     sizes: np.ndarray  # int64 (N,), bytes as they are stored
     annotations: Annotations | None = None  # the boxes of detection
     notes: tuple[str, ...] = ()  # lines to print where the data is opened: what was passed over
@@ -84,7 +99,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, index: int) -> np.ndarray:
-        """Encoded bytes of one sample, uint8 (n,): a JPEG, or raw RGB in HWC order.
+        """Bytes of one sample, uint8 (n,): a JPEG, raw RGB in HWC order, or planes.
 
         n is `sizes[index]`, unless the source stores the image in another form than it serves it.
 
@@ -100,6 +115,14 @@ class Store(ABC):
     def file(self, index: int) -> Path:
         """The file that holds sample `index`, for messages."""
         return self.path
+
+    def name_of(self, index: int) -> str:
+        """Sample `index` by its file and its number there, for messages."""
+        return f"{readable(self.file(index))}: sample {index}"
+
+    def files(self) -> list[Path]:
+        """Every file that the data are in, once, and those that say more about them."""
+        return list(dict.fromkeys(self.file(index) for index in range(len(self))))
 
     def close(self) -> None:  # noqa: B027
         """Release file handles."""

@@ -25,7 +25,8 @@ from PIL import Image
 
 from fap.signals import SIGNALS
 from pipelines.jpeg import jpeg_sides
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, IMAGE, BetonStore
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import ALLOCATION, FIELD, HEADER, IMAGE
 from pipelines.store import JPG, RAW
 
 PAGE = 2 << 20  # bytes, as in FFCV's own files

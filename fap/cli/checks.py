@@ -32,6 +32,7 @@ MODULES = (
     "tensorboard",
     "tqdm",
     "PIL",
+    "simplejpeg",
     "cv2",
     "numba",
     "scipy",

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.files import readable
 from pipelines.machine import usable_cores
 from pipelines.plan import FILTERS, PADDING, EpochPlan, Filter, PlanSpec
 from pipelines.sizes import Size, sides_of
-from pipelines.store import Store
+from pipelines.store import PLANES, Store
 
 ROWS_AT_A_TIME = 1 << 17  # of a plan that is checked
 
@@ -63,8 +64,14 @@ class Loader(ABC):
 
     filters: tuple[Filter, ...] = FILTERS
     """Those that it can show; the registry says the same (`BackEnd.filters`)."""
+    shows_planes = False  # whether `_images` can show samples of mode PLANES
 
     def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
+        if not self.shows_planes and (store.modes == PLANES).any():
+            raise ValueError(
+                f"{readable(store.path)}: holds decoded planes, which this data.pipeline cannot"
+                " show: choose another, or convert the images again without --decoded"
+            )
         self.store = store
         self.size = size
         self.sides = sides_of(size)  # height and width of the canvas

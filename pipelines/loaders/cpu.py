@@ -8,13 +8,12 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines import turbojpeg
 from pipelines.ahead import run_ahead
 from pipelines.loaders.area import area_resize
 from pipelines.loaders.base import ThreadedLoader
@@ -39,8 +38,6 @@ class CpuLoader(ThreadedLoader):
     """
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
-        if plan.spec.filter == "bilinear" and (self.store.modes == JPG).any():
-            _exact_decoder()  # the error of a missing package comes here, and not out of a thread
         on_gpu = self.device.type == "cuda"
         n_rows = plan.index.shape[1]
         steps = range(start_step, len(plan))
@@ -154,9 +151,7 @@ class CpuLoader(ThreadedLoader):
         else:
             decodes = self._decode_jpeg(encoded, (height, width), divisor, image)
         if not decodes:
-            raise DamagedData(
-                f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly"
-            )
+            raise DamagedData(f"{self.store.name_of(index)}: the JPEG does not decode cleanly")
         return image
 
     @abstractmethod
@@ -170,29 +165,16 @@ class CpuLoader(ThreadedLoader):
         """Decode a JPEG; False for any error or warning of the decoder. Called in many threads."""
 
 
-def _exact_decoder() -> Any:
-    """simplejpeg's `decode_jpeg`: libjpeg-turbo, and no other decoder's pixels are Pillow's."""
-    try:
-        return import_module("simplejpeg").decode_jpeg
-    except ImportError as error:
-        raise ImportError(
-            f"filter = 'bilinear', which evaluation has too, needs a package that is missing"
-            f" ({error}): pip install simplejpeg"
-        ) from error
-
-
 def _decode_as_pillow(
     encoded: np.ndarray,  # uint8 (n,)
     image: np.ndarray,  # uint8 (H, W, 3): to fill
 ) -> bool:
     """Decode a JPEG to the pixels that Pillow shows; False for any error or warning."""
     try:
-        shown = _exact_decoder()(
-            encoded, "RGB", fastdct=False, fastupsample=False, buffer=image, strict=True
-        )
+        turbojpeg.decode(encoded, image)
     except ValueError:
         return False
-    return shown.shape == image.shape
+    return True
 
 
 def _ceil_div(a: int, b: int) -> int:

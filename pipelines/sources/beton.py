@@ -1,79 +1,68 @@
-"""`.beton`, FFCV's format, version 2: its layout, and a reader that trusts nothing in the file.
+"""`.beton`, FFCV's format, version 2: a reader that trusts nothing in the file.
 
-A file is a header, two field descriptors, one row of metadata per sample, the samples' bytes, and
-an allocation table. A sample's bytes lie within one page of the file, as FFCV's loader needs it.
+A file is a header, field descriptors, one row of metadata per sample, the samples' bytes, and an
+allocation table. A sample's bytes lie within one page of the file, as FFCV's loader needs it.
 Beside the file stands a sidecar with class names, checksums and boxes, if `fap-convert` made it.
 """
 
-import os
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.files import open_regular, readable
+from pipelines.files import listed, open_regular, readable
 from pipelines.jpeg import PIXELS_PER_BYTE, jpeg_sides
-from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
-from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData, Store
-
-# ------------------------------------------------------------------ the layout
-
-VERSION = 2  # of FFCV's format
-N_FIELDS = 2  # of a sample: one image, one label
-
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("fields", "<u2"),
-        ("page_size", "<u4"),  # bytes, a power of two
-        ("num_samples", "<u8"),
-        ("alloc_ptr", "<u8"),  # where the allocation table begins
-    ]
+from pipelines.sources.beton_layout import (
+    ALLOCATING,
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    MOST_TOLD,
+    VERSION,
+    Chosen,
+    Field,
+    choose,
+    metadata_row,
+    parse_fields,
+    pointers_of,
 )
+from pipelines.sources.handles import Handle, OpenFiles
+from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
+from pipelines.store import JPG, MAX_SIDE, PLANES, RAW, DamagedData, Store, planes_bytes
 
-FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
-
-# FFCV's type ids.
-INT_FIELD = 1
-IMAGE_FIELD = 2
-
-IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-COLUMNS = {INT_FIELD: ("label", "<i8"), IMAGE_FIELD: ("image", IMAGE)}  # of the metadata
-
-ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-
-# A file begins with them.
-VERSION_AND_FIELDS = np.array([VERSION, N_FIELDS], "<u2").tobytes()
-
-
-def metadata_row(type_ids: list[int]) -> np.dtype:
-    """A row of the metadata, for fields in this order."""
-    return np.dtype([COLUMNS[type_id] for type_id in type_ids], align=True)
-
-
-# ------------------------------------------------------------------ the reader
+LEAST_FIELDS = 2  # an image and a label
 
 
 class BetonStore(Store):
-    """A `.beton` of one RGB image and one integer label per sample.
+    """A `.beton` of one RGB image, or the planes of one, and one integer label per sample.
+
+    It may have other fields: `beton_layout.choose` says which are read.
 
     Raises:
-        DamagedData: other fields, or header or tables contradict each other, the file's size or the
-            sidecar.
+        DamagedData: neither image nor label, or header or tables contradict each other, the file's
+            size or the sidecar.
     """
 
     described_as = "a .beton file"
 
+    fields: list[Field]  # of a sample, in the file's order
     crc32: np.ndarray | None  # uint32 (N,), of the samples' bytes; None without a sidecar
     tables_crc32: int  # see `Sidecar`
 
-    def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        use_sidecar: bool = True,
+        among: OpenFiles | None = None,  # None: the file stays open
+    ) -> None:
         super().__init__(path)
         self.classes = None
         self.crc32 = None
-        self._file = open_regular(self.path)
+        self._file = Handle(self.path, among)
         try:
-            self._load_tables(os.fstat(self._file.fileno()).st_size)
+            self._load_tables(self._file.size)
             sidecar = read_sidecar(self.path) if use_sidecar else None
             if sidecar is not None:
                 self.use(sidecar)
@@ -117,7 +106,7 @@ class BetonStore(Store):
         if isinstance(skipped, list) and skipped:
             n = len(skipped)
             path = readable(self.path)
-            self.notes = (f"{n:,} damaged images were left out when {path} was made",)
+            self.notes += (f"{n:,} damaged images were left out when {path} was made",)
 
     def _check_annotations(self, sidecar: Sidecar, side: str) -> None:
         """The annotations of a sidecar are of these images. `side`: its path, for messages."""
@@ -146,6 +135,11 @@ class BetonStore(Store):
             )
         return np.frombuffer(raw, np.uint8)
 
+    def files(self) -> list[Path]:
+        """See `Store.files`."""
+        side = sidecar_path(self.path)
+        return [self.path, side] if side.exists() else [self.path]
+
     def close(self) -> None:
         self._file.close()
 
@@ -158,99 +152,171 @@ class BetonStore(Store):
 
     def _load_tables(self, file_bytes: int) -> None:
         """Read the header and both tables, and check them against each other."""
-        head, n, alloc_ptr, row = self._read_head(file_bytes)
-        data_start = len(head) + n * row.itemsize
-        self._require(data_start <= alloc_ptr, f"{n} metadata rows overlap the allocation table")
-        metadata = self._pread(n * row.itemsize, len(head), "metadata")
-        allocations = self._pread(n * ALLOCATION.itemsize, alloc_ptr, "allocation table")
-        self.tables_crc32 = zlib.crc32(head + metadata + allocations)
+        head = self._read_head(file_bytes)
+        n, row = head.n_samples, metadata_row(self.fields)
+        data_start = len(head.raw) + n * row.itemsize
+        self._require(data_start <= head.alloc_ptr, f"{n} metadata rows overlap the allocations")
 
-        # The allocation table has the samples in the order in which FFCV's workers wrote them.
-        table = np.frombuffer(metadata, row)
-        alloc = np.frombuffer(allocations, ALLOCATION)
-        alloc = alloc[np.argsort(alloc["sample"])]
-        self._require(
-            np.array_equal(alloc["sample"], np.arange(n)), "allocation table: not every sample once"
-        )
-        image = table["image"]
-        self.modes = image["mode"].copy()
-        self.labels = table["label"].copy()
-        self.heights = image["height"].astype(np.int32)
-        self.widths = image["width"].astype(np.int32)
-        self.sizes = alloc["size"].astype(np.int64)
-        self._ptrs = alloc["ptr"].astype(np.int64)
-        self._check(alloc["ptr"] == image["data_ptr"], "metadata and allocation table disagree")
-        self._check_inside(alloc["ptr"], alloc["size"], data_start, alloc_ptr)
-        self._check_images(alloc["size"])
-        self._check_apart(alloc["ptr"], alloc["size"])
+        # One table after the other, since both are as large as all that is kept of them.
+        metadata = self._pread(n * row.itemsize, len(head.raw), "metadata")
+        crc32 = zlib.crc32(metadata, zlib.crc32(head.raw))
+        told = self._take_metadata(np.frombuffer(metadata, row), head.chosen)
+        del metadata
 
-    def _read_head(self, file_bytes: int) -> tuple[bytes, int, int, np.dtype]:
-        """Header and field descriptors; samples, place of the allocation table, metadata row."""
+        alloc_bytes = n * self._n_allocations * ALLOCATION.itemsize
+        allocations = self._pread(alloc_bytes, head.alloc_ptr, "allocation table")
+        self.tables_crc32 = zlib.crc32(allocations, crc32)
+        alloc = self._by_sample(np.frombuffer(allocations, ALLOCATION), n)
+        del allocations
+        sizes = self._sizes_of(alloc, told)
+        self._check_inside(alloc["ptr"], alloc["size"], data_start, head.alloc_ptr)
+        self._check_images(sizes)
+        if told.others:
+            self._check_apart(alloc["ptr"].ravel(), alloc["size"].ravel())
+        else:
+            self._check_apart(told.ptrs, sizes)
+        # All of them are numbers of bytes in the file by now.
+        self._ptrs = told.ptrs.view(np.int64)
+        self.sizes = sizes.view(np.int64)
+
+    def _read_head(self, file_bytes: int) -> "_Head":
+        """Header and field descriptors; sets `fields`, and the note on those that are skipped."""
         header = self._pread(HEADER.itemsize, 0, "header")
         version, n_fields, page_bytes, n, alloc_ptr = np.frombuffer(header, HEADER)[0].item()
         self._require(version == VERSION, f"not a version 2 FFCV file (version {version})")
         self._require(page_bytes.bit_count() == 1, f"page size {page_bytes} is no power of two")
+        self._require(
+            n_fields >= LEAST_FIELDS, f"{n_fields} fields: need one RGB image and one integer label"
+        )
+        descriptors = self._pread(n_fields * FIELD.itemsize, HEADER.itemsize, "field descriptors")
+        try:
+            self.fields = parse_fields(descriptors)
+            chosen = choose(self.fields)
+        except ValueError as error:
+            raise DamagedData(f"{readable(self.path)}: {error}") from None
+        self._n_allocations = sum(field.type_id in ALLOCATING for field in self.fields)
         # Exact: no single wrong count or pointer survives.
         self._require(
-            n > 0 and alloc_ptr + n * ALLOCATION.itemsize == file_bytes,
+            n > 0 and alloc_ptr + n * self._n_allocations * ALLOCATION.itemsize == file_bytes,
             f"{n} samples, allocation table at {alloc_ptr}: not a file of {file_bytes} bytes",
         )
-        fields = self._pread(N_FIELDS * FIELD.itemsize, HEADER.itemsize, "field descriptors")
-        type_ids = np.frombuffer(fields, FIELD)["type_id"].tolist()
+        skipped = [str(field) for i, field in enumerate(self.fields) if i not in chosen]
+        if skipped:
+            path = readable(self.path)
+            names = listed(skipped, MOST_TOLD)
+            self.notes += (f"{len(skipped)} field(s) of {path} are not read: {names}",)
+        return _Head(header + descriptors, n, alloc_ptr, chosen)
+
+    def _take_metadata(self, table: np.ndarray, chosen: Chosen) -> "_Told":
+        """Set modes, sides and labels."""
+        pixels = table[str(chosen.pixels)]
+        sizes = None
+        if chosen.planes:
+            self.modes = np.full(len(table), PLANES, np.uint8)
+            heights = table[str(chosen.height)]
+            widths = table[str(chosen.width)]
+            sizes = pixels["size"].copy()
+        else:
+            self.modes = pixels["mode"].copy()
+            self._check(self.modes <= RAW, "bad mode")
+            heights = pixels["height"]
+            widths = pixels["width"]
+        for sides in (heights, widths):
+            self._check((sides > 0) & (sides <= MAX_SIDE), "bad dimensions")
+        self.heights = heights.astype(np.int32)
+        self.widths = widths.astype(np.int32)
+        self.labels = table[str(chosen.label)].copy()
+        ptrs = pointers_of(self.fields, table, chosen.pixels).copy()
+        others = []
+        for i, field in enumerate(self.fields):
+            if field.type_id in ALLOCATING and i != chosen.pixels:
+                others.append(pointers_of(self.fields, table, i).copy())
+        return _Told(ptrs, others, sizes)
+
+    def _by_sample(self, alloc: np.ndarray, n: int) -> np.ndarray:
+        """The allocation table as (N, allocations of a sample), in the order of the samples.
+
+        The file has it in the order in which FFCV's workers wrote the samples.
+        """
+        samples = alloc["sample"]
+        if (samples[1:] < samples[:-1]).any():
+            alloc = alloc[np.argsort(samples, kind="stable")]
+        alloc = alloc.reshape(n, self._n_allocations)
         self._require(
-            n_fields == N_FIELDS and sorted(type_ids) == sorted(COLUMNS),
-            f"{n_fields} fields, types {type_ids}: need one RGB image and one integer label",
+            bool((alloc["sample"] == np.arange(n, dtype=np.uint64)[:, None]).all()),
+            "allocation table: not every sample once",
         )
-        return header + fields, n, alloc_ptr, metadata_row(type_ids)
+        return alloc
+
+    def _sizes_of(
+        self,
+        alloc: np.ndarray,  # ALLOCATION (N, allocations of a sample)
+        told: "_Told",
+    ) -> np.ndarray:
+        """The bytes of every sample's pixels, uint64 (N,), as the allocation table has them."""
+        if not told.others:
+            agree = alloc["ptr"][:, 0] == told.ptrs
+            sizes = alloc["size"][:, 0].copy()
+        else:
+            # Of each sample, the same pointers in any order.
+            pointers = np.stack([told.ptrs, *told.others], 1)
+            agree = np.sort(alloc["ptr"], 1) == np.sort(pointers, 1)
+            # Nothing at all may lie where the pixels begin too, such as an empty text.
+            ours = alloc["ptr"] == told.ptrs[:, None]
+            sizes = np.where(ours, alloc["size"], 0).max(1)
+        if told.sizes is not None:
+            agree = agree & (told.sizes == sizes).reshape(len(sizes), -1)
+        self._check(agree, "metadata and allocation table disagree")
+        return sizes
 
     def _check_inside(
         self,
-        ptrs: np.ndarray,  # uint64 (N,), as the file has them: of any value
-        sizes: np.ndarray,  # uint64 (N,)
+        ptrs: np.ndarray,  # uint64 (N, allocations of a sample), as the file has them: of any value
+        sizes: np.ndarray,  # uint64, the same shape
         data_start: int,
         data_end: int,
     ) -> None:
-        """Every sample lies inside the data."""
+        """Everything that a sample allocates lies inside the data."""
         # `ptrs + sizes` could wrap around. `data_end - ptrs` does so only where the pointer is
         # found to be outside anyway.
-        starts_inside = (ptrs >= data_start) & (ptrs < data_end)
-        ends_inside = (sizes > 0) & (sizes <= data_end - ptrs)
+        starts_inside = (ptrs >= data_start) & (ptrs <= data_end)
+        ends_inside = sizes <= data_end - ptrs
         self._check(starts_inside & ends_inside, "its pointer or size reaches outside the data")
 
     def _check_images(self, sizes: np.ndarray) -> None:
-        """Modes, sides and sizes (uint64) are possible, and fit each other."""
+        """Sizes (uint64) fit modes and sides, and are no zeros."""
+        if self.modes[0] == PLANES:  # then all are planes
+            planes = planes_bytes(self.heights, self.widths)
+            self._check(sizes == planes, "size is not that of its planes")
+            return
         raw_bytes = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
-        sides = np.maximum(self.heights, self.widths)
-        possible = (self.modes <= RAW) & (raw_bytes > 0) & (sides <= MAX_SIDE)
-        self._check(possible, "bad mode or dimensions")
         self._check(
-            (self.modes == JPG) | (sizes == raw_bytes), "raw size is not height x width x 3"
+            (self.modes != RAW) | (sizes == raw_bytes), "raw size is not height x width x 3"
         )
         self._check(
-            (self.modes == RAW) | (raw_bytes <= 3 * PIXELS_PER_BYTE * sizes),
+            (self.modes != JPG) | (raw_bytes <= 3 * PIXELS_PER_BYTE * sizes),
             "too few bytes for a JPEG of its dimensions",
         )
 
     def _check_apart(self, ptrs: np.ndarray, sizes: np.ndarray) -> None:
-        """No two samples, which lie inside the data, share a byte: each ends before the next."""
-        order = np.argsort(ptrs)
+        """No two of the allocations, which lie inside the data, share a byte.
+
+        Each ends before the next begins. Both are uint64, in the order of the samples.
+        """
+        if (ptrs[:-1] + sizes[:-1] <= ptrs[1:]).all():  # as fap-convert writes them
+            return
+        order = np.flatnonzero(sizes)  # an empty one shares none, wherever it points
+        order = order[np.argsort(ptrs[order], kind="stable")]
         ends = (ptrs + sizes)[order]
         free = np.ones(len(ptrs), bool)
         free[order[1:]] = ends[:-1] <= ptrs[order[1:]]
-        self._check(free, "its data overlap another sample's")
+        self._check(free.reshape(len(self.labels), -1), "its data overlap another sample's")
 
     # ------------------------------------------------------------------ bytes and errors
 
     def _pread(self, size: int, offset: int, what: str) -> bytes:
-        """pread, not mmap: a file that shrinks under us is a short count instead of a SIGBUS."""
-        raw = b""
         try:
-            # Linux reads at most 2 GiB at once.
-            while len(raw) < size:
-                more = os.pread(self._file.fileno(), size - len(raw), offset + len(raw))
-                if not more:
-                    break
-                raw += more
+            raw = self._file.read(size, offset)
         except OSError as error:
             raise DamagedData(f"{readable(self.path)}: {what}: {error}") from error
         self._require(
@@ -263,13 +329,37 @@ class BetonStore(Store):
             raise DamagedData(f"{readable(self.path)}: {what}")
 
     def _check(self, ok: np.ndarray, what: str) -> None:
-        """`ok`: bool (N,). The message names the first sample that is not."""
-        self._require(bool(ok.all()), f"sample {np.argmin(ok)}: {what}")
+        """`ok`: bool (N,) or (N, k). The message names the first sample that is not."""
+        if not ok.all():
+            sample = np.argmin(ok) // (ok.size // len(ok))
+            raise DamagedData(f"{readable(self.path)}: sample {sample}: {what}")
+
+
+class _Head(NamedTuple):
+    """What stands before the metadata."""
+
+    raw: bytes  # header and field descriptors
+    n_samples: int
+    alloc_ptr: int  # where the allocation table begins
+    chosen: Chosen
+
+
+class _Told(NamedTuple):
+    """What the metadata say of the allocations."""
+
+    ptrs: np.ndarray  # uint64 (N,): of the pixels
+    others: list[np.ndarray]  # uint64 (N,) each: of the fields that are skipped
+    sizes: np.ndarray | None  # uint64 (N,): of the pixels, where the metadata tell them
 
 
 def _begins_as_ffcv_files_do(path: Path) -> bool:
     try:
         with open_regular(path) as file:
-            return file.read(len(VERSION_AND_FIELDS)) == VERSION_AND_FIELDS
+            start = file.read(HEADER.itemsize)
     except ValueError:  # no regular file
         return False
+    if len(start) < HEADER.itemsize:
+        return False
+    version, n_fields, page_bytes, _, _ = np.frombuffer(start, HEADER)[0].item()
+    # Few fields: what begins by chance with version 2 has not these bytes too.
+    return version == VERSION and LEAST_FIELDS <= n_fields < 256 and page_bytes.bit_count() == 1

@@ -17,24 +17,23 @@ import numpy as np
 from pipelines.boxes import Annotations
 from pipelines.files import lock, readable, sync_folder
 from pipelines.names import checked_names
-from pipelines.sources.beton import (
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import (
     ALLOCATION,
-    COLUMNS,
     FIELD,
     HEADER,
-    IMAGE_FIELD,
-    INT_FIELD,
-    N_FIELDS,
+    IMAGES,
+    PLANES_AND_SIDES,
     VERSION,
-    BetonStore,
+    field_descriptors,
     metadata_row,
 )
 from pipelines.sources.sidecar import Sidecar, parse_sidecar, sidecar_path, sidecar_text
+from pipelines.store import PLANES
 
-FIELDS = [IMAGE_FIELD, INT_FIELD]  # in FFCV's order
-ROW = metadata_row(FIELDS)
 PAGE_BYTES = 8 << 20  # FFCV's default
 BUFFER_BYTES = 1 << 20
+ROWS_AT_ONCE = 1 << 20  # of a table that is written
 READABLE_AND_WRITABLE = 0o666  # by all, less the user's umask
 
 
@@ -42,7 +41,7 @@ class Sample(NamedTuple):
     """One image as it is stored."""
 
     data: bytes
-    mode: int  # JPG or RAW
+    mode: int  # JPG, RAW or PLANES
     height: int
     width: int
     verbatim: bool = False  # the bytes are those of the source
@@ -57,7 +56,12 @@ class BetonWriter:
         ValueError: there is a DST, or another conversion is writing it.
     """
 
-    def __init__(self, dst: str | Path, capacity: int) -> None:
+    def __init__(
+        self,
+        dst: str | Path,
+        capacity: int,  # samples at most
+        planes: bool = False,  # all samples are of mode PLANES; else none is
+    ) -> None:
         self.dst = Path(dst)
         self.part = Path(f"{dst}.part")
         self._renaming = False
@@ -68,29 +72,45 @@ class BetonWriter:
             self._file.truncate(0)
             self.count = 0
             self._page_bytes = PAGE_BYTES
-            self._rows = np.zeros(capacity, ROW)
-            self._allocations = np.zeros(capacity, ALLOCATION)
+            self._planes = planes
+            self._fields = PLANES_AND_SIDES if planes else IMAGES
+            self._rows = np.zeros(capacity, metadata_row(self._fields))
+            self._ptrs = np.zeros(capacity, np.uint64)
+            self._sizes = np.zeros(capacity, np.uint64)  # 0: no sample is there
             self._crc32 = np.zeros(capacity, np.uint32)
             # The data begin at the first page behind room for the header and all rows.
-            tables_bytes = HEADER.itemsize + N_FIELDS * FIELD.itemsize + self._rows.nbytes
+            tables_bytes = HEADER.itemsize + len(self._fields) * FIELD.itemsize + self._rows.nbytes
             self._file.seek(tables_bytes + -tables_bytes % PAGE_BYTES)
         except BaseException:
             self._remove()
             raise
 
-    def add(self, sample: Sample, label: int) -> None:
-        """Append a sample, on the next page if this one has no room for it."""
-        at = self._file.tell()
+    def add(self, sample: Sample, label: int, place: int | None = None) -> None:
+        """Write a sample's bytes, on the next page if this one has no room for them.
+
+        `place`, below `capacity`, is its number among the samples, if they come in another order
+        than they are to have; places that stay empty are closed up. None: it is the next one.
+        """
+        if place is None:
+            place = self.count
         size = len(sample.data)
+        assert size > 0
+        assert (sample.mode == PLANES) == self._planes
+        assert not self._sizes[place], f"two samples for place {place}"
+        at = self._file.tell()
         # The page is the smallest power of two that holds the largest sample. Samples placed for
         # smaller pages straddle none of the larger ones.
         self._page_bytes = max(self._page_bytes, 1 << (size - 1).bit_length())
         room = -at % self._page_bytes
         if size > room:
             at = self._file.seek(at + room)
-        self._rows[self.count] = ((sample.mode, sample.width, sample.height, at), label)
-        self._allocations[self.count] = (self.count, at, size)
-        self._crc32[self.count] = zlib.crc32(sample.data)
+        if self._planes:
+            self._rows[place] = ((at, size), label, sample.height, sample.width)
+        else:
+            self._rows[place] = ((sample.mode, sample.width, sample.height, at), label)
+        self._ptrs[place] = at
+        self._sizes[place] = size
+        self._crc32[place] = zlib.crc32(sample.data)
         self._file.write(sample.data)
         self.count += 1
 
@@ -108,21 +128,31 @@ class BetonWriter:
         """
         n = self.count
         end = self._file.tell()
-        self._file.write(self._allocations[:n].tobytes())
-        header = np.array((VERSION, N_FIELDS, self._page_bytes, n, end), HEADER)
+        filled = np.flatnonzero(self._sizes)
+        assert len(filled) == n
+        for start in range(0, n, ROWS_AT_ONCE):
+            rows = filled[start : start + ROWS_AT_ONCE]
+            allocations = np.zeros(len(rows), ALLOCATION)
+            allocations["sample"] = np.arange(start, start + len(rows))
+            allocations["ptr"] = self._ptrs[rows]
+            allocations["size"] = self._sizes[rows]
+            self._file.write(allocations.tobytes())
+        header = np.array((VERSION, len(self._fields), self._page_bytes, n, end), HEADER)
         self._file.seek(0)
         self._file.write(header.tobytes())
-        self._file.write(_field_descriptors().tobytes())
-        self._file.write(self._rows[:n].tobytes())
+        self._file.write(field_descriptors(self._fields).tobytes())
+        for start in range(0, n, ROWS_AT_ONCE):
+            self._file.write(self._rows[filled[start : start + ROWS_AT_ONCE]].tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
+        del self._rows, self._ptrs, self._sizes  # of a large set, before the file is read again
         if classes is not None:
             classes = tuple(classes)
         write_sidecar(
             self.part,
             classes=classes,
             encoding=encoding,
-            crc32=self._crc32[:n],
+            crc32=self._crc32[filled],
             annotations=annotations,
         )
         # The sidecar first: a `.beton` without one would be read without checksums.
@@ -215,15 +245,6 @@ def refuse_existing(dst: Path) -> None:
             raise ValueError(
                 f"{readable(path)} exists and is not overwritten; remove it or choose another name"
             )
-
-
-def _field_descriptors() -> np.ndarray:
-    descriptors = np.zeros(N_FIELDS, FIELD)
-    for descriptor, type_id in zip(descriptors, FIELDS, strict=True):
-        name, _ = COLUMNS[type_id]
-        descriptor["type_id"] = type_id
-        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    return descriptors
 
 
 def write_sidecar(

@@ -13,7 +13,8 @@ import pytest
 
 from pipelines import open_store
 from pipelines.jpeg import jpeg_sides
-from pipelines.sources.beton import ALLOCATION, FIELD, HEADER, BetonStore
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import ALLOCATION, FIELD, HEADER
 from pipelines.store import DamagedData
 from tests.conftest import as_jpeg
 from tests.pipelines.samples import contents, flip_bit, small_beton

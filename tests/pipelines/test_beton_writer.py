@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ import numpy as np
 import pytest
 
 from fap.cli.convert import main
-from pipelines.convert import Encoding, check, convert_folder
+from pipelines import open_store
+from pipelines.convert import Encoding, check
+from pipelines.convert_images import convert_images
 from pipelines.sources import beton_writer
-from pipelines.sources.beton import HEADER, BetonStore
-from pipelines.sources.beton_writer import BetonWriter
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import HEADER
+from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.sidecar import sidecar_path
+from pipelines.store import PLANES, RAW
+from tests.pipelines.many_fields import planes_of
 from tests.pipelines.samples import decoded, encoded, image_folder, no_trace, picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +46,7 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     (src / "a").mkdir(parents=True)
     for i, side in enumerate(sides):
         (src / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
-    convert_folder(src, dst, Encoding(raw=True), allow_odd_classes=True)
+    convert_images(src, dst, Encoding(raw=True), allow_odd_classes=True)
     store = BetonStore(dst)
     for i, side in enumerate(sides):
         np.testing.assert_array_equal(decoded(store, i), np.asarray(picture(i, side, side)))
@@ -50,6 +56,89 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     last_page = (store._ptrs + store.sizes - 1) // page
     assert (first_page == last_page).all()
 
+
+# ------------------------------------------------------------------ places, and planes
+
+
+def test_samples_in_any_order_with_places_left_empty(tmp_path: Path, seed: int) -> None:
+    """Labels, sides and bytes are those of the samples in the order of their places."""
+    rng = np.random.default_rng(seed)
+    samples = [Sample(rng.bytes(3 * h * w), RAW, h, w) for h, w in rng.integers(1, 9, (20, 2))]
+    places = rng.permutation(30)[:20].tolist()
+    with BetonWriter(tmp_path / "out.beton", 30) as writer:
+        for label, (sample, place) in enumerate(zip(samples, places, strict=True)):
+            writer.add(sample, label, place)
+        writer.commit([f"c{i}" for i in range(20)], {})
+    store = BetonStore(tmp_path / "out.beton")
+    assert len(store) == 20
+    assert check(tmp_path / "out.beton") == []
+    for i, k in enumerate(np.argsort(places).tolist()):
+        assert store.labels[i] == k
+        assert store.read(i).tobytes() == samples[k].data
+        assert (store.heights[i], store.widths[i]) == samples[k][2:4]
+
+
+def test_no_place_is_filled_twice(tmp_path: Path) -> None:
+    sample = Sample(bytes(3), RAW, 1, 1)
+    with BetonWriter(tmp_path / "out.beton", 3) as writer:
+        writer.add(sample, 0, 1)
+        with pytest.raises(AssertionError, match="two samples for place 1"):
+            writer.add(sample, 0, 1)
+    assert no_trace(tmp_path)
+
+
+def write_planes(path: Path, photos: list[np.ndarray]) -> None:
+    with BetonWriter(path, len(photos), planes=True) as writer:
+        for i, image in enumerate(photos):
+            height, width, _ = image.shape
+            writer.add(Sample(planes_of(image), PLANES, height, width), i % 4)
+        writer.commit("abcd", {})
+
+
+def test_planes_are_written(tmp_path: Path, photos: list[np.ndarray]) -> None:
+    write_planes(tmp_path / "out.beton", photos)
+    store = open_store(tmp_path / "out.beton")
+    assert store.labels.tolist() == [i % 4 for i in range(len(photos))]
+    assert set(store.modes.tolist()) == {PLANES}
+    for i, image in enumerate(photos):
+        assert store.read(i).tobytes() == planes_of(image)
+        assert (store.heights[i], store.widths[i]) == image.shape[:2]
+    assert store.notes == ()
+    assert check(tmp_path / "out.beton") == []
+    with open(tmp_path / "out.beton", "r+b") as file:
+        file.seek(int(store._ptrs[3]))
+        file.write(b"\x01\x02\x03")
+    assert check(tmp_path / "out.beton") == [
+        f"sample 3: {tmp_path / 'out.beton'}: sample 3: wrong checksum"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
+def test_ffcv_loader_reads_planes(tmp_path: Path, photos: list[np.ndarray]) -> None:
+    """In a subprocess: importing ffcv changes torch's thread count, its loader leaves threads."""
+    write_planes(tmp_path / "out.beton", photos)
+    code = """
+import sys, numpy as np
+from ffcv.fields.bytes import BytesDecoder
+from ffcv.fields.decoders import IntDecoder
+from ffcv.loader import Loader, OrderOption
+ints = {name: [IntDecoder()] for name in ("label", "height", "width")}
+options = {"batch_size": 40, "num_workers": 1, "order": OrderOption.SEQUENTIAL}
+loader = Loader(sys.argv[1], **options, pipelines={"planes": [BytesDecoder()], **ints})
+for planes, *found in loader:
+    np.savez(sys.argv[2], planes=planes.copy(), ints=np.concatenate(found, 1))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out.beton"), str(tmp_path / "seen.npz")]
+    subprocess.run(command, check=True, timeout=300)
+    seen = np.load(tmp_path / "seen.npz")
+    for i, image in enumerate(photos):
+        assert seen["ints"][i].tolist() == [i % 4, *image.shape[:2]]
+        data = planes_of(image)
+        assert seen["planes"][i, : len(data)].tobytes() == data
+
+
+# ------------------------------------------------------------------ whatever stops it
 
 STARTING = """
 import signal, sys
@@ -98,7 +187,7 @@ def test_a_part_that_its_writer_has_renamed_is_left_alone(
 
     monkeypatch.setattr(beton_writer, "lock", finished_since)
     with pytest.raises(ValueError, match="another conversion was writing it"):
-        convert_folder(folder, dst)
+        convert_images(folder, dst)
     assert dst.read_bytes() == b"complete"
 
 
@@ -148,7 +237,7 @@ def test_both_names_are_made_durable_after_both_contents(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", rename)
-    convert_folder(folder, tmp_path / "out.beton")
+    convert_images(folder, tmp_path / "out.beton")
     assert done == [
         "out.beton.part",
         "out.beton.part.json",
@@ -168,7 +257,7 @@ def test_a_folder_that_cannot_be_made_durable_is_no_success(
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     told = capfd.readouterr()
     assert "out.beton'" in told.err
-    assert "images" not in told.out
+    assert "left out" not in told.out
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -233,15 +322,15 @@ SLOW_WRITER = """
 import signal, sys, time
 # A shell's background jobs inherit it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from pipelines import convert
+from pipelines.sources.beton_writer import BetonWriter
 from fap.cli.convert import main
-real = convert.BetonWriter.add
-def add(self, sample, label):
-    real(self, sample, label)
+real = BetonWriter.add
+def add(self, sample, label, place=None):
+    real(self, sample, label, place)
     self._file.flush()
     print("added", flush=True)
     time.sleep(0.3)
-convert.BetonWriter.add = add
+BetonWriter.add = add
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -265,6 +354,7 @@ def test_stopped_half_way_leaves_no_result(
     command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert "6 images" in process.stdout.readline()
         for _ in range(2):
             assert process.stdout.readline() == "added\n"
         assert dst.with_name("out.beton.part").stat().st_size > 1000
@@ -276,7 +366,7 @@ def test_stopped_half_way_leaves_no_result(
     if sent == signal.SIGKILL:  # the partial file stays under its own name and is in nobody's way
         assert not dst.exists()
         assert not sidecar_path(dst).exists()
-        convert_folder(folder, dst)
+        convert_images(folder, dst)
         assert check(dst) == []
         assert not dst.with_name("out.beton.part").exists()
     else:
@@ -303,9 +393,10 @@ def test_two_conversions_to_one_file(folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out.beton"
     command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert "6 images" in process.stdout.readline()
         assert process.stdout.readline() == "added\n"
         with pytest.raises(ValueError, match="another conversion"):
-            convert_folder(folder, dst)
+            convert_images(folder, dst)
         process.stdout.read()
         assert process.wait(60) == 0
     assert check(dst) == []

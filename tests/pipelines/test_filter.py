@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import sys
 import zipfile
 from dataclasses import replace
 from importlib import import_module
@@ -270,20 +269,3 @@ def test_a_loader_refuses_a_filter_that_it_lacks(
     with pytest.raises(ValueError, match="filter = 'area': ReferenceLoader shows only bilinear"):
         loader.load(plan)
     assert len(list(loader.load(replace(plan, spec=replace(spec, filter="bilinear"))))) == 2
-
-
-@needs_ffcv
-def test_without_the_exact_decoder_the_error_names_the_package(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    plan = eval_plan(store.heights, store.widths, size=64, resize=72, batch=12)
-    with pytest.raises(ImportError, match="pip install simplejpeg"):
-        next(open_loader("ffcv", store, size=64).load(plan))
-    # The area filter, and raw pixels, do without.
-    area = draw_epoch(PlanSpec(SEED, 64, 12, clean_group_rows=12), store.heights, store.widths, 0)
-    assert len(list(open_loader("ffcv", store, size=64).load(area))) == 2
-    pixels = np.zeros((40, 50, 3), np.uint8)
-    raw = open_store(write_beton(tmp_path / "raw.beton", [pixels] * 2, range(2)))
-    plan = eval_plan(raw.heights, raw.widths, size=32, resize=32, batch=2)
-    assert not shown("ffcv", raw, plan).any()

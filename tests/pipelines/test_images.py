@@ -16,7 +16,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from pipelines import images, jpeg, open_loader, open_store
-from pipelines.convert import Encoding, convert_folder, encode
+from pipelines.convert import Encoding, encode
+from pipelines.convert_images import convert_images
 from pipelines.images import (
     decode,
     open_image,
@@ -26,8 +27,8 @@ from pipelines.images import (
     upright_jpeg,
     upright_sides,
 )
-from pipelines.jpeg import check_jpeg
 from pipelines.store import MAX_SIDE
+from pipelines.turbojpeg import check_jpeg
 from tests.pipelines.image_files import LOSSLESS, picture, random_file, saved
 from tests.pipelines.samples import ORIENTATION
 
@@ -82,7 +83,7 @@ def test_a_folder_and_its_beton_are_the_same_bytes(
         file = tmp_path / "src" / f"c{i % 3}" / f"{i}{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(random_file(rng)[1])
-    convert_folder(tmp_path / "src", tmp_path / "out.beton")
+    convert_images(tmp_path / "src", tmp_path / "out.beton")
     folder = open_store(tmp_path / "src")
     beton = open_store(tmp_path / "out.beton")
     assert_array_equal(folder.labels, beton.labels)
@@ -233,7 +234,7 @@ def test_no_limit_of_pillows_but_our_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert decode(data).size == (800, 400)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.JPEG").write_bytes(of_jpeg)
-    convert_folder(tmp_path, tmp_path / "out.beton", allow_odd_classes=True)
+    convert_images(tmp_path, tmp_path / "out.beton", allow_odd_classes=True)
     store = open_store(tmp_path / "out.beton")
     assert open_loader("reference", store, size=64)._decode(0, store.read(0)).shape == (400, 800, 3)
 
@@ -257,14 +258,51 @@ def test_a_big_jpeg_is_shrunk_while_it_is_decoded_and_hardly_differs(
         data = saved(image, "JPEG", turn, quality=95)
         for side in (50, 100, 333, 999):
             whole = Image.fromarray(twin(data))
-            whole.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
-            wanted = np.asarray(whole).astype(int)
+            wanted = area_average(whole, side)
             monkeypatch.setattr(jpeg, "BIG_PIXELS", 1 << 26)
             assert np.abs(np.asarray(decode(data, side)) - wanted).max() <= 1
             monkeypatch.setattr(jpeg, "BIG_PIXELS", 1000)
             ours = np.asarray(decode(data, side))
             assert ours.shape == wanted.shape
             assert np.abs(ours - wanted).mean() < 2
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_shrinking_is_the_area_average(image_format: str) -> None:
+    rng = np.random.default_rng()
+    for _ in range(20):
+        data = saved(picture(rng), image_format)
+        for side in (1, 7, 20, 39):
+            ours = np.asarray(decode(data, side)).astype(int)
+            wanted = area_average(Image.fromarray(twin(data)), side)
+            assert np.abs(ours - wanted).max() <= 1
+
+
+def area_average(image: Image.Image, max_side: int) -> np.ndarray:
+    """The twin: shares of rows and columns as matrices, in float64."""
+    factor = max_side / max(image.size)
+    rows = shares(image.height, max(1, round(image.height * factor)))
+    columns = shares(image.width, max(1, round(image.width * factor)))
+    mean = np.einsum("yh,xw,hwc->yxc", rows, columns, np.asarray(image), optimize=True)
+    return np.floor(mean + 0.5).astype(int)
+
+
+def shares(n: int, n_out: int) -> np.ndarray:
+    """(n_out, n): how much of each place each of n_out equal parts of a line of n covers."""
+    edges = np.arange(n_out + 1).reshape(-1, 1) * n / n_out
+    places = np.arange(n)
+    covered = np.minimum(edges[1:], places + 1) - np.maximum(edges[:-1], places)
+    return np.maximum(covered, 0) * n_out / n
+
+
+@pytest.mark.parametrize("quality", [10, 90, 95, 100])
+def test_encoding_again_is_what_pillow_makes_of_what_it_decodes(quality: int) -> None:
+    rng = np.random.default_rng()
+    for subsampling in (0, 1, 2):
+        data = saved(picture(rng), "JPEG", quality=92, subsampling=subsampling)
+        out = BytesIO()
+        Image.open(BytesIO(data)).save(out, "JPEG", quality=quality)
+        assert encode(data, Encoding(quality=quality)).data == out.getvalue()
 
 
 def test_a_damaged_jpeg_that_must_be_encoded_again_is_noticed_in_a_folder_too() -> None:

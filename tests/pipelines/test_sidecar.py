@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipelines.sources import sidecar
-from pipelines.sources.beton import FIELD, HEADER, BetonStore
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_layout import FIELD, HEADER
 from pipelines.sources.beton_writer import write_sidecar
 from pipelines.sources.sidecar import read_sidecar, sidecar_path
 from pipelines.store import DamagedData
