@@ -126,11 +126,12 @@ def shown(name: str, store: Store, plan: EpochPlan) -> np.ndarray:
 
 
 def assert_same(name: str, got: np.ndarray, want: np.ndarray) -> None:
-    """DALI rounds once where Pillow rounds twice; the others are equal."""
+    """DALI may round to the next grey level; the others are equal."""
     if name != "dali":
         assert_array_equal(got, want, str(SEED))
     difference = np.abs(got.astype(int) - want)
     assert (difference <= 1).mean() >= 0.999, SEED
+    assert difference.mean() < 0.1, SEED
 
 
 def torchvisions(store: Store, size: int, resize: int) -> np.ndarray:
@@ -216,7 +217,7 @@ def test_the_visible_part_is_that_of_the_whole() -> None:
         want = np.zeros((40, 40, 3), np.uint8)
         put(crop_resize(image, plan.window[0, 0], (height, width), "bilinear"), top, left, want)
         got = visible_part(image, (top, left, height, width), (40, 40))
-        assert np.abs(got.astype(int) - want).max() <= 1, SEED
+        assert np.abs(got.astype(int) - want).max() <= 2, SEED  # the passes may change places
 
 
 # ------------------------------------------------------------------ what DALI is told
