@@ -73,6 +73,7 @@ CHECKS: Sequence[Check] = (
     ),
     Check("torch", True, checks.check_torch, "pip install -c constraints.txt torch torchvision"),
     Check("packages", True, checks.check_packages, "pip install -c constraints.txt -e ."),
+    Check("extras", False, checks.check_extras, "pip install -e '.[all]'"),
     Check(
         "GPU",
         False,

@@ -7,15 +7,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
-import numpy as np
-import PIL
-import scipy
 import torch
 from torch import Tensor
 
@@ -30,13 +28,8 @@ BackEnd = str  # one of `pipelines.BACK_ENDS`
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 """uint8 images (B, 3, H, W), and what each row is: (B, ...)."""
 
-# What computes pixels: another version may round otherwise.
-PIXELS = {
-    "opencv": cv2.__version__,
-    "pillow": PIL.__version__,
-    "scipy": scipy.__version__,
-    "numpy": np.__version__,
-}
+# What computes pixels, by name and module: another version may round otherwise.
+PIXELS = {"opencv": "cv2", "pillow": "PIL", "scipy": "scipy", "numpy": "numpy"}
 NO_LABEL = -1  # of a padding row, for `pipelines.corrupt_batches.build`
 
 
@@ -69,6 +62,17 @@ class Reading:
         if self.crop == "letterbox":
             return {"size": self.size, "crop": self.crop}
         return {"size": self.size, "resize": self.resize}
+
+
+@cache
+def pixel_versions() -> dict[str, str | None]:
+    """The versions of what computes pixels; None for what is not there, and so computes none."""
+    versions: dict[str, str | None] = {}
+    for name, module in PIXELS.items():
+        versions[name] = None
+        with suppress(ImportError):
+            versions[name] = import_module(module).__version__
+    return versions
 
 
 class Seen(NamedTuple):
@@ -153,7 +157,7 @@ class StoredImages(Opened):
             **reading.geometry(),
             "batch": reading.batch,
             "back end": back_end,
-            "pixels": PIXELS,
+            "pixels": pixel_versions(),
             "data": seen.identity,
             "files": seen.stamps,
         }

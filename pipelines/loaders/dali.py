@@ -11,15 +11,16 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIInterpType
+from PIL import Image
 from torch import Tensor
 
 from pipelines.ahead import run_ahead
+from pipelines.images import as_jpeg
 from pipelines.loaders.base import ThreadedLoader
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.sizes import Size
@@ -67,7 +68,8 @@ class DaliLoader(ThreadedLoader):
         # What is fed for a PADDING row, which has no sample.
         self.black: np.ndarray = np.zeros((1, 1, 3), np.uint8)
         if not self.raw:
-            self.black = cv2.imencode(".jpg", self.black)[1].ravel()
+            black = as_jpeg(Image.new("RGB", (1, 1)), quality=95)
+            self.black = np.frombuffer(black, np.uint8)
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         with closing(self._decoded(plan, start_step)) as decoded:
