@@ -7,6 +7,7 @@ here (and, for other people's loops, in `bench.peers`), not in the benches.
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,8 @@ class Contestant:
         self.step = self._made_step(amp, without)
 
         spec = plan_spec(config)
+        if pipeline and spec.filter not in pipelines.BACK_ENDS[pipeline].filters:
+            spec = replace(spec, filter=pipelines.BACK_ENDS[pipeline].filters[0])
         heights, widths = (np.full(spec.loaded_rows, side) for side in spec.sides)
         if store is not None:
             heights, widths = store.heights, store.widths

@@ -4,10 +4,11 @@
 
 Training crops of 224 px as uint8. Each contestant is a process of its own, and a round runs every
 contestant once. Throughput is steady state: the first batches are dropped, epochs follow each other
-without a pause. CPU time is that of all its processes; memory their proportional set size (mapped
-files included), the largest of five samples; start-up the time from the start of the interpreter to
-the first batch. With a GPU, decoding there joins in. Writes bench/results/loaders.json, .md and
-.png, or loaders_memory_limit with a limit.
+without a pause. CPU time is that of all its processes, and images per second and core are those of
+a second of it; memory their proportional set size (mapped files included), the largest of five
+samples; start-up the time from the start of the interpreter to the first batch. What the others are
+times stock FFCV comes with its 95% bootstrap interval. With a GPU, decoding there joins in. Writes
+bench/results/loaders.json, .md and .png, or loaders_memory_limit with a limit.
 """
 
 import argparse
@@ -24,22 +25,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from bench.common import ROOT, alternate, options, report, settings_of, spread
+from bench.common import ROOT, alternate, options, ratio, report, settings_of, spread
 from bench.jpegs import make
 from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert_images import convert_images
 from pipelines.machine import usable_cores
+from pipelines.planes import encode_planes
+from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.store import PLANES
 
 SIZE = 224  # pixels a side
 EPOCHS = 60  # more than a measurement takes
 THREADS = usable_cores()
 WARM_UP = 4  # batches after the first one
 MEMORY_SAMPLES = 5
-MEASURES = ("images/s", "CPU-ms per image", "memory MB", "start-up s", "KB from disk per image")
+MEASURES = (
+    "images/s",
+    "CPU-ms per image",
+    "images/s per core",
+    "memory MB",
+    "start-up s",
+    "KB from disk per image",
+)
 
 HW_LOADS = ("0.65", "0.9", "0.99")  # of the GPU's JPEG decoder
 DALI_GPU = "dali, GPU, hw "
+YARDSTICK = "stock FFCV"  # what the others are compared with
+PLANES_OF = ", planes"  # behind a back end's name: the images as decoded planes
 
 Batches = Iterator[int]  # rows of each batch
 
@@ -49,7 +63,8 @@ Batches = Iterator[int]  # rows of each batch
 
 def names() -> list[str]:
     """The contestants of this machine."""
-    found = [*BACK_ENDS, "dali, folder", "torchvision", "stock FFCV", "stock DALI"]
+    found = [*BACK_ENDS, "ffcv" + PLANES_OF, "turbojpeg" + PLANES_OF]
+    found += ["dali, folder", "torchvision", "stock FFCV", "stock DALI"]
     if torch.cuda.is_available():
         found += [DALI_GPU + load for load in HW_LOADS]
         found.append("stock DALI, GPU")
@@ -69,6 +84,8 @@ def batches_of(name: str, images: Path, beton: Path, batch: int) -> Batches:
             return stock_dali(images, batch)
         case "stock DALI, GPU":
             return stock_dali(images, batch, "mixed")
+    if name.endswith(PLANES_OF):
+        return ours(name.removesuffix(PLANES_OF), planes_file(beton), batch)
     if name.startswith(DALI_GPU):
         load = float(name.removeprefix(DALI_GPU))
         return ours("dali", beton, batch, "cuda", hw_decoder_load=load)
@@ -81,7 +98,8 @@ def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: fl
     # One plan for all epochs, so that there is no pause between them.
     heights = np.tile(store.heights, EPOCHS)
     widths = np.tile(store.widths, EPOCHS)
-    plan = draw_epoch(PlanSpec(0, SIZE, batch, clean_group_rows=batch), heights, widths, 0)
+    spec = PlanSpec(0, SIZE, batch, clean_group_rows=batch, filter=BACK_ENDS[name].filters[0])
+    plan = draw_epoch(spec, heights, widths, 0)
     plan = replace(plan, index=plan.index % len(store))
     loader = open_loader(name, store, size=SIZE, device=device, **options)
     for one in loader.load(plan):
@@ -137,6 +155,22 @@ def stock_dali(images: Path, batch: int, device: str = "cpu") -> Batches:
     pipeline.build()
     while True:
         yield len(torch.from_dlpack(pipeline.run()[0].as_tensor()))
+
+
+def planes_file(beton: Path) -> Path:
+    """Where the images of a `.beton` are as decoded planes."""
+    return beton.with_suffix(".planes.beton")
+
+
+def make_planes(beton: Path) -> None:
+    """Write `planes_file` of it."""
+    store = open_store(beton)
+    with BetonWriter(planes_file(beton), len(store), planes=True) as writer:
+        for index in tqdm(range(len(store)), desc="planes", unit="img"):
+            data, height, width = encode_planes(store.read(index).tobytes())
+            label = int(store.labels[index])
+            writer.add(Sample(data, PLANES, height, width), label)
+        writer.commit(store.classes, {})
 
 
 # ------------------------------------------------------------------ measuring
@@ -210,7 +244,29 @@ def measure(batches: Batches, seconds: float, launched: float) -> list[float]:
     for _ in range(MEMORY_SAMPLES):
         next(batches)
         largest_mb = max(largest_mb, memory_mb())
-    return [images / wall_s, 1e3 * cpu_s / images, largest_mb, startup_s, disk_bytes / images / 1e3]
+    return [
+        images / wall_s,
+        1e3 * cpu_s / images,
+        images / cpu_s,
+        largest_mb,
+        startup_s,
+        disk_bytes / images / 1e3,
+    ]
+
+
+def beside_stock_ffcv(
+    values: np.ndarray,  # (measures, rounds) of a contestant
+    stock: np.ndarray | None,  # the same of YARDSTICK, if it took part
+) -> dict[str, dict[str, float]]:
+    """How many times as fast, by the clock and by the processor's time."""
+    if stock is None:
+        return {}
+    clock = MEASURES.index("images/s")
+    core = MEASURES.index("images/s per core")
+    return {
+        f"x {YARDSTICK}": ratio(values[clock], stock[clock]),
+        f"x {YARDSTICK}, per core": ratio(values[core], stock[core]),
+    }
 
 
 # ------------------------------------------------------------------ the command
@@ -244,14 +300,25 @@ def parsed() -> argparse.Namespace:
     for name in a.only:
         if name not in names():
             parser.error(f"--only {name!r}: must be of {', '.join(names())}")
+    of_planes = any(name.endswith(PLANES_OF) for name in a.only)
+    if of_planes and not planes_file(a.beton).exists():
+        make_planes(a.beton)
     return a
+
+
+def sizes_mb(beton: Path) -> dict[str, int]:
+    """What the images take as JPEGs and as planes, for the report."""
+    files = {"jpegs_mb": beton, "planes_mb": planes_file(beton)}
+    there = {name: file for name, file in files.items() if file.exists()}
+    return {name: round(file.stat().st_size / 1e6) for name, file in there.items()}
 
 
 def be_child(a: argparse.Namespace) -> None:
     """Measure one contestant and print what was found; never returns."""
     name, launched = a.child
     if a.memory_limit:
-        limit = (a.beton, 1e6 * a.memory_limit)
+        source = planes_file(a.beton) if name.endswith(PLANES_OF) else a.beton
+        limit = (source, 1e6 * a.memory_limit)
         threading.Thread(target=forget, args=limit, daemon=True).start()
     batches = batches_of(name, a.images, a.beton, a.batch)
     print(json.dumps(measure(batches, a.seconds, float(launched))), flush=True)
@@ -279,6 +346,9 @@ def main() -> None:
 
     found = alternate(in_child, a.only, a.rounds, warm_up=0)
     results: list[dict[str, Any]] = []
+    stock = None
+    if YARDSTICK in a.only and YARDSTICK not in failed:
+        stock = found[a.only.index(YARDSTICK)]
     for name, values in zip(a.only, found, strict=True):  # (measures, rounds)
         result: dict[str, Any] = {"loader": name}
         if name in failed:
@@ -286,9 +356,10 @@ def main() -> None:
         else:
             for measured, rounds in zip(MEASURES, values, strict=True):
                 result[measured] = spread(rounds)
+            result |= beside_stock_ffcv(values, stock)
         results.append(result)
     file = a.out / ("loaders_memory_limit" if a.memory_limit else "loaders")
-    print(*report(file, settings_of(a), results, MEASURES[:2]), sep="\n")
+    print(*report(file, settings_of(a, **sizes_mb(a.beton)), results, MEASURES[:3]), sep="\n")
 
 
 if __name__ == "__main__":

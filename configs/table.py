@@ -34,7 +34,9 @@ class Row:
 
 
 RECIPES = {
-    "imagenet": Recipe(images=1_281_167, overrides={"model.num_classes": 1000}),
+    "imagenet": Recipe(
+        images=1_281_167, overrides={"model.num_classes": 1000, "data.filter": "bilinear"}
+    ),
     "cifar10": Recipe(
         images=50_000,
         overrides={
@@ -57,6 +59,7 @@ RECIPES = {
             "method.group_rows": 8,
             "data.size": [800, 1344],
             "data.crop": "letterbox",
+            "data.filter": "bilinear",
             # Those that torchvision's ImageNet weights know.
             "data.mean": [0.485, 0.456, 0.406],
             "data.std": [0.229, 0.224, 0.225],
@@ -79,8 +82,8 @@ RECIPES = {
             " 22 of 24 epochs, gradients clipped at norm 35; focal loss (alpha 0.25, gamma 2) and"
             " L1, anchors of 3 scales and 3 ratios;",
             "images keep their aspect ratio on a canvas of 800 x 1344 (640 or 800 square is faster:"
-            " data.size=640), black around them, resized by area, which enlarges less smoothly"
-            " than bilinear; flips, no other augmentation.",
+            " data.size=640), black around them, resized by the bilinear filter; flips, no other"
+            " augmentation.",
         ),
         more="model.init=resnet50.safetensors",
     ),

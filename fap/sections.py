@@ -188,6 +188,10 @@ class DataConfig(Section):
     ratio: Pair = (3 / 4, 4 / 3)
     pad: NonNegativeInt = 4
     """Pixels of zero padding with `crop: pad` (CIFAR)."""
+    filter: Literal["area", "bilinear"] | None = None
+    """What resizes training images: the mean over the area of each output pixel, as FFCV's recipes
+    have it, or Pillow's antialiased bilinear filter, as torchvision and the paper have it. Unset:
+    the loader's own, `area`, and under dali `bilinear`. Evaluation is always `bilinear`."""
     jitter: Pair = (1.0, 1.0)
     """With `crop: letterbox`: the range of a random factor on the size that just fits."""
     most_boxes: PositiveInt = 100
@@ -211,6 +215,11 @@ class DataConfig(Section):
         return sides_of(self.size)
 
     @property
+    def shown_filter(self) -> Literal["area", "bilinear"]:
+        """`filter`, or what it means unset."""
+        return self.filter or BACK_ENDS[self.pipeline].filters[0]
+
+    @property
     def eval_crop(self) -> Literal["center", "letterbox"]:
         """How evaluation shows an image."""
         if self.crop == "letterbox":
@@ -223,6 +232,17 @@ class DataConfig(Section):
         if self.crop == "letterbox":
             return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
         return {"jitter", "most_boxes"}
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        shown = BACK_ENDS[self.pipeline].filters
+        if self.filter is not None and self.filter not in shown:
+            raise ValueError(
+                f"data.filter = {self.filter!r} with data.pipeline = {self.pipeline!r}: "
+                f"it shows only {' and '.join(shown)}; leave data.filter out, "
+                "or take another data.pipeline"
+            )
+        return self
 
 
 class OptimConfig(Section):

@@ -3,7 +3,7 @@
 To add a loader, see `pipelines.loaders.base.Loader`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class BackEnd(NamedTuple):
@@ -12,6 +12,8 @@ class BackEnd(NamedTuple):
     module: str
     loader: str  # the class in it
     install: str  # how to install what it needs
+    # The resizes that it can show; the first is the one where none is named.
+    filters: tuple[Literal["area", "bilinear"], ...] = ("area", "bilinear")
 
 
 BACK_ENDS = {
@@ -21,7 +23,13 @@ BACK_ENDS = {
         "pip install --no-deps ffcv==1.0.2 (README lists the system packages)",
     ),
     "dali": BackEnd(
-        "pipelines.loaders.dali", "DaliLoader", "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'"
+        "pipelines.loaders.dali",
+        "DaliLoader",
+        "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'",
+        filters=("bilinear",),
+    ),
+    "turbojpeg": BackEnd(
+        "pipelines.loaders.turbojpeg", "TurboJpegLoader", "pip install -e . (simplejpeg, numba)"
     ),
     "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
 }

@@ -50,12 +50,12 @@ FRAME = struct.Struct(">BHHB")  # bits per sample, height, width, components
 SIDES = struct.Struct(">HH")  # height and width, behind the bits per sample
 
 
-def is_jpeg(data: bytes) -> bool:
+def is_jpeg(data: bytes | bytearray) -> bool:
     """Whether `data` begins as a JPEG does."""
     return data.startswith(START)
 
 
-def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def jpeg_segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of the content of a JPEG's segments, the last being the scan's.
 
     It ends before a marker that does not belong there: a decoder may go on elsewhere than we would.

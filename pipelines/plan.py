@@ -11,7 +11,7 @@ those of all ranks together until `EpochPlan.for_rank` takes a rank's share.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,10 @@ ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
+MAX_PLACE = np.iinfo(np.int32).max  # pixels
+
+Filter = Literal["area", "bilinear"]
+FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class PlanSpec:
     `random_resized` is torchvision's RandomResizedCrop; `pad` its RandomCrop(size, padding=pad),
     zeros outside; `center` belongs to `eval_plan`. `letterbox` shows the whole image, its aspect
     ratio kept, at the top left corner of a canvas of any two sides (`windows.letterbox`).
+
+    `filter` resizes the window, and sees nothing outside it. `area`: the mean over the area that an
+    output pixel covers. `bilinear`: Pillow's, a triangle as wide as two pixels of the output where
+    it shrinks, of the image where it enlarges.
 
     Raises:
         ValueError: a field out of range, or rows that are no whole groups.
@@ -51,6 +59,7 @@ class PlanSpec:
     pad: int = 4
     jitter: tuple[float, float] = (1.0, 1.0)
     """`letterbox`: range of a random factor on the size that just fits."""
+    filter: Filter = "area"
     flip: float = 0.5
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
@@ -106,6 +115,10 @@ class PlanSpec:
         known_mix = self.mix in (None, "mixup", "cutmix")
         if not (known_crop and known_mix):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
+        if self.filter not in FILTERS:
+            raise ValueError(f"filter = {self.filter!r}: must be one of {', '.join(FILTERS)}")
+        if self.crop == "center" and self.filter != "bilinear":
+            raise ValueError(f"filter = {self.filter!r} with crop = 'center': must be 'bilinear'")
         self._check_canvas()
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ValueError(
@@ -142,8 +155,10 @@ class EpochPlan:
     index: np.ndarray
     # int16 (steps, B, 4): top, left, height, width in source pixels; may reach outside.
     window: np.ndarray
-    # int16 (steps, B, 4): top, left, height, width on the canvas, where the window lands. Around it
-    # lie zeros. Without `letterbox` it is all of the canvas; of PADDING rows it is empty.
+    # int32 (steps, B, 4): top, left, height, width on the canvas, where the window lands. Around it
+    # lie zeros. In training without `letterbox` it is all of the canvas, and a view of one row in
+    # memory; with `center` it reaches outside the canvas (`windows.centred`). Of PADDING rows it is
+    # empty.
     place: np.ndarray
     # bool (steps, B): the window mirrored left to right, in its place.
     flip: np.ndarray
@@ -212,7 +227,7 @@ class EpochPlan:
             self,
             index=self.index[:, rows],
             window=self.window[:, rows],
-            place=self.place[:, rows],
+            place=_taken(self.place, rows),
             flip=self.flip[:, rows],
             shuffle=shuffle,
             noise_key=self.noise_key[:, _share(n_adv_groups, rank, world)],
@@ -242,7 +257,7 @@ def draw_epoch(
     index = order[: steps * rows]
     height, width = heights[index], widths[index]
     rng = _stream(spec, epoch, WINDOW)
-    place = _whole_canvas(spec, len(index))
+    place = _whole_canvas(spec)
     match spec.crop:
         case "random_resized":
             window = windows.random_resized(rng, height, width, spec.scale, spec.ratio)
@@ -266,17 +281,17 @@ def eval_plan(
     batch: int,
     crop: Literal["center", "letterbox"] = "center",
 ) -> EpochPlan:
-    """Every image once, in order.
+    """Every image once, in order, by the bilinear filter.
 
-    `center` shows its centre square of side size / resize * min(height, width); `letterbox` all of
-    it, and ignores `resize`. The last step is filled with PADDING rows (empty window and place).
-    Any `world` that divides `batch` may slice it.
+    `center` shows what torchvision's Resize(resize) and CenterCrop(size) show of it; `letterbox`
+    all of it, and ignores `resize`. The last step is filled with PADDING rows (empty window and
+    place). Any `world` that divides `batch` may slice it.
 
     Raises:
-        ValueError: a size that the crop does not take.
+        ValueError: a size that the crop does not take, or a side above MAX_PLACE.
     """
     # Groups of one row: then a batch of any size consists of whole groups.
-    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop=crop, flip=0.0)
+    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop=crop, filter="bilinear", flip=0.0)
     if crop == "letterbox":
         # Without jitter the stream decides nothing.
         rng = _stream(spec, 0, WINDOW)
@@ -285,16 +300,39 @@ def eval_plan(
         side, _ = spec.sides
         if side > resize:
             raise ValueError(f"resize = {resize}: must be at least size = {side}")
-        window = windows.central(heights, widths, side, resize)
-        place = _whole_canvas(spec, len(heights))
+        window, place = windows.centred(heights, widths, side, resize)
+        _check_places(place, resize, heights, widths)
     missing = -len(heights) % batch
     index = np.pad(np.arange(len(heights), dtype=np.uint32), (0, missing), constant_values=PADDING)
     below = ((0, missing), (0, 0))
     return _complete(spec, 0, index.reshape(-1, batch), np.pad(window, below), np.pad(place, below))
 
 
-def _whole_canvas(spec: PlanSpec, rows: int) -> np.ndarray:
-    return np.broadcast_to([0, 0, *spec.sides], (rows, 4))
+def _check_places(
+    place: np.ndarray,  # (n, 4)
+    resize: int,
+    heights: np.ndarray,  # (n,) pixels
+    widths: np.ndarray,  # (n,) pixels
+) -> None:
+    if place[:, 2:].max(initial=0) <= MAX_PLACE:
+        return
+    at = int(np.argmax(place[:, 2:].max(1)))
+    raise ValueError(
+        f"resize = {resize}: an image of {heights[at]} x {widths[at]} pixels would be resized to"
+        f" {place[at, 2]:.0f} x {place[at, 3]:.0f}, and {MAX_PLACE} a side is the most"
+    )
+
+
+def _whole_canvas(spec: PlanSpec) -> np.ndarray:
+    """(1, 4): the place of every row, in memory once."""
+    return np.array([[0, 0, *spec.sides]], np.int32)
+
+
+def _taken(place: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`place[:, rows]`; where all rows are one in memory, so they are in what this returns."""
+    if place.strides[:2] == (0, 0):
+        return np.broadcast_to(place[:1, :1], (len(place), len(rows), 4))
+    return place[:, rows]
 
 
 def _share(n: int, rank: int, world: int) -> slice:
@@ -312,10 +350,13 @@ def _complete(
     epoch: int,
     index: np.ndarray,  # (steps, B)
     window: np.ndarray,  # (steps * B, 4)
-    place: np.ndarray,  # (steps * B, 4)
+    place: np.ndarray,  # (steps * B, 4), or (1, 4) for all rows
 ) -> EpochPlan:
     """Add the fields that do not depend on the images' sizes."""
     steps = len(index)
+    places = place.astype(np.int32)
+    if len(places) == 1:
+        places = np.broadcast_to(places, (*index.shape, 4))
     if window.max(initial=0) > MAX_WINDOW:
         raise ValueError(
             f"images with a side above {MAX_WINDOW} pixels: shrink them (fap-convert --max-side)"
@@ -335,7 +376,7 @@ def _complete(
         epoch=epoch,
         index=index,
         window=window.astype(np.int16).reshape(*index.shape, 4),
-        place=np.ascontiguousarray(place, np.int16).reshape(*index.shape, 4),
+        place=places.reshape(*index.shape, 4),
         flip=_stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip,
         shuffle=exchanges.shuffled(
             _stream(spec, epoch, SHUFFLE),

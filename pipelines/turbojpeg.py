@@ -8,6 +8,7 @@ Errors *and warnings* of libjpeg-turbo are ValueErrors: after a warning it would
 rest of an image with grey.
 """
 
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ CMYK = "CMYK"
 FOUR_COMPONENTS = (CMYK, "YCCK")
 
 SMALLEST = 8  # the largest divisor of the sides
+CONTEXT_ROWS = 8  # of the image: no subsampled colour depends on more rows below its own
 
 
 class Header(NamedTuple):
@@ -33,7 +35,7 @@ class Header(NamedTuple):
     chroma: str  # the subsampling: 444, 422, 420, 440, 411 or Gray
 
 
-def read_header(data: bytes | np.ndarray) -> Header:
+def read_header(data: bytes | bytearray | np.ndarray) -> Header:
     """Raises ValueError for what libjpeg-turbo does not decode."""
     try:
         return Header(*simplejpeg.decode_jpeg_header(data))
@@ -65,7 +67,7 @@ def decode(
     if image.shape != (height, width, 3):
         raise ValueError(f"it has {header.height} x {header.width} pixels")
     if divisor > 1:
-        _check_can_be_shrunk(data)
+        _dct_frame(data)
     simplejpeg.decode_jpeg(
         data,
         RGB,
@@ -74,6 +76,38 @@ def decode(
         min_height=height,
         min_width=width,
         buffer=image,
+    )
+
+
+def decode_top(
+    data: bytes | np.ndarray,  # of a JPEG that is known to be sound; uint8 (n,)
+    image: np.ndarray,  # uint8 (rows, ceil(W / divisor), 3), C order: filled with RGB
+    divisor: int = 1,  # of the sides H and W: 1 or 2
+    *,
+    fast_dct: bool = False,
+) -> None:
+    """Decode the uppermost rows of a JPEG, as many as `image` has; those below cost nothing.
+
+    The last CONTEXT_ROWS / divisor of them differ from those of `decode`: their colours depend on
+    rows that are not decoded. What libjpeg-turbo merely warns of is not noticed.
+
+    Raises:
+        ValueError: libjpeg-turbo's error, or a JPEG of other sides or colours.
+    """
+    assert image.flags.c_contiguous and image.dtype == np.uint8
+    rows, width, _ = image.shape
+    # simplejpeg offers none of libjpeg-turbo's ways to stop. So the frame header is made to say
+    # that the image ends there. The library then warns of bytes that it has no use for.
+    shorter = bytearray(data)
+    height_at = _dct_frame(shorter) + 1  # behind the bits per sample
+    struct.pack_into(">H", shorter, height_at, rows * divisor)
+    header = read_header(shorter)
+    if header.colours in FOUR_COMPONENTS:
+        raise ValueError(f"{header.colours} colours are not shown as RGB")
+    if (_shrunk(header.height, divisor), _shrunk(header.width, divisor)) != (rows, width):
+        raise ValueError(f"it is {header.width} pixels wide")
+    simplejpeg.decode_jpeg(
+        shorter, RGB, fastdct=fast_dct, min_height=rows, min_width=width, buffer=image, strict=False
     )
 
 
@@ -89,7 +123,7 @@ def check_jpeg(data: bytes | np.ndarray, divisor: int = SMALLEST) -> tuple[int, 
     height, width, colours, _ = read_header(data)
     if width * height > PIXELS_PER_BYTE * len(data):
         raise ValueError(f"too few bytes for a JPEG of {height} x {width} pixels")
-    _check_can_be_shrunk(data)
+    _dct_frame(data)
     least_work = GREY
     if colours in FOUR_COMPONENTS:
         least_work = CMYK  # what else it would turn them into
@@ -100,18 +134,20 @@ def check_jpeg(data: bytes | np.ndarray, divisor: int = SMALLEST) -> tuple[int, 
     return height, width
 
 
-def _check_can_be_shrunk(data: bytes | np.ndarray) -> None:
-    """ValueError for a JPEG that does not consist of DCT coefficients.
+def _dct_frame(data: bytes | bytearray | np.ndarray) -> int:
+    """Where the frame header's content begins, in a JPEG that consists of DCT coefficients.
 
-    A lossless one is decoded at its full size whatever was asked for. simplejpeg's buffer is as
-    small as asked for, and libjpeg-turbo would write behind its end.
+    Raises ValueError for another. A lossless one is decoded at its full size whatever was asked
+    for. simplejpeg's buffer is as small as asked for, and libjpeg-turbo would write behind its end.
     """
-    for marker, _, _ in jpeg_segments(bytes(data)):
+    if isinstance(data, np.ndarray):
+        data = data.tobytes()
+    for marker, start, _ in jpeg_segments(data):
         # The decoder takes the same one: it skips the segments before it as we do, and a second one
         # is an error.
         if marker in FRAMES:
             if marker in DCT_FRAMES:
-                return
+                return start
             break
     raise ValueError("unsupported JPEG process: it is not made of DCT coefficients")
 

@@ -2,7 +2,7 @@
 
 A window is (top, left, height, width) in pixels of the image; it may reach outside. A place is the
 same of the canvas, which is what a row shows: there the window lands. Only `letterbox` leaves some
-of the canvas empty.
+of the canvas empty; the places of `centred` reach outside it.
 """
 
 from __future__ import annotations
@@ -74,16 +74,26 @@ def padded(
     return np.concatenate([corner, np.full_like(corner, size)], 1)
 
 
-def central(
+def centred(
     heights: np.ndarray,  # (n,) pixels
     widths: np.ndarray,  # (n,) pixels
     size: int,
     resize: int,
-) -> np.ndarray:
-    """Windows (n, 4): the centre square of side size / resize * min(height, width)."""
-    shorter = np.minimum(heights, widths).astype(np.int64)
-    side = np.maximum(shorter * size // resize, 1)
-    return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows (n, 4) and places (n, 4) of torchvision's Resize(resize), then CenterCrop(size).
+
+    The windows are whole images; the places, where these lie once their shorter side is `resize`,
+    as seen from the centre square that is cut out. So a place covers the canvas, and may reach
+    outside it on all sides.
+    """
+    image = np.stack([heights, widths], 1).astype(np.float64)  # (n, 2), as all below
+    shorter = image.min(1, keepdims=True)
+    # Both round as Python's int() and round() do there: down, and halves to even.
+    resized = np.where(image == shorter, resize, np.floor(resize * image / shorter))
+    corner = np.rint((resized - size) / 2)
+    window = np.concatenate([np.zeros_like(image), image], 1)
+    place = np.concatenate([-corner, resized], 1)
+    return window, place
 
 
 def letterbox(

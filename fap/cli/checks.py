@@ -203,7 +203,17 @@ def _decoding(back_end: str, device: str = "cpu") -> str:
         os.mkdir(f"{folder}/class")
         image.new("RGB", (SIDE, SIDE), COLOUR).save(f"{folder}/class/image.jpeg")
         store = pipelines.open_store(folder)
-        plan = pipelines.eval_plan(store.heights, store.widths, size=SIDE, resize=SIDE, batch=1)
+        spec = pipelines.PlanSpec(
+            0,
+            SIDE,
+            clean_rows=1,
+            clean_group_rows=1,
+            crop="pad",
+            pad=0,
+            # Of several, that for which the back end brings a decoder of its own.
+            filter=pipelines.BACK_ENDS[back_end].filters[0],
+        )
+        plan = pipelines.draw_epoch(spec, store.heights, store.widths, 0)
         loader = pipelines.open_loader(back_end, store, size=SIDE, device=device)
         batch = next(loader.load(plan))
         return judged(batch.images[0].permute(1, 2, 0).cpu().numpy(), back_end)

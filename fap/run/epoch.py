@@ -39,6 +39,7 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
             shuffle_groups = 0
     return pipelines.PlanSpec(
         **config.data.model_dump(include=AUGMENTATION),
+        filter=config.data.shown_filter,
         seed=config.seed,
         clean_rows=clean_rows,
         adv_rows=n_groups * method.adv_group_rows,

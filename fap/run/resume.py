@@ -111,6 +111,7 @@ def _flat(config: Config) -> dict[str, Any]:
         meaningless |= {"mix_alpha"}
     for field in meaningless:
         tree["data"].pop(field)
+    tree["data"]["filter"] = config.data.shown_filter
     if config.model.init is not None:  # it may have moved, like the data
         tree["model"]["init"] = Path(config.model.init).name
     flat = {"run.amp": config.run.amp}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
+from fap.sections import DataConfig
 from fap.step.step import Step
 from pipelines.sizes import size_in_words
 
@@ -31,6 +32,7 @@ def describe(
     lines = [
         f"run        {config.name}, seed {config.seed}: {how}",
         f"model      {config.model.name}, {config.model.classes} classes, {size} px",
+        f"images     {_images(config.data)}",
         f"parameters shared {shared:,}, main BN {main:,}, aux BN {aux:,}",
         _passes(step),
         _groups(config),
@@ -42,6 +44,15 @@ def describe(
     lines.append(_budget(config, budget))
     lines += _rate(budget, config.run.max_steps)
     return "\n".join(lines)
+
+
+def _images(data: DataConfig) -> str:
+    """How they are shown: in training, then in evaluation."""
+    if data.crop == "letterbox":
+        evaluation = "letterbox"
+    else:
+        evaluation = f"shorter side {data.resize}, centre {size_in_words(data.size)}"
+    return f"{data.crop}, {data.shown_filter} filter; evaluation {evaluation}, bilinear filter"
 
 
 def _passes(step: Step) -> str:

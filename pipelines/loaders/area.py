@@ -10,26 +10,30 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-CHANNELS = 3
+from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
+
 # Added before the fraction is cut off: rounds to nearest. A plain 0.5 is a double, and would make
 # doubles of the sums.
 HALF = np.float32(0.5)
 
 
-def _compiled(signature: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    signature: Any, *, fastmath: bool
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`numba.njit` whose machine code is kept beside this file or in the user's cache.
 
     It is then compiled once, not once per run. Where it cannot be kept, or what was kept is
     damaged, it is compiled for this process alone. Numba's errors for that are of many types: no
-    folder to write (RuntimeError), a full disk (OSError), half a pickle.
+    folder to write (RuntimeError), a full disk (OSError), half a pickle. `fastmath` holds for the
+    functions that it calls too.
     """
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            return njit(signature, nogil=True, fastmath=True, cache=True)(function)
+            return njit(signature, nogil=True, fastmath=fastmath, cache=True)(function)
         except Exception:
             # Raises again what the cache did not cause.
-            return njit(signature, nogil=True, fastmath=True)(function)
+            return njit(signature, nogil=True, fastmath=fastmath)(function)
 
     return compile_
 
@@ -54,14 +58,50 @@ def _taps(start, extent, limit, n_out, flip):  # type: ignore[no-untyped-def]
     return first, (share / step).astype(np.float32)
 
 
-@_compiled(
+@njit(nogil=True, fastmath=True)
+def _blend(rows, first, weights, line):  # type: ignore[no-untyped-def]
+    """line = the sum over k of weights[k] * rows[first + k], each source row read once.
+
+    Rows of weight 0 may lie outside the source, and are not touched: they come first or last.
+    """
+    begin = 0
+    end = len(weights)
+    while begin < end and weights[begin] == 0:
+        begin += 1
+    while begin < end and weights[end - 1] == 0:
+        end -= 1
+    if begin == end:
+        line[:] = 0
+        return
+
+    # Two at a time, because the sums then go to memory and back half as often. Numba makes one
+    # vector loop of each of these.
+    w0 = weights[begin]
+    row0 = rows[first + begin]
+    if end == begin + 1:
+        for i in range(len(line)):
+            line[i] = w0 * np.float32(row0[i])
+        return
+    w1 = weights[begin + 1]
+    row1 = rows[first + begin + 1]
+    for i in range(len(line)):
+        line[i] = w0 * np.float32(row0[i]) + w1 * np.float32(row1[i])
+    for k in range(begin + 2, end):
+        w = weights[k]
+        row = rows[first + k]
+        for i in range(len(line)):
+            line[i] += w * np.float32(row[i])
+
+
+@compiled(
     types.void(
         types.Array(types.uint8, 3, "C", readonly=True),  # source
         types.UniTuple(types.float64, 4),  # window: top, left, height, width
         types.boolean,  # flip
         types.uint8[:, :, ::1],  # canvas
         types.UniTuple(types.int64, 4),  # place: top, left, height, width
-    )
+    ),
+    fastmath=True,
 )
 def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped-def]
     """Show a window of source (H, W, 3) in its place on the canvas, mirrored there by `flip`.
@@ -74,27 +114,23 @@ def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped
     stride = CHANNELS * source.shape[1]
     n = CHANNELS * out_width  # values of a row of the place
     ys, wy = _taps(top, height, source.shape[0], out_height, False)
-    xs, wx_pixel = _taps(left, width, source.shape[1], out_width, flip)
+    xs, wx_by_tap = _taps(left, width, source.shape[1], out_width, flip)
+    wx = wx_by_tap.T.copy()  # (n_out, taps), C order
+    taps = wx.shape[1]
 
     # The window's part of a source row, in values: all that the horizontal pass reads. With a flip
     # the leftmost pixel comes last. It may reach outside [0, stride).
     begin = CHANNELS * min(xs[0], xs[-1])
-    end = CHANNELS * (max(xs[0], xs[-1]) + len(wx_pixel))
-
-    # One index and one weight per channel value instead of per pixel: the inner loops then run over
-    # contiguous outputs, without a loop of 3 inside, and the compiler vectorises them. The index is
-    # unsigned, because numba lets a signed one count from the end and would test each for that; and
-    # of 32 bits, because a vector holds twice as many of them.
-    at = (CHANNELS * xs.reshape(-1, 1) + np.arange(CHANNELS) - begin).ravel().astype(np.uint32)
-    wx = (wx_pixel.reshape(-1, len(xs), 1) * np.ones(CHANNELS, np.float32)).reshape(-1, n)
+    end = CHANNELS * (max(xs[0], xs[-1]) + taps)
+    at = CHANNELS * xs - begin
 
     # `line` is one output row before the horizontal pass. Only `inside` of it, which lies over the
     # source, is ever written. The rest stays zero: what lies around the source.
     low = max(begin, 0)
     high = min(end, stride)
-    line = np.zeros(end - begin, np.float32)
+    line = np.zeros(end - begin + 1, np.float32)
     inside = line[low - begin : high - begin]
-    values = np.empty(n, np.float32)
+    values = np.empty(n + 1, np.float32)
 
     rows = source.reshape(-1, stride)
     lines = canvas.reshape(-1, CHANNELS * canvas.shape[1])
@@ -103,24 +139,16 @@ def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped
     lines[:out_top] = 0
     lines[out_top + out_height :] = 0
     for y in range(out_height):
-        # Vertically first: source rows are contiguous, and each is read once per output row that
-        # covers it. Rows outside the source have weight 0, and are not touched.
-        inside[:] = 0
-        for k in range(len(wy)):
-            w = wy[k, y]
-            if w > 0:
-                row = rows[ys[y] + k, low:high]
-                for i in range(high - low):
-                    inside[i] += w * np.float32(row[i])
-
-        # Then horizontally: tap k of a pixel is the value CHANNELS * k further on. The first tap
-        # sets the sums, so that they need no pass of their own to become zero.
-        for j in range(n):
-            values[j] = HALF + wx[0, j] * line[at[j]]
-        for k in range(1, len(wx)):
-            shift = np.uint32(CHANNELS * k)
-            for j in range(n):
-                values[j] += wx[k, j] * line[at[j] + shift]
+        # Vertically first: source rows are contiguous.
+        _blend(rows[:, low:high], ys[y], wy[:, y], inside)
+        # Then horizontally. A window no larger than its place has 2 taps, one of up to twice the
+        # sides 3: with a number that the compiler knows, these take half the time.
+        if taps == 2:
+            pixel_sums(line, at, wx, 2, HALF, values)
+        elif taps == 3:
+            pixel_sums(line, at, wx, 3, HALF, values)
+        else:
+            pixel_sums(line, at, wx, taps, HALF, values)
 
         # Over int32, because a float has no vector instruction that converts it to uint8.
         result = lines[out_top + y]

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pipelines.files import readable
 from pipelines.machine import usable_cores
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import FILTERS, PADDING, EpochPlan, Filter, PlanSpec
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, Store
+
+ROWS_AT_A_TIME = 1 << 17  # of a plan that is checked
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Loader(ABC):
     `_images` is a generator, one tensor per step of the plan:
 
     - Content: row b of step s shows the window `plan.window[s, b]` of sample `plan.index[s, b]` in
-      its place `plan.place[s, b]` on the canvas, resized to the place's sides by the filter of
-      `reference.area_matrix`, and mirrored left to right, inside the place, where `plan.flip[s, b]`
-      says so. What of the window lies outside the image is zero; so is the canvas around the place,
-      and the whole row where the index is PADDING. Decoders and filters may differ by a few grey
-      levels: on average 2, and 12 on 99% of the values.
+      its place `plan.place[s, b]` on the canvas, resized to the place's sides by the filter
+      `plan.spec.filter`, and mirrored left to right, inside the place, where `plan.flip[s, b]` says
+      so. The filter sees nothing outside the window (`reference.crop_resize`). What of the window
+      lies outside the image is zero; so is the canvas around the place, and the whole row where the
+      index is PADDING. What of the place lies outside the canvas is not shown. Decoders and filters
+      may differ by a few grey levels: on average 2, and 12 on 99% of the values. In evaluation (the
+      crop `center`) by one level, on 99.9% of the values: published weights are to reach what they
+      reach elsewhere.
+    - Filters: a back end that lacks one of them says in `filters` which it has.
     - Threads: it runs in the consumer's thread, where it only waits. Work ahead of the consumer
       happens in threads of its own (`pipelines.ahead.run_ahead`), which may call `store.read` and
       nothing of torch that depends on a current stream.
@@ -57,6 +63,8 @@ class Loader(ABC):
     """
 
     shows_planes = False  # whether `_images` can show samples of mode PLANES
+    filters: tuple[Filter, ...] = FILTERS
+    """Those that it can show; the registry says the same (`BackEnd.filters`)."""
 
     def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
         if not self.shows_planes and (store.modes == PLANES).any():
@@ -74,12 +82,18 @@ class Loader(ABC):
         """`len(plan) - start_step` batches; the same images whatever the threads and the start.
 
         Raises:
-            ValueError: the plan was not drawn for this store or size.
+            ValueError: the plan was not drawn for this store or size, or names a filter that this
+                loader lacks.
             DamagedData: a sample cannot be read or decoded; the message names file and index.
         """
         if plan.spec.sides != self.sides:
             raise ValueError(
                 f"plan of size {plan.spec.size}: the loader was opened for size = {self.size}"
+            )
+        if plan.spec.filter not in self.filters:
+            raise ValueError(
+                f"plan with filter = {plan.spec.filter!r}: {type(self).__name__} shows only"
+                f" {', '.join(self.filters)}"
             )
         if not was_drawn_for(plan, self.store):
             raise ValueError(f"plan: it was not drawn for the images of {self.store.path}")
@@ -129,24 +143,57 @@ class ThreadedLoader(Loader):
 def was_drawn_for(plan: EpochPlan, store: Store) -> bool:
     """Whether every sample of a plan is one of the store's, and its window one that it may have.
 
-    A back end reads what the window says, and writes where the place says, without another look. So
-    no window of another store's plan may reach outside an image here, and no place may reach
-    outside the canvas.
+    A back end reads what the window says, and writes where the place says, without another look at
+    the image's sides. So no window of another store's plan may reach outside an image here, and no
+    place may reach outside the canvas, but in evaluation: there it has to cover it.
     """
-    real = plan.index != PADDING
-    index = plan.index[real]
+    # Some steps at a time: of a plan for millions of images a copy is large.
+    steps_at_a_time = max(1, ROWS_AT_A_TIME // max(1, plan.index.shape[1]))
+    for start in range(0, len(plan), steps_at_a_time):
+        steps = slice(start, start + steps_at_a_time)
+        real = plan.index[steps] != PADDING
+        index = plan.index[steps][real]
+        window = plan.window[steps][real].astype(np.int64)
+        place = plan.place[steps][real].astype(np.int64)
+        if not _are_possible(index, window, place, plan.spec, store):
+            return False
+    return True
+
+
+def _are_possible(
+    index: np.ndarray,  # (n,)
+    window: np.ndarray,  # (n, 4)
+    place: np.ndarray,  # (n, 4)
+    spec: PlanSpec,
+    store: Store,
+) -> bool:
+    """`was_drawn_for` of rows with a sample."""
     if index.max(initial=0) >= len(store):
         return False
-    window = plan.window[real].astype(np.int32)
-    place = plan.place[real].astype(np.int32)
-    canvas = np.array(plan.spec.sides)
-    if plan.spec.crop != "letterbox" and (place != [0, 0, *canvas]).any():
+    canvas = np.array(spec.sides)
+    image = np.stack([store.heights[index], store.widths[index]], 1)
+    match spec.crop:
+        case "center":
+            whole = np.concatenate([np.zeros_like(image), image], 1)
+            return bool((window == whole).all()) and _cover(place, canvas)
+        case "letterbox":
+            return _lie_inside(window, image) and _lie_inside(place, canvas)
+    if (place != [0, 0, *canvas]).any():
         return False
-    if plan.spec.crop == "pad":
+    if spec.crop == "pad":
         # Such a window may reach outside the image, where it is zero, but it is never resized.
         return bool((window[:, 2:] == canvas).all())
-    image = np.stack([store.heights[index], store.widths[index]], 1)
-    return _lie_inside(window, image) and _lie_inside(place, canvas)
+    return _lie_inside(window, image)
+
+
+def _cover(
+    boxes: np.ndarray,  # (n, 4) top, left, height, width
+    sides: np.ndarray,  # (2,) height, width
+) -> bool:
+    """Whether each holds all of a canvas."""
+    corner = boxes[:, :2]
+    extent = boxes[:, 2:]
+    return bool(((corner <= 0) & (corner + extent >= sides)).all())
 
 
 def _lie_inside(

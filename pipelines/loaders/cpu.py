@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines import turbojpeg
 from pipelines.ahead import run_ahead
 from pipelines.loaders.area import area_resize
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.plan import PADDING, EpochPlan
-from pipelines.store import JPG, DamagedData
+from pipelines.loaders.bilinear import bilinear_resize
+from pipelines.loaders.colours import planes_as_rgb
+from pipelines.plan import PADDING, EpochPlan, Filter
+from pipelines.planes import split_planes
+from pipelines.store import JPG, PLANES, RAW, DamagedData
 
 # At most: enough that starting a task costs little beside it.
 ROWS_PER_TASK = 8
@@ -26,11 +30,17 @@ _this_thread = threading.local()  # `scratch`, where a thread decodes; it grows 
 
 
 class CpuLoader(ThreadedLoader):
-    """See `Loader`. A subclass brings the decoder of JPEGs, `_decode_jpeg`.
+    """See `Loader`. A subclass brings the decoder of JPEGs for the filter `area`, `_decode_jpeg`.
+
+    For `bilinear` JPEGs are decoded as Pillow does it, since the filter is Pillow's too: then the
+    pixels are the same. Planes have the colours that Pillow shows, whatever the filter.
 
     The images of a step are decoded into a slot, a buffer of its own. There are `prefetch` + 1 of
     them, used in turn: one belongs to the consumer, the others to the threads that fill them.
     """
+
+    shows_planes = True
+    stops_early = False  # whether `_decode_jpeg` can decode the uppermost rows alone
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         on_gpu = self.device.type == "cuda"
@@ -93,47 +103,89 @@ class CpuLoader(ThreadedLoader):
                 if index == PADDING:
                     canvas.fill(0)
                 else:
-                    self._show(index, window, place, flip, canvas)
+                    self._show(index, window, place, flip, canvas, plan.spec.filter)
 
         return fill
 
     def _show(
-        self, index: int, window: list[int], place: list[int], flip: bool, canvas: np.ndarray
+        self,
+        index: int,
+        window: list[int],
+        place: list[int],
+        flip: bool,
+        canvas: np.ndarray,
+        filter_: Filter,
     ) -> None:
         """Fill a canvas with a window of a sample in its place, and zeros around it."""
         top, left, height, width = window
-        # Where the window is at least twice as large as its place, the decoder halves the image,
-        # for less work than decoding it whole. The box filter does the rest.
+        corner = (top, left)  # of the window, in the pixels at hand
         divisor = 1
-        twice_as_large = height >= 2 * place[2] and width >= 2 * place[3]
-        if twice_as_large and self.store.modes[index] == JPG:
-            divisor = 2
-        image = self._decoded(index, divisor)
-        scaled = (top / divisor, left / divisor, height / divisor, width / divisor)
-        area_resize(image, scaled, flip, canvas, tuple(place))
+        mode = self.store.modes[index]
+        if mode == PLANES:
+            image, corner = self._of_planes(index, window)
+        else:
+            if mode == JPG:
+                divisor = _divisor(window, place, filter_)
+            image = self._decoded(index, divisor, top + height, exact=filter_ == "bilinear")
+        if filter_ == "bilinear":
+            bilinear_resize(image, (*corner, height, width), flip, canvas, tuple(place))
+        else:
+            scaled = [side / divisor for side in (*corner, height, width)]
+            area_resize(image, tuple(scaled), flip, canvas, tuple(place))
 
-    def _decoded(self, index: int, divisor: int) -> np.ndarray:
-        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3).
+    def _sides(self, index: int) -> tuple[int, int]:
+        """Height and width of a sample."""
+        return int(self.store.heights[index]), int(self.store.widths[index])
 
-        A JPEG lies in this thread's scratch memory: it is valid until the thread decodes its next.
+    def _decoded(
+        self,
+        index: int,
+        divisor: int,
+        bottom: int,  # rows of the image that matter
+        *,
+        exact: bool,  # as Pillow shows it
+    ) -> np.ndarray:
+        """One sample, uint8 (ceil(H / divisor), ceil(W / divisor), 3), or the rows that matter.
+
+        A JPEG lies in this thread's scratch memory: it is valid until the thread asks for the next.
         """
         encoded = self.store.read(index)
-        height = int(self.store.heights[index])
-        width = int(self.store.widths[index])
-        if self.store.modes[index] != JPG:
+        height, width = self._sides(index)
+        if self.store.modes[index] == RAW:
             return encoded.reshape(height, width, 3)
-
-        shape = (_ceil_div(height, divisor), _ceil_div(width, divisor), 3)
-        n_bytes = shape[0] * shape[1] * shape[2]
-        scratch = getattr(_this_thread, "scratch", None)
-        if scratch is None or scratch.size < n_bytes:
-            scratch = np.empty(n_bytes, np.uint8)
-            _this_thread.scratch = scratch
-
-        image = scratch[:n_bytes].reshape(shape)
-        if not self._decode_jpeg(encoded, (height, width), divisor, image):
-            raise DamagedData(f"{self.store.name_of(index)}: the JPEG does not decode cleanly")
+        rows = height
+        if (exact or self.stops_early) and self.store.is_proven(index):
+            needed = max(bottom, 1) + turbojpeg.CONTEXT_ROWS
+            rows = min(height, _ceil_div(needed, divisor) * divisor)
+        image = _scratch(_ceil_div(rows, divisor), _ceil_div(width, divisor))
+        try:
+            if exact and rows < height:
+                turbojpeg.decode_top(encoded, image)
+            elif exact:
+                turbojpeg.decode(encoded, image)
+            else:
+                self._decode_jpeg(encoded, (height, width), divisor, image)
+        except ValueError as error:
+            raise DamagedData(
+                f"{self.store.name_of(index)}: the JPEG does not decode cleanly: {error}"
+            ) from error
         return image
+
+    def _of_planes(self, index: int, window: list[int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """What of a window lies inside an image of planes, and where in that the window begins.
+
+        Scratch memory, as in `_decoded`.
+        """
+        sample = self.store.read(index)
+        height, width = self._sides(index)
+        # At least a pixel, even where nothing lies inside.
+        top = min(max(window[0], 0), height - 1)
+        left = min(max(window[1], 0), width - 1)
+        bottom = min(max(window[0] + window[2], top + 1), height)
+        right = min(max(window[1] + window[3], left + 1), width)
+        image = _scratch(bottom - top, right - left)
+        planes_as_rgb(*split_planes(sample, height, width), top, left, image)
+        return image, (window[0] - top, window[1] - left)
 
     @abstractmethod
     def _decode_jpeg(
@@ -142,8 +194,33 @@ class CpuLoader(ThreadedLoader):
         sides: tuple[int, int],  # height and width, as the JPEG's header says
         divisor: int,  # 1, or 2: at half the sides
         image: np.ndarray,  # uint8 (ceil(height / divisor), ceil(width / divisor), 3): to fill
-    ) -> bool:
-        """Decode a JPEG; False for any error or warning of the decoder. Called in many threads."""
+    ) -> None:
+        """Decode a JPEG, or with `stops_early` as many rows as `image` has. Called in many threads.
+
+        Raises ValueError for any error or warning of the decoder.
+        """
+
+
+def _divisor(window: list[int], place: list[int], filter_: Filter) -> int:
+    """How many times smaller the decoder makes a JPEG's sides: 1 or 2.
+
+    Where the window is at least twice as large as its place it halves them, for less work than
+    decoding all. The box filter does the rest.
+    """
+    twice_as_large = window[2] >= 2 * place[2] and window[3] >= 2 * place[3]
+    if filter_ == "area" and twice_as_large:
+        return 2
+    return 1
+
+
+def _scratch(height: int, width: int) -> np.ndarray:
+    """Memory of this thread for an image, uint8 (height, width, 3): the same at each call."""
+    n_bytes = height * width * 3
+    scratch = getattr(_this_thread, "scratch", None)
+    if scratch is None or scratch.size < n_bytes:
+        scratch = np.empty(n_bytes, np.uint8)
+        _this_thread.scratch = scratch
+    return scratch[:n_bytes].reshape(height, width, 3)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -1,8 +1,12 @@
 """DALI executes an epoch plan: nvJPEG and the hardware decoder on a GPU, its own decoder on a CPU.
 
-The plan's windows go to the decoder as regions, so that no pixel outside them is transformed.
-Pixels: exact inverse DCT and smooth chroma upsampling (libjpeg's defaults), EXIF orientation
-ignored, a triangle filter when shrinking ("antialias"), bilinear when enlarging.
+The plan's windows go to the decoder as regions, so that no pixel outside them is transformed; of
+the whole images of an evaluation, what the canvas shows of them. Pixels: exact inverse DCT and
+smooth chroma upsampling (libjpeg's defaults), EXIF orientation ignored, a triangle filter when
+shrinking ("antialias"), bilinear when enlarging. That is Pillow's filter, rounded once instead of
+twice, but for the outermost pixels of a window that shrinks: where the filter reaches beyond it,
+DALI repeats the window's border, and Pillow takes what lies inside alone. In training this stays;
+in evaluation the images get zeros around them, and the sums are divided by what lies inside.
 """
 
 from collections import deque
@@ -15,13 +19,14 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.types import DALIInterpType
+from nvidia.dali.types import DALIDataType, DALIInterpType
 from PIL import Image
 from torch import Tensor
 
 from pipelines.ahead import run_ahead
 from pipelines.images import as_jpeg
 from pipelines.loaders.base import ThreadedLoader
+from pipelines.loaders.regions import regions, shares_inside, show_borders
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.sizes import Size
 from pipelines.store import RAW, DamagedData, Store
@@ -31,7 +36,7 @@ READ_AHEAD = READERS + 1  # batches of bytes fetched before DALI asks for them
 # Of these DALI holds the bytes too: the batch that it decodes, and the one that it asks for.
 BESIDE_THE_QUEUE = 2
 
-Fields = list[list[np.ndarray] | np.ndarray]  # what one batch feeds to the graph
+Fields = dict[str, list[np.ndarray] | np.ndarray]  # what one batch feeds to the graph
 
 
 class DaliLoader(ThreadedLoader):
@@ -41,6 +46,8 @@ class DaliLoader(ThreadedLoader):
         ValueError: an option out of range, or a store that mixes raw and JPEG samples (a graph
             decodes one or the other).
     """
+
+    filters = ("bilinear",)
 
     def __init__(
         self,
@@ -88,19 +95,20 @@ class DaliLoader(ThreadedLoader):
         # The graph is told not to copy what it is fed (`no_copy`): DALI reads the bytes where they
         # lie, so they have to live until it is done with their batch.
         in_use: deque[Fields] = deque(maxlen=self.prefetch + BESIDE_THE_QUEUE)
+        names = self._names(plan)
 
         def readings() -> Iterator[Callable[[], Fields]]:
             for step in range(start_step, len(plan)):
-                yield self._reading(plan, step)
+                yield self._reading(plan, step, names)
 
         with closing(run_ahead(readings(), READERS, READ_AHEAD)) as read:
 
-            def source() -> Fields:
+            def source() -> list[list[np.ndarray] | np.ndarray]:
                 fields = next(read)  # its StopIteration tells DALI that the data end
                 in_use.append(fields)
-                return fields
+                return [fields[name] for name in names]
 
-            pipeline = self._build(plan, source)
+            pipeline = self._build(plan.index.shape[1], names, source)
             for _ in range(start_step, len(plan)):
                 (images,) = self._run(pipeline)
                 # Without a copy: the tensor is DALI's memory, and holds it as long as it lives.
@@ -145,7 +153,27 @@ class DaliLoader(ThreadedLoader):
         with torch.cuda.device(self.device):
             return pipeline.run(torch.cuda.current_stream())
 
-    def _build(self, plan: EpochPlan, source: Callable[[], Fields]) -> Pipeline:
+    def _names(self, plan: EpochPlan) -> list[str]:
+        """The fields that the graph of a plan is fed; `_read` says what each is for."""
+        names = ["pixels" if self.raw else "encoded", "start", "shape", "sides"]
+        borders = False
+        match plan.spec.crop:
+            case "center":
+                real = plan.index != PADDING
+                window, place = plan.window[real], plan.place[real]
+                borders = show_borders(window[:, 2:], place, self.sides)
+                names += ["shown_from", "shown_to"]
+            case "letterbox":
+                names += ["canvas_start"]
+        if borders:
+            names += ["inside_down", "inside_across"]
+        # Of a JPEG only what lies inside the image can be decoded: the zeros around it take a
+        # second slice. Raw pixels are cut with their zeros at once.
+        if not self.raw and (borders or plan.spec.crop == "pad"):
+            names += ["second_start", "second_shape"]
+        return names
+
+    def _build(self, rows: int, names: list[str], source: Callable[[], Any]) -> Pipeline:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip -> zeros
         outside the place.
 
@@ -153,35 +181,29 @@ class DaliLoader(ThreadedLoader):
         """
         # exec_dynamic: outputs stay ours for as long as a tensor holds them.
         pipeline = Pipeline(
-            plan.index.shape[1],
+            rows,
             self.threads,
             self.device.index,
             prefetch_queue_depth=self.prefetch,
             exec_dynamic=True,
         )
-        layout = ["", "", "", ""]  # images, sides, start, shape
-        if self.raw:
-            layout[0] = "HWC"
-        if self._slices_twice(plan):
-            layout += ["", ""]  # start and shape of the second slice
-        if _has_places(plan):
-            layout += [""]  # start of the slice that is the canvas
+        layout = ["HWC" if name == "pixels" else "" for name in names]
         with pipeline:
-            images, sides, start, shape, *more = fn.external_source(
-                source=source, num_outputs=len(layout), layout=layout, no_copy=True
+            inputs = fn.external_source(
+                source=source, num_outputs=len(names), layout=layout, no_copy=True
             )
+            fed = dict(zip(names, inputs, strict=True))
             if self.raw:
-                images = _slice(images, start, shape)
+                images = _slice(fed["pixels"], fed["start"], fed["shape"])
             else:
-                images = self._decode(images, start, shape)
-            if self._slices_twice(plan):
-                images = _slice(images, *more)
+                images = self._decode(fed["encoded"], fed["start"], fed["shape"])
+            if "second_start" in fed:
+                images = _slice(images, fed["second_start"], fed["second_shape"])
             if self.raw and self.device.type == "cuda":
                 images = images.gpu()
-            images = _resize(images, sides)
-            if _has_places(plan):
-                (canvas_start,) = more
-                images = _slice(images, canvas_start, self.sides)
+            images = _resize(images, fed)
+            if "canvas_start" in fed:
+                images = _slice(images, fed["canvas_start"], self.sides)
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -200,70 +222,103 @@ class DaliLoader(ThreadedLoader):
             use_fast_idct=False,
         )
 
-    def _slices_twice(self, plan: EpochPlan) -> bool:
-        """Whether windows may reach outside an image that the decoder cuts them from.
-
-        Of a JPEG only what lies inside the image can be decoded; the zeros around it take a second
-        slice. Raw pixels are cut with their zeros at once.
-        """
-        return plan.spec.crop == "pad" and not self.raw
-
-    def _reading(self, plan: EpochPlan, step: int) -> Callable[[], Fields]:
+    def _reading(self, plan: EpochPlan, step: int, names: list[str]) -> Callable[[], Fields]:
         """A call that reads the fields of a step."""
 
         def read() -> Fields:
-            return self._read(plan, step)
+            return self._read(plan, step, names)
 
         return read
 
-    def _read(self, plan: EpochPlan, step: int) -> Fields:
-        """Per row: bytes, sides of its place, start and shape of the slice.
+    def _read(self, plan: EpochPlan, step: int, names: list[str]) -> Fields:
+        """The fields of a step, a row per image; of those that not all plans have, these `names`.
 
-        Then start and shape of the second slice, or where the canvas begins as seen from the place.
-        A negative width flips.
+        encoded or pixels: the image.
+        start, shape: the region that is cut out of it.
+        second_start, second_shape: that which is cut out of the region, zeros around it.
+        sides: what it is resized to; a negative width flips.
+        shown_from, shown_to: the part of it that is resized.
+        inside_down, inside_across: what each row and column of the result is divided by.
+        canvas_start: where the canvas begins in the result.
         """
         index = plan.index[step]
-        window = plan.window[step].astype(np.int32)
         real = index != PADDING
-        window[~real] = 0, 0, 1, 1  # all of the black image
-        place = plan.place[step].astype(np.int32, order="C")
-        place[~real] = 0, 0, *self.sides  # black, as everything is around a place
-        corner = window[:, :2].copy()
-        shape = window[:, 2:].copy()
-        sides = place[:, 2:].astype(np.float32)
-        sides[plan.flip[step], 1] *= -1
-
-        stored = np.ones_like(corner)  # (B, 2) sides of the image; those of the black one are 1
+        stored = np.ones((len(index), 2), np.int32)  # sides of the image; the black one's are 1
         stored[real, 0] = self.store.heights[index[real]]
         stored[real, 1] = self.store.widths[index[real]]
+        window = plan.window[step].astype(np.int32)
+        window[~real] = 0, 0, 1, 1  # all of the black image
+        place = plan.place[step].copy()
+        place[~real] = 0, 0, *self.sides  # black, as everything is around a place
+
+        fields: Fields = {}
+        corner, shape, sides = window[:, :2], window[:, 2:], place[:, 2:]
+        if plan.spec.crop == "center":
+            region = regions(stored, place, self.sides, inside="inside_down" not in names)
+            corner, shape = region.corner, region.shape
+            fields |= {"shown_from": region.shown_from, "shown_to": region.shown_to}
+            sides = np.tile(self.sides, (len(sides), 1))
+        if "inside_down" in names:
+            down, across = (
+                shares_inside(stored[:, side], place[:, side], place[:, 2 + side], n_out)
+                for side, n_out in enumerate(self.sides)
+            )
+            across[plan.flip[step]] = across[plan.flip[step], ::-1]
+            fields |= {
+                "inside_down": down[:, :, None, None],
+                "inside_across": across[:, None, :, None],
+            }
+        if plan.spec.crop == "letterbox":
+            fields["canvas_start"] = -place[:, :2]
+
+        start, end = corner, corner + shape
+        if "second_start" in names:
+            # What of the region lies inside the image: at least a pixel, even where nothing does.
+            # From its first pixel the second slice counts.
+            start = corner.clip(0, stored - 1)
+            end = np.minimum(end, stored).clip(start + 1)
+            fields |= {"second_start": _int32(corner - start), "second_shape": _int32(shape)}
+        fields |= {"start": _int32(start), "shape": _int32(end - start)}
+        signed = sides.astype(np.float32)
+        signed[plan.flip[step], 1] *= -1
+        fields["sides"] = signed
+
         encoded = iter(self.store.read_many(index[real].tolist()))
         data = [next(encoded) if is_real else self.black for is_real in real.tolist()]
         if self.raw:
-            data = [
+            fields["pixels"] = [
                 pixels.reshape(height, width, 3)
                 for pixels, (height, width) in zip(data, stored.tolist(), strict=True)
             ]
-        if _has_places(plan):
-            return [data, sides, corner, shape, -place[:, :2]]
-        if not self._slices_twice(plan):
-            return [data, sides, corner, shape]
-
-        # What of the window lies inside the image: at least a pixel, even where nothing does. From
-        # its first pixel the second slice counts.
-        start = corner.clip(0, stored - 1)
-        end = np.minimum(corner + shape, stored).clip(start + 1)
-        return [data, sides, start, end - start, corner - start, shape]
+        else:
+            fields["encoded"] = data
+        return fields
 
 
-def _has_places(plan: EpochPlan) -> bool:
-    """Whether rows show less than the whole canvas."""
-    return plan.spec.crop == "letterbox"
+def _int32(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, np.int32)
 
 
-def _resize(images: DataNode, sides: DataNode) -> Any:
+def _resize(images: DataNode, fed: dict[str, DataNode]) -> Any:
     """The node that resizes to sides of each sample's own; a negative width flips."""
-    linear = DALIInterpType.INTERP_LINEAR
-    return fn.resize(images, size=sides, interp_type=linear, antialias=True)
+    # Unset means all of what it gets, and the type of that.
+    divides = "inside_down" in fed
+    resized = fn.resize(
+        images,
+        size=fed["sides"],
+        roi_start=fed.get("shown_from"),
+        roi_end=fed.get("shown_to"),
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+        dtype=DALIDataType.FLOAT if divides else None,
+    )
+    if not divides:
+        return resized
+    down, across = fed["inside_down"], fed["inside_across"]
+    if images.device == "gpu":
+        down, across = down.gpu(), across.gpu()
+    # Rounds to nearest, and 255 is the most.
+    return fn.cast_like(resized / down / across, images)
 
 
 def _slice(images: DataNode, start: DataNode, shape: DataNode | tuple[int, int]) -> Any:

@@ -50,8 +50,9 @@ class FfcvLoader(CpuLoader):
 
     def _decode_jpeg(
         self, encoded: np.ndarray, sides: tuple[int, int], divisor: int, image: np.ndarray
-    ) -> bool:
+    ) -> None:
         source = (encoded.ctypes.data, encoded.size, *sides)
         target = (image.ctypes.data, *sides, *WHOLE_IMAGE)
         scale = (1, divisor)
-        return not _imdecode(*source, *target, *scale, False, False)
+        if _imdecode(*source, *target, *scale, False, False):
+            raise ValueError("FFCV's decoder refuses it")  # and does not say why

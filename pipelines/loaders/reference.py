@@ -1,22 +1,27 @@
-"""The slow, plain twin of the other loaders: Pillow decodes, two matrices resize, row by row."""
+"""The slow, plain twin of the other loaders: Pillow decodes, row by row.
+
+Its own resize is the bilinear filter; the area filter is two matrices.
+"""
 
 from collections.abc import Generator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
-from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan import PADDING, EpochPlan, Filter
+from pipelines.planes import split_planes
 from pipelines.sizes import Size, sides_of
-from pipelines.store import JPG, DamagedData
+from pipelines.store import PLANES, RAW, DamagedData
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """(n_out, n_in): how much of each output pixel's box every input pixel covers.
 
-    Rows sum to 1, when it shrinks and when it enlarges. The resize of all loaders is
+    Rows sum to 1, when it shrinks and when it enlarges. The area resize of all loaders is
     `area_matrix @ image @ area_matrix.T`, rounded to nearest.
     """
     edges = np.arange(n_out + 1)[:, None] * (n_in / n_out)
@@ -29,6 +34,7 @@ def crop_resize(
     image: np.ndarray,  # uint8 (H, W, 3)
     window: np.ndarray,  # top, left, height, width in pixels of the image
     size: Size,
+    filter_: Filter = "area",
 ) -> np.ndarray:
     """The window at (*sides, 3), uint8; zeros outside the image."""
     out_height, out_width = sides_of(size)
@@ -38,14 +44,71 @@ def crop_resize(
     margin = max(0, -top, -left, bottom_beyond, right_beyond)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     crop = padded[top + margin :, left + margin :][:height, :width]
+    if filter_ == "bilinear":
+        picture = Image.fromarray(np.ascontiguousarray(crop))
+        return np.asarray(picture.resize((out_width, out_height), Image.Resampling.BILINEAR))
     down = area_matrix(height, out_height)
     across = area_matrix(width, out_width)
     resized = np.einsum("yh,hwc,xw->yxc", down, crop, across, optimize=True)
     return np.floor(resized + 0.5).astype(np.uint8)
 
 
+def put(
+    shown: np.ndarray,  # uint8 (height, width, 3)
+    top: int,
+    left: int,
+    canvas: np.ndarray,  # uint8 (H, W, 3)
+) -> None:
+    """Lay a picture on a canvas; what reaches outside is cut off."""
+    above = max(0, -top)
+    before = max(0, -left)
+    visible = shown[above : canvas.shape[0] - top, before : canvas.shape[1] - left]
+    canvas[max(0, top) :, max(0, left) :][: visible.shape[0], : visible.shape[1]] = visible
+
+
+def planes_as_rgb(
+    y: np.ndarray,  # uint8 (H, W)
+    cb: np.ndarray,  # uint8, each side half, rounded up
+    cr: np.ndarray,
+) -> np.ndarray:
+    """The pixels that libjpeg-turbo makes of a 4:2:0 JPEG's planes, uint8 (H, W, 3)."""
+    height, width = y.shape
+    light = y.astype(np.int64)
+    blue = _at_full_size(cb)[:height, :width] - 128
+    red = _at_full_size(cr)[:height, :width] - 128
+    # JFIF's equations in 65536ths, each rounded to nearest.
+    half = 1 << 15
+    rgb = (
+        light + (91881 * red + half >> 16),
+        light + (-22554 * blue - 46802 * red + half >> 16),
+        light + (116130 * blue + half >> 16),
+    )
+    return np.stack(rgb, -1).clip(0, 255).astype(np.uint8)
+
+
+def _at_full_size(
+    plane: np.ndarray,  # uint8 (h, w)
+) -> np.ndarray:
+    """Colours at twice the sides: 3/4 of a pixel's own value, 1/4 of the nearest other one.
+
+    Along both axes; libjpeg's "fancy upsampling". Planes of one or two columns it merely repeats.
+    """
+    if plane.shape[1] < 3:
+        return plane.astype(np.int64).repeat(2, 0).repeat(2, 1)
+    padded = np.pad(plane.astype(np.int64), 1, mode="edge")
+    rows = np.empty((2 * plane.shape[0], padded.shape[1]), np.int64)
+    rows[0::2] = 3 * padded[1:-1] + padded[:-2]
+    rows[1::2] = 3 * padded[1:-1] + padded[2:]
+    columns = np.empty((len(rows), 2 * plane.shape[1]), np.int64)
+    columns[:, 0::2] = 3 * rows[:, 1:-1] + rows[:, :-2] + 8 >> 4
+    columns[:, 1::2] = 3 * rows[:, 1:-1] + rows[:, 2:] + 7 >> 4
+    return columns
+
+
 class ReferenceLoader(Loader):
     """See `Loader`. One thread, nothing is decoded ahead, no options."""
+
+    shows_planes = True
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         for step in range(start_step, len(plan)):
@@ -57,10 +120,11 @@ class ReferenceLoader(Loader):
             for row, number, encoded in samples:
                 image = self._decode(number, encoded)
                 top, left, height, width = plan.place[step, row].tolist()
-                shown = crop_resize(image, plan.window[step, row], (height, width))
+                window = plan.window[step, row]
+                shown = crop_resize(image, window, (height, width), plan.spec.filter)
                 if plan.flip[step, row]:
                     shown = shown[:, ::-1]
-                images[row, top : top + height, left : left + width] = shown
+                put(shown, top, left, images[row])
             yield torch.from_numpy(images).to(self.device)
 
     def _decode(
@@ -69,8 +133,13 @@ class ReferenceLoader(Loader):
         encoded: np.ndarray,  # uint8 (n,)
     ) -> np.ndarray:
         """One sample as it is stored, upright: uint8 (H, W, 3)."""
-        if self.store.modes[index] != JPG:
-            return encoded.reshape(self.store.heights[index], self.store.widths[index], 3)
+        height = int(self.store.heights[index])
+        width = int(self.store.widths[index])
+        mode = self.store.modes[index]
+        if mode == RAW:
+            return encoded.reshape(height, width, 3)
+        if mode == PLANES:
+            return planes_as_rgb(*split_planes(encoded, height, width))
         try:
             return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
         except UNREADABLE as error:

@@ -135,6 +135,10 @@ class BetonStore(Store):
             )
         return np.frombuffer(raw, np.uint8)
 
+    def is_proven(self, index: int) -> bool:
+        """Conversion checks every image, and its sidecar has the checksums."""
+        return self.crc32 is not None
+
     def files(self) -> list[Path]:
         """See `Store.files`."""
         side = sidecar_path(self.path)

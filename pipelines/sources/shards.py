@@ -125,6 +125,10 @@ class ShardedStore(Store):
                 found[row] = data
         return [data for data in found if data is not None]
 
+    def is_proven(self, index: int) -> bool:
+        shard, within = self._place_of(index)
+        return self.shards[shard].is_proven(within)
+
     def file(self, index: int) -> Path:
         """The shard that holds sample `index`."""
         return self.shards[self._place_of(index)[0]].path

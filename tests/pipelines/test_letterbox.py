@@ -35,6 +35,7 @@ needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs 
 LOADERS = [
     "reference",
     pytest.param("ffcv", marks=needs_ffcv),
+    "turbojpeg",
     pytest.param("dali", marks=needs_dali),
 ]
 SEED = random.SystemRandom().randrange(2**31)  # plans are fresh at every run

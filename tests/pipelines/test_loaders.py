@@ -10,6 +10,7 @@ import threading
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from pipelines import (
     Batch,
@@ -36,10 +38,12 @@ from pipelines.loaders.base import was_drawn_for
 from pipelines.loaders.reference import ReferenceLoader, crop_resize
 from pipelines.plan import PADDING
 from pipelines.sources.beton import BetonStore
+from pipelines.turbojpeg import decode_top
 from tests.conftest import as_jpeg, photo, write_beton
+from tests.pipelines.samples import add_sidecar
 
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
-ON_A_CPU = [pytest.param("ffcv", marks=needs_ffcv), "reference"]
+ON_A_CPU = [pytest.param("ffcv", marks=needs_ffcv), "turbojpeg", "reference"]
 SEED = random.SystemRandom().randrange(2**31)  # plans are fresh at every run
 
 
@@ -124,6 +128,54 @@ def test_the_halving_decoder_stays_within_the_tolerance(tmp_path: Path) -> None:
     plan = draw(store, scale=(0.8, 1.0))
     assert (plan.window[..., 2:] >= 128).all(), "every window is decoded at one half"
     assert_close(images("ffcv", store, plan), images("reference", store, plan))
+
+
+@needs_ffcv
+@pytest.mark.parametrize("proven", [False, True])
+@pytest.mark.parametrize("filter_", ["area", "bilinear"])
+def test_turbojpeg_shows_the_pixels_of_ffcv(
+    filter_: str, proven: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and halved, odd sides, 4:2:0 and 4:4:4, progressive: the same libjpeg-turbo.
+
+    Also where rows below the window are not decoded, because a checksum says that they are sound.
+    """
+    rng = np.random.default_rng(SEED)
+    samples = []
+    for height, width in rng.integers(20, 400, (24, 2)).tolist():
+        out = BytesIO()
+        subsampling = str(rng.choice(["4:2:0", "4:2:2", "4:4:4"]))
+        progressive = bool(rng.integers(2))
+        image = Image.fromarray(photo(rng, height, width))
+        image.save(out, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        samples.append(out.getvalue())
+    path = write_beton(tmp_path / "all.beton", samples, range(24))
+    plan = draw(open_store(path), filter=filter_)
+    large = (plan.window[..., 2:] >= 128).all(-1)
+    assert large.any() and not large.all(), "some windows are decoded at one half"
+    wanted = images("ffcv", open_store(path), plan)
+    if proven:
+        add_sidecar(path, classes=tuple(f"class {i}" for i in range(24)))
+    n_stopped = 0
+
+    def counted(*args: object, **how: object) -> None:
+        nonlocal n_stopped
+        n_stopped += 1
+        decode_top(*args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipelines.turbojpeg.decode_top", counted)
+    assert_array_equal(images("turbojpeg", open_store(path), plan), wanted)
+    assert (n_stopped > 0) == proven
+
+
+def test_outside_windows_of_proven_images_are_zero(tmp_path: Path) -> None:
+    """Windows above, below and beside the image, of which few rows or none are decoded."""
+    rng = np.random.default_rng(SEED)
+    path = write_beton(tmp_path / "all.beton", [as_jpeg(photo(rng, 60, 70))] * 6, range(6))
+    plan = draw(open_store(path), crop="pad", pad=100, clean_rows=4, adv_rows=0)
+    wanted = images("turbojpeg", open_store(path), plan)
+    add_sidecar(path)
+    assert_array_equal(images("turbojpeg", open_store(path), plan), wanted)
 
 
 @needs_ffcv
@@ -328,7 +380,9 @@ def test_a_back_end_is_a_file_and_a_line_of_the_registry(
 
 
 def test_mistakes_are_named(jpeg_store: BetonStore) -> None:
-    with pytest.raises(ValueError, match="pipeline = 'fcv': must be one of ffcv, dali, reference"):
+    with pytest.raises(
+        ValueError, match="pipeline = 'fcv': must be one of ffcv, dali, turbojpeg, reference"
+    ):
         open_loader("fcv", jpeg_store, size=64)
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.images import as_jpeg
-from pipelines.turbojpeg import check_jpeg, decode, read_header
+from pipelines.turbojpeg import CONTEXT_ROWS, check_jpeg, decode, decode_top, read_header
 from tests.pipelines import samples
 from tests.pipelines.image_files import saved
 
@@ -110,6 +111,60 @@ def test_arrays_are_read_as_bytes_are() -> None:
     assert (image == decoded(data, 2)).all()
     assert read_header(encoded) == read_header(data) == (60, 80, "YCbCr", "420")
     assert check_jpeg(encoded) == check_jpeg(data) == (60, 80)
+
+
+def top_of(data: bytes, rows: int, divisor: int = 1, width: int | None = None) -> np.ndarray:
+    """By `decode_top`, into a buffer with a guard on either side: as many rows."""
+    width = width or -(-read_header(data).width // divisor)
+    n_bytes = rows * width * 3
+    memory = np.full(GUARD + n_bytes + GUARD, UNTOUCHED, np.uint8)
+    image = memory[GUARD : GUARD + n_bytes].reshape(rows, width, 3)
+    try:
+        decode_top(data, image, divisor, fast_dct=True)
+    finally:
+        assert (memory[:GUARD] == UNTOUCHED).all()
+        assert (memory[-GUARD:] == UNTOUCHED).all()
+    return image
+
+
+@pytest.mark.parametrize("divisor", [1, 2])
+def test_the_top_is_that_of_the_whole(divisor: int) -> None:
+    """But for the rows whose colours depend on what is not decoded; at half size there are none."""
+    rng = np.random.default_rng()
+    for case in range(120):
+        how: dict[str, object] = {"subsampling": int(rng.integers(3))}
+        how["progressive"] = bool(rng.integers(2))
+        how["restart_marker_blocks"] = int(rng.choice([0, 1, 5]))
+        data = random_jpeg(rng, "RGB" if case % 4 else "L", **how)
+        whole = decoded(data, divisor, fast_dct=True)
+        for rows in rng.integers(1, len(whole) + 1, 3).tolist():
+            top = top_of(data, rows, divisor)
+            same = rows
+            if rows < len(whole):
+                same = max(0, rows - CONTEXT_ROWS // divisor)
+            np.testing.assert_array_equal(top[:same], whole[:same], f"{how} {rows} {whole.shape}")
+
+
+def test_the_top_of_what_is_no_sound_rgb_jpeg() -> None:
+    rng = np.random.default_rng()
+    good = saved(samples.picture(1, 64, 80), "JPEG")
+    for width in (79, 81, 200):
+        with pytest.raises(ValueError, match="80 pixels wide"):
+            top_of(good, 24, width=width)
+    with pytest.raises(ValueError, match="not made of DCT coefficients"):
+        top_of(lossless(64, 80), 24)
+    with pytest.raises(ValueError, match="CMYK colours"):
+        top_of(saved(samples.picture(1, 64, 80).convert("CMYK"), "JPEG"), 24)
+    for data in (b"", b"\xff\xd8", good[:100]):
+        with pytest.raises(ValueError):
+            top_of(data, 24, width=80)
+    # Damage is an error or not, but never more than the image is written, nor a crash.
+    for _ in range(300):
+        bad = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            bad[rng.integers(len(bad))] = rng.integers(256)
+        with suppress(ValueError):
+            top_of(bytes(bad[: rng.integers(len(bad)) + 1]), 24, width=80)
 
 
 @pytest.mark.parametrize("shape", [(60, 80, 3), (30, 41, 3), (29, 40, 3), (40, 30, 3)])

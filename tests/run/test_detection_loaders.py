@@ -21,7 +21,7 @@ from tests.run.runs import steps_recorded
 from tests.run.wiring import BASE
 
 pytestmark = pytest.mark.slow
-PIPELINES = ("reference", "ffcv", "dali")
+PIPELINES = ("reference", "ffcv", "turbojpeg", "dali")
 STEPS = 10
 __all__ = ["photographs"]  # a fixture
 

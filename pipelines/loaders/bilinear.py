@@ -1,0 +1,207 @@
+"""Pillow's bilinear resize for the loaders on CPU cores, compiled by numba, bit for bit the same.
+
+`reference.crop_resize` is its slow twin, which is Pillow. The arithmetic is that of Pillow's
+src/libImaging/Resample.c: a horizontal pass, then a vertical one, each with weights of 22 bits
+after the point and with a result of 8 bits. Unlike Pillow it makes only what lies on the canvas.
+"""
+
+import numpy as np
+from numba import njit, types
+
+from pipelines.loaders.area import CHANNELS, compiled
+
+PRECISION_BITS = np.uint32(32 - 8 - 2)  # of a weight behind the point: 8 a value, 2 for the sum
+HALF = np.uint32(1 << 21)  # rounds to nearest
+MOST = np.uint32(255)
+WORD = 4  # bytes of a pixel in the horizontal pass: its values and a zero
+
+
+@njit(nogil=True)
+def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
+    """The triangle filter over `extent` source pixels, for the pixels [begin, end) of n_out.
+
+    Returns the first source pixel of each, int64 (end - begin,), and the weights of that pixel and
+    those after it, uint32 (taps, end - begin): `precompute_coeffs` and `normalize_coeffs_8bpc` of
+    Resample.c, in their order. `flip` numbers the output pixels from the other end.
+    """
+    scale = extent / n_out
+    reach = max(scale, 1.0)  # of the filter, to both sides of its centre
+    inverse = 1.0 / reach
+    n = end - begin
+    firsts = np.empty(n, np.int64)
+    exact = np.zeros((int(np.ceil(reach)) * 2 + 1, n))
+    n_taps = 1
+    for i in range(n):
+        place = begin + i
+        if flip:
+            place = n_out - 1 - place
+        centre = (place + 0.5) * scale
+        first = max(int(centre - reach + 0.5), 0)
+        last = min(int(centre + reach + 0.5), extent)
+        total = 0.0
+        for k in range(last - first):
+            distance = abs((k + first - centre + 0.5) * inverse)
+            if distance < 1.0:
+                exact[k, i] = 1.0 - distance
+                total += exact[k, i]
+                n_taps = max(n_taps, k + 1)
+        if total != 0.0:
+            for k in range(last - first):
+                exact[k, i] /= total
+        firsts[i] = first
+    weights = np.empty((n_taps, n), np.uint32)
+    for k in range(n_taps):
+        for i in range(n):
+            weights[k, i] = np.uint32(0.5 + exact[k, i] * 2.0**PRECISION_BITS)
+    return firsts, weights
+
+
+@njit(nogil=True)
+def _round(sums, result):  # type: ignore[no-untyped-def]
+    """Sums of weighted values, uint32, HALF included -> the values, uint8."""
+    for j in range(len(result)):
+        result[j] = np.uint8(min(sums[j] >> PRECISION_BITS, MOST))
+
+
+@njit(nogil=True)
+def _add(values, weight, sums):  # type: ignore[no-untyped-def]
+    """One tap of the vertical pass: a row of values, uint8."""
+    for j in range(len(sums)):
+        sums[j] += weight * np.uint32(values[j])
+
+
+@njit(nogil=True)
+def _add_each(values, weights, sums):  # type: ignore[no-untyped-def]
+    """One tap of the horizontal pass: every value, uint8, has a weight of its own."""
+    for j in range(len(sums)):
+        sums[j] += weights[j] * np.uint32(values[j])
+
+
+@njit(nogil=True)
+def _across(line, pixels, at, weights, words, values, sums, result):  # type: ignore[no-untyped-def]
+    """The horizontal pass of one row: `line` (uint8, 3 a pixel) -> `result` (uint8, 4 a pixel).
+
+    It wants values from all over a row, which a processor fetches one by one, and sums, which it
+    makes of many values at once if they lie side by side. So each pixel becomes one number of 32
+    bits; for each tap these are fetched, and then summed up as the bytes that they are. `values`
+    are the bytes of `words`.
+    """
+    for x in range(len(pixels)):
+        red = np.uint32(line[CHANNELS * x])
+        green = np.uint32(line[CHANNELS * x + 1]) << np.uint32(8)
+        blue = np.uint32(line[CHANNELS * x + 2]) << np.uint32(16)
+        pixels[x] = red | green | blue
+    sums[:] = HALF
+    for k in range(len(weights)):
+        for x in range(len(words)):
+            words[x] = pixels[at[x] + np.uint32(k)]
+        _add_each(values, weights[k], sums)
+    _round(sums, result)
+
+
+@njit(nogil=True)
+def _narrow(values, shown):  # type: ignore[no-untyped-def]
+    """4 values a pixel -> 3."""
+    for x in range(len(shown) // CHANNELS):
+        for c in range(CHANNELS):
+            shown[CHANNELS * x + c] = values[WORD * x + c]
+
+
+@compiled(
+    types.void(
+        types.Array(types.uint8, 3, "C", readonly=True),  # source
+        types.UniTuple(types.int64, 4),  # window: top, left, height, width
+        types.boolean,  # flip
+        types.uint8[:, :, ::1],  # canvas
+        types.UniTuple(types.int64, 4),  # place: top, left, height, width
+    ),
+    # Weights are to be Pillow's to the last bit.
+    fastmath=False,
+)
+def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped-def]
+    """Show a window of source (H, W, 3) in its place on the canvas, mirrored there by `flip`.
+
+    The filter sees nothing outside the window. What of the window lies outside the source is zero,
+    and so is the canvas around the place. What of the place lies outside the canvas is not made.
+    """
+    top, left, height, width = window
+    out_top, out_left, out_height, out_width = place
+    # The part of the place that lies on the canvas, counted from the place's corner.
+    y_begin = max(0, -out_top)
+    y_end = min(out_height, canvas.shape[0] - out_top)
+    x_begin = max(0, -out_left)
+    x_end = min(out_width, canvas.shape[1] - out_left)
+    if y_begin >= y_end or x_begin >= x_end:
+        canvas[:] = 0
+        return
+    ys, wy = _taps(height, out_height, y_begin, y_end, False)
+    xs, wx_pixel = _taps(width, out_width, x_begin, x_end, flip)
+
+    n_pixels = x_end - x_begin
+    wx = np.empty((len(wx_pixel), WORD * n_pixels), np.uint32)  # a weight per value
+    for k in range(len(wx)):
+        for j in range(WORD * n_pixels):
+            wx[k, j] = wx_pixel[k, j // WORD]
+    begin = xs.min()  # in pixels of the window, as `end`
+    end = xs.max() + len(wx)
+    # Unsigned, because numba lets a signed index count from the end and would test each for that.
+    at = (xs - begin).astype(np.uint32)
+
+    # `line` is what the horizontal pass reads of a row. Only `inside` of it, which lies over the
+    # window and over the source, is ever written. The rest stays zero.
+    line = np.zeros(CHANNELS * (end - begin), np.uint8)
+    low = max(begin, -left)
+    high = max(low, min(end, width, source.shape[1] - left))
+    inside = line[CHANNELS * (low - begin) : CHANNELS * (high - begin)]
+    rows = source.reshape(-1, CHANNELS * source.shape[1])
+    read = slice(CHANNELS * (left + low), CHANNELS * (left + high))
+    pixels = np.empty(end - begin, np.uint32)
+    words = np.empty(n_pixels, np.uint32)
+    values = words.view(np.uint8)
+    sums = np.empty(WORD * n_pixels, np.uint32)
+    result = np.empty(WORD * n_pixels, np.uint8)
+
+    lines = canvas.reshape(-1, CHANNELS * canvas.shape[1])
+    begin_out = CHANNELS * (out_left + x_begin)
+    end_out = begin_out + CHANNELS * n_pixels
+    lines[: out_top + y_begin] = 0
+    lines[out_top + y_end :] = 0
+    lines[:, :begin_out] = 0
+    lines[:, end_out:] = 0
+    shown = lines[out_top + y_begin : out_top + y_end, begin_out:end_out]
+
+    # Which pass is the first decides what is rounded. This is Pillow's rule since version 13;
+    # earlier versions begin across.
+    if height - out_height > max(0, 2 * (width - out_width)):
+        wide_sums = np.empty(len(inside), np.uint32)
+        for y in range(len(shown)):
+            wide_sums[:] = HALF
+            for k in range(len(wy)):
+                row = top + ys[y] + k
+                if wy[k, y] > 0 and 0 <= row < source.shape[0]:
+                    _add(rows[row, read], wy[k, y], wide_sums)
+            _round(wide_sums, inside)
+            _across(line, pixels, at, wx, words, values, sums, result)
+            _narrow(result, shown[y])
+        return
+
+    # The rows that the vertical pass needs next, in turn: as many as it has taps.
+    ring = np.zeros((len(wy), WORD * n_pixels), np.uint8)
+    done = -1  # the last row of the window that has been through the horizontal pass
+    for y in range(len(shown)):
+        last = min(ys[y] + len(wy), height) - 1
+        for k in range(max(ys[y], done + 1), last + 1):
+            row = top + k
+            slot = ring[k % len(ring)]
+            if 0 <= row < source.shape[0]:
+                inside[:] = rows[row, read]
+                _across(line, pixels, at, wx, words, values, sums, slot)
+            else:
+                slot[:] = 0
+        done = last
+        sums[:] = HALF
+        for k in range(last + 1 - ys[y]):
+            if wy[k, y] > 0:
+                _add(ring[(ys[y] + k) % len(ring)], wy[k, y], sums)
+        _round(sums, result)
+        _narrow(result, shown[y])

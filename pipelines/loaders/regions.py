@@ -1,0 +1,88 @@
+"""What of an image an evaluation shows, for back ends that resize a region of it and not the whole.
+
+Words: the image, H x W pixels, is resized to the sides of its place; the canvas is cut out of that.
+All arrays have a row per image and, unless said otherwise, two columns: down and across.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SLACK = 2  # source pixels around what the filter reads, for positions that are rounded
+
+
+class Regions(NamedTuple):
+    """Regions of images, and what of each is resized to the whole canvas."""
+
+    # int64 (n, 2): top and left, then height and width, in pixels of the image; may reach outside.
+    corner: np.ndarray
+    shape: np.ndarray
+    # float32 (n, 2): from where to where, in pixels of the region.
+    shown_from: np.ndarray
+    shown_to: np.ndarray
+
+
+def regions(
+    image: np.ndarray,  # (n, 2) height and width
+    place: np.ndarray,  # (n, 4) top, left, height, width on the canvas, which it covers
+    canvas: tuple[int, int],  # height, width
+    *,
+    inside: bool,  # cut at the image's borders
+) -> Regions:
+    """The parts that a bilinear filter reads for the pixels on the canvas."""
+    scale = image / place[:, 2:]
+    shown_from = -place[:, :2] * scale
+    shown_to = (np.array(canvas) - place[:, :2]) * scale
+    reach = np.maximum(scale, 1) + SLACK
+    first = np.floor(shown_from - reach).astype(np.int64)
+    last = np.ceil(shown_to + reach).astype(np.int64)
+    if inside:
+        first = first.clip(0)
+        last = np.minimum(last, image)
+    return Regions(
+        corner=first,
+        shape=last - first,
+        shown_from=(shown_from - first).astype(np.float32),
+        shown_to=(shown_to - first).astype(np.float32),
+    )
+
+
+def show_borders(
+    image: np.ndarray,  # (n, 2)
+    place: np.ndarray,  # (n, 4)
+    canvas: tuple[int, int],
+) -> bool:
+    """Whether some image shrinks along a side and shows its border there.
+
+    There filters differ in what they take for the pixels beyond. Where an image is enlarged, all of
+    them take its outermost pixel. A pixel of the canvas sees no further than the next one.
+    """
+    before = -place[:, :2]
+    after = place[:, :2] + place[:, 2:] - np.array(canvas)
+    shrinks = place[:, 2:] < image
+    return bool((shrinks & (np.minimum(before, after) < SLACK)).any())
+
+
+def shares_inside(
+    sides: np.ndarray,  # (n,) of the images, along one side
+    begins: np.ndarray,  # (n,) where their places begin on the canvas, not above 0
+    resized: np.ndarray,  # (n,) sides of their places
+    n_out: int,  # the canvas' side
+) -> np.ndarray:
+    """float32 (n, n_out): how much of a bilinear filter's weight lies inside the image.
+
+    Around an image with zeros a filter gives too little by this factor, compared with Pillow, which
+    leaves out what lies beyond the borders.
+    """
+    scale = (sides / resized)[:, None]
+    reach = np.maximum(scale, 1)
+    centre = (np.arange(n_out) - begins[:, None] + 0.5) * scale
+    first = np.floor(centre - reach)
+    total = np.zeros_like(centre)
+    inside = np.zeros_like(centre)
+    for k in range(int(np.ceil(2 * reach.max(initial=1))) + 2):
+        pixel = first + k
+        weight = np.maximum(1 - np.abs(pixel + 0.5 - centre) / reach, 0)
+        total += weight
+        inside += weight * ((pixel >= 0) & (pixel < sides[:, None]))
+    return (inside / total).astype(np.float32)
