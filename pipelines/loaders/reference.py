@@ -17,6 +17,8 @@ from pipelines.planes import split_planes
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, RAW, DamagedData
 
+MOST_PIXELS = 1 << 26  # of a resized image that is made whole
+
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """(n_out, n_in): how much of each output pixel's box every input pixel covers.
@@ -51,6 +53,23 @@ def crop_resize(
     across = area_matrix(width, out_width)
     resized = np.einsum("yh,hwc,xw->yxc", down, crop, across, optimize=True)
     return np.floor(resized + 0.5).astype(np.uint8)
+
+
+def visible_part(
+    image: np.ndarray,  # uint8 (H, W, 3)
+    place: tuple[int, int, int, int],  # top, left, height, width on the canvas, which it covers
+    canvas: tuple[int, int],  # height, width
+) -> np.ndarray:
+    """What the canvas shows of the whole image, uint8 (*canvas, 3), by the bilinear filter.
+
+    Without making the rest, which of an image of 1 x 30,000 pixels would take gigabytes. Positions
+    are then float32 in Pillow, and values may differ by one from those of the whole.
+    """
+    top, left, height, width = place
+    down, across = image.shape[0] / height, image.shape[1] / width
+    box = (-left * across, -top * down, (canvas[1] - left) * across, (canvas[0] - top) * down)
+    picture = Image.fromarray(image)
+    return np.asarray(picture.resize(canvas[::-1], Image.Resampling.BILINEAR, box))
 
 
 def put(
@@ -121,7 +140,11 @@ class ReferenceLoader(Loader):
                 image = self._decode(number, encoded)
                 top, left, height, width = plan.place[step, row].tolist()
                 window = plan.window[step, row]
-                shown = crop_resize(image, window, (height, width), plan.spec.filter)
+                if height * width > MOST_PIXELS:
+                    shown = visible_part(image, (top, left, height, width), self.sides)
+                    top, left = 0, 0
+                else:
+                    shown = crop_resize(image, window, (height, width), plan.spec.filter)
                 if plan.flip[step, row]:
                     shown = shown[:, ::-1]
                 put(shown, top, left, images[row])

@@ -33,10 +33,13 @@ from tests.pipelines.samples import decoded
 needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="needs ffcv")
 needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs DALI")
 LOADERS = [
-    "reference",
-    pytest.param("ffcv", marks=needs_ffcv),
-    "turbojpeg",
-    pytest.param("dali", marks=needs_dali),
+    ("reference", "area"),
+    ("reference", "bilinear"),
+    pytest.param("ffcv", "area", marks=needs_ffcv),
+    pytest.param("ffcv", "bilinear", marks=needs_ffcv),
+    ("turbojpeg", "area"),
+    ("turbojpeg", "bilinear"),
+    pytest.param("dali", "bilinear", marks=needs_dali),
 ]
 SEED = random.SystemRandom().randrange(2**31)  # plans are fresh at every run
 CANVAS = (48, 80)
@@ -145,12 +148,13 @@ def test_evaluation_shows_all_of_every_image_and_draws_nothing() -> None:
     assert not plan.flip.any()
 
 
-def test_other_crops_fill_the_canvas() -> None:
+def test_other_crops_cover_the_canvas() -> None:
     sides = np.tile([[60, 70]], (12, 1))
     for crop in ("random_resized", "pad"):
         assert (drawn(sides, size=32, crop=crop).place == [0, 0, 32, 32]).all()
     plan = eval_plan(*sides.T, size=32, resize=40, batch=8)
-    assert (plan.place.reshape(-1, 4)[:12] == [0, 0, 32, 32]).all()
+    # The whole image as torchvision resizes it, and its centre on the canvas.
+    assert (plan.place.reshape(-1, 4)[:12] == [-4, -7, 40, 46]).all()
     assert not plan.place.reshape(-1, 4)[12:].any()
 
 
@@ -212,13 +216,13 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return open_store(write_beton(path, samples, range(len(samples))))
 
 
-def plans(store: Store) -> Iterator[EpochPlan]:
+def plans(store: Store, filter_: str) -> Iterator[EpochPlan]:
     """Training without and with jitter, places anywhere, and evaluation with PADDING rows."""
     sides = np.stack([store.heights, store.widths], 1)
-    yield drawn(sides)
-    yield drawn(sides, jitter=(0.3, 3.0))
-    yield drawn(sides, jitter=(0.3, 3.0), size=64)
-    shifted = drawn(sides, jitter=(0.3, 0.8))
+    yield drawn(sides, filter=filter_)
+    yield drawn(sides, jitter=(0.3, 3.0), filter=filter_)
+    yield drawn(sides, jitter=(0.3, 3.0), size=64, filter=filter_)
+    shifted = drawn(sides, jitter=(0.3, 0.8), filter=filter_)
     room = np.array(CANVAS) - shifted.place[..., 2:]
     place = shifted.place.copy()
     place[..., :2] = np.random.default_rng(SEED).integers(0, room + 1)
@@ -246,7 +250,8 @@ def expected(store: Store, plan: EpochPlan, step: int) -> np.ndarray:
         if index == PADDING:
             continue
         top, left, height, width = plan.place[step, row].tolist()
-        resized = crop_resize(decoded(store, index), plan.window[step, row], (height, width))
+        window = plan.window[step, row]
+        resized = crop_resize(decoded(store, index), window, (height, width), plan.spec.filter)
         for x in range(width):
             column = x
             if plan.flip[step, row]:
@@ -271,24 +276,25 @@ def assert_show(got: list[np.ndarray], want: list[np.ndarray]) -> None:
     assert np.quantile(difference, 0.99) <= 12, SEED
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_every_loader_shows_the_window_in_its_place(name: str, store: Store) -> None:
+@pytest.mark.parametrize(("name", "filter_"), LOADERS)
+def test_every_loader_shows_the_window_in_its_place(name: str, filter_: str, store: Store) -> None:
     flips = set()
-    for plan in plans(store):
+    for plan in plans(store, filter_):
         assert was_drawn_for(plan, store)
         got = images(name, store, plan)
         want = [expected(store, plan, step) for step in range(len(plan))]
         assert_show(got, want)
-        if name == "reference":
+        exact = plan.spec.filter == "bilinear" and name != "dali"
+        if name == "reference" or exact:
             assert_array_equal(got, want, str(SEED))
         flips |= set(plan.flip.ravel().tolist())
     assert flips == {False, True}
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_flip_mirrors_inside_the_place(name: str, store: Store) -> None:
+@pytest.mark.parametrize(("name", "filter_"), LOADERS)
+def test_a_flip_mirrors_inside_the_place(name: str, filter_: str, store: Store) -> None:
     """To the pixel: the same filter, the other way round."""
-    for plan in plans(store):
+    for plan in plans(store, filter_):
         plain = images(name, store, replace(plan, flip=np.zeros_like(plan.flip)))
         mirrored = images(name, store, replace(plan, flip=np.ones_like(plan.flip)))
         for step, row in np.ndindex(plan.index.shape):
@@ -301,10 +307,10 @@ def test_a_flip_mirrors_inside_the_place(name: str, store: Store) -> None:
             assert difference.max(initial=0) <= 1, SEED
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_starting_at_step_k_is_the_tail_of_the_run(name: str, store: Store) -> None:
+@pytest.mark.parametrize(("name", "filter_"), LOADERS)
+def test_starting_at_step_k_is_the_tail_of_the_run(name: str, filter_: str, store: Store) -> None:
     sides = np.stack([store.heights, store.widths], 1)
-    plan = drawn(sides, jitter=(0.3, 3.0))
+    plan = drawn(sides, jitter=(0.3, 3.0), filter=filter_)
     whole = images(name, store, plan)
     for start in (1, 4, len(plan)):
         assert_array_equal(images(name, store, plan, start), whole[start:])
@@ -381,15 +387,17 @@ def test_the_decoder_halves_what_is_twice_as_large_as_its_place(
     asked = []
     decode = FfcvLoader._decoded
 
-    def watched(loader: FfcvLoader, index: int, divisor: int) -> np.ndarray:
-        asked.append(divisor)
-        return decode(loader, index, divisor)
+    def watched(loader: FfcvLoader, index: int, divisor: int, *, exact: bool) -> np.ndarray:
+        asked.append((divisor, exact))
+        return decode(loader, index, divisor, exact=exact)
 
     monkeypatch.setattr(FfcvLoader, "_decoded", watched)
-    plan = eval_plan(store.heights, store.widths, size=80, resize=1, batch=1, crop="letterbox")
-    plan = replace(plan, place=np.array([[[0, 0, *place]]], np.int16))
-    images("ffcv", store, plan)
-    assert asked == [divisor]
+    for filter_ in ("area", "bilinear"):
+        spec = PlanSpec(SEED, 80, 1, clean_group_rows=1, crop="letterbox", filter=filter_)
+        plan = draw_epoch(spec, store.heights, store.widths, 0)
+        plan = replace(plan, place=np.array([[[0, 0, *place]]], np.int32))
+        images("ffcv", store, plan)
+    assert asked == [(divisor, False), (1, True)]
 
 
 def test_places_that_reach_outside_the_canvas_are_refused(store: Store) -> None:
@@ -413,6 +421,18 @@ def test_places_that_reach_outside_the_canvas_are_refused(store: Store) -> None:
     changed = square.place.copy()
     changed[1, 1] = 0, 0, 31, 32
     assert not was_drawn_for(replace(square, place=changed), store)
+    # Of an evaluation it covers the canvas, and the window is the whole image.
+    whole = eval_plan(*sides.T, size=32, resize=40, batch=3)
+    assert was_drawn_for(whole, store)
+    top, left, height, width = whole.place[0, 0].tolist()
+    for place in ((1, left, height, width), (top, 1, height, width), (top, left, 31 - top, width),
+                  (top, left, height, 31 - left), (top, left, -height, width)):  # fmt: skip
+        changed = whole.place.copy()
+        changed[0, 0] = place
+        assert not was_drawn_for(replace(whole, place=changed), store), place
+    changed = whole.window.copy()
+    changed[0, 0, 3] -= 1
+    assert not was_drawn_for(replace(whole, window=changed), store)
     # What is no sample has no place.
     index = np.full_like(plan.index, PADDING)
     assert was_drawn_for(replace(plan, index=index, place=np.zeros_like(plan.place)), store)

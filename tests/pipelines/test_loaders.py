@@ -35,7 +35,7 @@ from pipelines import (
 )
 from pipelines.back_ends import BACK_ENDS, BackEnd
 from pipelines.loaders.base import was_drawn_for
-from pipelines.loaders.reference import ReferenceLoader, crop_resize
+from pipelines.loaders.reference import ReferenceLoader, crop_resize, put
 from pipelines.plan import PADDING
 from pipelines.sources.beton import BetonStore
 from pipelines.turbojpeg import decode_top
@@ -76,9 +76,12 @@ def shown_by(plan: EpochPlan, step: int, store: Store) -> np.ndarray:
     for row, index in enumerate(plan.index[step].tolist()):
         if index == PADDING:
             continue
-        out[row] = crop_resize(decoded(store, index), plan.window[step, row], size)
+        top, left, height, width = plan.place[step, row].tolist()
+        window = plan.window[step, row]
+        shown = crop_resize(decoded(store, index), window, (height, width), plan.spec.filter)
         if plan.flip[step, row]:
-            out[row] = out[row, :, ::-1]
+            shown = shown[:, ::-1]
+        put(shown, top, left, out[row])
     return out
 
 
@@ -284,8 +287,9 @@ def test_a_damaged_jpeg_is_an_error_that_names_it(
 
 
 @needs_ffcv
+@pytest.mark.parametrize("filter_", ["area", "bilinear"])
 def test_random_damage_is_an_error_or_the_samples_own_pixels(
-    tmp_path: Path, photos: list[np.ndarray]
+    filter_: str, tmp_path: Path, photos: list[np.ndarray]
 ) -> None:
     """Without a sidecar: what still decodes never shows the image that the buffer held before."""
     rng = np.random.default_rng(SEED)
@@ -302,7 +306,10 @@ def test_random_damage_is_an_error_or_the_samples_own_pixels(
             bad[start:] = bytes(len(bad) - start)
         path.write_bytes(whole.replace(good, bytes(bad)))
         store = open_store(path)
-        plan = eval_plan(store.heights, store.widths, size=64, resize=64, batch=12)
+        spec = PlanSpec(SEED, 64, 12, clean_group_rows=12, crop="pad", pad=0, filter=filter_)
+        plan = draw_epoch(spec, store.heights, store.widths, 0)
+        # Each decoder of `ffcv` has a filter, and all images are shown as they are, in order.
+        plan = replace(plan, index=np.arange(12, dtype=np.uint32)[None], flip=plan.flip & False)
         try:
             last = images("ffcv", store, plan, threads=1)[11].astype(int)
         except DamagedData as error:

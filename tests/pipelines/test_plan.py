@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import Resize
 
 from pipelines.plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
 
@@ -260,15 +262,41 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
     np.testing.assert_array_equal(flat[:45], np.arange(45))
     assert (flat[45:] == PADDING).all()
     assert not plan.flip.any()
-    top, left, height, width = plan.window.reshape(-1, 4)[:45].T.astype(int)
-    np.testing.assert_array_equal(height, np.minimum(heights, widths) * 224 // 256)
-    np.testing.assert_array_equal(height, width)
-    np.testing.assert_array_equal(top, (heights - height) // 2)
-    np.testing.assert_array_equal(left, (widths - width) // 2)
+    assert plan.spec.filter == "bilinear"
+    for row, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+        assert plan.window.reshape(-1, 4)[row].tolist() == [0, 0, height, width]
+        # As torchvision's Resize and CenterCrop compute it.
+        picture = Resize(256)(Image.new("L", (width, height)))
+        top = round((picture.height - 224) / 2.0)
+        left = round((picture.width - 224) / 2.0)
+        place = [-top, -left, picture.height, picture.width]
+        assert plan.place.reshape(-1, 4)[row].tolist() == place
     parts = [plan.for_rank(r, 4).index for r in range(4)]
     np.testing.assert_array_equal(np.concatenate(parts, 1), plan.index)
     whole = eval_plan(*sides(3, 32, 32), size=32, resize=32, batch=2)
     assert whole.window.reshape(-1, 4)[:3].tolist() == [[0, 0, 32, 32]] * 3
+    assert whole.place.reshape(-1, 4)[:3].tolist() == [[0, 0, 32, 32]] * 3
+
+
+def test_places_of_extreme_images_are_whole_or_refused() -> None:
+    """One pixel high, 32767 wide: 8 million pixels once it is 256 high."""
+    heights, widths = np.array([[1, 32767], [32767, 1]], np.int32)
+    plan = eval_plan(heights, widths, size=224, resize=256, batch=2)
+    wide = 256 * 32767
+    left = round((wide - 224) / 2)
+    assert plan.place[0].tolist() == [[-16, -left, 256, wide], [-left, -16, wide, 256]]
+    message = "resize = 65539: an image of 1 x 32767 pixels would be resized to 65539 x 2147516413"
+    with pytest.raises(ValueError, match=message):
+        eval_plan(heights, widths, size=224, resize=65539, batch=2)
+
+
+def test_places_that_are_the_whole_canvas_take_no_memory() -> None:
+    for crop in ("random_resized", "pad"):
+        plan = draw_epoch(replace(SPEC, crop=crop), *sides(5000), epoch=0)
+        for part in (plan, plan.for_rank(1, 2)):
+            assert part.place.shape == (*part.index.shape, 4)
+            assert part.place.strides[:2] == (0, 0)
+            assert (part.place == [0, 0, 32, 32]).all()
 
 
 @pytest.mark.parametrize(
@@ -279,6 +307,9 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
         ({"size": 0}, "size = 0: must be at least 1"),
         ({"scale": (0.5, 1.5)}, "scale = "),
         ({"crop": "middle"}, "crop = 'middle'"),
+        ({"filter": "box"}, "filter = 'box': must be one of area, bilinear"),
+        ({"crop": "center"}, "filter = 'area' with crop = 'center': must be 'bilinear'"),
+        ({"crop": "center", "filter": "bilinear"}, "training plans take"),
         ({"crop": "pad", "size": 64}, "size = 64"),
         ({"clean_rows": 1024}, "the data hold only 500 images"),
     ],

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from fap.cli import eval as eval_cli
+from fap.cli import train as train_cli
+from fap.config import make_config
+from fap.run.train import Run
 from tests.run.wiring import FIELDS, OF_DETECTION, Doubled, Seen, observe, value_of
 
 
@@ -73,8 +76,9 @@ CASES = {
     "data.val": Case("data.val={other}", ("loaders", "evaluated", "accuracy")),
     "data.pipeline": Case("data.pipeline=dali", ("loaders",)),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
-    "data.resize": Case("data.resize=13", ("eval.window", "evaluated")),
+    "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
     "data.crop": Case("data.crop=pad", WINDOW),
+    "data.filter": Case("data.filter=bilinear", ("input.images", "weights")),
     "data.scale": Case("data.scale=[0.5,1]", WINDOW),
     "data.ratio": Case("data.ratio=[1,1]", WINDOW),
     "data.pad": Case("data.pad=1", WINDOW, PAD),
@@ -195,6 +199,29 @@ def test_resume(files: dict[str, Path], tmp_path: Path) -> None:
     whole = observe(["resume=auto"], files, tmp_path / "another" / "runs")
     assert (len(auto.inputs), len(whole.inputs)) == (4, 8)
     assert torch.equal(auto.weights[-1], whole.weights[-1])
+
+
+def test_a_run_is_not_resumed_with_another_filter(files: dict[str, Path], tmp_path: Path) -> None:
+    """Named, or meant by another loader."""
+    half = observe(["run.max_steps=4"], files, tmp_path / "runs")
+    assert half.error == ""
+    assert (
+        "images     random_resized, area filter; evaluation shorter side 10, centre 8" in half.said
+    )
+    assert half.run is not None
+    for change in ({"filter": "bilinear"}, {"pipeline": "dali"}):
+        tree = half.config.model_dump()
+        tree["data"] |= change
+        with pytest.raises(ValueError, match="data.filter: 'area', now 'bilinear'"):
+            Run(make_config(tree | {"resume": "auto"}))
+
+
+def test_a_filter_that_the_loader_lacks_is_refused(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_cli.main([f"data.train={files['data']}", "data.pipeline=dali", "data.filter=area"])
+    assert "data.filter = 'area' with data.pipeline = 'dali'" in capsys.readouterr().err
 
 
 def test_paper(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
         ("model.name=resnet18", "model.name: 'resnet50', now 'resnet18'"),
         ("method.p_adv=1/3", "method.p_adv: '1/5', now '1/3'"),
         ("method.shuffle=groups", "method.shuffle: 'ranks', now 'groups'"),
-        ("data.pipeline=dali", "data.pipeline: 'ffcv', now 'dali'"),
+        ("data.pipeline=reference", "data.pipeline: 'ffcv', now 'reference'"),
+        ("data.filter=bilinear", "data.filter: 'area', now 'bilinear'"),
         ("data.resize=300", "data.resize: 256, now 300"),
         ("data.scale=[0.2, 1]", "data.scale: [0.08, 1.0], now [0.2, 1.0]"),
         ("data.mix=mixup", "data.mix: None, now 'mixup'"),
@@ -62,6 +63,16 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
 )
 def test_what_a_result_depends_on_may_not(now: str, says: str) -> None:
     assert differences([], [now]) == [says]
+
+
+def test_the_filter_counts_and_not_how_it_was_named() -> None:
+    """Unset it is the loader's own, as in a checkpoint from before there was the field."""
+    assert differences([], ["data.filter=area"]) == []
+    assert differences(["data.pipeline=dali"], ["data.pipeline=dali", "data.filter=bilinear"]) == []
+    assert differences([], ["data.pipeline=dali"]) == [
+        "data.pipeline: 'ffcv', now 'dali'",
+        "data.filter: 'area', now 'bilinear'",
+    ]
 
 
 def test_padding_and_mixing_count_where_they_happen() -> None:

@@ -32,6 +32,9 @@ def test_every_learning_rate_with_epoch_and_step() -> None:
     said = lines({"name": "mine"})
     assert said["run"] == "mine, seed 0: fast_advprop fused"
     assert said["model"] == "cifar_resnet8, 7 classes, 32 px"
+    assert said["images"] == (
+        "random_resized, area filter; evaluation shorter side 32, centre 32, bilinear filter"
+    )
     falls = (
         "0.01 from epoch 25 (step 100,075); 0.001 from epoch 50 (step 200,150); 0.0001 from epoch"
         " 75 (step 300,225); "

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "data.train": "{five}", "data.val": "{other_five}", "data.pipeline": "dali", "data.size": 8,
     "data.resize": 11, "data.scale": [0.3, 0.9], "data.ratio": [0.8, 1.2], "data.flip": 0.3,
     "data.mean": [0.4, 0.5, 0.6], "data.std": [0.2, 0.3, 0.4], "data.threads": 2,
-    "data.prefetch": 5, "data.hw_decoder_load": 0.25,
+    "data.prefetch": 5, "data.filter": "bilinear", "data.hw_decoder_load": 0.25,
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
     "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5, "optim.warmup_epochs": 1.5,
     "budget.epochs": 4, "budget.milestones": [2, 3], "budget.gamma": 0.5,
@@ -113,6 +113,7 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
         scale=(0.3, 0.9),
         ratio=(0.8, 1.2),
         flip=0.3,
+        filter="bilinear",
         shuffle_groups=2,
     )
     own: dict[str, Any] = {
@@ -201,12 +202,14 @@ def test_what_reaches_loader_and_evaluation(name: str, everything: Callable[[str
         assert evaluation["std"] == (0.2, 0.3, 0.4)
         assert evaluation["amp"] == seen.config.run.amp
     store = pipelines.open_store(seen.config.data.val or "")
-    side = np.minimum(store.heights, store.widths) * 8 // 11
+    sides = np.stack([store.heights, store.widths], 1)
     plan = seen.eval_plans[0]
     assert plan.index.shape == (3, 10)
     window = plan.window.reshape(-1, 4)[:IMAGES]
-    np.testing.assert_array_equal(window[:, 2], side)
-    np.testing.assert_array_equal(window[:, 0], (store.heights - side) // 2)
+    np.testing.assert_array_equal(window[:, 2:], sides)
+    place = plan.place.reshape(-1, 4)[:IMAGES]
+    np.testing.assert_array_equal(place[:, 2:].min(1), 11)
+    np.testing.assert_array_equal(place[:, :2], -np.rint((place[:, 2:] - 8) / 2))
     want = eval_plan(store.heights, store.widths, size=8, resize=11, batch=10)
     batches = [b.images for b in pipelines.open_loader("reference", store, size=8).load(want)]
     assert torch.equal(torch.cat(seen.evaluated[:3]), torch.cat(batches))
