@@ -108,7 +108,7 @@ def _add_settings(parser: ArgumentParser) -> None:
     add(
         "--pipeline",
         choices=list(pipelines.BACK_ENDS),
-        help="default: ffcv for a .beton, reference for a folder",
+        help="default: ffcv for a .beton, or turbojpeg without it; reference for a folder",
     )
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

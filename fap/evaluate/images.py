@@ -51,7 +51,8 @@ class Reading:
             return self.back_end
         if path.is_dir():
             return "reference"
-        return "ffcv"
+        # On CPU cores also where a GPU is: their pixels are Pillow's.
+        return pipelines.best_loader([], gpu=False)
 
     def as_stored(self) -> Reading:
         """For images that have the model's size already: no resize, no crop."""

@@ -11,7 +11,8 @@ from PIL import Image
 from fap.evaluate import work
 from fap.evaluate.exact import evaluate
 from fap.tasks.base import Result
-from pipelines.convert import convert_arrays, convert_folder
+from pipelines.convert import convert_arrays
+from pipelines.convert_images import convert_images
 from pipelines.corrupt import QUICK
 from pipelines.sources import cifar10
 from pipelines.sources.beton import BetonStore
@@ -200,7 +201,7 @@ def test_shards_are_evaluated_as_the_folder_they_were_made_of(
 ) -> None:
     """`fap-eval --data 'part*.beton'`; a result is found again until one of the files changes."""
     where = fresh(world, tmp_path, "val")
-    convert_folder(where / "val", where / "whole.beton")
+    convert_images(where / "val", where / "whole.beton")
     whole = BetonStore(where / "whole.beton")
 
     def write(part: int, rows: range) -> None:
