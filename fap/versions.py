@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "opencv-python-headless", "ffcv")
+PACKAGES = (
+    *("torch", "torchvision", "timm", "numpy", "numba"),
+    *("opencv-python-headless", "simplejpeg", "ffcv"),
+)
 DALI = "nvidia-dali"  # its name goes on with the version of CUDA
 GIT_SECONDS = 30  # for each question
 

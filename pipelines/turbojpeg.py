@@ -14,7 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from pipelines.jpeg import DCT_FRAMES, FRAMES, PIXELS_PER_BYTE, jpeg_segments, one_big_at_a_time
+from pipelines.jpeg import (
+    DCT_FRAMES,
+    FRAME,
+    FRAMES,
+    PIXELS_PER_BYTE,
+    jpeg_segments,
+    one_big_at_a_time,
+)
 
 # simplejpeg's names.
 RGB = "RGB"
@@ -82,7 +89,7 @@ def decode(
 def decode_top(
     data: bytes | np.ndarray,  # of a JPEG that is known to be sound; uint8 (n,)
     image: np.ndarray,  # uint8 (rows, ceil(W / divisor), 3), C order: filled with RGB
-    divisor: int = 1,  # of the sides H and W: 1 or 2
+    divisor: int = 1,  # of the sides H and W: 1, 2, 4 or 8
     *,
     fast_dct: bool = False,
 ) -> None:
@@ -146,7 +153,7 @@ def _dct_frame(data: bytes | bytearray | np.ndarray) -> int:
         # The decoder takes the same one: it skips the segments before it as we do, and a second one
         # is an error.
         if marker in FRAMES:
-            if marker in DCT_FRAMES:
+            if marker in DCT_FRAMES and start + FRAME.size <= len(data):
                 return start
             break
     raise ValueError("unsupported JPEG process: it is not made of DCT coefficients")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pipelines
 from fap.tasks.base import Task
+from fap.versions import versions
 from pipelines import Batch, EpochPlan, Store
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
@@ -29,7 +30,13 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 """uint8 images (B, 3, H, W), and what each row is: (B, ...)."""
 
 # What computes pixels, by name and module: another version may round otherwise.
-PIXELS = {"opencv": "cv2", "pillow": "PIL", "scipy": "scipy", "numpy": "numpy"}
+PIXELS = {
+    "opencv": "cv2",
+    "pillow": "PIL",
+    "scipy": "scipy",
+    "numpy": "numpy",
+    "simplejpeg": "simplejpeg",
+}
 NO_LABEL = -1  # of a padding row, for `pipelines.corrupt_batches.build`
 
 
@@ -39,7 +46,7 @@ class Reading:
 
     task: Task
     size: Size  # pixels: of the model's images
-    resize: int  # pixels: the shorter side before the central crop
+    resize: int  # pixels: the shorter side before the centre crop
     crop: Literal["center", "letterbox"]
     batch: int
     device: str
@@ -58,11 +65,17 @@ class Reading:
         """For images that have the model's size already: no resize, no crop."""
         return replace(self, resize=max(sides_of(self.size)))
 
-    def geometry(self) -> dict[str, Any]:
-        """What an image goes through, as a part of an identity: `resize` means nothing to all."""
+    @property
+    def fitted(self) -> int | str:
+        """What fits an image into `size`: `resize`, which means nothing to a letterbox, or that."""
         if self.crop == "letterbox":
-            return {"size": self.size, "crop": self.crop}
-        return {"size": self.size, "resize": self.resize}
+            return self.crop
+        return self.resize
+
+    def geometry(self) -> dict[str, Any]:
+        """What an image goes through, as a part of an identity."""
+        field = "crop" if self.crop == "letterbox" else "resize"
+        return {"size": self.size, field: self.fitted, "filter": "bilinear"}
 
 
 @cache

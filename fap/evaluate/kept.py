@@ -85,8 +85,7 @@ class KeptSet(EvalSet):
     def _file(self, contents: dict[str, Any]) -> Path:
         key = safe_name(self.key.replace("/", "-"))
         size = size_in_words(self.reading.size).replace(" ", "")
-        _, fitted = self.reading.geometry().values()
-        name = f"{size}-{fitted}-{key}-{digest(contents)[:12]}.beton"
+        name = f"{size}-{self.reading.fitted}-{key}-{digest(contents)[:12]}.beton"
         return self.folder / name
 
 

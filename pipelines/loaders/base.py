@@ -62,9 +62,9 @@ class Loader(ABC):
     - Errors: `DamagedData` that names the file and the sample for what cannot be decoded.
     """
 
-    shows_planes = False  # whether `_images` can show samples of mode PLANES
     filters: tuple[Filter, ...] = FILTERS
     """Those that it can show; the registry says the same (`BackEnd.filters`)."""
+    shows_planes = False  # whether `_images` can show samples of mode PLANES
 
     def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
         refusal = self.refusal(store)

@@ -3,10 +3,11 @@
 The plan's windows go to the decoder as regions, so that no pixel outside them is transformed; of
 the whole images of an evaluation, what the canvas shows of them. Pixels: exact inverse DCT and
 smooth chroma upsampling (libjpeg's defaults), EXIF orientation ignored, a triangle filter when
-shrinking ("antialias"), bilinear when enlarging. That is Pillow's filter, rounded once instead of
-twice, but for the outermost pixels of a window that shrinks: where the filter reaches beyond it,
-DALI repeats the window's border, and Pillow takes what lies inside alone. In training this stays;
-in evaluation the images get zeros around them, and the sums are divided by what lies inside.
+shrinking ("antialias"), bilinear when enlarging. That is Pillow's filter, but for its rounding and
+for the outermost pixels of a window that shrinks: where the filter reaches beyond it, DALI repeats
+the window's border, and Pillow takes what lies inside alone. In training this stays. In evaluation
+it is mended: two passes, each rounded as Pillow's, over images with zeros around them, whose sums
+are divided by what lies inside.
 """
 
 from collections import deque
@@ -26,7 +27,7 @@ from torch import Tensor
 from pipelines.ahead import run_ahead
 from pipelines.images import as_jpeg
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.loaders.regions import regions, shares_inside, show_borders
+from pipelines.loaders.regions import regions, shares_inside, show_borders, two_passes
 from pipelines.plan import PADDING, EpochPlan
 from pipelines.sizes import Size
 from pipelines.store import RAW, DamagedData, Store
@@ -35,6 +36,8 @@ READERS = 2  # threads that fetch encoded bytes, 0.05 ms per image
 READ_AHEAD = READERS + 1  # batches of bytes fetched before DALI asks for them
 # Of these DALI holds the bytes too: the batch that it decodes, and the one that it asks for.
 BESIDE_THE_QUEUE = 2
+
+HALF_WAY_IS_UP = 1e-3  # grey levels; DALI's weights are a table's, and their sums less exact
 
 Fields = dict[str, list[np.ndarray] | np.ndarray]  # what one batch feeds to the graph
 
@@ -167,7 +170,7 @@ class DaliLoader(ThreadedLoader):
                 real = plan.index != PADDING
                 window, place = plan.window[real], plan.place[real]
                 borders = show_borders(window[:, 2:], place, self.sides)
-                names += ["shown_from", "shown_to"]
+                names += ["line_sides", "line_from", "line_to", "shown_from", "shown_to"]
             case "letterbox":
                 names += ["canvas_start"]
         if borders:
@@ -206,7 +209,10 @@ class DaliLoader(ThreadedLoader):
                 images = _slice(images, fed["second_start"], fed["second_shape"])
             if self.raw and self.device.type == "cuda":
                 images = images.gpu()
-            images = _resize(images, fed)
+            if "line_sides" in fed:
+                images = _resize_as_pillow(images, fed)
+            else:
+                images = _resize(images, fed["sides"])
             if "canvas_start" in fed:
                 images = _slice(images, fed["canvas_start"], self.sides)
             pipeline.set_outputs(images)
@@ -242,7 +248,8 @@ class DaliLoader(ThreadedLoader):
         start, shape: the region that is cut out of it.
         second_start, second_shape: that which is cut out of the region, zeros around it.
         sides: what it is resized to; a negative width flips.
-        shown_from, shown_to: the part of it that is resized.
+        line_sides, line_from, line_to: what it is resized to across, and the part that is.
+        shown_from, shown_to: the part of this that is then resized down.
         inside_down, inside_across: what each row and column of the result is divided by.
         canvas_start: where the canvas begins in the result.
         """
@@ -261,8 +268,8 @@ class DaliLoader(ThreadedLoader):
         if plan.spec.crop == "center":
             region = regions(stored, place, self.sides, inside="inside_down" not in names)
             corner, shape = region.corner, region.shape
-            fields |= {"shown_from": region.shown_from, "shown_to": region.shown_to}
             sides = np.tile(self.sides, (len(sides), 1))
+            fields |= two_passes(region, sides)
         if "inside_down" in names:
             down, across = (
                 shares_inside(stored[:, side], place[:, side], place[:, 2 + side], n_out)
@@ -284,9 +291,10 @@ class DaliLoader(ThreadedLoader):
             end = np.minimum(end, stored).clip(start + 1)
             fields |= {"second_start": _int32(corner - start), "second_shape": _int32(shape)}
         fields |= {"start": _int32(start), "shape": _int32(end - start)}
-        signed = sides.astype(np.float32)
+        fields["sides"] = sides.astype(np.float32)
+        # Of two passes the first one flips.
+        signed = np.asarray(fields.get("line_sides", fields["sides"]))
         signed[plan.flip[step], 1] *= -1
-        fields["sides"] = signed
 
         encoded = iter(self.store.read_many(index[real].tolist()))
         data = [next(encoded) if is_real else self.black for is_real in real.tolist()]
@@ -304,26 +312,38 @@ def _int32(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int32)
 
 
-def _resize(images: DataNode, fed: dict[str, DataNode]) -> Any:
+def _resize(images: DataNode, sides: DataNode) -> Any:
     """The node that resizes to sides of each sample's own; a negative width flips."""
-    # Unset means all of what it gets, and the type of that.
-    divides = "inside_down" in fed
-    resized = fn.resize(
-        images,
-        size=fed["sides"],
-        roi_start=fed.get("shown_from"),
-        roi_end=fed.get("shown_to"),
-        interp_type=DALIInterpType.INTERP_LINEAR,
-        antialias=True,
-        dtype=DALIDataType.FLOAT if divides else None,
+    linear = DALIInterpType.INTERP_LINEAR
+    return fn.resize(images, size=sides, interp_type=linear, antialias=True)
+
+
+def _resize_as_pillow(images: DataNode, fed: dict[str, DataNode]) -> Any:
+    """The nodes that resize a region to the whole canvas, across and then down.
+
+    Each pass is rounded as Pillow rounds it. Only images of more than twice the height of their
+    width, if they shrink, go down and then across there.
+    """
+    passes = (
+        (fed["line_sides"], fed["line_from"], fed["line_to"], fed.get("inside_across")),
+        (fed["sides"], fed["shown_from"], fed["shown_to"], fed.get("inside_down")),
     )
-    if not divides:
-        return resized
-    down, across = fed["inside_down"], fed["inside_across"]
-    if images.device == "gpu":
-        down, across = down.gpu(), across.gpu()
-    # Rounds to nearest, and 255 is the most.
-    return fn.cast_like(resized / down / across, images)
+    for sides, start, end, inside in passes:
+        sums: Any = fn.resize(
+            images,
+            size=sides,
+            roi_start=start,
+            roi_end=end,
+            interp_type=DALIInterpType.INTERP_LINEAR,
+            antialias=True,
+            dtype=DALIDataType.FLOAT,
+        )
+        if inside is not None:
+            sums = sums / (inside.gpu() if images.device == "gpu" else inside)
+        # To nearest, and 255 is the most. Where an image is halved, an eighth of all values lie
+        # half way between two, which Pillow rounds up; DALI's sums miss the half by a little.
+        images = fn.cast(sums + HALF_WAY_IS_UP, dtype=DALIDataType.UINT8)
+    return images
 
 
 def _slice(images: DataNode, start: DataNode, shape: DataNode | tuple[int, int]) -> Any:

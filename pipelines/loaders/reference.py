@@ -63,7 +63,8 @@ def visible_part(
     """What the canvas shows of the whole image, uint8 (*canvas, 3), by the bilinear filter.
 
     Without making the rest, which of an image of 1 x 30,000 pixels would take gigabytes. Positions
-    are then float32 in Pillow, and values may differ by one from those of the whole.
+    are then float32 in Pillow, and its two passes may change places: values may differ by two from
+    those of the whole.
     """
     top, left, height, width = place
     down, across = image.shape[0] / height, image.shape[1] / width

@@ -47,6 +47,26 @@ def regions(
     )
 
 
+def two_passes(
+    region: Regions,
+    sides: np.ndarray,  # (n, 2) of the canvas
+) -> dict[str, np.ndarray]:
+    """What a resize across, which keeps all rows, and one down, which keeps all columns, are told.
+
+    float32 (n, 2): of the first one `line_...`, the sides of its result, and from where to where it
+    goes; of the second one, whose result has the canvas' sides, `shown_...` likewise.
+    """
+    line_sides = np.stack([region.shape[:, 0], sides[:, 1]], 1).astype(np.float32)
+    nothing = np.zeros_like(region.shown_from[:, 0])
+    return {
+        "line_sides": line_sides,
+        "line_from": np.stack([nothing, region.shown_from[:, 1]], 1),
+        "line_to": np.stack([line_sides[:, 0], region.shown_to[:, 1]], 1),
+        "shown_from": np.stack([region.shown_from[:, 0], nothing], 1),
+        "shown_to": np.stack([region.shown_to[:, 0], line_sides[:, 1]], 1),
+    }
+
+
 def show_borders(
     image: np.ndarray,  # (n, 2)
     place: np.ndarray,  # (n, 4)

@@ -367,12 +367,14 @@ def test_area_resize_leaves_nothing_on_the_canvas() -> None:
         ((96, 160), (48, 80), 2),
         ((95, 160), (48, 80), 1),
         ((96, 159), (48, 80), 1),
+        ((191, 320), (48, 80), 2),
+        ((192, 320), (48, 80), 4),
         # Each against its own side: on a square canvas of 80 px neither would be twice as large.
         ((120, 20), (60, 10), 2),
         ((20, 120), (10, 60), 2),
     ],
 )
-def test_the_decoder_halves_what_is_twice_as_large_as_its_place(
+def test_the_decoder_shrinks_what_is_twice_or_four_times_as_large_as_its_place(
     window: tuple[int, int],
     place: tuple[int, int],
     divisor: int,
@@ -387,9 +389,11 @@ def test_the_decoder_halves_what_is_twice_as_large_as_its_place(
     asked = []
     decode = FfcvLoader._decoded
 
-    def watched(loader: FfcvLoader, index: int, divisor: int, *, exact: bool) -> np.ndarray:
+    def watched(
+        loader: FfcvLoader, index: int, divisor: int, bottom: int, *, exact: bool
+    ) -> np.ndarray:
         asked.append((divisor, exact))
-        return decode(loader, index, divisor, exact=exact)
+        return decode(loader, index, divisor, bottom, exact=exact)
 
     monkeypatch.setattr(FfcvLoader, "_decoded", watched)
     for filter_ in ("area", "bilinear"):

@@ -124,12 +124,17 @@ def test_ffcv_equals_the_twin_on_jpeg(crop: str, size: int, jpeg_store: BetonSto
 
 
 @needs_ffcv
-def test_the_halving_decoder_stays_within_the_tolerance(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("divisor", "size"), [(2, 150), (4, 64)])
+def test_the_shrinking_decoder_stays_within_the_tolerance(
+    divisor: int, size: int, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(SEED)
-    samples = [as_jpeg(photo(rng, *rng.integers(301, 700, 2))) for _ in range(12)]
+    samples = [as_jpeg(photo(rng, *rng.integers(400, 700, 2))) for _ in range(12)]
     store = open_store(write_beton(tmp_path / "large.beton", samples, range(12)))
-    plan = draw(store, scale=(0.8, 1.0))
-    assert (plan.window[..., 2:] >= 128).all(), "every window is decoded at one half"
+    plan = draw(store, size=size, scale=(0.8, 1.0))
+    least = plan.window[..., 2:].min(-1)
+    assert (least >= divisor * size).all(), "every window is decoded at this size"
+    assert (least < 2 * divisor * size).any()
     assert_close(images("ffcv", store, plan), images("reference", store, plan))
 
 

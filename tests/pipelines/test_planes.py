@@ -212,7 +212,8 @@ def test_planes_are_shown_as_their_jpegs_are(name: str, stores: tuple[Store, Sto
         ours = images(name, planes, plan).astype(int)
         wanted = images("reference", jpegs, plan)
         assert np.abs(ours - wanted).max() <= 1, (plan.spec, SEED)
-        assert (ours != wanted).mean() < 1e-2, (plan.spec, SEED)  # exact halves
+        # Exact halves: many in a window of twice the sides. Truncation would be half of all.
+        assert (ours != wanted).mean() < 0.1, (plan.spec, SEED)
     assert wanted.any()
 
 

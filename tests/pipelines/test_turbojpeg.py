@@ -127,7 +127,7 @@ def top_of(data: bytes, rows: int, divisor: int = 1, width: int | None = None) -
     return image
 
 
-@pytest.mark.parametrize("divisor", [1, 2])
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
 def test_the_top_is_that_of_the_whole(divisor: int) -> None:
     """But for the rows whose colours depend on what is not decoded; at half size there are none."""
     rng = np.random.default_rng()

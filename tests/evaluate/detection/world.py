@@ -116,7 +116,7 @@ def found_one_by_one(
         sides = (round(height * factor), round(width * factor))
         canvas = np.zeros((*CANVAS, 3), np.uint8)
         whole = np.array([0, 0, height, width])
-        canvas[: sides[0], : sides[1]] = crop_resize(image, whole, sides)
+        canvas[: sides[0], : sides[1]] = crop_resize(image, whole, sides, "bilinear")
         x = (torch.from_numpy(canvas).permute(2, 0, 1) / 255 - mean) / std
         with torch.inference_mode():
             outputs = model(x[None])[0]

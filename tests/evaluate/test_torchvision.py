@@ -1,0 +1,181 @@
+"""Weights of torchvision score here what torchvision's own loop gives, on real photographs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from bench import jpegs
+from fap import checkpoint
+from fap.cli import eval as cli
+from fap.config import make_config
+from fap.evaluate import exact, report, work
+from fap.nets.build import prepare
+from fap.tasks.base import Evaluator
+from pipelines.convert import convert_folder
+from tests.evaluate.world import no_plot
+from tests.hostile_meta import valid_meta
+
+MEAN = [0.485, 0.456, 0.406]
+STD = [0.229, 0.224, 0.225]
+LABELLED = re.compile(r"foolbox/data/imagenet_\d+_(\d+)\.jpg")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """ImageNet-labelled photographs: as torchvision's ImageFolder reads them, and as a `.beton`.
+
+    Half of them are cut, so that they are no squares.
+    """
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for wheel in jpegs.wheels():
+        with zipfile.ZipFile(wheel) as archive:
+            for number, member in enumerate(jpegs.members(archive)):
+                label = LABELLED.fullmatch(member)
+                if label is None:
+                    continue
+                file = root / "val" / f"class{int(label[1]):03}" / f"{number:02}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                data = archive.read(member)
+                if number % 2:
+                    width, height = rng.integers(240, 512, 2).tolist()
+                    cut = io.BytesIO()
+                    Image.open(io.BytesIO(data)).crop((0, 0, width, height)).save(
+                        cut, "JPEG", quality=93
+                    )
+                    data = cut.getvalue()
+                file.write_bytes(data)
+    convert_folder(root / "val", root / "val.beton")
+    return root / "val", root / "val.beton"
+
+
+def torchvisions_loop(
+    model: nn.Module, folder: Path
+) -> tuple[Tensor, Tensor]:  # logits (N, classes), labels (N,)
+    """As torchvision's references/classification evaluates a model."""
+    transform = v2.Compose(
+        [
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    data = torchvision.datasets.ImageFolder(str(folder), transform)
+    loader = torch.utils.data.DataLoader(data, batch_size=5)
+    with torch.inference_mode():
+        batches = [(model(images), labels) for images, labels in loader]
+    logits, labels = zip(*batches, strict=True)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def published(folder: Path, n_classes: int) -> nn.Module:
+    """A ResNet-18 of random weights whose batch norms know the images, as trained ones do."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=n_classes)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    model.train()
+    for _ in range(3):
+        torchvisions_loop(model, folder)
+    return model.eval()
+
+
+class Recorder:
+    """An evaluator that keeps what it is shown."""
+
+    def __init__(self, inner: Evaluator) -> None:
+        self.inner = inner
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, outputs: Tensor, references: Tensor) -> None:
+        self.seen.append((outputs.clone(), references.clone()))
+        self.inner.update(outputs, references)
+
+    def result(self) -> dict[str, float]:
+        return self.inner.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pipeline", "as_folder", "tolerance"),
+    [
+        ("reference", True, 1e-3),
+        ("ffcv", False, 1e-3),
+        # Of some 0.2% of the values, which DALI rounds to the next grey level: 1.1e-3 at most.
+        ("dali", False, 5e-3),
+    ],
+)
+def test_a_checkpoint_scores_what_torchvisions_loop_gives(
+    pipeline: str,
+    as_folder: bool,
+    tolerance: float,
+    photos: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = {"ffcv": "ffcv", "dali": "nvidia.dali"}.get(pipeline, "torch")
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    folder, beton = photos
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    plain = published(folder, len(classes))
+    want, labels = torchvisions_loop(plain, folder)
+
+    settings = {
+        "name": "published",
+        "model": {"name": "resnet18", "num_classes": len(classes)},
+        "data": {"mean": MEAN, "std": STD},
+    }
+    state = prepare(deepcopy(plain), aux=True, size=224).state_dict()
+    named = {f"model.{name}": tensor for name, tensor in state.items()}
+    meta = valid_meta(make_config(settings), classes)
+    checkpoint.save(tmp_path / "step_00000005.safetensors", named, meta)
+
+    recorders = []
+
+    def watched(model: nn.Module, batches: Any, evaluator: Evaluator, **options: Any) -> Any:
+        recorders.append(Recorder(evaluator))
+        return exact.evaluate(model, batches, recorders[-1], **options)
+
+    monkeypatch.setattr(work, "evaluate", watched)
+    monkeypatch.setattr(report, "_plot", no_plot)
+    data = folder if as_folder else beton
+    words = ["--data", str(data), "--device", "cpu", "--pipeline", pipeline, "--batch", "8"]
+    given = [str(tmp_path / "step_00000005.safetensors"), *words, "--out", str(tmp_path / "out")]
+    assert cli.main(given) == 0
+
+    (recorder,) = recorders
+    logits, seen = (torch.cat(part)[: len(labels)] for part in zip(*recorder.seen, strict=True))
+    assert seen.tolist() == labels.tolist()
+    assert want.std() > 0.1, "logits that say nothing would be equal too"
+    torch.testing.assert_close(logits, want, rtol=0, atol=tolerance)
+    ((found,),) = [json.loads((tmp_path / "out" / "report.json").read_text())]
+    clean = found["results"]["clean"]
+    assert clean["count"] == len(labels) >= 20
+    loss = F.cross_entropy(want.double(), labels).item()
+    assert clean["loss"] == pytest.approx(loss, abs=tolerance)
+    first, second = want.topk(2).values.T
+    if (first - second > 2 * tolerance).all():  # else a guess may be another one
+        assert clean["top1"] == (want.argmax(1) == labels).double().mean().item()
+    else:
+        assert pipeline == "dali"
