@@ -19,7 +19,6 @@ from torch import Tensor
 
 import pipelines
 from fap.tasks.base import Task
-from fap.versions import versions
 from pipelines import Batch, EpochPlan, Store
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words

@@ -27,7 +27,7 @@ from fap.config import make_config
 from fap.evaluate import exact, report, work
 from fap.nets.build import prepare
 from fap.tasks.base import Evaluator
-from pipelines.convert import convert_folder
+from pipelines.convert_images import convert_images
 from tests.evaluate.world import no_plot
 from tests.hostile_meta import valid_meta
 
@@ -61,7 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                     )
                     data = cut.getvalue()
                 file.write_bytes(data)
-    convert_folder(root / "val", root / "val.beton")
+    convert_images(root / "val", root / "val.beton")
     return root / "val", root / "val.beton"
 
 
