@@ -128,7 +128,8 @@ def report(
     """Write `file`.json, .md and .png; returns the table's lines.
 
     `row` makes of a result the cells of its line, by column. A result with an `error` shows its
-    plain values instead. `bars` are the columns to plot, spreads or ratios.
+    plain values instead. `bars` are the columns to plot, spreads or ratios; without them there is
+    no .png.
     """
     write_json(file.with_suffix(".json"), {"settings": settings, "results": results})
     rows: list[Row] = []
@@ -143,7 +144,8 @@ def report(
     lines = _table(rows, good)
     notes = [str(settings), "", str(environment()), ""]
     file.with_suffix(".md").write_text("\n".join([*lines, "", *notes]))
-    _plot(good, bars, file.with_suffix(".png"))
+    if bars:
+        _plot(good, bars, file.with_suffix(".png"))
     return lines
 
 

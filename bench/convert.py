@@ -18,12 +18,13 @@ from torchvision.datasets import ImageFolder
 
 from bench.common import ROOT, alternate, options, ratio, report, settings_of, spread
 from bench.jpegs import make
-from pipelines.convert import Encoding, convert_folder
+from pipelines.convert import Encoding
+from pipelines.convert_images import convert_images
 from pipelines.machine import usable_cores
 
 
 def reencoded(src: Path, dst: Path) -> None:
-    convert_folder(src, dst, encoding=Encoding(quality=90))
+    convert_images(src, dst, encoding=Encoding(quality=90))
 
 
 def stock(src: Path, dst: Path) -> None:
@@ -33,7 +34,7 @@ def stock(src: Path, dst: Path) -> None:
 
 
 WAYS: dict[str, Callable[[Path, Path], object]] = {
-    "ours": convert_folder,
+    "ours": convert_images,
     "ours, --quality 90": reencoded,
     "FFCV": stock,
 }

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 from tqdm.contrib.concurrent import thread_map
 
 from bench.common import ROOT
-from pipelines.convert import convert_folder
+from pipelines.convert_images import convert_images
 
 WHEELS = ("foolbox==3.3.4", "deepforest==2.1.0")
 PHOTOS = ("foolbox/data/imagenet_", "deepforest/data/AWPE", "deepforest/data/2019_YELL_2_541000")
@@ -138,7 +138,7 @@ def main() -> None:
     if a.beton:
         beton = a.dst.with_suffix(".beton")
         if not beton.exists():
-            convert_folder(a.dst, beton)
+            convert_images(a.dst, beton)
         said += f", {beton}"
     print(said)
 

@@ -28,7 +28,7 @@ import torch
 from bench.common import ROOT, alternate, options, report, settings_of, spread
 from bench.jpegs import make
 from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
-from pipelines.convert import convert_folder
+from pipelines.convert_images import convert_images
 from pipelines.machine import usable_cores
 
 SIZE = 224  # pixels a side
@@ -235,7 +235,7 @@ def parsed() -> argparse.Namespace:
     if not a.images.exists():
         make(a.images)
     if not a.beton.exists():
-        convert_folder(a.images, a.beton)
+        convert_images(a.images, a.beton)
     file_mb = a.beton.stat().st_size / 1e6
     if a.memory_limit and file_mb < a.memory_limit:
         parser.error(f"--memory-limit {a.memory_limit}: {a.beton} has {file_mb:.0f} MB")

@@ -1,4 +1,4 @@
-"""Image folder, CIFAR-10 or arrays -> `.beton` with a checksum sidecar, and the check of one.
+"""Image files, CIFAR-10 or arrays -> samples of a `.beton`, and the check of one.
 
 JPEG files are stored byte for byte. What not every decoder would show as an upright RGB image (a
 PNG named .JPEG, grey, CMYK, turned by Exif) is re-encoded once: images.py says how, and an image
@@ -7,25 +7,25 @@ That decoding is at 1/8 size: all entropy-coded data are read, which is where da
 and the pixels nobody looks at are not computed (a test compares its verdicts with full-size ones).
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from pipelines.files import read_regular, readable
-from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason
+from pipelines.files import readable
+from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason, shrink
 from pipelines.machine import usable_cores
 from pipelines.progress import in_order
 from pipelines.sources import cifar10
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
-from pipelines.sources.listing import list_images
-from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData, check_class_names
+from pipelines.sources.shards import ShardedStore, is_pattern, shards_of
+from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData
 from pipelines.turbojpeg import check_jpeg
 
 CHUNK = 8  # images of one task
@@ -101,76 +101,41 @@ def encode(data: bytes, encoding: Encoding) -> Sample:
     return Sample(as_jpeg(picture, encoding.quality or QUALITY), JPG, picture.height, picture.width)
 
 
-def convert_folder(
-    src: str | Path,
-    dst: str | Path,
-    encoding: Encoding = AS_THEY_ARE,
-    *,
-    skip_bad: bool = False,
-    allow_odd_classes: bool = False,
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """An image folder in ImageNet's layout. Returns the sidecar's `encoding` entry.
-
-    Its `skipped` holds the files left out, `ignored` what was passed over (see `Listing`). A class
-    that loses all its images keeps its name and its place.
-
-    Raises:
-        BadImages: damaged images, unless `skip_bad`.
-        ValueError, OSError: wrong arguments, odd class names (unless allowed), no images, nothing
-            can be written.
-    """
-    classes, files, ignored = list_images(Path(src))
-    if not allow_odd_classes:
-        check_class_names(Path(src), classes)
-
-    def one(item: tuple[str, int]) -> Sample | str:
-        path, _ = item
-        return encode_file(path, encoding)
-
-    bad: list[tuple[str, str]] = []
-    n_verbatim = 0
-    with (
-        BetonWriter(dst, len(files)) as writer,
-        closing(in_order(one, files, cores(threads), CHUNK, "convert")) as results,
-    ):
-        for (path, label), result in zip(files, results, strict=True):
-            if isinstance(result, str):
-                bad.append((path, result))
-            elif not bad or skip_bad:  # else nothing will be kept: only the list goes on
-                writer.add(result, label)
-                n_verbatim += result.verbatim
-        if bad and not (skip_bad and writer.count):
-            raise BadImages(bad)
-        done = asdict(encoding) | {
-            "count": writer.count,
-            "verbatim": n_verbatim,
-            "skipped": [os.path.relpath(path, src) for path, _ in bad],
-            "ignored": ignored,
-            "allow_odd_classes": allow_odd_classes,
-        }
-        writer.commit(classes, done)
-    return done
+def encode_pixels(
+    pixels: np.ndarray,  # uint8 (H, W, 3), RGB
+    encoding: Encoding,
+) -> Sample:
+    """The sample to store for pixels: raw ones, unless a quality is asked for."""
+    picture = Image.fromarray(shrink(pixels, encoding.max_side))
+    if encoding.quality is None:
+        return Sample(picture.tobytes(), RAW, picture.height, picture.width)
+    return Sample(as_jpeg(picture, encoding.quality), JPG, picture.height, picture.width)
 
 
-def encode_file(
-    path: str, encoding: Encoding, look_at: Callable[[bytes], object] | None = None
+def encode_content(
+    read: Callable[[], bytes | np.ndarray],
+    encoding: Encoding,
+    where: str,  # the image, for messages
+    look_at: Callable[[bytes], object] | None = None,
 ) -> Sample | str:
-    """The sample to store, or why there is none.
+    """The sample to store for what `read` gives, an image file's content or pixels.
 
-    `look_at` is given the file's content, and may refuse it by an exception.
+    Why there is none, if there is none. `look_at` is given the content, and may refuse it by an
+    exception.
     """
     try:
-        data = read_regular(path)
+        content = read()
+        if isinstance(content, np.ndarray):
+            return encode_pixels(content, encoding)
         if look_at is not None:
-            look_at(data)
-        return encode(data, encoding)
+            look_at(content)
+        return encode(content, encoding)
     except MemoryError:  # not the image's fault: it must not be left out
         raise MemoryError(
-            f"{readable(path)}: not enough memory; fewer --threads need less"
+            f"{readable(where)}: not enough memory; fewer --threads need less"
         ) from None
     except Exception as error:  # Pillow's decoders raise many types
-        return reason(error, path)
+        return reason(error, where)
 
 
 def convert_cifar10(
@@ -205,10 +170,13 @@ def convert_arrays(
 
 
 def check(path: str | Path, threads: int | None = None) -> list[str]:
-    """The faults of a `.beton`: structure and every CRC.
+    """The faults of a `.beton`, or of several as one data set: structure and every CRC.
 
-    Where there is no sidecar every JPEG is decoded instead.
+    Where there is no sidecar every JPEG is decoded instead. Raises ValueError for a pattern that
+    `shards_of` refuses.
     """
+    if is_pattern(path):
+        return _check_shards(path, threads)
     try:
         beton = BetonStore(path)
     except DamagedData as error:
@@ -227,6 +195,17 @@ def check(path: str | Path, threads: int | None = None) -> list[str]:
         indices = range(len(beton))
         faults = in_order(fault_of, indices, cores(threads), CHUNK, "check")
         return [fault for fault in faults if fault is not None]
+
+
+def _check_shards(pattern: str | Path, threads: int | None) -> list[str]:
+    faults = [fault for shard in shards_of(pattern) for fault in check(shard, threads)]
+    try:
+        ShardedStore(pattern).close()
+    except DamagedData:  # which is among the faults
+        assert faults
+    except ValueError as error:  # whole files that do not belong together
+        faults.append(str(error))
+    return faults
 
 
 def cores(threads: int | None) -> int:

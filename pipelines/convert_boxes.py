@@ -7,13 +7,14 @@ turned by Exif, or of other sides than the annotations say is a bad image: its b
 
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.convert import AS_THEY_ARE, CHUNK, BadImages, Encoding, cores, encode_file
-from pipelines.files import readable
+from pipelines.convert import AS_THEY_ARE, CHUNK, BadImages, Encoding, cores, encode_content
+from pipelines.files import read_regular, readable
 from pipelines.images import unturned_sides
 from pipelines.progress import in_order
 from pipelines.sources.annotated import NOT_NAMED, Annotated, image_files
@@ -63,7 +64,10 @@ def convert_boxes(
                 )
             sides[place] = found
 
-        return entry.fault or encode_file(str(images / entry.name), encoding, look_at)
+        if entry.fault:
+            return entry.fault
+        path = str(images / entry.name)
+        return encode_content(partial(read_regular, path), encoding, path, look_at)
 
     bad: list[tuple[str, str]] = []
     kept: list[int] = []  # places of the images that are stored

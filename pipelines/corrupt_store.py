@@ -77,10 +77,16 @@ class CorruptedStore(Store):
         try:
             return begun.result().reshape(-1)
         except _UndecodedError as error:
-            raise DamagedData(f"{self.file(index)}: sample {index}: {error}") from error
+            raise DamagedData(f"{self.name_of(index)}: {error}") from error
 
     def file(self, index: int) -> Path:
         return self.clean.file(index)
+
+    def name_of(self, index: int) -> str:
+        return self.clean.name_of(index)
+
+    def files(self) -> list[Path]:
+        return self.clean.files()
 
     def identity(self) -> dict[str, Any]:
         """That of the clean images, and what is done to them."""

@@ -209,6 +209,15 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def shrink(
+    pixels: np.ndarray,  # uint8 (H, W, 3)
+    max_side: int | None,
+) -> np.ndarray:
+    """Pixels as `decode` shrinks a picture; ValueError for what is too large to stay as it is."""
+    height, width, _ = pixels.shape
+    return _shrunk(pixels, _target((width, height), max_side))
+
+
 def _target(
     size: tuple[int, int],  # width, height
     max_side: int | None,

@@ -116,6 +116,14 @@ class Store(ABC):
         """The file that holds sample `index`, for messages."""
         return self.path
 
+    def name_of(self, index: int) -> str:
+        """Sample `index` by its file and its number there, for messages."""
+        return f"{readable(self.file(index))}: sample {index}"
+
+    def files(self) -> list[Path]:
+        """Every file that the data are in, once, and those that say more about them."""
+        return list(dict.fromkeys(self.file(index) for index in range(len(self))))
+
     def close(self) -> None:  # noqa: B027
         """Release file handles."""
 

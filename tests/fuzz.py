@@ -5,12 +5,13 @@
 
 It prints `start N`, then `ok N` and what happened, or `bad N` and why.
 
-A seed is one input: a `.beton`, its sidecar, an image folder (used directly, or converted), boxes
-of images, a checkpoint or a config, or what is whole and hostile: false metadata, folders full of
-traps, odd images, what is no file. What may happen: an error of a known type that names the file
-and the sample; or the data, where every sample whose bytes are intact is delivered as ever, and a
-damaged one never shows another sample's pixels. Where there are checksums, damage is always an
-error. Seeds below zero test the tester: a crash, a hang, another sample's pixels.
+A seed is one input: a `.beton` (of two fields, of many, of planes), its sidecar, an image folder
+(used directly, or converted), images in an archive, boxes of images, a checkpoint or a config, or
+what is whole and hostile: false metadata, folders full of traps, odd images, what is no file. What
+may happen: an error of a known type that names the file and the sample; or the data, where every
+sample whose bytes are intact is delivered as ever, and a damaged one never shows another sample's
+pixels. Where there are checksums, damage is always an error. Seeds below zero test the tester: a
+crash, a hang, another sample's pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.fuzzing.annotations import fuzz_annotations
-from tests.fuzzing.beton import exchange, fuzz_beton, fuzz_sidecar
+from tests.fuzzing.archives import fuzz_archive
+from tests.fuzzing.beton import exchange, fuzz_beton, fuzz_planes, fuzz_sidecar
 from tests.fuzzing.checkpoints import fuzz_checkpoint, fuzz_metadata
 from tests.fuzzing.configs import fuzz_config
 from tests.fuzzing.folders import fuzz_convert, fuzz_folder, fuzz_tree
@@ -62,6 +64,7 @@ TARGETS = [
     fuzz_beton,
     fuzz_beton,
     fuzz_beton,
+    fuzz_planes,
     fuzz_sidecar,
     fuzz_folder,
     fuzz_convert,
@@ -72,6 +75,8 @@ TARGETS = [
     fuzz_images,
     fuzz_no_file,
     fuzz_annotations,
+    fuzz_archive,
+    fuzz_archive,
 ]
 SELF_TESTS = {-1: crash, -2: hang, -3: exchange}
 

@@ -21,6 +21,7 @@ MOST_WRONG = 10  # then it is enough
 HANG_S = 600  # an input takes seconds, the first one of a process longer
 TARGETS = {
     "beton",
+    "planes",
     "sidecar",
     "folder",
     "convert",
@@ -31,6 +32,7 @@ TARGETS = {
     "images",
     "no_file",
     "annotations",
+    "archive",
 }
 
 

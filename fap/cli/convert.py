@@ -1,13 +1,37 @@
 """`fap-convert SRC DST.beton`: make the data file that `fap-train` reads."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from os.path import expanduser, isdir, lexists
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fap.cli.output import survive, told
 from fap.cli.signals import Stopped, importing, raising_stopped
+
+if TYPE_CHECKING:
+    from pipelines.convert import Encoding
+
+# What each option goes with.
+OPTIONS_OF = {
+    "max_side": ("images", "coco"),
+    "quality": ("images", "coco"),
+    "raw": ("images", "coco"),
+    "skip_bad": ("images", "coco"),
+    "allow_odd_classes": ("images",),
+    "threads": ("images", "coco", "--check"),
+    "split": ("images", "cifar10"),
+    "labels": ("images",),
+    "classes": ("images",),
+    "val_split": ("images",),
+    "seed": ("images",),
+    "shard": ("images",),
+    "limit": ("cifar10",),
+}
 
 USAGE = """fap-convert [options] SRC DST.beton
        fap-convert [options] coco IMAGES ANNOTATIONS DST.beton
@@ -18,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     survive()
     args = arguments(argv)
     with importing("fap-convert"):
-        import pipelines.convert_boxes  # noqa: F401  # with all that `check` and `convert` import
+        # With all that `check` and `convert` import.
+        import pipelines.convert_boxes
+        import pipelines.convert_images  # noqa: F401
     try:
         with raising_stopped(tidying=True):
             if args.check is not None:
@@ -42,10 +68,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "words",
         nargs="*",
         metavar="SRC DST",
-        help="SRC: image folder in ImageNet's layout (one folder per class), or cifar10; DST: file"
-        " to write; one that exists is never overwritten. For detection write coco IMAGES"
-        " ANNOTATIONS DST: the folder of the images, and COCO's instances_*.json or a folder of"
-        " Pascal VOC's XML files, which may be the same folder",
+        help="SRC: what holds the images (README, section Convert, has a table): class folders, a"
+        " tar, a zip, ImageNet as it is downloaded, parquet files, WebDataset shards, a .beton, or"
+        " cifar10; a pattern in quotes for several files. DST: file to write; one that exists is"
+        " never overwritten. For detection write coco IMAGES ANNOTATIONS DST: the folder of the"
+        " images, and COCO's instances_*.json or a folder of Pascal VOC's XML files, which may be"
+        " the same folder",
     )
     add(
         "--check",
@@ -68,7 +96,34 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="take a single class, and classes called train, val or test",
     )
     add("--threads", type=int, metavar="T", help="default: all cores")
-    add("--split", choices=("train", "test"), help="cifar10 only; default: train")
+    add("--split", choices=("train", "val", "test"), help="which part of SRC, where it has several")
+    add(
+        "--labels",
+        type=expanduser,
+        metavar="FILE",
+        help="of images that lie in no class folders: ImageNet's devkit (a folder or .tar.gz),"
+        " Kaggle's LOC_val_solution.csv, or lines of path,label",
+    )
+    add(
+        "--classes",
+        type=expanduser,
+        metavar="FILE",
+        help="names of the classes, one a line in the order of the labels, where SRC has numbers"
+        " only",
+    )
+    add(
+        "--val-split",
+        type=float,
+        metavar="F",
+        help="write DST.val.beton too, with this fraction of every class, and DST without it",
+    )
+    add("--seed", type=int, metavar="S", help="which images --val-split takes; default: 0")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="convert one of N parts, such as 3/16, to DST-03-of-16.beton; one that is complete is"
+        " left as it is",
+    )
     add("--limit", type=int, metavar="N", help="cifar10 only: the first N images")
     args = parser.parse_intermixed_args(argv)  # words may stand on both sides of an option
     _name_the_words(args, parser)
@@ -110,25 +165,19 @@ def _refuse_what_does_not_go_together(
         parser.error("give SRC and DST, or coco IMAGES ANNOTATIONS DST, or --check FILE")
     boxes = args.annotations is not None
     cifar10 = args.src == "cifar10" and not boxes
-    for_folders = (
-        args.max_side is not None
-        or args.quality is not None
-        or args.raw
-        or args.skip_bad
-        or args.allow_odd_classes
-    )
-    if for_folders and (checks or cifar10):
-        parser.error(
-            "--max-side, --quality, --raw, --skip-bad and --allow-odd-classes are for image folders"
-        )
-    if args.allow_odd_classes and boxes:
-        parser.error("--allow-odd-classes: the classes of boxes are those of the annotations")
-    if not cifar10 and (args.split or args.limit is not None):
-        parser.error("--split and --limit are for cifar10")
-    if args.threads is not None and (args.threads < 1 or cifar10):
-        parser.error(
-            f"--threads {args.threads}: at least 1, and not for cifar10, which is not decoded"
-        )
+    for name, takes in OPTIONS_OF.items():
+        value = getattr(args, name)
+        kind = "--check" if checks else "coco" if boxes else "cifar10" if cifar10 else "images"
+        if value not in (None, False) and kind not in takes:
+            parser.error(f"--{name.replace('_', '-')} does not go with {kind}")
+    if cifar10 and args.split == "val":
+        parser.error("--split val: cifar10 has train and test")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads {args.threads}: must be at least 1")
+    if args.val_split is not None and args.shard is not None:
+        parser.error("--val-split and --shard: convert the whole set, or one part of it")
+    if args.seed is not None and (args.val_split is None or args.seed < 0):
+        parser.error(f"--seed {args.seed}: at least 0, and with --val-split only")
 
 
 def check(args: argparse.Namespace) -> int:
@@ -143,12 +192,8 @@ def check(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from pipelines.convert import MOST_TOLD, Encoding, convert_cifar10, convert_folder
+    from pipelines.convert import Encoding, convert_cifar10
     from pipelines.convert_boxes import convert_boxes
-    from pipelines.files import readable
-    from pipelines.sources.beton import BetonStore
-    from pipelines.sources.listing import Listing
-    from pipelines.sources.sidecar import sidecar_path
 
     encoding = Encoding(args.max_side, args.quality, args.raw)
     if args.annotations is not None:
@@ -160,31 +205,69 @@ def convert(args: argparse.Namespace) -> int:
             skip_bad=args.skip_bad,
             threads=args.threads,
         )
+        tell(args.dst, done)
     elif args.src == "cifar10":
-        done = convert_cifar10(args.dst, args.split or "train", args.limit)
+        tell(args.dst, convert_cifar10(args.dst, args.split or "train", args.limit))
     else:
-        done = convert_folder(
-            args.src,
-            args.dst,
+        convert_images(args, encoding)
+    return 0
+
+
+def convert_images(args: argparse.Namespace, encoding: Encoding) -> None:
+    """Images in any form: all of them, one shard, or two files for training and validation."""
+    from pipelines.convert_images import convert_collection, is_complete
+    from pipelines.files import readable
+    from pipelines.intake.parts import Shard, parts_of
+    from pipelines.intake.recognise import Wishes, names_in, recognise
+    from pipelines.sources.beton_writer import refuse_existing
+
+    shard = None if args.shard is None else Shard.parsed(args.shard)
+    if shard is None:
+        refuse_existing(Path(args.dst))  # a large archive takes minutes to look through
+    wishes = Wishes(
+        args.split, args.labels and Path(args.labels), args.classes and names_in(Path(args.classes))
+    )
+    with closing(recognise(args.src, wishes)) as collection:
+        print("\n".join(collection.describe()), flush=True)
+        parts = parts_of(
+            collection, Path(args.dst), shard=shard, val_split=args.val_split, seed=args.seed or 0
+        )
+        if shard is not None and is_complete(parts[0], encoding):
+            print(f"{readable(parts[0].dst)}: is complete already, nothing to do")
+            return
+        done = convert_collection(
+            collection,
+            parts,
             encoding,
             skip_bad=args.skip_bad,
             allow_odd_classes=args.allow_odd_classes,
             threads=args.threads,
         )
+    for part, entry in zip(parts, done, strict=True):
+        tell(part.dst, entry)
+
+
+def tell(dst: str | Path, done: dict[str, Any]) -> None:
+    """What was written, and what was not: `done` is the sidecar's `encoding` entry."""
+    from pipelines.archives.listing import notes_of
+    from pipelines.convert import MOST_TOLD
+    from pipelines.files import readable
+    from pipelines.sources.beton import BetonStore
+    from pipelines.sources.sidecar import sidecar_path
+
     skipped = done["skipped"]
     for path in skipped[:MOST_TOLD]:
         print(f"left out: {readable(path)}")
     if len(skipped) > MOST_TOLD:
-        print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(args.dst))}")
-    for note in Listing((), [], done.get("ignored", {})).notes():
+        print(f"and {len(skipped) - MOST_TOLD:,} more, all in {readable(sidecar_path(dst))}")
+    for note in notes_of(done.get("ignored", {})):
         print(note)
     for what, count in done.get("counted", {}).items():
         if count:
             print(f"{count:,} {what}")
-    with closing(BetonStore(args.dst)) as store:  # what is reported is what can be read
+    with closing(BetonStore(dst)) as store:  # what is reported is what can be read
         print("\n".join(store.describe()))
-    print(f"{readable(args.dst)}: {done['count']} images, {len(skipped)} left out")
-    return 0
+    print(f"{readable(dst)}: {done['count']} images, {len(skipped)} left out")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from pipelines import Batch, EpochPlan, Store
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
 from pipelines.sources import arrays, cifar10
-from pipelines.sources.sidecar import sidecar_path
 
 BackEnd = str  # one of `pipelines.BACK_ENDS`
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -82,18 +81,8 @@ class Seen(NamedTuple):
 
 def look_at(store: Store) -> Seen:
     # The stamps first: a change from here on is noticed.
-    stamps = stamps_of(files_of(store))
+    stamps = stamps_of(store.files())
     return Seen(store, store.identity(), stamps)
-
-
-def files_of(store: Store) -> list[Path]:
-    """Every file of a store, once: the images', and a sidecar."""
-    # A .beton is one file for all its samples.
-    files = dict.fromkeys(store.file(index) for index in range(len(store)))
-    side = sidecar_path(store.path)
-    if side.exists():
-        files[side] = None
-    return list(files)
 
 
 def stamps_of(files: Iterable[Path]) -> str:
@@ -170,7 +159,7 @@ class StoredImages(Opened):
         }
 
     def stamps(self) -> str:
-        return stamps_of(files_of(self.store))
+        return stamps_of(self.store.files())
 
     def batches(self) -> Batches:
         # All at once, so that no batch waits for a copy.

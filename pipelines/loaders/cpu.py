@@ -132,9 +132,7 @@ class CpuLoader(ThreadedLoader):
 
         image = scratch[:n_bytes].reshape(shape)
         if not self._decode_jpeg(encoded, (height, width), divisor, image):
-            raise DamagedData(
-                f"{self.store.file(index)}: sample {index}: the JPEG does not decode cleanly"
-            )
+            raise DamagedData(f"{self.store.name_of(index)}: the JPEG does not decode cleanly")
         return image
 
     @abstractmethod

@@ -124,7 +124,7 @@ class DaliLoader(ThreadedLoader):
                     raise
                 except RuntimeError:
                     raise DamagedData(
-                        f"{self.store.file(index)}: sample {index}: DALI cannot decode it"
+                        f"{self.store.name_of(index)}: DALI cannot decode it"
                     ) from error
 
     def _run(self, pipeline: Pipeline) -> Any:

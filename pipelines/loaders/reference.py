@@ -74,6 +74,4 @@ class ReferenceLoader(Loader):
         try:
             return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
         except UNREADABLE as error:
-            raise DamagedData(
-                f"{self.store.file(index)}: sample {index}: {reason(error)}"
-            ) from error
+            raise DamagedData(f"{self.store.name_of(index)}: {reason(error)}") from error

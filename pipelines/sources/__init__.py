@@ -9,10 +9,12 @@ from pathlib import Path
 from pipelines.files import readable
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
+from pipelines.sources.shards import ShardedStore, is_pattern
+from pipelines.sources.tar import TarStore
 from pipelines.store import Store
 
 # The first that accepts a path opens it.
-SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore)
+SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore, TarStore, ShardedStore)
 
 
 def accepted() -> str:
@@ -26,6 +28,8 @@ def source_of(path: Path) -> type[Store]:
     Raises:
         ValueError: nothing is there, or what no source accepts.
     """
+    if is_pattern(path):  # nothing is there that the others could look at
+        return ShardedStore
     if not path.exists():
         raise ValueError(f"{readable(path)}: no such file or folder; expected {accepted()}")
     for source in SOURCES:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.archives.listing import FOREIGN, SUFFIXES
 from pipelines.boxes import Annotations
 from pipelines.files import readable, shown
-from pipelines.sources.listing import FOREIGN, SUFFIXES
 
 # What there may be besides plain boxes; each is counted.
 CROWD = "crowd boxes: never trained, and never counted against a detector"

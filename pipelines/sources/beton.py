@@ -5,7 +5,6 @@ allocation table. A sample's bytes lie within one page of the file, as FFCV's lo
 Beside the file stands a sidecar with class names, checksums and boxes, if `fap-convert` made it.
 """
 
-import os
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +25,9 @@ from pipelines.sources.beton_layout import (
     choose,
     metadata_row,
     parse_fields,
-    pointer_columns,
+    pointers_of,
 )
+from pipelines.sources.handles import Handle, OpenFiles
 from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
 from pipelines.store import JPG, MAX_SIDE, PLANES, RAW, DamagedData, Store, planes_bytes
 
@@ -50,13 +50,19 @@ class BetonStore(Store):
     crc32: np.ndarray | None  # uint32 (N,), of the samples' bytes; None without a sidecar
     tables_crc32: int  # see `Sidecar`
 
-    def __init__(self, path: str | Path, *, use_sidecar: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        use_sidecar: bool = True,
+        among: OpenFiles | None = None,  # None: the file stays open
+    ) -> None:
         super().__init__(path)
         self.classes = None
         self.crc32 = None
-        self._file = open_regular(self.path)
+        self._file = Handle(self.path, among)
         try:
-            self._load_tables(os.fstat(self._file.fileno()).st_size)
+            self._load_tables(self._file.size)
             sidecar = read_sidecar(self.path) if use_sidecar else None
             if sidecar is not None:
                 self.use(sidecar)
@@ -129,6 +135,11 @@ class BetonStore(Store):
             )
         return np.frombuffer(raw, np.uint8)
 
+    def files(self) -> list[Path]:
+        """See `Store.files`."""
+        side = sidecar_path(self.path)
+        return [self.path, side] if side.exists() else [self.path]
+
     def close(self) -> None:
         self._file.close()
 
@@ -145,25 +156,28 @@ class BetonStore(Store):
         n, row = head.n_samples, metadata_row(self.fields)
         data_start = len(head.raw) + n * row.itemsize
         self._require(data_start <= head.alloc_ptr, f"{n} metadata rows overlap the allocations")
+
+        # One table after the other, since both are as large as all that is kept of them.
         metadata = self._pread(n * row.itemsize, len(head.raw), "metadata")
+        crc32 = zlib.crc32(metadata, zlib.crc32(head.raw))
+        told = self._take_metadata(np.frombuffer(metadata, row), head.chosen)
+        del metadata
+
         alloc_bytes = n * self._n_allocations * ALLOCATION.itemsize
         allocations = self._pread(alloc_bytes, head.alloc_ptr, "allocation table")
-        # Of one text, but not in one piece, which would be a copy of both tables.
-        self.tables_crc32 = zlib.crc32(allocations, zlib.crc32(metadata, zlib.crc32(head.raw)))
-
-        table = np.frombuffer(metadata, row)
+        self.tables_crc32 = zlib.crc32(allocations, crc32)
         alloc = self._by_sample(np.frombuffer(allocations, ALLOCATION), n)
-        self.labels = table[str(head.chosen.label)].copy()
-        ptrs = self._take_pixels(table, head.chosen)
-        sizes = self._take_sizes(table, alloc, ptrs)
-        if head.chosen.planes:
-            size_told = table[str(head.chosen.pixels)]["size"]
-            self._check(size_told == sizes, "metadata and allocation table disagree")
+        del allocations
+        sizes = self._sizes_of(alloc, told)
         self._check_inside(alloc["ptr"], alloc["size"], data_start, head.alloc_ptr)
         self._check_images(sizes)
-        self._check_apart(alloc["ptr"].ravel(), alloc["size"].ravel())
-        self._ptrs = ptrs.astype(np.int64)
-        self.sizes = sizes.astype(np.int64)
+        if told.others:
+            self._check_apart(alloc["ptr"].ravel(), alloc["size"].ravel())
+        else:
+            self._check_apart(told.ptrs, sizes)
+        # All of them are numbers of bytes in the file by now.
+        self._ptrs = told.ptrs.view(np.int64)
+        self.sizes = sizes.view(np.int64)
 
     def _read_head(self, file_bytes: int) -> "_Head":
         """Header and field descriptors; sets `fields`, and the note on those that are skipped."""
@@ -193,6 +207,32 @@ class BetonStore(Store):
             self.notes += (f"{len(skipped)} field(s) of {path} are not read: {names}",)
         return _Head(header + descriptors, n, alloc_ptr, chosen)
 
+    def _take_metadata(self, table: np.ndarray, chosen: Chosen) -> "_Told":
+        """Set modes, sides and labels."""
+        pixels = table[str(chosen.pixels)]
+        sizes = None
+        if chosen.planes:
+            self.modes = np.full(len(table), PLANES, np.uint8)
+            heights = table[str(chosen.height)]
+            widths = table[str(chosen.width)]
+            sizes = pixels["size"].copy()
+        else:
+            self.modes = pixels["mode"].copy()
+            self._check(self.modes <= RAW, "bad mode")
+            heights = pixels["height"]
+            widths = pixels["width"]
+        for sides in (heights, widths):
+            self._check((sides > 0) & (sides <= MAX_SIDE), "bad dimensions")
+        self.heights = heights.astype(np.int32)
+        self.widths = widths.astype(np.int32)
+        self.labels = table[str(chosen.label)].copy()
+        ptrs = pointers_of(self.fields, table, chosen.pixels).copy()
+        others = []
+        for i, field in enumerate(self.fields):
+            if field.type_id in ALLOCATING and i != chosen.pixels:
+                others.append(pointers_of(self.fields, table, i).copy())
+        return _Told(ptrs, others, sizes)
+
     def _by_sample(self, alloc: np.ndarray, n: int) -> np.ndarray:
         """The allocation table as (N, allocations of a sample), in the order of the samples.
 
@@ -208,42 +248,24 @@ class BetonStore(Store):
         )
         return alloc
 
-    def _take_pixels(self, table: np.ndarray, chosen: Chosen) -> np.ndarray:
-        """Set modes and sides; the pointers of the metadata, uint64 (N,)."""
-        pixels = table[str(chosen.pixels)]
-        if chosen.planes:
-            self.modes = np.full(len(table), PLANES, np.uint8)
-            heights = table[str(chosen.height)]
-            widths = table[str(chosen.width)]
-            ptrs = pixels["ptr"]
-        else:
-            self.modes = pixels["mode"].copy()
-            self._check(self.modes <= RAW, "bad mode")
-            heights = pixels["height"]
-            widths = pixels["width"]
-            ptrs = pixels["data_ptr"]
-        for sides in (heights, widths):
-            self._check((sides > 0) & (sides <= MAX_SIDE), "bad dimensions")
-        self.heights = heights.astype(np.int32)
-        self.widths = widths.astype(np.int32)
-        return ptrs
-
-    def _take_sizes(
+    def _sizes_of(
         self,
-        table: np.ndarray,  # rows of the metadata (N,)
         alloc: np.ndarray,  # ALLOCATION (N, allocations of a sample)
-        ptrs: np.ndarray,  # uint64 (N,): of the pixels
+        told: "_Told",
     ) -> np.ndarray:
-        """The bytes of every sample's pixels, uint64 (N,): only the allocation table has them."""
-        pointers = pointer_columns(self.fields, table)
-        if len(pointers) == 1:
-            agree = alloc["ptr"][:, 0] == ptrs
-            sizes = alloc["size"][:, 0]
+        """The bytes of every sample's pixels, uint64 (N,), as the allocation table has them."""
+        if not told.others:
+            agree = alloc["ptr"][:, 0] == told.ptrs
+            sizes = alloc["size"][:, 0].copy()
         else:
             # Of each sample, the same pointers in any order.
-            agree = np.sort(alloc["ptr"], 1) == np.sort(np.stack(pointers, 1), 1)
+            pointers = np.stack([told.ptrs, *told.others], 1)
+            agree = np.sort(alloc["ptr"], 1) == np.sort(pointers, 1)
             # Nothing at all may lie where the pixels begin too, such as an empty text.
-            sizes = np.where(alloc["ptr"] == ptrs[:, None], alloc["size"], 0).max(1)
+            ours = alloc["ptr"] == told.ptrs[:, None]
+            sizes = np.where(ours, alloc["size"], 0).max(1)
+        if told.sizes is not None:
+            agree = agree & (told.sizes == sizes).reshape(len(sizes), -1)
         self._check(agree, "metadata and allocation table disagree")
         return sizes
 
@@ -263,12 +285,14 @@ class BetonStore(Store):
 
     def _check_images(self, sizes: np.ndarray) -> None:
         """Sizes (uint64) fit modes and sides, and are no zeros."""
+        if self.modes[0] == PLANES:  # then all are planes
+            planes = planes_bytes(self.heights, self.widths)
+            self._check(sizes == planes, "size is not that of its planes")
+            return
         raw_bytes = 3 * self.heights.astype(np.uint64) * self.widths.astype(np.uint64)
-        planes = planes_bytes(self.heights, self.widths)
         self._check(
             (self.modes != RAW) | (sizes == raw_bytes), "raw size is not height x width x 3"
         )
-        self._check((self.modes != PLANES) | (sizes == planes), "size is not that of its planes")
         self._check(
             (self.modes != JPG) | (raw_bytes <= 3 * PIXELS_PER_BYTE * sizes),
             "too few bytes for a JPEG of its dimensions",
@@ -279,6 +303,8 @@ class BetonStore(Store):
 
         Each ends before the next begins. Both are uint64, in the order of the samples.
         """
+        if (ptrs[:-1] + sizes[:-1] <= ptrs[1:]).all():  # as fap-convert writes them
+            return
         order = np.flatnonzero(sizes)  # an empty one shares none, wherever it points
         order = order[np.argsort(ptrs[order], kind="stable")]
         ends = (ptrs + sizes)[order]
@@ -289,15 +315,8 @@ class BetonStore(Store):
     # ------------------------------------------------------------------ bytes and errors
 
     def _pread(self, size: int, offset: int, what: str) -> bytes:
-        """pread, not mmap: a file that shrinks under us is a short count instead of a SIGBUS."""
-        raw = b""
         try:
-            # Linux reads at most 2 GiB at once.
-            while len(raw) < size:
-                more = os.pread(self._file.fileno(), size - len(raw), offset + len(raw))
-                if not more:
-                    break
-                raw += more
+            raw = self._file.read(size, offset)
         except OSError as error:
             raise DamagedData(f"{readable(self.path)}: {what}: {error}") from error
         self._require(
@@ -323,6 +342,14 @@ class _Head(NamedTuple):
     n_samples: int
     alloc_ptr: int  # where the allocation table begins
     chosen: Chosen
+
+
+class _Told(NamedTuple):
+    """What the metadata say of the allocations."""
+
+    ptrs: np.ndarray  # uint64 (N,): of the pixels
+    others: list[np.ndarray]  # uint64 (N,) each: of the fields that are skipped
+    sizes: np.ndarray | None  # uint64 (N,): of the pixels, where the metadata tell them
 
 
 def _begins_as_ffcv_files_do(path: Path) -> bool:

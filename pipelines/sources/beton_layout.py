@@ -110,18 +110,17 @@ def metadata_row(fields: Sequence[Field]) -> np.dtype:
     return np.dtype(columns, align=True)
 
 
-def pointer_columns(
+def pointers_of(
     fields: Sequence[Field],
     table: np.ndarray,  # rows of `metadata_row`, (N,)
-) -> list[np.ndarray]:
-    """Where the data of every field lie that has some: uint64 (N,) each, in the fields' order."""
-    columns = []
-    for i, field in enumerate(fields):
-        if field.type_id in ALLOCATING:
-            entry = KINDS[field.type_id].pointer
-            column = table[str(i)]
-            columns.append(column if entry is None else column[entry])
-    return columns
+    i: int,
+) -> np.ndarray:
+    """Where the data of field i, which has some, lie: uint64 (N,)."""
+    column = table[str(i)]
+    entry = KINDS[fields[i].type_id].pointer
+    if entry is None:
+        return column
+    return column[entry]
 
 
 # ------------------------------------------------------------------ the fields that are read

@@ -160,6 +160,7 @@ class BetonWriter:
             self._file.write(self._rows[filled[start : start + ROWS_AT_ONCE]].tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
+        del self._rows, self._ptrs, self._sizes  # of a large set, before the file is read again
         if classes is not None:
             classes = tuple(classes)
         write_sidecar(

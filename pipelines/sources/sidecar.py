@@ -109,7 +109,11 @@ def parse_sidecar(text: str | bytes) -> Sidecar:
 def content_checksum(content: dict[str, Any]) -> int:
     """CRC-32 of a sidecar's entries, of all but the checksum itself, whatever their order."""
     entries = {name: value for name, value in content.items() if name != "checksum"}
-    return zlib.crc32(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
+    crc32 = 0
+    # Entry by entry: the text of all would be another copy of the largest.
+    for part in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(entries):
+        crc32 = zlib.crc32(part.encode(), crc32)
+    return crc32
 
 
 # ------------------------------------------------------------------ arrays

@@ -17,11 +17,11 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from pipelines.archives.listing import SUFFIXES
 from pipelines.files import listed, read_regular, readable, shown
 from pipelines.names import checked_names
 from pipelines.progress import in_order
 from pipelines.sources.annotated import Annotated, ImageEntry, inside_folder, refuse_doubles
-from pipelines.sources.listing import SUFFIXES
 
 MOST_BYTES = 4 << 20  # of a file: 10,000 objects
 THREADS = 4  # that wait for the disk

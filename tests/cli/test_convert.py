@@ -68,9 +68,12 @@ def test_messages_and_exit_codes(tree: tuple[Path, Path], tmp_path: Path, capfd:
         (["a"], "give SRC and DST, or coco IMAGES ANNOTATIONS DST, or --check FILE"),
         ([], "give SRC and DST"),
         (["coco", "a", "b", "c", "--check", "d"], "or --check FILE"),
-        (["coco", "a", "b", "c", "--allow-odd-classes"], "those of the annotations"),
-        (["coco", "a", "b", "c", "--limit", "3"], "are for cifar10"),
-        (["coco", "a", "b", "c", "--threads", "0"], "--threads 0: at least 1"),
+        (
+            ["coco", "a", "b", "c", "--allow-odd-classes"],
+            "--allow-odd-classes does not go with coco",
+        ),
+        (["coco", "a", "b", "c", "--limit", "3"], "--limit does not go with coco"),
+        (["coco", "a", "b", "c", "--threads", "0"], "--threads 0: must be at least 1"),
     ],
 )
 def test_words_that_do_not_go_together(words: list[str], message: str, capfd: Capture) -> None:

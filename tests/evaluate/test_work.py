@@ -11,9 +11,12 @@ from PIL import Image
 from fap.evaluate import work
 from fap.evaluate.exact import evaluate
 from fap.tasks.base import Result
-from pipelines.convert import convert_arrays
+from pipelines.convert import convert_arrays, convert_folder
 from pipelines.corrupt import QUICK
 from pipelines.sources import cifar10
+from pipelines.sources.beton import BetonStore
+from pipelines.sources.beton_writer import BetonWriter, Sample
+from pipelines.store import JPG
 from tests.evaluate.world import (
     CHECKPOINT,
     WNIDS,
@@ -190,3 +193,36 @@ def test_data_that_changes_meanwhile_is_an_error(
     assert not (at / "out" / "results").exists()
     monkeypatch.setattr(work, "evaluate", evaluate)
     run(at)
+
+
+def test_shards_are_evaluated_as_the_folder_they_were_made_of(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fap-eval --data 'part*.beton'`; a result is found again until one of the files changes."""
+    where = fresh(world, tmp_path, "val")
+    convert_folder(where / "val", where / "whole.beton")
+    whole = BetonStore(where / "whole.beton")
+
+    def write(part: int, rows: range) -> None:
+        with BetonWriter(where / f"part{part}.beton", len(rows)) as writer:
+            for k in rows:
+                data = whole.read(k).tobytes()
+                sample = Sample(data, JPG, int(whole.heights[k]), int(whole.widths[k]))
+                writer.add(sample, int(whole.labels[k]))
+            writer.commit(whole.classes, {})
+
+    write(0, range(7))
+    write(1, range(7, 18))
+    folder, _ = run(where, "--pipeline", "reference", out="folder")
+    calls = counted(monkeypatch)
+    for _ in range(2):
+        shards, _ = run(where, "--pipeline", "reference", data="part*.beton")
+        assert shards["results"]["clean"]["top1"] == folder["results"]["clean"]["top1"]
+        assert shards["results"]["clean"]["count"] == 18
+        assert len(calls) == 1
+    (where / "part1.beton").unlink()
+    (where / "part1.beton.json").unlink()
+    write(1, range(7, 17))
+    shards, _ = run(where, "--pipeline", "reference", data="part*.beton")
+    assert shards["results"]["clean"]["count"] == 17
+    assert len(calls) == 2

@@ -6,22 +6,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import pipelines
 from pipelines import convert
 from pipelines.sources.beton import BetonStore
-from pipelines.sources.beton_layout import FIELD, HEADER
+from pipelines.sources.beton_layout import ALLOCATING, ALLOCATION, FIELD, HEADER, metadata_row
 from pipelines.sources.sidecar import read_sidecar, sidecar_path
 from tests.fuzzing.damage import EXTREME, HOSTILE_JSON, mutate
-from tests.fuzzing.intact import COUNT, RAW_SAMPLES, add_sidecar, make_beton
+from tests.fuzzing.intact import COUNT, LABELS, RAW_SAMPLES, add_sidecar, make_beton
 from tests.fuzzing.judge import ALLOWED, Damage, assert_says_where, judge, pick_loaders
 
-ROW = 24  # bytes of a metadata row, and of an allocation
-TABLES = HEADER.itemsize + 2 * FIELD.itemsize  # where the metadata begin
-SAMPLES = TABLES + ROW * COUNT  # where they end
-LABELS = list(range(COUNT))
 SIZES = [16, 40]  # pixels of the images that are delivered
 
 # Where the damage is. Listed as often as they shall come.
@@ -29,34 +26,61 @@ PLACES = [
     "fields", "fields", "fields", "tables", "allocations", "sample", "sample", "sample", "anywhere",
 ]  # fmt: skip
 
-# (offset, bytes) of the fields of the header, and of a row: mode, width, height, pointer, label.
-HEADER_FIELDS = [(0, 2), (2, 2), (4, 4), (8, 8), (16, 8), (24, 1), (24 + FIELD.itemsize, 1)]
-ROW_FIELDS = [(0, 1), (1, 2), (3, 2), (5, 8), (16, 8)]
-ALLOCATION_FIELDS = [(0, 8), (8, 8), (16, 8)]
-POINTER = 5  # its offset in a row
-
 TABLES_OF_A_SAMPLE = -1  # owners of a byte that no sample has
 PADDING = -2
 
 
-def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
-    encoding = str(rng.choice(list(RAW_SAMPLES)))
-    path = make_beton(folder, encoding)
-    checksums = bool(rng.random() < 0.4)
-    if checksums:
-        add_sidecar(path)
-    good = path.read_bytes()
-    owner = owners(path)
-    where, how, bad = damaged(rng, good, owner)
-    path.write_bytes(bad)
+class Layout(NamedTuple):
+    """Where the tables of a file are."""
 
-    hit = owners_of_what_differs(good, bad, owner)
-    damage = Damage(
-        touched=hit - {TABLES_OF_A_SAMPLE, PADDING},
-        tables=TABLES_OF_A_SAMPLE in hit or len(bad) != len(good),
-        checksums=checksums,
-        moved=how == "swap",
-    )
+    n_fields: int  # of a sample
+    row: np.dtype  # of the metadata
+    pointer: int  # to the pixels: its offset in a row
+    allocated: int  # bytes of a sample's rows in the allocation table
+
+    @property
+    def metadata(self) -> int:
+        """Where they begin."""
+        return HEADER.itemsize + self.n_fields * FIELD.itemsize
+
+    @property
+    def samples(self) -> int:
+        """Where the metadata end."""
+        return self.metadata + self.row.itemsize * COUNT
+
+    def header_numbers(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of the numbers of the header, and of the fields' types."""
+        types = [(HEADER.itemsize + i * FIELD.itemsize, 1) for i in range(self.n_fields)]
+        return [*numbers_of(HEADER), *types]
+
+
+def layout_of(store: BetonStore) -> Layout:
+    """That of an intact file."""
+    row = metadata_row(store.fields)
+    n_allocations = sum(field.type_id in ALLOCATING for field in store.fields)
+    names = [field.name for field in store.fields]
+    pixels = str(names.index("planes" if "planes" in names else "image"))
+    entries = row[pixels].fields
+    pointer = row.fields[pixels][1] + entries["ptr" if "ptr" in entries else "data_ptr"][1]
+    return Layout(len(names), row, pointer, n_allocations * ALLOCATION.itemsize)
+
+
+def numbers_of(dtype: np.dtype, offset: int = 0) -> list[tuple[int, int]]:
+    """(offset, bytes) of every number in a row."""
+    if dtype.fields is None:
+        return [(offset, dtype.itemsize)]
+    found = []
+    for entry, at, *_ in dtype.fields.values():
+        found += numbers_of(entry, offset + at)
+    return found
+
+
+def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
+    """Of two fields, or of many."""
+    encoding = str(rng.choice([*RAW_SAMPLES, "fields", "fields"]))
+    path = make_beton(folder, encoding)
+    how, damage = damage_beton(rng, path)
+    checksums = damage.checksums
     faults = convert.check(path, threads=1)
     try:
         store = pipelines.open_store(path)
@@ -64,7 +88,7 @@ def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
         assert_says_where(error, path)
         assert damage.tables, f"only samples are damaged: {error!r}"
         assert faults
-        return f"{encoding} {where} {how}: {error}"
+        return f"{encoding} {how}: {error}"
     assert not (checksums and damage.tables), "damaged tables opened"
     size = int(rng.choice(SIZES))
     loaders = pick_loaders(rng, encoding)
@@ -76,35 +100,95 @@ def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
         refused = set()
     judge_check(faults, refused, damage)
     return (
-        f"{encoding} {where} {how} {size}: touched {damage.touched or '-'}, "
+        f"{encoding} {how} {size}: touched {damage.touched or '-'}, "
         f"tables {damage.tables}, refused {refused or '-'}"
     )
 
 
-def owners(path: Path) -> np.ndarray:
-    """Per byte of an intact file: the sample it belongs to, or TABLES_OF_A_SAMPLE, or PADDING."""
+def fuzz_planes(rng: np.random.Generator, folder: Path) -> str:
+    """Decoded planes: every sample is read; what is delivered is as ever, or was damaged."""
+    path = make_beton(folder, "planes")
+    store = BetonStore(path)
+    good = [store.read(i).tobytes() for i in range(COUNT)]
+    sides = np.stack([store.heights, store.widths])
+    store.close()
+    how, damage = damage_beton(rng, path)
+    try:
+        store = pipelines.open_store(path)
+    except ALLOWED as error:
+        assert_says_where(error, path)
+        assert damage.tables, f"only samples are damaged: {error!r}"
+        return f"{how}: {error}"
+    assert not (damage.checksums and damage.tables), "damaged tables opened"
+    assert damage.tables or np.array_equal(np.stack([store.heights, store.widths]), sides)
+    refused = set()
+    for i in range(COUNT):
+        try:
+            found = store.read(i).tobytes()
+        except ALLOWED as error:
+            assert_says_where(error, path, i)
+            assert i in damage.touched, f"intact sample {i}: {error!r}"
+            refused.add(i)
+        else:
+            # Two rows that exchange pointer, size and sides cannot be told without checksums.
+            moved = how.endswith("swap") or damage.tables
+            assert found == good[i] or i in damage.touched or moved, f"intact sample {i} changed"
+            assert len(found) == store.sizes[i]
+    store.close()
+    if damage.checksums:
+        assert refused == damage.touched
+    faults = convert.check(path, threads=1)
+    assert {int(fault.split()[1].strip(":")) for fault in faults} == refused
+    return f"{how}: {len(refused)} refused"
+
+
+def damage_beton(rng: np.random.Generator, path: Path) -> tuple[str, Damage]:
+    """Damage the file, which may get a sidecar before; what was done, in words too."""
+    checksums = bool(rng.random() < 0.4)
+    if checksums:
+        add_sidecar(path)
+    good = path.read_bytes()
     store = BetonStore(path, use_sidecar=False)
-    owner = np.full(path.stat().st_size, PADDING)
-    owner[:SAMPLES] = TABLES_OF_A_SAMPLE
-    owner[-ROW * COUNT :] = TABLES_OF_A_SAMPLE
+    layout = layout_of(store)
+    owner = owners(store, layout, len(good))
+    store.close()
+    where, how, bad = damaged(rng, good, owner, layout)
+    path.write_bytes(bad)
+    hit = owners_of_what_differs(good, bad, owner)
+    damage = Damage(
+        touched=hit - {TABLES_OF_A_SAMPLE, PADDING},
+        tables=TABLES_OF_A_SAMPLE in hit or len(bad) != len(good),
+        checksums=checksums,
+        moved=how == "swap",
+    )
+    return f"{where} {how}", damage
+
+
+def owners(store: BetonStore, layout: Layout, file_bytes: int) -> np.ndarray:
+    """Per byte of an intact file: the sample it belongs to, or TABLES_OF_A_SAMPLE, or PADDING.
+
+    What belongs to fields that are skipped is padding too.
+    """
+    owner = np.full(file_bytes, PADDING)
+    owner[: layout.samples] = TABLES_OF_A_SAMPLE
+    owner[-layout.allocated * COUNT :] = TABLES_OF_A_SAMPLE
     for i in range(COUNT):
         owner[store._ptrs[i] : store._ptrs[i] + store.sizes[i]] = i
-    store.close()
     return owner
 
 
 def damaged(
-    rng: np.random.Generator, good: bytes, owner: np.ndarray
+    rng: np.random.Generator, good: bytes, owner: np.ndarray, layout: Layout
 ) -> tuple[str, str, bytes]:  # where, how, the bytes
     where = str(rng.choice(PLACES))
     sample = np.flatnonzero(owner == rng.integers(COUNT))
     match where:
         case "fields":
-            return where, "value", table_value(rng, good)
+            return where, "value", table_value(rng, good, layout)
         case "tables":
-            low, high = 0, SAMPLES
+            low, high = 0, layout.samples
         case "allocations":
-            low, high = len(good) - ROW * COUNT, len(good)
+            low, high = len(good) - layout.allocated * COUNT, len(good)
         case "sample":
             low, high = int(sample[0]), int(sample[-1]) + 1
         case _:
@@ -131,39 +215,43 @@ def judge_check(faults: list[str], refused: set[int], damage: Damage) -> None:
     assert damage.tables or damage.touched or not faults, faults
 
 
-def table_value(rng: np.random.Generator, data: bytes) -> bytes:
-    """A hostile integer exactly on a field of the header or of a table.
+def table_value(rng: np.random.Generator, data: bytes, layout: Layout) -> bytes:
+    """A hostile integer exactly on a number of the header or of a table.
 
-    Or one field of two rows exchanged, or a few fields beside one another.
+    Or some numbers of two rows exchanged.
     """
     if rng.random() < 0.25:
-        return rows_exchanged(rng, data)
+        return rows_exchanged(rng, data, layout)
     bad = bytearray(data)
-    row = TABLES + ROW * int(rng.integers(COUNT))
-    allocation = len(data) - ROW * int(rng.integers(1, COUNT + 1))
-    fields = [(row + offset, size) for offset, size in ROW_FIELDS]
-    fields += [(allocation + offset, size) for offset, size in ALLOCATION_FIELDS]
+    row = layout.metadata + layout.row.itemsize * int(rng.integers(COUNT))
+    n_allocations = layout.allocated // ALLOCATION.itemsize * COUNT
+    allocation = len(data) - ALLOCATION.itemsize * int(rng.integers(1, n_allocations + 1))
+    numbers = numbers_of(layout.row, row) + numbers_of(ALLOCATION, allocation)
     if rng.random() < 0.4:
-        fields = HEADER_FIELDS
-    at, size = fields[int(rng.integers(7))]
+        numbers = layout.header_numbers()
+    at, size = numbers[int(rng.integers(len(numbers)))]
     old = int.from_bytes(data[at : at + size], "little")
-    anothers = int.from_bytes(data[row + POINTER : row + POINTER + 8], "little")
+    anothers = int.from_bytes(data[row + layout.pointer : row + layout.pointer + 8], "little")
     value = int(rng.choice(np.array([*EXTREME, len(data), anothers], np.uint64)))
     if rng.random() >= 0.6:
-        value = old + int(rng.choice([-1, 1, 8, -ROW, 4096]))
+        value = old + int(rng.choice([-1, 1, 8, -layout.row.itemsize, 4096]))
     bad[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
     return bytes(bad)
 
 
-def rows_exchanged(rng: np.random.Generator, data: bytes) -> bytes:
-    """The same bytes of two rows of one table change places."""
+def rows_exchanged(rng: np.random.Generator, data: bytes, layout: Layout) -> bytes:
+    """The same numbers, some beside one another, of two rows of one table change places."""
     bad = bytearray(data)
-    table = int(rng.choice([TABLES, len(data) - ROW * COUNT]))
-    start, end = [(0, 5), (5, 13), (16, 24), (0, 8), (8, 16)][int(rng.integers(5))]
+    row, table = layout.row, layout.metadata
+    if rng.random() < 0.5:
+        row, table = ALLOCATION, len(data) - layout.allocated * COUNT
+    numbers = numbers_of(row)
+    first, last = np.sort(rng.integers(len(numbers), size=2)).tolist()
+    start, end = numbers[first][0], sum(numbers[last])
     among = COUNT
     if rng.random() >= 0.5:
         among = COUNT // 2  # the samples of one size, so that nothing but the pixels betrays it
-    a, b = (table + ROW * int(row) for row in rng.choice(among, 2, replace=False))
+    a, b = (table + row.itemsize * int(i) for i in rng.choice(among, 2, replace=False))
     bad[a + start : a + end] = data[b + start : b + end]
     bad[b + start : b + end] = data[a + start : a + end]
     return bytes(bad)
@@ -208,7 +296,11 @@ def exchange(rng: np.random.Generator, folder: Path) -> str:
     """
     path = make_beton(folder, "raw")
     good = path.read_bytes()
-    first, second = (good[at : at + 8] for at in (TABLES + POINTER, TABLES + ROW + POINTER))
+    store = BetonStore(path)
+    layout = layout_of(store)
+    store.close()
+    at = layout.metadata + layout.pointer
+    first, second = (good[at + i : at + i + 8] for i in (0, layout.row.itemsize))
     neither = b"\xff" * 8
     bad = good.replace(first, neither).replace(second, first).replace(neither, second)
     path.write_bytes(bad)

@@ -11,8 +11,9 @@ import numpy as np
 
 import pipelines
 from pipelines import convert
+from pipelines.archives.listing import list_images
 from pipelines.convert import Encoding
-from pipelines.sources.listing import list_images
+from pipelines.convert_images import convert_images
 from tests.fuzzing.damage import mutate
 from tests.fuzzing.intact import FILES, images, make_folder
 from tests.fuzzing.judge import (
@@ -107,7 +108,7 @@ def fuzz_convert(rng: np.random.Generator, folder: Path) -> str:
     skip = bool(rng.random() < 0.5)
     encoding = ENCODINGS[int(rng.integers(4))]
     try:
-        done = convert.convert_folder(root, dst, encoding, skip_bad=skip, threads=1)
+        done = convert_images(root, dst, encoding, skip_bad=skip, threads=1)
     except ALLOWED as error:
         assert_says_where(error, root)
         named = {i for i, parts in enumerate(FILES) if str(root.joinpath(*parts)) in str(error)}

@@ -8,6 +8,7 @@ import numpy as np
 
 import pipelines
 from pipelines import convert
+from pipelines.convert_images import convert_images
 from tests.fuzzing.damage import mutate
 from tests.pipelines.image_files import random_file
 
@@ -33,13 +34,13 @@ def fuzz_images(rng: np.random.Generator, folder: Path) -> str:
         file.write_bytes(data)
     dst = folder / "out.beton"
     try:
-        convert.convert_folder(source, dst, threads=1)
+        convert_images(source, dst, threads=1)
     except convert.BadImages as error:
         for bad in {path for path, _ in error.bad}:
             Path(bad).unlink()
         if not all(any(source.glob(f"{name}/*")) for name in CLASSES):
             return f"all refused: {made}"
-        convert.convert_folder(source, dst, threads=1)
+        convert_images(source, dst, threads=1)
     files = pipelines.open_store(source)
     beton = pipelines.open_store(dst)
     for i in range(len(beton)):

@@ -16,8 +16,20 @@ from fap.nets.build import build
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import write_sidecar
 from tests.conftest import write_beton
+from tests.pipelines.many_fields import (
+    ARRAY,
+    BYTES,
+    FLOAT,
+    INT,
+    JSON,
+    RGB,
+    Column,
+    planes_columns,
+    write_fields,
+)
 
 COUNT = 12  # images
+LABELS = list(range(COUNT))
 PAGE = 1 << 14  # small files; a raw image still fits into a page
 
 # The samples of a `.beton`: which of them are raw.
@@ -61,11 +73,37 @@ def save(image: np.ndarray, form: str, mode: str = "RGB", **options: object) -> 
 
 
 def make_beton(folder: Path, encoding: str) -> Path:
-    """A `.beton` of the images, labels 0 to 11. `encoding` is a key of RAW_SAMPLES."""
+    """A `.beton` of the images, labels 0 to 11.
+
+    `encoding` is a key of RAW_SAMPLES, or "fields": with other fields beside, one of which shows
+    another sample's image; or "planes".
+    """
+    if encoding == "planes":
+        columns = planes_columns(images(), LABELS)
+        return write_fields(folder / "planes.beton", columns, page=PAGE)
+    if encoding == "fields":
+        return write_fields(folder / "fields.beton", many_columns(), page=2 * PAGE)
     samples: list[bytes | np.ndarray] = []
     for image, raw in zip(images(), RAW_SAMPLES[encoding], strict=True):
         samples.append(image if raw else save(image, "JPEG", quality=90))
-    return write_beton(folder / f"{encoding}.beton", samples, range(COUNT), page=PAGE)
+    return write_beton(folder / f"{encoding}.beton", samples, LABELS, page=PAGE)
+
+
+def many_columns() -> list[Column]:
+    """Of a `.beton` with every sort of field; some texts are empty."""
+    jpegs = [save(image, "JPEG", quality=90) for image in images()]
+    texts = [b"text" * (i % 3) for i in LABELS]
+    boxes = [np.full((2, 2), i, np.float32) for i in LABELS]
+    return [
+        Column("note", BYTES, texts),
+        Column("index", INT, LABELS[::-1]),
+        Column("image", RGB, jpegs),
+        Column("next", RGB, jpegs[1:] + jpegs[:1]),
+        Column("box", ARRAY, boxes),
+        Column("weight", FLOAT, LABELS),
+        Column("tags", JSON, [{"tag": i} for i in LABELS]),
+        Column("label", INT, LABELS),
+    ]
 
 
 def add_sidecar(path: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 
 from fap.cli.convert import main
 from pipelines import open_store
-from pipelines.convert import Encoding, check, convert_folder
+from pipelines.convert import Encoding, check
+from pipelines.convert_images import convert_images
 from pipelines.sources import beton_writer
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_layout import HEADER
@@ -45,7 +46,7 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     (src / "a").mkdir(parents=True)
     for i, side in enumerate(sides):
         (src / "a" / f"{i}.png").write_bytes(encoded(picture(i, side, side), "PNG"))
-    convert_folder(src, dst, Encoding(raw=True), allow_odd_classes=True)
+    convert_images(src, dst, Encoding(raw=True), allow_odd_classes=True)
     store = BetonStore(dst)
     for i, side in enumerate(sides):
         np.testing.assert_array_equal(decoded(store, i), np.asarray(picture(i, side, side)))
@@ -186,7 +187,7 @@ def test_a_part_that_its_writer_has_renamed_is_left_alone(
 
     monkeypatch.setattr(beton_writer, "lock", finished_since)
     with pytest.raises(ValueError, match="another conversion was writing it"):
-        convert_folder(folder, dst)
+        convert_images(folder, dst)
     assert dst.read_bytes() == b"complete"
 
 
@@ -236,7 +237,7 @@ def test_both_names_are_made_durable_after_both_contents(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", rename)
-    convert_folder(folder, tmp_path / "out.beton")
+    convert_images(folder, tmp_path / "out.beton")
     assert done == [
         "out.beton.part",
         "out.beton.part.json",
@@ -256,7 +257,7 @@ def test_a_folder_that_cannot_be_made_durable_is_no_success(
     assert main([str(folder), str(tmp_path / "out.beton")]) == 1
     told = capfd.readouterr()
     assert "out.beton'" in told.err
-    assert "images" not in told.out
+    assert "left out" not in told.out
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -321,15 +322,15 @@ SLOW_WRITER = """
 import signal, sys, time
 # A shell's background jobs inherit it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from pipelines import convert
+from pipelines.sources.beton_writer import BetonWriter
 from fap.cli.convert import main
-real = convert.BetonWriter.add
-def add(self, sample, label):
-    real(self, sample, label)
+real = BetonWriter.add
+def add(self, sample, label, place=None):
+    real(self, sample, label, place)
     self._file.flush()
     print("added", flush=True)
     time.sleep(0.3)
-convert.BetonWriter.add = add
+BetonWriter.add = add
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -353,6 +354,7 @@ def test_stopped_half_way_leaves_no_result(
     command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        assert "6 images" in process.stdout.readline()
         for _ in range(2):
             assert process.stdout.readline() == "added\n"
         assert dst.with_name("out.beton.part").stat().st_size > 1000
@@ -364,7 +366,7 @@ def test_stopped_half_way_leaves_no_result(
     if sent == signal.SIGKILL:  # the partial file stays under its own name and is in nobody's way
         assert not dst.exists()
         assert not sidecar_path(dst).exists()
-        convert_folder(folder, dst)
+        convert_images(folder, dst)
         assert check(dst) == []
         assert not dst.with_name("out.beton.part").exists()
     else:
@@ -391,9 +393,10 @@ def test_two_conversions_to_one_file(folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out.beton"
     command = [sys.executable, "-c", SLOW_WRITER, str(folder), str(dst)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert "6 images" in process.stdout.readline()
         assert process.stdout.readline() == "added\n"
         with pytest.raises(ValueError, match="another conversion"):
-            convert_folder(folder, dst)
+            convert_images(folder, dst)
         process.stdout.read()
         assert process.wait(60) == 0
     assert check(dst) == []

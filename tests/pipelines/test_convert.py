@@ -16,7 +16,8 @@ from PIL import Image
 from fap.cli.convert import main
 from pipelines import convert as convert_module
 from pipelines import open_store
-from pipelines.convert import BadImages, Encoding, check, convert_folder, encode
+from pipelines.convert import BadImages, Encoding, check, encode
+from pipelines.convert_images import convert_images
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
 from pipelines.store import JPG, RAW
@@ -47,7 +48,7 @@ def sidecar_of(path: Path) -> Sidecar:
 
 def test_jpegs_are_kept_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out.beton"
-    done = convert_folder(folder, dst)
+    done = convert_images(folder, dst)
     assert (done["count"], done["verbatim"], done["skipped"]) == (6, 6, [])
     store = open_store(dst)
     assert store.classes == ("cat", "dog")
@@ -64,7 +65,7 @@ def test_ffcv_loader_reads_the_file(folder: Path, tmp_path: Path) -> None:
     """In a subprocess: importing ffcv changes torch's thread count, its loader leaves threads."""
     (folder / "dog" / "4.JPEG").write_bytes(encoded(picture(4), "PNG"))
     dst = tmp_path / "out.beton"
-    convert_folder(folder, dst)
+    convert_images(folder, dst)
     code = """
 import sys, numpy as np
 from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
@@ -146,11 +147,11 @@ def test_damaged_images_are_listed_or_left_out(folder: Path, tmp_path: Path) -> 
         (folder / "dog" / f"{name}.JPEG").write_bytes(data)
     dst = tmp_path / "out.beton"
     with pytest.raises(BadImages) as caught:
-        convert_folder(folder, dst)
+        convert_images(folder, dst)
     assert {Path(path).stem for path, _ in caught.value.bad} == set(BAD)
     assert all(path in str(caught.value) for path, _ in caught.value.bad)
     assert no_trace(tmp_path)
-    done = convert_folder(folder, dst, skip_bad=True)
+    done = convert_images(folder, dst, skip_bad=True)
     assert {Path(path).stem for path in done["skipped"]} == set(BAD)
     store = open_store(dst)
     assert store.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -187,6 +188,7 @@ def test_the_command_says_what_it_found_and_what_it_ignored(
     (folder / "dog" / "4.JPEG").write_bytes(jpeg(4))
     assert main([str(folder), str(tmp_path / "out.beton")]) == 0
     assert capfd.readouterr().out.splitlines() == [
+        f"{folder}: an image folder: 7 images, 2 class(es) cat to dog",
         "ignored: 1 .avif, 1 .txt, 1 @eaDir folders",
         "7 images, 2 class(es) cat to dog, 3 to 4 images per class",
         f"{tmp_path}/out.beton: 7 images, 0 left out",
@@ -243,7 +245,7 @@ def test_images_that_are_no_files_are_named(folder: Path, tmp_path: Path) -> Non
     (folder / "dog" / "zero.JPEG").symlink_to("/dev/zero")
     (folder / "dog" / "gone.JPEG").symlink_to("nowhere")
     with pytest.raises(BadImages) as caught:
-        convert_folder(folder, tmp_path / "out.beton")
+        convert_images(folder, tmp_path / "out.beton")
     assert {Path(path).stem: why for path, why in caught.value.bad} == {
         "pipe": "is a named pipe, not a file",
         "zero": "is a character device, not a file",
@@ -277,7 +279,7 @@ def test_odd_file_and_class_names(folder: Path, tmp_path: Path, capfd: Capture) 
     assert r"/caf\udce9\n/bad\n.JPEG: not an image" in capfd.readouterr().err
     assert main([str(folder), str(dst), "--skip-bad"]) == 0
     out = capfd.readouterr().out.splitlines()
-    assert out[0] == r"left out: caf\udce9\n/bad\n.JPEG"
+    assert out[1] == r"left out: caf\udce9\n/bad\n.JPEG"
     assert r"6 images, 2 class(es) caf\udce9\n to cat, 3 images per class" in out
     store = open_store(dst)
     assert store.classes == (os.fsdecode(b"caf\xe9\n"), "cat")
@@ -297,15 +299,15 @@ def test_the_users_home_in_paths(
 def test_max_side_quality_and_raw(folder: Path, tmp_path: Path) -> None:
     (folder / "cat" / "big.JPEG").write_bytes(encoded(picture(9, 300, 200), "JPEG", quality=95))
     small_path = tmp_path / "side.beton"
-    convert_folder(folder, small_path, Encoding(max_side=150))
+    convert_images(folder, small_path, Encoding(max_side=150))
     small = open_store(small_path)
     assert (small.heights[3], small.widths[3]) == (150, 100)
     assert sidecar_of(small_path).encoding["verbatim"] == 6
     coarse_path = tmp_path / "q.beton"
-    convert_folder(folder, coarse_path, Encoding(quality=50))
+    convert_images(folder, coarse_path, Encoding(quality=50))
     assert open_store(coarse_path).sizes.sum() < small.sizes.sum()
     raw_path = tmp_path / "raw.beton"
-    convert_folder(folder, raw_path, Encoding(raw=True))
+    convert_images(folder, raw_path, Encoding(raw=True))
     raw = open_store(raw_path)
     assert set(raw.modes) == {RAW}
     wanted = np.asarray(Image.open(folder / "cat" / "0.JPEG"))
@@ -352,7 +354,7 @@ def test_check_finds_one_flipped_bit_and_a_broken_table(
     folder: Path, tmp_path: Path, capfd: Capture
 ) -> None:
     dst = tmp_path / "out.beton"
-    convert_folder(folder, dst)
+    convert_images(folder, dst)
     store = BetonStore(dst)
     good = dst.read_bytes()
     at = int(store._ptrs[4] + store.sizes[4] // 2)

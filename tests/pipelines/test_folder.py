@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -53,9 +52,9 @@ def test_index_is_used_and_notices_changes(folder: Path, monkeypatch: pytest.Mon
     scanned: list[str] = []
     sides = FolderStore._sides
 
-    def watched(store: FolderStore, path: str) -> tuple[int, int]:
-        scanned.append(os.path.relpath(path, folder))
-        return sides(store, path)
+    def watched(store: FolderStore, index: int) -> tuple[int, int]:
+        scanned.append(os.path.relpath(store.file(index), folder))
+        return sides(store, index)
 
     monkeypatch.setattr(FolderStore, "_sides", watched)
     again = FolderStore(folder)
@@ -289,6 +288,7 @@ def test_no_home_and_a_read_only_folder(folder: Path, monkeypatch: pytest.Monkey
 def test_no_semaphores_are_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /dev/shm there are none."""
     import _multiprocessing
+    import multiprocessing.synchronize  # which looks at them when it is imported
 
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")

@@ -16,7 +16,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from pipelines import images, jpeg, open_loader, open_store
-from pipelines.convert import Encoding, convert_folder, encode
+from pipelines.convert import Encoding, encode
+from pipelines.convert_images import convert_images
 from pipelines.images import (
     decode,
     open_image,
@@ -82,7 +83,7 @@ def test_a_folder_and_its_beton_are_the_same_bytes(
         file = tmp_path / "src" / f"c{i % 3}" / f"{i}{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(random_file(rng)[1])
-    convert_folder(tmp_path / "src", tmp_path / "out.beton")
+    convert_images(tmp_path / "src", tmp_path / "out.beton")
     folder = open_store(tmp_path / "src")
     beton = open_store(tmp_path / "out.beton")
     assert_array_equal(folder.labels, beton.labels)
@@ -233,7 +234,7 @@ def test_no_limit_of_pillows_but_our_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert decode(data).size == (800, 400)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.JPEG").write_bytes(of_jpeg)
-    convert_folder(tmp_path, tmp_path / "out.beton", allow_odd_classes=True)
+    convert_images(tmp_path, tmp_path / "out.beton", allow_odd_classes=True)
     store = open_store(tmp_path / "out.beton")
     assert open_loader("reference", store, size=64)._decode(0, store.read(0)).shape == (400, 800, 3)
 

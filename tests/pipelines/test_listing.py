@@ -11,7 +11,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from pipelines.sources.listing import LINKS, SUFFIXES, list_images
+from pipelines.archives.listing import LINKS, SUFFIXES, list_images
 from tests.pipelines.image_files import write_folder
 from tests.pipelines.trees import is_trap, listed_slowly, put, random_tree
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.convert import convert_folder
+from pipelines.convert_images import convert_images
 from pipelines.machine import memory_limit_bytes, thread_limit, usable_cores
 
 NAMES = ("docker", "kubepods.slice", "user 1000", "a:b", "job_7", "cpu,memory")
@@ -231,5 +231,5 @@ def test_threads_follow_the_quota(
         return run_ahead(calls, 1, 1)
 
     monkeypatch.setattr(progress, "run_ahead", watched)
-    convert_folder(jpeg_folder, tmp_path / "x.beton")
+    convert_images(jpeg_folder, tmp_path / "x.beton")
     assert asked == [3]

@@ -7,7 +7,7 @@ import pytest
 from bench import jpegs
 from fap.config import load_config
 from fap.run.train import Run
-from pipelines import convert
+from pipelines.convert_images import convert_images
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def photos_beton(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """200 photos of about 500x375: a folder in ImageNet's layout, a `.beton` of the same bytes."""
     root = tmp_path_factory.mktemp("photos")
     jpegs.make(root / "train", 200, seed=0)
-    convert.convert_folder(root / "train", root / "train.beton")
+    convert_images(root / "train", root / "train.beton")
     jpegs.make(root / "val", len(jpegs.photos()), seed=1)  # one of each class
     return root / "train", root / "train.beton"
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipelines import eval_plan, machine, open_loader, open_store
-from pipelines.convert import convert_folder
+from pipelines.convert_images import convert_images
 from pipelines.machine import settle_in, temporary_caches, writable
 
 HERE = Path(__file__).resolve().parents[2]
@@ -196,7 +196,7 @@ def test_threads_need_no_semaphores(no_semaphores: None, jpeg_folder: Path, tmp_
     shutil.copytree(jpeg_folder, folder)  # not yet scanned
     (folder / ".fap-index.npz").unlink(missing_ok=True)
     store = open_store(folder)
-    assert convert_folder(folder, tmp_path / "x.beton")["count"] == len(store) == 40
+    assert convert_images(folder, tmp_path / "x.beton")["count"] == len(store) == 40
     plan = eval_plan(store.heights, store.widths, size=32, resize=36, batch=8)
     for back_end in ("ffcv", "reference"):
         assert len([*open_loader(back_end, store, size=32).load(plan)]) == 5

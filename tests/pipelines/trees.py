@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.sources.listing import SUFFIXES
+from pipelines.archives.listing import SUFFIXES
 
 # Folders that are no part of the data.
 TRAPS = [

@@ -1,14 +1,19 @@
 """The data of a run: how many classes, whose names, and which of them data.val may lack."""
 
+import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fap.checkpoint import Checkpoints
 from fap.config import Config, load_config
 from fap.run.data import open_data
-from tests.conftest import noise_beton, photo
+from pipelines.sources.beton import BetonStore
+from tests.conftest import noise_beton, photo, write_beton
+from tests.run.runs import assert_same, final_state, run, without_metrics
 
 
 def image_folder(root: Path, classes: list[str], each: int = 8) -> Path:
@@ -125,3 +130,62 @@ def test_what_a_source_passed_over_is_told(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, ["ant", "bee"], each=2)
     (folder / "ant" / "notes.txt").write_text("no image")
     assert open_data(config(folder, folder, None)).lines[1] == f"{'':10} ignored: 1 .txt"
+
+
+# ------------------------------------------------------------------ several files as one data set
+
+
+def divide(path: Path, folder: Path, parts: list[int]) -> Path:
+    """The samples of a `.beton` in shards that begin at `parts`; their pattern."""
+    whole = BetonStore(path)
+    folder.mkdir()
+    for i, (start, end) in enumerate(pairwise([*parts, len(whole)])):
+        shape = [(whole.heights[k], whole.widths[k], 3) for k in range(start, end)]
+        images = [whole.read(start + k).reshape(shape[k]) for k in range(end - start)]
+        write_beton(folder / f"{i}.beton", images, whole.labels[start:end].tolist())
+    whole.close()
+    return folder / "*.beton"
+
+
+@pytest.mark.slow
+def test_a_run_of_shards_is_that_of_the_one_file(
+    tiny_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pattern = divide(tiny_beton, tmp_path / "shards", [0, 20, 21, 70])
+    expected, _ = run(tiny_beton, tmp_path / "whole")
+    capsys.readouterr()
+    folder, _ = run(pattern, tmp_path / "runs")
+    assert_same(final_state(folder), final_state(expected))
+    assert "4 file(s), 0.beton to 3.beton" in capsys.readouterr().out
+    # The data may move, but not change.
+    elsewhere = divide(tiny_beton, tmp_path / "elsewhere", [0, 20, 21, 70])
+    run(elsewhere, tmp_path / "runs", "resume=auto")
+    other = divide(tiny_beton, tmp_path / "other", [0, 20, 22, 70])
+    with pytest.raises(ValueError, match="but another content"):
+        run(other, tmp_path / "runs", "resume=auto")
+
+
+def test_a_run_of_a_tar_is_that_of_its_class_folders(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """In place: neither is converted. The same data, so the same identity too."""
+    tar = tmp_path / "train.tar"
+    with tarfile.open(tar, "w") as archive:
+        archive.add(folders["train"], "train")
+    states = []
+    for name, data in (("folder", folders["train"]), ("tar", tar)):
+        words = ["model.num_classes=4", "optim.clean_batch=8", "method.group_rows=8"]
+        folder, _ = run(
+            data, tmp_path / name, *words, "budget.epochs=3", "budget.milestones=[2]"
+        )
+        newest = Checkpoints(folder / "checkpoints").newest()
+        assert newest is not None
+        states.append((newest[1], newest[2]["train"]))
+    (of_folder, folder_identity), (of_tar, tar_identity) = states
+    assert_same(without_metrics(of_folder), without_metrics(of_tar))
+    assert folder_identity == tar_identity
+
+
+def test_data_train_names_a_pattern_without_files(tiny_beton: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none/\*\.beton: no file matches this pattern"):
+        open_data(config(tmp_path / "none" / "*.beton", tiny_beton, None))

@@ -7,6 +7,7 @@ folders met a second time through a link. What is passed over is counted and tol
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -52,16 +53,21 @@ class Listing(NamedTuple):
     ignored: dict[str, int]  # suffix or sort of what was passed over, and how often
 
     def notes(self) -> tuple[str, ...]:
-        """A line that says what was passed over; none where nothing was."""
-        if not self.ignored:
-            return ()
-        # The most frequent first.
-        sorts = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-        told = [f"{count:,} {readable(sort, 60)}" for sort, count in sorts[:MOST_TOLD]]
-        rest = sum(count for _, count in sorts[MOST_TOLD:])
-        if rest:
-            told.append(f"{rest:,} of {len(sorts) - MOST_TOLD:,} other kinds")
-        return (f"ignored: {', '.join(told)}",)
+        """See `notes_of`."""
+        return notes_of(self.ignored)
+
+
+def notes_of(ignored: Mapping[str, int]) -> tuple[str, ...]:
+    """A line that says what was passed over; none where nothing was."""
+    if not ignored:
+        return ()
+    # The most frequent first.
+    sorts = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{count:,} {readable(sort, 60)}" for sort, count in sorts[:MOST_TOLD]]
+    rest = sum(count for _, count in sorts[MOST_TOLD:])
+    if rest:
+        told.append(f"{rest:,} of {len(sorts) - MOST_TOLD:,} other kinds")
+    return (f"ignored: {', '.join(told)}",)
 
 
 def list_images(root: Path) -> Listing:
@@ -111,8 +117,8 @@ def _class_folders(root: Path, above: set[tuple[int, int]]) -> tuple[list[str], 
                 continue
             is_hidden = entry.name.startswith(".")
             ignored[HIDDEN_FILES if is_hidden else BESIDE] += 1
-        elif _is_foreign(entry.name):
-            ignored[_sort_of_foreign(entry.name)] += 1
+        elif is_foreign(entry.name):
+            ignored[sort_of_foreign(entry.name)] += 1
         elif entry.is_symlink() and _identity(entry.path) in above:
             ignored[LINKS] += 1
         else:
@@ -145,8 +151,8 @@ def _images_below(top: str, above: set[tuple[int, int]]) -> tuple[list[str], Cou
         for entry in os.scandir(folder):
             name = entry.name
             if _is_folder(entry):
-                if _is_foreign(name):
-                    ignored[_sort_of_foreign(name)] += 1
+                if is_foreign(name):
+                    ignored[sort_of_foreign(name)] += 1
                 elif entry.is_symlink():
                     links.append(entry.path)
                 else:
@@ -174,12 +180,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_foreign(name: str) -> bool:
+def is_foreign(name: str) -> bool:
     """Whether a folder is no part of the data."""
     return name.startswith(".") or name.lower() in FOREIGN
 
 
-def _sort_of_foreign(name: str) -> str:
+def sort_of_foreign(name: str) -> str:
     """What to count such a folder as."""
     if name.lower() in FOREIGN:
         return f"{name} folders"
