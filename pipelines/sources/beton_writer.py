@@ -46,6 +46,7 @@ class Sample(NamedTuple):
     height: int
     width: int
     verbatim: bool = False  # the bytes are those of the source
+    crc32: int | None = None  # of the data, where a thread has computed it already
 
 
 class BetonWriter:
@@ -111,7 +112,10 @@ class BetonWriter:
             self._rows[place] = ((sample.mode, sample.width, sample.height, at), label)
         self._ptrs[place] = at
         self._sizes[place] = size
-        self._crc32[place] = zlib.crc32(sample.data)
+        crc32 = sample.crc32
+        if crc32 is None:
+            crc32 = zlib.crc32(sample.data)
+        self._crc32[place] = crc32
         self._file.write(sample.data)
         self.count += 1
         if at + size - self._handed_over >= HAND_OVER_BYTES:
@@ -124,9 +128,10 @@ class BetonWriter:
         does not have yet. An error of the disk comes when `commit` syncs.
         """
         n_bytes = end - self._handed_over
-        os.posix_fadvise(
-            self._file.fileno(), self._handed_over, n_bytes, os.POSIX_FADV_DONTNEED
-        )
+        with suppress(OSError):  # it is advice only
+            os.posix_fadvise(
+                self._file.fileno(), self._handed_over, n_bytes, os.POSIX_FADV_DONTNEED
+            )
         self._handed_over = end
 
     def commit(

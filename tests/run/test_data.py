@@ -175,9 +175,7 @@ def test_a_run_of_a_tar_is_that_of_its_class_folders(
     states = []
     for name, data in (("folder", folders["train"]), ("tar", tar)):
         words = ["model.num_classes=4", "optim.clean_batch=8", "method.group_rows=8"]
-        folder, _ = run(
-            data, tmp_path / name, *words, "budget.epochs=3", "budget.milestones=[2]"
-        )
+        folder, _ = run(data, tmp_path / name, *words, "budget.epochs=3", "budget.milestones=[2]")
         newest = Checkpoints(folder / "checkpoints").newest()
         assert newest is not None
         states.append((newest[1], newest[2]["train"]))
