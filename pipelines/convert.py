@@ -7,6 +7,7 @@ That decoding is at 1/8 size: all entropy-coded data are read, which is where da
 and the pixels nobody looks at are not computed (a test compares its verdicts with full-size ones).
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -138,10 +139,13 @@ def encode_content(
     try:
         content = read()
         if isinstance(content, np.ndarray):
-            return encode_pixels(content, encoding)
-        if look_at is not None:
-            look_at(content)
-        return encode(content, encoding)
+            sample = encode_pixels(content, encoding)
+        else:
+            if look_at is not None:
+                look_at(content)
+            sample = encode(content, encoding)
+        # Here, because this runs in many threads, and the writer in one.
+        return sample._replace(crc32=zlib.crc32(sample.data))
     except MemoryError:  # not the image's fault: it must not be left out
         raise MemoryError(
             f"{readable(where)}: not enough memory; fewer --threads need less"
