@@ -62,8 +62,12 @@ def pick_loaders(rng: np.random.Generator, source: str) -> list[str]:
     loaders = ["reference"]
     if find_spec("ffcv"):
         loaders.insert(0, "ffcv")
-    # DALI takes no file of raw and JPEG samples.
-    if source != "mixed" and rng.random() < SHARE_OF_DALI and find_spec("nvidia.dali"):
+    # DALI takes no file of raw and JPEG samples, and no planes.
+    if (
+        source not in ("mixed", "planes")
+        and rng.random() < SHARE_OF_DALI
+        and find_spec("nvidia.dali")
+    ):
         loaders.append("dali")
     return loaders
 
