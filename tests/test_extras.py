@@ -67,15 +67,17 @@ def test_the_table_of_extras_is_that_of_pyproject() -> None:
 @pytest.mark.slow
 def test_a_run_and_its_evaluation_need_no_extra(tmp_path: Path) -> None:
     beton = noise_beton(tmp_path / "train.beton", seed=1, count=64)
-    words = runs.words(beton, tmp_path, "budget.epochs=2", "budget.milestones=[1]")
+    short = ["budget.epochs=2", "budget.milestones=[1]"]
+    words = runs.words(beton, tmp_path, "data.pipeline=auto", *short)
     done = without_extras(TRAIN, *words)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
+    assert "loader     turbojpeg (data.pipeline = auto), decoding on CPU cores" in said
     assert "no TensorBoard: it needs a package that is missing" in said
     assert "pip install 'fap[tensorboard]'" in said
     assert len(runs.steps_recorded(tmp_path / runs.RUN)) > 0
     (checkpoint, *_) = sorted((tmp_path / runs.RUN / "checkpoints").glob("*.safetensors"))
-    arguments = [checkpoint, "--data", beton, "--pipeline", "reference", "--device", "cpu"]
+    arguments = [checkpoint, "--data", beton, "--device", "cpu"]
     out = tmp_path / "eval"
     done = without_extras(EVALUATE, *arguments, "--out", out)
     assert done.returncode == 0, done.stderr
