@@ -10,6 +10,7 @@ from PIL import Image
 
 from fap.evaluate import work
 from fap.evaluate.exact import evaluate
+from fap.evaluate.images import Reading
 from fap.tasks.base import Result
 from pipelines.convert import convert_arrays
 from pipelines.convert_images import convert_images
@@ -60,6 +61,28 @@ def test_every_set_of_the_command(world: Path, capsys: pytest.CaptureFixture[str
     assert f"imagenet_c: 2 sets of 12 images, {world / 'c'}" in plan
     assert "imagenet_r: 1 set of 8 images" in plan
     assert "labels by name (2 of 6 classes)" in plan
+
+
+def test_results_and_kept_sets_of_other_pixels_are_not_found_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of versions that cut the centre out first and resized it by another filter."""
+    keep = ["--pipeline", "reference", "--corrupt", "jpeg_compression", "--keep", str(tmp_path)]
+
+    def geometry(reading: Reading) -> dict[str, Any]:
+        return {"size": reading.size, "resize": reading.resize}
+
+    with monkeypatch.context() as before:
+        before.setattr(Reading, "geometry", geometry)
+        run(world, *keep, out="pixels")
+    (old,) = tmp_path.glob("*.beton")
+    calls = counted(monkeypatch)
+    run(world, *keep, out="pixels")
+    assert len(calls) == 2
+    assert len(list(tmp_path.glob("*.beton"))) == 2
+    run(world, *keep, out="pixels")
+    assert len(calls) == 2
+    assert old.exists()
 
 
 def test_finished_sets_are_not_computed_again(
