@@ -2,12 +2,13 @@
 
     python -m bench.loaders [--images DIR] [--beton FILE] [--only NAME ...] [--memory-limit MB]
 
-Training crops of 224 px as uint8. Each contestant is a process of its own, and a round runs every
-contestant once. Throughput is steady state: the first batches are dropped, epochs follow each other
-without a pause. CPU time is that of all its processes, and images per second and core are those of
-a second of it; memory their proportional set size (mapped files included), the largest of five
-samples; start-up the time from the start of the interpreter to the first batch. What the others are
-times stock FFCV comes with its 95% bootstrap interval. With a GPU, decoding there joins in. Writes
+Training crops of 224 px as uint8; ours by the area filter where the name says nothing else (`dali`
+has bilinear alone). Each contestant is a process of its own, and a round runs every contestant
+once. Throughput is steady state: the first batches are dropped, epochs follow each other without a
+pause. CPU time is that of all its processes, and images per second and core are those of a second
+of it; memory their proportional set size (mapped files included), the largest of five samples;
+start-up the time from the start of the interpreter to the first batch. What the others are times
+stock FFCV comes with its 95% bootstrap interval. With a GPU, decoding there joins in. Writes
 bench/results/loaders.json, .md and .png, or loaders_memory_limit with a limit.
 """
 
@@ -32,6 +33,7 @@ from bench.jpegs import make
 from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
 from pipelines.convert_images import convert_images
 from pipelines.machine import usable_cores
+from pipelines.plan import Filter
 from pipelines.planes import encode_planes
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.store import PLANES
@@ -52,6 +54,7 @@ MEASURES = (
 
 HW_LOADS = ("0.65", "0.9", "0.99")  # of the GPU's JPEG decoder
 DALI_GPU = "dali, GPU, hw "
+BILINEAR = ", bilinear"  # behind one: Pillow's filter and pixels instead of the area filter
 YARDSTICK = "stock FFCV"  # what the others are compared with
 PLANES_OF = ", planes"  # behind a back end's name: the images as decoded planes
 
@@ -63,7 +66,8 @@ Batches = Iterator[int]  # rows of each batch
 
 def names() -> list[str]:
     """The contestants of this machine."""
-    found = [*BACK_ENDS, "ffcv" + PLANES_OF, "turbojpeg" + PLANES_OF]
+    found = list(BACK_ENDS)
+    found += ["turbojpeg" + BILINEAR, "turbojpeg" + PLANES_OF, "turbojpeg" + BILINEAR + PLANES_OF]
     found += ["dali, folder", "torchvision", "stock FFCV", "stock DALI"]
     if torch.cuda.is_available():
         found += [DALI_GPU + load for load in HW_LOADS]
@@ -84,21 +88,32 @@ def batches_of(name: str, images: Path, beton: Path, batch: int) -> Batches:
             return stock_dali(images, batch)
         case "stock DALI, GPU":
             return stock_dali(images, batch, "mixed")
-    if name.endswith(PLANES_OF):
-        return ours(name.removesuffix(PLANES_OF), planes_file(beton), batch)
     if name.startswith(DALI_GPU):
         load = float(name.removeprefix(DALI_GPU))
         return ours("dali", beton, batch, "cuda", hw_decoder_load=load)
-    return ours(name, beton, batch)
+    source = planes_file(beton) if name.endswith(PLANES_OF) else beton
+    name = name.removesuffix(PLANES_OF)
+    back_end = name.removesuffix(BILINEAR)
+    filter_ = BACK_ENDS[back_end].filters[0]
+    if name != back_end:
+        filter_ = "bilinear"
+    return ours(back_end, source, batch, filter_=filter_)
 
 
-def ours(name: str, source: Path, batch: int, device: str = "cpu", **options: float) -> Batches:
+def ours(
+    name: str,
+    source: Path,
+    batch: int,
+    device: str = "cpu",
+    filter_: Filter = "bilinear",
+    **options: float,
+) -> Batches:
     """One of this project's pipelines on a `.beton` or a folder; `options` are the back end's."""
     store = open_store(source)
     # One plan for all epochs, so that there is no pause between them.
     heights = np.tile(store.heights, EPOCHS)
     widths = np.tile(store.widths, EPOCHS)
-    spec = PlanSpec(0, SIZE, batch, clean_group_rows=batch, filter=BACK_ENDS[name].filters[0])
+    spec = PlanSpec(0, SIZE, batch, clean_group_rows=batch, filter=filter_)
     plan = draw_epoch(spec, heights, widths, 0)
     plan = replace(plan, index=plan.index % len(store))
     loader = open_loader(name, store, size=SIZE, device=device, **options)

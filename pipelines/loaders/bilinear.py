@@ -8,12 +8,12 @@ after the point and with a result of 8 bits. Unlike Pillow it makes only what li
 import numpy as np
 from numba import njit, types
 
-from pipelines.loaders.area import CHANNELS, compiled
+from pipelines.loaders.area import compiled
+from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
 
 PRECISION_BITS = np.uint32(32 - 8 - 2)  # of a weight behind the point: 8 a value, 2 for the sum
 HALF = np.uint32(1 << 21)  # rounds to nearest
 MOST = np.uint32(255)
-WORD = 4  # bytes of a pixel in the horizontal pass: its values and a zero
 
 
 @njit(nogil=True)
@@ -71,40 +71,19 @@ def _add(values, weight, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _add_each(values, weights, sums):  # type: ignore[no-untyped-def]
-    """One tap of the horizontal pass: every value, uint8, has a weight of its own."""
-    for j in range(len(sums)):
-        sums[j] += weights[j] * np.uint32(values[j])
-
-
-@njit(nogil=True)
-def _across(line, pixels, at, weights, words, values, sums, result):  # type: ignore[no-untyped-def]
-    """The horizontal pass of one row: `line` (uint8, 3 a pixel) -> `result` (uint8, 4 a pixel).
-
-    It wants values from all over a row, which a processor fetches one by one, and sums, which it
-    makes of many values at once if they lie side by side. So each pixel becomes one number of 32
-    bits; for each tap these are fetched, and then summed up as the bytes that they are. `values`
-    are the bytes of `words`.
-    """
-    for x in range(len(pixels)):
-        red = np.uint32(line[CHANNELS * x])
-        green = np.uint32(line[CHANNELS * x + 1]) << np.uint32(8)
-        blue = np.uint32(line[CHANNELS * x + 2]) << np.uint32(16)
-        pixels[x] = red | green | blue
-    sums[:] = HALF
-    for k in range(len(weights)):
-        for x in range(len(words)):
-            words[x] = pixels[at[x] + np.uint32(k)]
-        _add_each(values, weights[k], sums)
+def _across(line, at, weights, sums, result):  # type: ignore[no-untyped-def]
+    """The horizontal pass of one row, uint8. `weights` are uint32 (pixels of the result, taps)."""
+    # With a number that the compiler knows it takes half the time.
+    taps = weights.shape[1]
+    if taps == 2:
+        pixel_sums(line, at, weights, 2, HALF, sums)
+    elif taps == 3:
+        pixel_sums(line, at, weights, 3, HALF, sums)
+    elif taps == 4:
+        pixel_sums(line, at, weights, 4, HALF, sums)
+    else:
+        pixel_sums(line, at, weights, taps, HALF, sums)
     _round(sums, result)
-
-
-@njit(nogil=True)
-def _narrow(values, shown):  # type: ignore[no-untyped-def]
-    """4 values a pixel -> 3."""
-    for x in range(len(shown) // CHANNELS):
-        for c in range(CHANNELS):
-            shown[CHANNELS * x + c] = values[WORD * x + c]
 
 
 @compiled(
@@ -135,35 +114,28 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
         canvas[:] = 0
         return
     ys, wy = _taps(height, out_height, y_begin, y_end, False)
-    xs, wx_pixel = _taps(width, out_width, x_begin, x_end, flip)
+    xs, wx_by_tap = _taps(width, out_width, x_begin, x_end, flip)
 
-    n_pixels = x_end - x_begin
-    wx = np.empty((len(wx_pixel), WORD * n_pixels), np.uint32)  # a weight per value
-    for k in range(len(wx)):
-        for j in range(WORD * n_pixels):
-            wx[k, j] = wx_pixel[k, j // WORD]
+    n = CHANNELS * (x_end - x_begin)  # values of a row that is shown
+    wx = wx_by_tap.T.copy()  # (pixels, taps), C order
     begin = xs.min()  # in pixels of the window, as `end`
-    end = xs.max() + len(wx)
-    # Unsigned, because numba lets a signed index count from the end and would test each for that.
-    at = (xs - begin).astype(np.uint32)
+    end = xs.max() + wx.shape[1]
+    at = CHANNELS * (xs - begin)
 
     # `line` is what the horizontal pass reads of a row. Only `inside` of it, which lies over the
     # window and over the source, is ever written. The rest stays zero.
-    line = np.zeros(CHANNELS * (end - begin), np.uint8)
+    line = np.zeros(CHANNELS * (end - begin) + 1, np.uint8)
     low = max(begin, -left)
     high = max(low, min(end, width, source.shape[1] - left))
     inside = line[CHANNELS * (low - begin) : CHANNELS * (high - begin)]
     rows = source.reshape(-1, CHANNELS * source.shape[1])
     read = slice(CHANNELS * (left + low), CHANNELS * (left + high))
-    pixels = np.empty(end - begin, np.uint32)
-    words = np.empty(n_pixels, np.uint32)
-    values = words.view(np.uint8)
-    sums = np.empty(WORD * n_pixels, np.uint32)
-    result = np.empty(WORD * n_pixels, np.uint8)
+    sums = np.empty(n + 1, np.uint32)
+    of_columns = sums[:n]  # in the vertical pass
 
     lines = canvas.reshape(-1, CHANNELS * canvas.shape[1])
     begin_out = CHANNELS * (out_left + x_begin)
-    end_out = begin_out + CHANNELS * n_pixels
+    end_out = begin_out + n
     lines[: out_top + y_begin] = 0
     lines[out_top + y_end :] = 0
     lines[:, :begin_out] = 0
@@ -181,12 +153,11 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
                 if wy[k, y] > 0 and 0 <= row < source.shape[0]:
                     _add(rows[row, read], wy[k, y], wide_sums)
             _round(wide_sums, inside)
-            _across(line, pixels, at, wx, words, values, sums, result)
-            _narrow(result, shown[y])
+            _across(line, at, wx, sums, shown[y])
         return
 
     # The rows that the vertical pass needs next, in turn: as many as it has taps.
-    ring = np.zeros((len(wy), WORD * n_pixels), np.uint8)
+    ring = np.zeros((len(wy), n), np.uint8)
     done = -1  # the last row of the window that has been through the horizontal pass
     for y in range(len(shown)):
         last = min(ys[y] + len(wy), height) - 1
@@ -195,13 +166,12 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
             slot = ring[k % len(ring)]
             if 0 <= row < source.shape[0]:
                 inside[:] = rows[row, read]
-                _across(line, pixels, at, wx, words, values, sums, slot)
+                _across(line, at, wx, sums, slot)
             else:
                 slot[:] = 0
         done = last
-        sums[:] = HALF
+        of_columns[:] = HALF
         for k in range(last + 1 - ys[y]):
             if wy[k, y] > 0:
-                _add(ring[(ys[y] + k) % len(ring)], wy[k, y], sums)
-        _round(sums, result)
-        _narrow(result, shown[y])
+                _add(ring[(ys[y] + k) % len(ring)], wy[k, y], of_columns)
+        _round(of_columns, shown[y])

@@ -1,14 +1,14 @@
 """Weighted sums of neighbouring pixels, by vector instructions that numba finds no way to.
 
-A row of pixels is a flat float32 array of three values each. Pixels are summed as vectors of four:
-a whole pixel, and the first value of the next one. Numba's own loops would gather the values of
-many pixels one by one, which takes four times as long.
+A row of pixels is a flat array of three values each, float32 or uint8. Pixels are summed as vectors
+of four: a whole pixel, and the first value of the next one. Numba's own loops would gather the
+values of many pixels one by one, which takes four times as long.
 
 Numba keeps machine code by the file of the function that was compiled: a change here comes into
 effect once the modules that use it change too.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -16,27 +16,40 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 CHANNELS = 3
-LANES = 4  # of a vector: a pixel, and a value that the next pixel's vector overwrites
+N_LANES = 4  # of a vector: a pixel, and a value that the next pixel's vector overwrites
 
-_FLOAT = ir.FloatType()
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-_ALL_FIRST = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+
+class _Lanes(NamedTuple):
+    """What the vectors of a kind of pixels are made of: LLVM's types."""
+
+    stored: Any  # of `line`
+    summed: Any  # of weights and sums
+    is_float: bool
+
+
+_FLOATS = _Lanes(ir.FloatType(), ir.FloatType(), True)
+_BYTES = _Lanes(ir.IntType(8), ir.IntType(32), False)
+_LANES = {types.float32: _FLOATS, types.uint8: _BYTES}  # by the type of `line`
+
+_ALL_FIRST = ir.Constant(ir.VectorType(ir.IntType(32), N_LANES), [0] * N_LANES)
 
 
 @intrinsic
 def pixel_sums(  # type: ignore[no-untyped-def]
     _context,
-    line,  # float32 (n,), C order: pixels; the last one that is read ends one value before the end
+    line,  # (n,), C order: pixels; the last one that is read ends one value before the end
     at,  # int64 (outputs,): where in `line` the pixels of each output begin
-    weights,  # float32 (outputs, taps), C order
+    weights,  # (outputs, taps), C order
     taps,  # pixels of each output, which lie side by side; a literal is unrolled
-    bias,  # float32, added to every sum
-    sums,  # float32 (CHANNELS * outputs + 1,), C order: written; the last value means nothing
+    bias,  # added to every sum
+    sums,  # (CHANNELS * outputs + 1,), C order: written; the last value means nothing
 ):
     """sums[3 x + c] = bias + sum over k < taps of weights[x, k] * line[at[x] + 3 k + c].
 
-    For numba's functions only. Nothing is checked: neither bounds nor types.
+    `line` is float32, and so are weights, bias and sums; or it is uint8 and they are uint32. For
+    numba's functions only. Nothing is checked: neither bounds nor types.
     """
+    lanes = _LANES[line.dtype]
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         arrays = {}
@@ -45,15 +58,26 @@ def pixel_sums(  # type: ignore[no-untyped-def]
             arrays[place] = make(context, builder, args[place])
         outputs = builder.extract_value(arrays[1].shape, 0)
         n_taps, one_bias = args[3], args[4]
-
-        def vector_at(pointer: Any) -> Any:
-            return builder.bitcast(pointer, _VECTOR.as_pointer())
+        vector = ir.VectorType(lanes.summed, N_LANES)
 
         def four_times(value: Any) -> Any:
-            one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, _index(0))
+            one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _index(0))
             return builder.shuffle_vector(one, one, _ALL_FIRST)
 
-        total = cgutils.alloca_once(builder, _VECTOR)  # becomes a register
+        def pixel_at(pointer: Any) -> Any:
+            stored = ir.VectorType(lanes.stored, N_LANES)
+            # Aligned as a value is, not as a vector.
+            align = 4 if lanes.is_float else 1
+            values = builder.load(builder.bitcast(pointer, stored.as_pointer()), align=align)
+            return values if lanes.is_float else builder.zext(values, vector)
+
+        def plus_product(total: Any, values: Any, weight: Any) -> Any:
+            if lanes.is_float:
+                product = builder.fmul(values, weight, flags=("fast",))
+                return builder.fadd(total, product, flags=("fast",))
+            return builder.add(total, builder.mul(values, weight))
+
+        total = cgutils.alloca_once(builder, vector)  # becomes a register
         with cgutils.for_range(builder, outputs) as output:
             x = output.index
             first = builder.load(builder.gep(arrays[1].data, [x]))
@@ -63,13 +87,12 @@ def pixel_sums(  # type: ignore[no-untyped-def]
             with cgutils.for_range(builder, n_taps) as tap:
                 k = tap.index
                 pixel = builder.gep(pixels, [builder.mul(k, ir.Constant(k.type, CHANNELS))])
-                weight = builder.load(builder.gep(weights_here, [k]))
-                # Aligned as a float is, not as a vector.
-                values = builder.load(vector_at(pixel), align=4)
-                product = builder.fmul(values, four_times(weight), flags=("fast",))
-                builder.store(builder.fadd(builder.load(total), product, flags=("fast",)), total)
+                weight = four_times(builder.load(builder.gep(weights_here, [k])))
+                more = plus_product(builder.load(total), pixel_at(pixel), weight)
+                builder.store(more, total)
             place = builder.gep(arrays[5].data, [builder.mul(x, ir.Constant(x.type, CHANNELS))])
-            builder.store(builder.load(total), vector_at(place), align=4)
+            result = builder.bitcast(place, vector.as_pointer())
+            builder.store(builder.load(total), result, align=4)
         return context.get_dummy_value()
 
     return types.void(line, at, weights, taps, bias, sums), code

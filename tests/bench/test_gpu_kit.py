@@ -95,7 +95,7 @@ def test_versions_are_the_pinned_ones() -> None:
 def test_the_kit_has_what_the_project_imports_and_the_machine_lacks() -> None:
     """Detection's scorer: without it no detector trains."""
     source = (ROOT / "fap" / "tasks" / "coco.py").read_text()
-    (scorer,) = re.findall(r"^from (\w+) import COCO", source, re.MULTILINE)
+    (scorer,) = re.findall(r"^ *from (\w+) import COCO", source, re.MULTILINE)
     assert scorer.replace("_", "-") in build_kit.PACKAGES
 
 

@@ -96,20 +96,32 @@ def test_windows_of_the_places_sides_are_copied() -> None:
     assert_array_equal(canvas, image[3 : 3 + CANVAS[0], 5 : 5 + CANVAS[1]][:, ::-1])
 
 
+@pytest.mark.parametrize("kind", ["floats", "bytes"])
 @pytest.mark.parametrize("taps", [1, 2, 3, 5])
-def test_pixel_sums_are_those_of_plain_python(taps: int) -> None:
+def test_pixel_sums_are_those_of_plain_python(taps: int, kind: str) -> None:
     rng = np.random.default_rng(SEED)
 
     @njit
     def any_number(line, at, weights, bias, sums):  # type: ignore[no-untyped-def]
         pixel_sums(line, at, weights, weights.shape[1], bias, sums)
 
-    line = rng.normal(size=3 * 20 + 1).astype(np.float32)
+    n_values = 3 * 20 + 1
     at = 3 * rng.integers(0, 20 - taps + 1, 11)
-    weights = rng.normal(size=(11, taps)).astype(np.float32)
-    sums = np.full(3 * 11 + 1, np.nan, np.float32)
-    any_number(line, at, weights, np.float32(0.25), sums)
+    line: np.ndarray
+    weights: np.ndarray
+    if kind == "floats":
+        line = rng.normal(size=n_values).astype(np.float32)
+        weights = rng.normal(size=(11, taps)).astype(np.float32)
+        bias = np.float32(0.25)
+    else:
+        line = rng.integers(0, 256, n_values, np.uint8)
+        weights = rng.integers(0, 1 << 22, (11, taps), np.uint32)
+        bias = np.uint32(1 << 21)  # type: ignore[assignment]
+    sums = np.zeros(3 * 11 + 1, weights.dtype)
+    any_number(line, at, weights, bias, sums)
     for x in range(11):
         for c in range(3):
             values = line[at[x] + c : at[x] + c + 3 * taps : 3]
-            assert_allclose(sums[3 * x + c], 0.25 + values @ weights[x], rtol=1e-5, atol=1e-5)
+            total = sum(v * w for v, w in zip(values.tolist(), weights[x].tolist(), strict=True))
+            assert_allclose(sums[3 * x + c], bias + total, rtol=1e-5, atol=1e-5)
+            assert kind == "floats" or sums[3 * x + c] == int(bias) + total

@@ -69,6 +69,7 @@ def test_shards_are_the_file_that_was_divided(divided: Path, pattern: Path, seed
         assert data.tobytes() == store.read(index).tobytes() == whole.read(index).tobytes()
     assert store.file(22).name == "train-00002-of-00004.beton"
     assert store.name_of(38) == f"{store.file(38)}: sample 16"
+    assert store.is_proven(0) and store.is_proven(39)
     for outside in (-1, 40):
         with pytest.raises(IndexError):
             store.read(outside)
@@ -110,6 +111,7 @@ def test_identity_without_checksums_covers_some_images_of_all_shards(
     raw = [np.ascontiguousarray(image[:48, :48]) for image in photos]
     write_beton(tmp_path / "1.beton", raw[:20], range(20))
     write_beton(tmp_path / "2.beton", raw[20:], range(20))
+    assert not open_store(tmp_path / "*.beton").is_proven(0)
     here = open_store(tmp_path / "*.beton").identity()
     write_beton(tmp_path / "2.beton", raw[20:39] + raw[:1], range(20))  # the same tables
     assert open_store(tmp_path / "*.beton").identity() != here
