@@ -79,7 +79,7 @@ say "1/3 pip"
 pip_install --quiet --upgrade 'pip>=25.3' setuptools
 say "2/3 PyTorch, DALI and the rest (a download of about 3.5 GB the first time, 6 GB on disk)"
 # scikit-image is what imagecorruptions-imaug needs beyond our own dependencies.
-pip_install --progress-bar on -e '.[dev,dali]' scikit-image | grep -v 'already satisfied'
+pip_install --progress-bar on -e '.[dev,dali,all]' scikit-image | grep -v 'already satisfied'
 say "3/3 FFCV (compiled here) and imagecorruptions-imaug"
 # --no-deps: both ask for opencv-python, which needs libGL; opencv-python-headless is already there.
 pip_install --no-deps --build-constraint build-constraints.txt ffcv imagecorruptions-imaug

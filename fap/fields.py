@@ -93,12 +93,12 @@ def full_path(value: str) -> str:
     return full
 
 
-def key_of(registry: Collection[str]) -> Callable[[str], str]:
-    """A validator for the names that stand in a registry when a value is checked."""
+def key_of(registry: Collection[str], *more: str) -> Callable[[str], str]:
+    """A validator for `more` and the names that stand in a registry when a value is checked."""
 
     def known(value: str) -> str:
-        if value not in registry:
-            *names, last = (repr(name) for name in registry)
+        if value not in registry and value not in more:
+            *names, last = (repr(name) for name in (*more, *registry))
             listed = f"{', '.join(names)} or {last}" if names else last
             raise ValueError(f"must be {listed}")
         return value

@@ -31,7 +31,7 @@ from fap.fields import (
     key_of,
 )
 from fap.methods import DEFAULT_METHOD, METHODS, Method
-from pipelines.back_ends import BACK_ENDS
+from pipelines.back_ends import AUTO, BACK_ENDS, GPU_DECODER
 from pipelines.files import shown
 from pipelines.sizes import sides_of
 
@@ -174,8 +174,13 @@ class DataConfig(Section):
     """What one of `pipelines.sources` opens: a `.beton` file, several as `shards/*.beton`, or an
     image folder in ImageNet's layout."""
     val: FilePath | None = None
-    pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS))] = "ffcv"
-    """The loader: one of `pipelines.back_ends.BACK_ENDS`."""
+    pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS, AUTO))] = AUTO
+    """The loader: one of `pipelines.back_ends.BACK_ENDS`. `auto` is the first that is installed and
+    can show the data: dali on a GPU, ffcv, turbojpeg, reference."""
+    decode: Literal["auto", "cpu", "gpu"] | None = None
+    """What decodes the JPEGs. `gpu`: nvJPEG, by DALI, with any pipeline but reference, and only
+    with the bilinear filter; `auto`: that, if it can. Unset: dali decodes on the GPU that trains,
+    the others on CPU cores."""
     size: CanvasSize = 224
     """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
     width]."""
@@ -216,8 +221,17 @@ class DataConfig(Section):
 
     @property
     def shown_filter(self) -> Literal["area", "bilinear"]:
-        """`filter`, or what it means unset."""
-        return self.filter or BACK_ENDS[self.pipeline].filters[0]
+        """`filter`, or what it means unset; of an `auto` that is not settled, on CPU cores."""
+        return self.filter or self._filters[0]
+
+    @property
+    def _filters(self) -> tuple[Literal["area", "bilinear"], ...]:
+        """Those that pipeline and decoder can show."""
+        if self.decode == "gpu":
+            return BACK_ENDS[GPU_DECODER].filters
+        if self.pipeline == AUTO:
+            return ("area", "bilinear")
+        return BACK_ENDS[self.pipeline].filters
 
     @property
     def eval_crop(self) -> Literal["center", "letterbox"]:
@@ -235,12 +249,20 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        shown = BACK_ENDS[self.pipeline].filters
-        if self.filter is not None and self.filter not in shown:
+        if self.decode == "gpu" and self.pipeline == "reference":
             raise ValueError(
-                f"data.filter = {self.filter!r} with data.pipeline = {self.pipeline!r}: "
+                "data.decode = 'gpu' with data.pipeline = 'reference': the plain twin decodes with"
+                " Pillow; leave data.decode out, or take another data.pipeline"
+            )
+        shown = self._filters
+        if self.filter is not None and self.filter not in shown:
+            field = "pipeline"
+            if self.decode == "gpu":
+                field = "decode"
+            raise ValueError(
+                f"data.filter = {self.filter!r} with data.{field} = {getattr(self, field)!r}: "
                 f"it shows only {' and '.join(shown)}; leave data.filter out, "
-                "or take another data.pipeline"
+                f"or take another data.{field}"
             )
         return self
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from pipelines.back_ends import BACK_ENDS
-from pipelines.loaders import loader_options, open_loader
+from pipelines.loaders import best_loader, imports, loader_options, open_loader
 from pipelines.loaders.base import Batch, Loader
 from pipelines.machine import settle_in
 from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
@@ -21,8 +21,10 @@ __all__ = [
     "PlanSpec",
     "Size",
     "Store",
+    "best_loader",
     "draw_epoch",
     "eval_plan",
+    "imports",
     "loader_options",
     "open_loader",
     "open_store",

@@ -16,6 +16,8 @@ class BackEnd(NamedTuple):
     filters: tuple[Literal["area", "bilinear"], ...] = ("area", "bilinear")
 
 
+AUTO = "auto"  # instead of a name: the best back end that is installed and can show the data
+
 BACK_ENDS = {
     "ffcv": BackEnd(
         "pipelines.loaders.ffcv",
@@ -33,3 +35,9 @@ BACK_ENDS = {
     ),
     "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
 }
+
+GPU_DECODER = "dali"  # that decodes on a GPU
+
+# What `auto` tries, in this order.
+BEST_ON_A_GPU = ("dali", "ffcv", "turbojpeg", "reference")
+BEST_ON_A_CPU = ("ffcv", "turbojpeg", "reference")

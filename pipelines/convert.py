@@ -7,6 +7,7 @@ That decoding is at 1/8 size: all entropy-coded data are read, which is where da
 and the pixels nobody looks at are not computed (a test compares its verdicts with full-size ones).
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from tqdm import tqdm
 
 from pipelines.files import readable
 from pipelines.images import QUALITY, as_jpeg, decode, plain_jpeg, reason, shrink
+from pipelines.jpeg import is_jpeg
 from pipelines.machine import usable_cores
+from pipelines.planes import encode_planes, planes_of_picture
 from pipelines.progress import in_order
 from pipelines.sources import cifar10
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.shards import ShardedStore, is_pattern, shards_of
-from pipelines.store import JPG, MAX_SIDE, RAW, DamagedData
+from pipelines.store import JPG, MAX_SIDE, PLANES, RAW, DamagedData
 from pipelines.turbojpeg import check_jpeg
 
 CHUNK = 8  # images of one task
@@ -40,18 +43,21 @@ class Encoding:
     max_side: int | None = None  # pixels; larger images are shrunk (area average) and re-encoded
     quality: int | None = None  # 1-100: re-encode every image; None: 95 for those that need it
     raw: bool = False  # RGB pixels instead of JPEG
+    planes: bool = False  # decoded planes instead of JPEG: see pipelines/planes.py
 
     def __post_init__(self) -> None:
         _check_range("max_side", self.max_side, MAX_SIDE)
         _check_range("quality", self.quality, BEST_QUALITY)
-        if self.raw and self.quality is not None:
+        if (self.raw or self.planes) and self.quality is not None:
             raise ValueError(
-                f"quality = {self.quality}: raw samples have none; leave out raw or quality"
+                f"quality = {self.quality}: only JPEGs have one; leave it out, or raw and planes"
             )
+        if self.raw and self.planes:
+            raise ValueError("raw and planes: choose one of them")
 
     def keeps(self, sides: tuple[int, int]) -> bool:
         """Whether a plain JPEG of (height, width) is stored as it is."""
-        if self.raw or self.quality is not None:
+        if self.raw or self.planes or self.quality is not None:
             return False
         return max(sides) <= (self.max_side or MAX_SIDE)
 
@@ -89,6 +95,11 @@ def told(bad: Sequence[tuple[str, str]]) -> list[str]:
 
 def encode(data: bytes, encoding: Encoding) -> Sample:
     """The sample to store for one image file's bytes. Raises any exception for a damaged image."""
+    if encoding.planes:
+        if is_jpeg(data):
+            check_jpeg(data)  # a warning of the decoder is damage
+        planes, height, width = encode_planes(data, encoding.max_side)
+        return Sample(planes, PLANES, height, width)
     sides = plain_jpeg(data)
     if sides is not None and encoding.keeps(sides):
         decoded_sides = check_jpeg(data)
@@ -105,8 +116,10 @@ def encode_pixels(
     pixels: np.ndarray,  # uint8 (H, W, 3), RGB
     encoding: Encoding,
 ) -> Sample:
-    """The sample to store for pixels: raw ones, unless a quality is asked for."""
+    """The sample to store for pixels: raw ones, unless a quality or planes are asked for."""
     picture = Image.fromarray(shrink(pixels, encoding.max_side))
+    if encoding.planes:
+        return Sample(planes_of_picture(picture), PLANES, picture.height, picture.width)
     if encoding.quality is None:
         return Sample(picture.tobytes(), RAW, picture.height, picture.width)
     return Sample(as_jpeg(picture, encoding.quality), JPG, picture.height, picture.width)
@@ -126,10 +139,13 @@ def encode_content(
     try:
         content = read()
         if isinstance(content, np.ndarray):
-            return encode_pixels(content, encoding)
-        if look_at is not None:
-            look_at(content)
-        return encode(content, encoding)
+            sample = encode_pixels(content, encoding)
+        else:
+            if look_at is not None:
+                look_at(content)
+            sample = encode(content, encoding)
+        # Here, because this runs in many threads, and the writer in one.
+        return sample._replace(crc32=zlib.crc32(sample.data))
     except MemoryError:  # not the image's fault: it must not be left out
         raise MemoryError(
             f"{readable(where)}: not enough memory; fewer --threads need less"

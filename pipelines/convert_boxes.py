@@ -73,7 +73,7 @@ def convert_boxes(
     kept: list[int] = []  # places of the images that are stored
     n_verbatim = 0
     with (
-        BetonWriter(dst, len(entries)) as writer,
+        BetonWriter(dst, len(entries), encoding.planes) as writer,
         closing(in_order(one, range(len(entries)), cores(threads), CHUNK, "convert")) as results,
     ):
         for place, result in enumerate(results):

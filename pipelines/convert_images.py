@@ -85,7 +85,10 @@ def convert_collection(
     skipped: list[list[int]] = [[] for _ in parts]
     n_verbatim = [0] * len(parts)
     with ExitStack() as stack:
-        writers = [stack.enter_context(BetonWriter(part.dst, len(part.numbers))) for part in parts]
+        writers = [
+            stack.enter_context(BetonWriter(part.dst, len(part.numbers), encoding.planes))
+            for part in parts
+        ]
         results = stack.enter_context(
             closing(
                 in_order(

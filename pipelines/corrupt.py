@@ -5,56 +5,52 @@ draws of the published distribution, not the published files: those had other ra
 for ImageNet-C, passed through JPEG at quality 85.
 """
 
-from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from pipelines import corruptions
-from pipelines.corruptions import SMALL, is_small
+# Pixels: images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them.
+SMALL = 64
 
-__all__ = ["CORRUPTIONS", "NAMES", "QUICK", "SMALL", "Corruption", "check_corruption", "corrupt"]
+
+def is_small(x: np.ndarray) -> bool:
+    return max(x.shape[:2]) <= SMALL
 
 
 class Corruption(NamedTuple):
-    """A definition and its constants for severity 1 to 5: a number or several, in its order."""
+    """The constants for severity 1 to 5: a number or several, in the definition's order.
 
-    define: Callable[..., np.ndarray]
+    The definition is the function of the corruption's name in `corruptions.py`.
+    """
+
     imagenet_c: tuple[float | tuple[float, ...], ...]
     cifar10_c: tuple[float | tuple[float, ...], ...]
 
 
 CORRUPTIONS = {
     # The 15 of ImageNet-C.
-    "gaussian_noise": Corruption(
-        corruptions.gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)
-    ),
-    "shot_noise": Corruption(corruptions.shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
-    "impulse_noise": Corruption(
-        corruptions.impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)
-    ),
+    "gaussian_noise": Corruption((0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": Corruption((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": Corruption((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
     "defocus_blur": Corruption(
-        corruptions.defocus_blur,
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
     ),
     "glass_blur": Corruption(
-        corruptions.glass_blur,
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
     ),
     "motion_blur": Corruption(
-        corruptions.motion_blur,
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
     ),
     "zoom_blur": Corruption(
-        corruptions.zoom_blur,
         ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
         ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
     ),
     "snow": Corruption(
-        corruptions.snow,
         (
             (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
             (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
@@ -71,41 +67,25 @@ CORRUPTIONS = {
         ),
     ),
     "frost": Corruption(
-        corruptions.frost,
         ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
         ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
     ),
     "fog": Corruption(
-        corruptions.fog,
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
     ),
-    "brightness": Corruption(
-        corruptions.brightness, (0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)
-    ),
-    "contrast": Corruption(
-        corruptions.contrast, (0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)
-    ),
+    "brightness": Corruption((0.1, 0.2, 0.3, 0.4, 0.5), (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": Corruption((0.4, 0.3, 0.2, 0.1, 0.05), (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": Corruption(
-        corruptions.elastic_transform,
         ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     ),
-    "pixelate": Corruption(
-        corruptions.pixelate, (0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)
-    ),
-    "jpeg_compression": Corruption(
-        corruptions.jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)
-    ),
+    "pixelate": Corruption((0.6, 0.5, 0.4, 0.3, 0.25), (0.95, 0.9, 0.85, 0.75, 0.65)),
+    "jpeg_compression": Corruption((25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
     # The 4 extra ones.
-    "speckle_noise": Corruption(
-        corruptions.speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)
-    ),
-    "gaussian_blur": Corruption(
-        corruptions.gaussian_blur, (1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)
-    ),
+    "speckle_noise": Corruption((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": Corruption((1, 2, 3, 4, 6), (0.4, 0.6, 0.7, 0.8, 1)),
     "spatter": Corruption(
-        corruptions.spatter,
         (
             (0.65, 0.3, 4, 0.69, 0.6, 0),
             (0.65, 0.3, 3, 0.68, 0.6, 0),
@@ -122,7 +102,6 @@ CORRUPTIONS = {
         ),
     ),
     "saturate": Corruption(
-        corruptions.saturate,
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
     ),
@@ -131,9 +110,14 @@ NAMES = tuple(CORRUPTIONS)
 # What COCO-C's generator (`imagecorruptions`, Michaelis et al., 2019) has otherwise than
 # ImageNet-C's and would matter to boxes, with constants for severity 1 to 5. Its snow, frost and
 # motion blur differ too, by how they are drawn and not by how strong they are.
-COCO_C = {"elastic_transform": (corruptions.elastic_warp, (12.5, 16.25, 21.25, 25.0, 30.0))}
+COCO_C = {"elastic_transform": ("elastic_warp", (12.5, 16.25, 21.25, 25.0, 30.0))}
 QUICK = ("gaussian_noise", "defocus_blur", "contrast", "jpeg_compression")  # one of each family
 SEVERITIES = range(1, 6)
+
+
+def definitions() -> ModuleType:
+    """`pipelines.corruptions`. ImportError if a package that it needs is missing."""
+    return import_module("pipelines.corruptions")
 
 
 def check_corruption(name: str, severity: int) -> None:
@@ -160,16 +144,18 @@ def corrupt(
 
     Raises:
         ValueError: an unknown name or severity.
+        ImportError: a package that computes them is missing.
     """
     check_corruption(name, severity)
     corruption = CORRUPTIONS[name]
-    define = corruption.define
+    definition = name
     of_all_severities = corruption.cifar10_c if is_small(image) else corruption.imagenet_c
     if as_coco_c and name in COCO_C:
-        define, of_all_severities = COCO_C[name]
+        definition, of_all_severities = COCO_C[name]
     constants = of_all_severities[severity - 1]
     if not isinstance(constants, tuple):
         constants = (constants,)
     rng = np.random.default_rng([seed, index, NAMES.index(name), severity])
+    define = getattr(definitions(), definition)
     x = define(image / 255, *constants, rng)
     return (x.clip(0, 1) * 255).astype(np.uint8)  # truncates, as published

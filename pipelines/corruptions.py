@@ -4,6 +4,8 @@ Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corrup
 Perturbations" (ICLR 2019) and its published generators. Motion blur is ImageMagick's, which the
 generators call.
 
+It imports packages that only corruptions need, and is imported when one is computed.
+
 A definition takes an image x, float (H, W, 3) where 0 is black and 1 white, its constants and a
 random generator. It returns the same, not yet clipped.
 """
@@ -13,23 +15,21 @@ import io
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, map_coordinates
+
+from pipelines.corrupt import is_small
+from pipelines.extras import needs
+
+with needs("corruptions", "computing corruptions"):
+    import cv2
+    from scipy.ndimage import gaussian_filter, map_coordinates
 
 Rng = np.random.Generator
-
-# Pixels: images up to this side get CIFAR-10-C's constants, as ImageNet-C's destroy them.
-SMALL = 64
 
 RGB_TO_GREY = (0.299, 0.587, 0.114)
 MUD_255 = np.array([63, 42, 20])  # colours of spatter
 WATER_255 = np.array([175, 238, 238])
-
-
-def is_small(x: np.ndarray) -> bool:
-    return max(x.shape[:2]) <= SMALL
 
 
 # ------------------------------------------------------------------ noise

@@ -60,7 +60,7 @@ def encode_planes(
         if sides is not None and as_it_is and _is_420(data):
             return _decoders_planes(data, *sides), *sides
     picture = decode(data, max_side)
-    return _planes_of(picture), picture.height, picture.width
+    return planes_of_picture(picture), picture.height, picture.width
 
 
 def _is_420(data: bytes) -> bool:
@@ -97,7 +97,7 @@ def _drafted(
     return np.asarray(image)
 
 
-def _planes_of(picture: Image.Image) -> bytes:
+def planes_of_picture(picture: Image.Image) -> bytes:
     """The planes of an RGB picture: each value rounded once, colours averaged over 2 x 2 pixels."""
     pixels = np.asarray(picture)
     height, width = pixels.shape[:2]

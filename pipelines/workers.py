@@ -14,16 +14,14 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import repeat
 from typing import Any
-
-import cv2
 
 from pipelines.machine import usable_cores
 
 # What the server that processes are forked from imports: once, and not again in each of them.
-PRELOAD = ["pipelines.workers", "pipelines.corrupt", "pipelines.corrupt_store"]
+PRELOAD = ["pipelines.workers", "pipelines.corruptions", "pipelines.corrupt_store"]
 
 
 class Workers(Executor):
@@ -153,7 +151,10 @@ def _start_thread(stopped: Any) -> None:
 
 def _start_process(stopped: Any) -> None:
     _LOCAL.stopped = stopped
-    cv2.setNumThreads(1)  # there is a process per core
+    with suppress(ImportError):  # then it computes nothing here
+        import cv2
+
+        cv2.setNumThreads(1)  # there is a process per core
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

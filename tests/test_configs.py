@@ -71,7 +71,16 @@ def test_a_file_is_complete(row: Row) -> None:
     """So a changed default changes no file in silence, and a diff of two is the ablation."""
     config = load_config(file_of(row))
     given = yaml.safe_load(file_of(row).read_text())
-    of_the_machine = {"train", "val", "pipeline", "threads", "prefetch", "hw_decoder_load", "init"}
+    of_the_machine = {
+        "train",
+        "val",
+        "pipeline",
+        "decode",
+        "threads",
+        "prefetch",
+        "hw_decoder_load",
+        "init",
+    }
     assert given.pop("task") == config.task
     assert given.keys() - {"paper"} == {"model", "method", "data", "optim", "budget"}
     for section in given.keys() - {"paper"}:

@@ -32,13 +32,14 @@ LIMIT_MIB = 60.0  # an upload holds 64 MiB, the working tree included
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ("run1.sh", "run2.sh", "setup_offline.sh")
 
-# The GPU machine's Python. FFCV's library and the JPEG tools do not depend on it, these wheels do.
+# The GPU machine's Python. FFCV's library does not depend on it, these wheels do.
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# What it lacks: COCO's scorer; pydantic and all that it needs, for it may ask for newer ones than
-# torch does.
+# What it lacks: COCO's scorer; the decoder of JPEGs; pydantic and all that it needs, for it may ask
+# for newer ones than torch does.
 PACKAGES = (
     "faster-coco-eval",
+    "simplejpeg",
     "pydantic",
     "pydantic_core",
     "annotated-types",
@@ -253,15 +254,13 @@ def check_sizes(uploads: Iterable[Path], tree: int) -> None:
 
 def build(first: Path, second: Path, work: Path) -> None:
     """Fill both uploads; `work` is for what does not travel."""
-    for folder in ("wheels", "site", "lib", "photos", "cifar10"):
+    for folder in ("wheels", "site", "photos", "cifar10"):
         (first / folder).mkdir(parents=True)
     (second / "cifar10").mkdir(parents=True)
     print("kit: wheels", flush=True)
     add_wheels(first / "wheels")
     print("kit: FFCV, compiled", flush=True)
     add_ffcv(first / "site", work)
-    # fap-convert loads this one by its name, through LD_LIBRARY_PATH
-    shutil.copy(first / "site" / "ffcv" / BUNDLED[0], first / "lib")
     print("kit: photos", flush=True)
     add_photos(first / "photos")
     for script in SCRIPTS:

@@ -13,7 +13,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from bench.common import ROOT
 
-VERSIONS = ("torch", "torchvision", "triton", "numpy", "numba", "pydantic", "faster-coco-eval")
+VERSIONS = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "numba",
+    "pydantic",
+    "faster-coco-eval",
+    "simplejpeg",
+)
 # DALI is no part of the kit. Conversion is not measured on a GPU machine, and FFCV's own writer
 # compiles for ten seconds.
 NOT_NEEDED = {"pipelines.loaders.dali", "bench.convert"}

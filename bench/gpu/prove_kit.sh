@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Proves the kit of `make kit` in a bare environment:   bench/gpu/prove_kit.sh PYTHON
 # PYTHON is the interpreter of an environment like the GPU machine's: Python 3.12, torch and the packages of pyproject.toml,
-# but no pydantic, faster-coco-eval, FFCV or DALI. NORMAL (default .venv/bin/python) is the one to compare with, if it is there.
+# but no pydantic, faster-coco-eval, simplejpeg, FFCV or DALI. NORMAL (default .venv/bin/python) is the one to compare with, if it is there.
 # The checks run in a copy of the working tree, without a network, and the system's OpenCV, TurboJPEG and TBB cannot be
 # loaded. Needs Linux namespaces: root, or a kernel that gives them to users.
 set -euo pipefail
@@ -61,7 +61,7 @@ if [ -s "$work/ffcv" ]; then
     for library in "$(cat "$work/ffcv")"/_libffcv*.so; do fails "the normal environment's FFCV" load "$library"; done
 fi
 # the last two are ours, and cannot be imported for want of the others
-for module in pydantic faster_coco_eval ffcv nvidia.dali fap.config pipelines.loaders.ffcv; do fails "import $module" python3 -c "import $module"; done
+for module in pydantic faster_coco_eval simplejpeg ffcv nvidia.dali fap.config pipelines.loaders.ffcv; do fails "import $module" python3 -c "import $module"; done
 
 say "first upload: set-up, imports"
 cp -r "$root/.gpu" .gpu
@@ -90,7 +90,7 @@ say "run1.sh, dry"
 export FAP_DRY_RUN=1
 bash .gpu/run1.sh || true # 1 when a cell was not measured, as DALI's are not: judged below
 failed=0
-PYTHONPATH=$PWD:$FAP_KIT/site LD_LIBRARY_PATH=$FAP_KIT/lib python3 -m bench.gpu.proof suite "$OUT/run1.tgz" || failed=1
+PYTHONPATH=$PWD:$FAP_KIT/site python3 -m bench.gpu.proof suite "$OUT/run1.tgz" || failed=1
 
 say "second upload: it comes alone"
 rm -rf .gpu

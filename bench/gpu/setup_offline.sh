@@ -28,7 +28,6 @@ for wheel in "$FAP_KIT"/wheels/*.whl; do
     python3 -m zipfile -e "$wheel" "$FAP_KIT/site" || echo "SETUP FAILED: $wheel cannot be unpacked"
 done
 export PYTHONPATH=$PWD:$FAP_KIT/site
-export LD_LIBRARY_PATH=$FAP_KIT/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 mkdir -p data/photos
 cp "$FAP_KIT"/photos/*.whl data/photos/ || echo "SETUP FAILED: no photos: the loaders cannot be measured"
 

@@ -23,21 +23,16 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODULES = (
-    "numpy",
-    "timm",
-    "pydantic",
-    "yaml",
-    "safetensors",
-    "tensorboard",
-    "tqdm",
-    "PIL",
-    "simplejpeg",
-    "cv2",
-    "numba",
-    "scipy",
-    "faster_coco_eval",
-)
+MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tqdm", "PIL", "simplejpeg", "numba")
+# What only one feature needs: the extras of pyproject.toml, and the modules of each.
+EXTRAS = {
+    "corruptions": ("cv2", "scipy"),
+    "detection": ("faster_coco_eval",),
+    "devkit": ("scipy",),
+    "parquet": ("pyarrow",),
+    "plots": ("matplotlib",),
+    "tensorboard": ("tensorboard",),
+}
 
 LEAST_PYTHON = (3, 11)
 LEAST_MEMORY_GB = 4  # one training process with its loader
@@ -136,6 +131,24 @@ def check_packages(path: Path) -> str:
     for name in MODULES:
         importlib.import_module(name)
     return f"{len(MODULES)} import"
+
+
+def check_extras(path: Path) -> str:
+    """What only one feature needs, and works without."""
+    lacking = []
+    for extra, modules in EXTRAS.items():
+        try:
+            for name in modules:
+                importlib.import_module(name)
+        except ImportError:
+            lacking.append(extra)
+    if lacking:
+        wanted = ",".join(lacking)
+        raise Finding(
+            f"not installed: {', '.join(lacking)}; only these features need them",
+            f"pip install -e '.[{wanted}]'",
+        )
+    return f"{', '.join(EXTRAS)} import"
 
 
 def check_gpu(path: Path) -> str:

@@ -15,7 +15,7 @@ DESCRIPTION = (
     "fap-doctor [PATH]: what this machine lacks for training, "
     "one line each, with the command that mends it."
 )
-INSTALL_DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: --pipeline ffcv"
+INSTALL_DALI = "pip install -e '.[dali]'  # CUDA 12: '.[dali12]'; until then: another pipeline"
 
 
 class Check(NamedTuple):
@@ -73,6 +73,7 @@ CHECKS: Sequence[Check] = (
     ),
     Check("torch", True, checks.check_torch, "pip install -c constraints.txt torch torchvision"),
     Check("packages", True, checks.check_packages, "pip install -c constraints.txt -e ."),
+    Check("extras", False, checks.check_extras, "pip install -e '.[all]'"),
     Check(
         "GPU",
         False,
@@ -83,7 +84,7 @@ CHECKS: Sequence[Check] = (
         "FFCV",
         False,
         checks.check_ffcv,
-        "bash setup.sh  # until then: --pipeline dali or reference",
+        "bash setup.sh  # until then: --pipeline turbojpeg, which data.pipeline=auto takes",
     ),
     Check("DALI", False, checks.check_dali, INSTALL_DALI),
     Check("GPU decoding", False, checks.check_gpu_decoding, INSTALL_DALI),

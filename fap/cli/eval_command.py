@@ -22,7 +22,7 @@ from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.results import Results
 from fap.evaluate.work import carry_out, look
 from fap.run.torch_setup import limit_threads
-from pipelines.corrupt import NAMES, QUICK, SMALL
+from pipelines.corrupt import NAMES, QUICK, SMALL, definitions
 from pipelines.sources import accepted
 from pipelines.workers import Workers
 
@@ -108,7 +108,7 @@ def _add_settings(parser: ArgumentParser) -> None:
     add(
         "--pipeline",
         choices=list(pipelines.BACK_ENDS),
-        help="default: ffcv for a .beton, reference for a folder",
+        help="default: ffcv for a .beton, or turbojpeg without it; reference for a folder",
     )
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -145,7 +145,10 @@ def evaluate(args: Namespace) -> int:
             pass
         reports = [carry_out(work, wanted, workers, results, say) for work in works]
     print(report.markdown(reports), end="", flush=True)
-    report.write_report(reports, out)  # last: a full disk does not take the printed table with it
+    # Last: a full disk does not take the printed table with it.
+    missing = report.write_report(reports, out)
+    if missing:
+        say(missing)
     return 0
 
 
@@ -181,6 +184,7 @@ def _corruptions(args: Namespace) -> tuple[tuple[str, int], ...]:
     """(name, severity) of the sets to compute, in the order of NAMES, not in the user's."""
     if args.corrupt is None:
         return ()
+    definitions()  # a package that is missing is noticed now, not after the clean images
     if _everything(args):
         names: Sequence[str] = NAMES
         severities: Sequence[int] = SEVERITIES

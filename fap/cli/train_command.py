@@ -26,6 +26,7 @@ from fap.run.saving import NotSaved
 from fap.run.session import Interrupted, StopSignal
 from fap.step.graph import FreshProcessNeeded, out_of_memory
 from fap.tasks.base import Task
+from pipelines.back_ends import AUTO
 
 # Faults of the user, of the data or of the machine. Their text says all; a traceback would hide it.
 FAULTS = (
@@ -78,7 +79,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="e.g. optim.lr=0.2; any config field",
     )
     parser.add_argument(
-        "--pipeline", choices=list(pipelines.BACK_ENDS), help="short for data.pipeline=..."
+        "--pipeline", choices=[AUTO, *pipelines.BACK_ENDS], help="short for data.pipeline=..."
     )
     return parser.parse_intermixed_args(argv)
 

@@ -7,21 +7,18 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
-import numpy as np
-import PIL
-import scipy
 import torch
 from torch import Tensor
 
 import pipelines
 from fap.tasks.base import Task
-from fap.versions import versions
 from pipelines import Batch, EpochPlan, Store
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
@@ -31,13 +28,13 @@ BackEnd = str  # one of `pipelines.BACK_ENDS`
 Batches = Generator[tuple[Tensor, Tensor], None, None]
 """uint8 images (B, 3, H, W), and what each row is: (B, ...)."""
 
-# What computes pixels: another version may round otherwise.
+# What computes pixels, by name and module: another version may round otherwise.
 PIXELS = {
-    "opencv": cv2.__version__,
-    "pillow": PIL.__version__,
-    "scipy": scipy.__version__,
-    "numpy": np.__version__,
-    "simplejpeg": versions()["simplejpeg"],
+    "opencv": "cv2",
+    "pillow": "PIL",
+    "scipy": "scipy",
+    "numpy": "numpy",
+    "simplejpeg": "simplejpeg",
 }
 NO_LABEL = -1  # of a padding row, for `pipelines.corrupt_batches.build`
 
@@ -60,7 +57,8 @@ class Reading:
             return self.back_end
         if path.is_dir():
             return "reference"
-        return "ffcv"
+        # On CPU cores also where a GPU is: their pixels are Pillow's.
+        return pipelines.best_loader([], gpu=False)
 
     def as_stored(self) -> Reading:
         """For images that have the model's size already: no resize, no crop."""
@@ -77,6 +75,17 @@ class Reading:
         """What an image goes through, as a part of an identity."""
         field = "crop" if self.crop == "letterbox" else "resize"
         return {"size": self.size, field: self.fitted, "filter": "bilinear"}
+
+
+@cache
+def pixel_versions() -> dict[str, str | None]:
+    """The versions of what computes pixels; None for what is not there, and so computes none."""
+    versions: dict[str, str | None] = {}
+    for name, module in PIXELS.items():
+        versions[name] = None
+        with suppress(ImportError):
+            versions[name] = import_module(module).__version__
+    return versions
 
 
 class Seen(NamedTuple):
@@ -161,7 +170,7 @@ class StoredImages(Opened):
             **reading.geometry(),
             "batch": reading.batch,
             "back end": back_end,
-            "pixels": PIXELS,
+            "pixels": pixel_versions(),
             "data": seen.identity,
             "files": seen.stamps,
         }

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib.figure  # a Figure of its own needs no display
 import numpy as np
 
 from fap.evaluate.table import Number, Table, capped, table_of
 from fap.evaluate.work import Item, Report, Work
+from pipelines.extras import needs
 from pipelines.files import readable, write_whole
 
 MOST_NAMED = 3  # classes, before the last one
@@ -131,8 +131,11 @@ def _cell(number: Number | None) -> str:
     return f"{number.ours:.2f} (paper {number.paper:g})"
 
 
-def write_report(reports: Sequence[Report], out: Path) -> None:
-    """Write report.md, report.json and report.png, each whole or not at all. Raises OSError."""
+def write_report(reports: Sequence[Report], out: Path) -> str:
+    """Write report.md, report.json and report.png, each whole or not at all. Raises OSError.
+
+    Returns why there is no plot, if there is none: the numbers are worth more than it.
+    """
     write_whole(out / "report.md", [markdown(reports).encode(errors="backslashreplace")])
     trees = []
     for report in reports:
@@ -140,11 +143,18 @@ def write_report(reports: Sequence[Report], out: Path) -> None:
         summary = {row: number.ours for row, number in table.rows.items()}
         trees.append({**report.tree(), "summary": summary, "notes": table.notes})
     write_whole(out / "report.json", [json.dumps(trees, indent=1).encode()])
-    write_whole(out / "report.png", [_plot(reports)])
+    try:
+        plot = _plot(reports)
+    except ImportError as error:
+        return f"no {readable(out / 'report.png')}: {error}"
+    write_whole(out / "report.png", [plot])
+    return ""
 
 
 def _plot(reports: Sequence[Report]) -> bytes:
-    """A PNG: the rows that are percentages, a bar for each checkpoint."""
+    """A PNG: the rows that are percentages, a bar for each checkpoint. Raises ImportError."""
+    with needs("plots", "the plot of a report"):
+        from matplotlib.figure import Figure  # one of its own needs no display
     tables = [table_of(report) for report in reports]
     others = {
         title
@@ -154,7 +164,7 @@ def _plot(reports: Sequence[Report]) -> bytes:
     }
     rows = [row for row in _all_rows(tables) if row not in others]
     height = min(MOST_INCHES, 1 + INCHES_PER_BAR * len(rows) * (1 + len(reports)))
-    figure = matplotlib.figure.Figure(figsize=(10, height), layout="constrained")
+    figure = Figure(figsize=(10, height), layout="constrained")
     axes = figure.add_subplot(xlabel="percent")
     bar = BARS_OF_A_ROW / len(reports)
     absent = Number(float("nan"))

@@ -11,6 +11,7 @@ import torch
 
 import pipelines
 from fap.config import Config
+from fap.run.back_end import loader_name
 from fap.tasks import task_class
 from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
@@ -55,10 +56,11 @@ def open_data(config: Config) -> RunData:
 
 
 def open_loader(config: Config, store: pipelines.Store, device: torch.device) -> pipelines.Loader:
-    """The config's back end for `store`. ImportError if its package is missing."""
+    """The settled config's back end for `store`. ImportError if its package is missing."""
     data = config.data
-    options = data.model_dump(include=pipelines.loader_options(data.pipeline))
-    return pipelines.open_loader(data.pipeline, store, size=data.size, device=device, **options)
+    name = loader_name(data)
+    options = data.model_dump(include=pipelines.loader_options(name))
+    return pipelines.open_loader(name, store, size=data.size, device=device, **options)
 
 
 @contextmanager

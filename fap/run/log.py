@@ -9,12 +9,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pipelines.extras import needs
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
@@ -51,8 +55,8 @@ class Log:
         self.board: SummaryWriter | None = None
         if not quiet:
             try:
-                self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=done + 1)
-            except OSError as error:
+                self.board = _board(Path(folder) / "tensorboard", done + 1)
+            except (OSError, ImportError) as error:
                 self.say(f"warning: no TensorBoard: {error}")
 
     @property
@@ -97,7 +101,7 @@ class Log:
                 numbers[name] = float(value)
         self._append(json.dumps(numbers).encode() + b"\n", step)
         for name, value in values.items():
-            self._on_board(SummaryWriter.add_scalar, f"{group}/{name}", float(value), step)
+            self._on_board("add_scalar", f"{group}/{name}", float(value), step)
 
     def _append(self, line: bytes, step: int) -> None:
         end = None
@@ -111,16 +115,26 @@ class Log:
                     self.file.truncate(end)  # half a record would spoil the next one
             self.say(f"warning: no record of step {step} in {self.file.name}: {error}")
 
-    def _on_board(self, method: Callable[..., None], *args: Any) -> None:
+    def _on_board(self, method: str, *args: Any) -> None:
         try:
             if self.board is not None:
-                method(self.board, *args)
+                getattr(self.board, method)(*args)
         except Exception as error:  # of its thread, which does not come back
             self.board = None
             self.say(f"warning: TensorBoard is off from here on: {error}")
 
     def _close_board(self) -> None:
-        self._on_board(SummaryWriter.close)
+        self._on_board("close")
+
+
+def _board(folder: Path, first_step: int) -> "SummaryWriter":
+    """TensorBoard's records in `folder`, those of `first_step` and later dropped.
+
+    Raises OSError, and ImportError if TensorBoard is missing.
+    """
+    with needs("tensorboard", "it"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def progress(values: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fap.config import Config
+from pipelines.back_ends import GPU_DECODER
 from pipelines.files import shown
 
 # What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
@@ -112,6 +113,10 @@ def _flat(config: Config) -> dict[str, Any]:
     for field in meaningless:
         tree["data"].pop(field)
     tree["data"]["filter"] = config.data.shown_filter
+    # Of dali it follows from the device. Before there was the field, CPU cores decoded.
+    tree["data"]["decode"] = "gpu" if config.data.decode == "gpu" else "cpu"
+    if config.data.pipeline == GPU_DECODER:
+        del tree["data"]["decode"]
     if config.model.init is not None:  # it may have moved, like the data
         tree["model"]["init"] = Path(config.model.init).name
     flat = {"run.amp": config.run.amp}

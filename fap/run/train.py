@@ -22,6 +22,7 @@ from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.draws import dropout_seed
 from fap.nets.build import prepare
 from fap.nets.pretrained import load_init
+from fap.run.back_end import described, settle
 from fap.run.data import closing, open_data, open_loader
 from fap.run.epoch import Epoch, epochs, plan_spec
 from fap.run.folder import RunFolder
@@ -80,7 +81,10 @@ class Run:
         kernel = norm_kernel(config, self.device)
 
         self.data = open_data(config)
-        self.config = config = with_classes(config, self.data.n_classes)
+        asked = config
+        config = with_classes(config, self.data.n_classes)
+        config = settle(config, [self.data.train, self.data.val], self.device)
+        self.config = config
         self.budget = budget(config, len(self.data.train))
         self.steps = self.budget.steps
         if config.run.max_steps is not None:
@@ -94,7 +98,8 @@ class Run:
             self.step.network.forward = torch.compile(self.model)
         shuffle_groups = plan_spec(config, self.ranks).shuffle_groups
         summary = describe(config, self.budget, self.step, shuffle_groups)
-        self._say("\n".join([summary, *self.data.lines]))
+        loader = described(asked.data, config.data)
+        self._say("\n".join([summary, loader, *self.data.lines]))
 
         if self.ranks.first:
             self.run_folder.take(may_go_on=config.resume == "auto")

@@ -37,6 +37,8 @@ class Validation:
         self.device = device
         self.amp = amp
         self.say = say
+        # A package that it needs and that is missing is noticed now, not after an epoch.
+        task.evaluator(device, data.matching, data.val)
 
     def __call__(
         self,

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor, distributed
 
 from fap.tasks.base import CorruptionMean, Result, plain_number
@@ -19,6 +19,7 @@ from fap.tasks.boxes_out import detections
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import ALEXNET_ERRORS
 from pipelines.boxes import Annotations, source_boxes
+from pipelines.extras import needs
 
 METRICS = {
     "map": "AP",
@@ -37,6 +38,9 @@ class MeanAveragePrecision:
     """A `fap.tasks.base.Evaluator`; what it gathers does not depend on batches and ranks.
 
     Unlike others it waits for the device: how many detections there are depends on values.
+
+    Raises:
+        ImportError: the scorer is missing.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class MeanAveragePrecision:
         n_classes: int,  # of the model
         matching: Matching = SAME_CLASSES,
     ) -> None:
+        _scorer()  # what is missing is noticed now, not after all images
         self.device = device
         self.annotations = annotations
         self.anchors = anchors
@@ -129,6 +134,7 @@ def average_precisions(
 
     Raises ValueError if that is so of all.
     """
+    COCO, COCOeval_faster = _scorer()
     truth = COCO(_in_cocos_layout(annotations, classes, images, found))
     # As loadRes reads them: image, left, top, width, height, score, class.
     columns = [found[:, :1], _width_and_height(found[:, 3:]), found[:, [2, 1]]]
@@ -148,6 +154,13 @@ def average_precisions(
     for i, name in enumerate(SIZES):
         means[name] = _mean(precision[:, :, :, i + 1])
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+def _scorer() -> tuple[Any, Any]:
+    """The classes of `faster-coco-eval`. ImportError if it is missing."""
+    with needs("detection", "the score of a detector"):
+        from faster_coco_eval import COCO, COCOeval_faster
+    return COCO, COCOeval_faster
 
 
 def _in_cocos_layout(

@@ -1,12 +1,13 @@
 """Loaders: back ends that execute an epoch plan, opened by name."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
 
-from pipelines.back_ends import BACK_ENDS
+from pipelines.back_ends import BACK_ENDS, BEST_ON_A_CPU, BEST_ON_A_GPU
 from pipelines.loaders.base import Loader
 from pipelines.sizes import Size
 from pipelines.store import Store
@@ -36,6 +37,29 @@ def loader_options(name: str) -> set[str]:
     Raises ValueError and ImportError as `open_loader`.
     """
     return set(signature(_loader_class(name)).parameters) - {"store", "size", "device"}
+
+
+def best_loader(stores: Sequence[Store], *, gpu: bool, image_filter: str | None = None) -> str:
+    """What `auto` stands for: the first back end that imports, and can show all of the stores.
+
+    `gpu`: whether the images are to be on a GPU. `image_filter`: that it must have; None: any.
+    """
+    for name in BEST_ON_A_GPU if gpu else BEST_ON_A_CPU:
+        shown = BACK_ENDS[name].filters
+        if (image_filter is None or image_filter in shown) and imports(name):
+            loader = _loader_class(name)
+            if not any(loader.refusal(store) for store in stores):
+                return name
+    raise ValueError("pipeline = 'auto': no back end can show these data")
+
+
+def imports(name: str) -> bool:
+    """Whether all that a back end needs is installed."""
+    try:
+        _loader_class(name)
+    except (ImportError, OSError):  # OSError: a library of the system is missing
+        return False
+    return True
 
 
 def _loader_class(name: str) -> type[Loader]:

@@ -67,16 +67,24 @@ class Loader(ABC):
     shows_planes = False  # whether `_images` can show samples of mode PLANES
 
     def __init__(self, store: Store, *, size: Size, device: torch.device | str = "cpu") -> None:
-        if not self.shows_planes and (store.modes == PLANES).any():
-            raise ValueError(
-                f"{readable(store.path)}: holds decoded planes, which this data.pipeline cannot"
-                " show: choose another, or convert the images again without --decoded"
-            )
+        refusal = self.refusal(store)
+        if refusal:
+            raise ValueError(f"{readable(store.path)}: {refusal}")
         self.store = store
         self.size = size
         self.sides = sides_of(size)  # height and width of the canvas
         # Of an empty tensor, because it has the index that "cuda" lacks.
         self.device = torch.empty(0, device=device).device
+
+    @classmethod
+    def refusal(cls, store: Store) -> str:
+        """Why it cannot show these data, and what to do; nothing if it can."""
+        if not cls.shows_planes and (store.modes == PLANES).any():
+            return (
+                "holds decoded planes, which this data.pipeline cannot show: choose another, or"
+                " convert the images again without --decoded"
+            )
+        return ""
 
     def load(self, plan: EpochPlan, start_step: int = 0) -> Generator[Batch, None, None]:
         """`len(plan) - start_step` batches; the same images whatever the threads and the start.

@@ -16,15 +16,16 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIInterpType
+from PIL import Image
 from torch import Tensor
 
 from pipelines.ahead import run_ahead
+from pipelines.images import as_jpeg
 from pipelines.loaders.base import ThreadedLoader
 from pipelines.loaders.regions import regions, shares_inside, show_borders, two_passes
 from pipelines.plan import PADDING, EpochPlan
@@ -65,19 +66,25 @@ class DaliLoader(ThreadedLoader):
         if not 0 <= hw_decoder_load <= 1:
             raise ValueError(f"hw_decoder_load = {hw_decoder_load}: must be in [0, 1]")
         self.hw_decoder_load = hw_decoder_load
+        self.raw = bool(store.modes[0] == RAW)
+        # What is fed for a PADDING row, which has no sample.
+        self.black: np.ndarray = np.zeros((1, 1, 3), np.uint8)
+        if not self.raw:
+            black = as_jpeg(Image.new("RGB", (1, 1)), quality=95)
+            self.black = np.frombuffer(black, np.uint8)
+
+    @classmethod
+    def refusal(cls, store: Store) -> str:
+        """See `Loader.refusal`."""
         n_raw = int((store.modes == RAW).sum())
         if 0 < n_raw < len(store):
-            raise ValueError(
-                f"{store.path}: pipeline = 'dali' takes no file that mixes raw samples ({n_raw}) "
+            return (
+                f"pipeline = 'dali' takes no file that mixes raw samples ({n_raw}) "
                 f"with JPEG ones ({len(store) - n_raw}): convert it again with "
                 "`fap-convert SRC DST.beton` (all JPEG) or `fap-convert --raw SRC DST.beton`, "
                 "or take pipeline = 'ffcv'"
             )
-        self.raw = n_raw > 0
-        # What is fed for a PADDING row, which has no sample.
-        self.black: np.ndarray = np.zeros((1, 1, 3), np.uint8)
-        if not self.raw:
-            self.black = cv2.imencode(".jpg", self.black)[1].ravel()
+        return super().refusal(store)
 
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:
         with closing(self._decoded(plan, start_step)) as decoded:

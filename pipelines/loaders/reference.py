@@ -17,7 +17,7 @@ from pipelines.planes import split_planes
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, RAW, DamagedData
 
-MOST_PIXELS = 1 << 26  # of a resized image that is made whole
+MOST_PIXELS = 1 << 24  # of a resized image that is made whole: 7 bytes each, while it is
 
 
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:

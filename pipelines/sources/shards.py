@@ -41,7 +41,7 @@ def shards_of(pattern: str | Path) -> list[Path]:
 
     Raises:
         ValueError: there are none, one is no `.beton`, or of files that are called
-            `NAME-00003-of-00008.beton` some are missing.
+            `NAME-3-of-8.beton` some are missing.
     """
     paths = sorted(Path(path) for path in glob.glob(str(pattern), recursive=True))
     if not paths:
@@ -67,7 +67,7 @@ def _refuse_missing(pattern: str | Path, paths: Sequence[Path]) -> None:
         count = int(digits)
         n_missing = count - len(numbers)
         if n_missing > 0:
-            first = 0 if count not in numbers else 1  # some count from 1 on
+            first = 0 if 0 in numbers else 1  # fap-convert --shard counts from 1 on
             missing = (number for number in range(first, first + count) if number not in numbers)
             files = [
                 f"{name}-{number:0{len(digits)}}-of-{digits}.beton"

@@ -60,7 +60,7 @@ def test_everything_missing(
     found = lines(capsys)
     as_they_are = {"Python", "memory"}
     # These name their own remedy, or have another cause.
-    elsewhere = {"disk", "file system", "clock", "shared memory"}
+    elsewhere = {"disk", "file system", "clock", "shared memory", "extras"}
     for name, needed, _, mend in doctor.CHECKS:
         if name in as_they_are:
             continue

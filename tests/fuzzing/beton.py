@@ -76,8 +76,8 @@ def numbers_of(dtype: np.dtype, offset: int = 0) -> list[tuple[int, int]]:
 
 
 def fuzz_beton(rng: np.random.Generator, folder: Path) -> str:
-    """Of two fields, or of many."""
-    encoding = str(rng.choice([*RAW_SAMPLES, "fields", "fields"]))
+    """Of two fields, or of many, or of planes."""
+    encoding = str(rng.choice([*RAW_SAMPLES, "fields", "fields", "planes"]))
     path = make_beton(folder, encoding)
     how, damage = damage_beton(rng, path)
     checksums = damage.checksums

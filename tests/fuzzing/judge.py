@@ -63,8 +63,12 @@ def pick_loaders(rng: np.random.Generator, source: str) -> list[str]:
     if find_spec("ffcv"):
         fast.append("ffcv")
     loaders = [str(rng.choice(fast)), "reference"]
-    # DALI takes no file of raw and JPEG samples.
-    if source != "mixed" and rng.random() < SHARE_OF_DALI and find_spec("nvidia.dali"):
+    # DALI takes no file of raw and JPEG samples, and no planes.
+    if (
+        source not in ("mixed", "planes")
+        and rng.random() < SHARE_OF_DALI
+        and find_spec("nvidia.dali")
+    ):
         loaders.append("dali")
     return loaders
 

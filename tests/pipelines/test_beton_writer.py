@@ -78,6 +78,26 @@ def test_samples_in_any_order_with_places_left_empty(tmp_path: Path, seed: int) 
         assert (store.heights[i], store.widths[i]) == samples[k][2:4]
 
 
+def test_what_is_written_is_handed_to_the_disk_part_by_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, start: int, n_bytes: int, advice: int) -> None:
+        handed.append((start, start + n_bytes))
+        raise OSError("a file system that takes no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(beton_writer, "HAND_OVER_BYTES", 1000)
+    path = tmp_path / "x.beton"
+    with BetonWriter(path, 9) as writer:
+        for label in range(9):
+            writer.add(Sample(bytes([label]) * 450, RAW, 10, 15), label)
+        writer.commit(None, {})
+    begin = int(BetonStore(path)._ptrs[0])
+    assert handed == [(begin + 1350 * k, begin + 1350 * (k + 1)) for k in range(3)]
+
+
 def test_no_place_is_filled_twice(tmp_path: Path) -> None:
     sample = Sample(bytes(3), RAW, 1, 1)
     with BetonWriter(tmp_path / "out.beton", 3) as writer:

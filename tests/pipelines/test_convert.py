@@ -18,9 +18,10 @@ from pipelines import convert as convert_module
 from pipelines import open_store
 from pipelines.convert import BadImages, Encoding, check, encode
 from pipelines.convert_images import convert_images
+from pipelines.planes import encode_planes
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.sidecar import Sidecar, read_sidecar, sidecar_path
-from pipelines.store import JPG, RAW
+from pipelines.store import JPG, PLANES, RAW
 from tests.pipelines.samples import (
     ORIENTATION,
     decoded,
@@ -314,12 +315,41 @@ def test_max_side_quality_and_raw(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(decoded(raw, 0), wanted)
 
 
+def test_decoded_planes(folder: Path, tmp_path: Path, capfd: Capture) -> None:
+    """By the command, of JPEGs, of what else an image file may be, and of raw pixels."""
+    (folder / "cat" / "3.JPEG").write_bytes(encoded(picture(7, 31, 47), "PNG"))
+    dst = tmp_path / "planes.beton"
+    assert main([str(folder), str(dst), "--decoded", "yuv420"]) == 0
+    store = open_store(dst)
+    assert set(store.modes) == {PLANES}
+    assert sidecar_of(dst).encoding["planes"] is True
+    assert check(dst) == []
+    paths = sorted(folder.glob("cat/*.JPEG")) + sorted(folder.glob("dog/*.JPEG"))
+    for i, path in enumerate(paths):
+        data, height, width = encode_planes(path.read_bytes())
+        assert store.read(i).tobytes() == data
+        assert (store.heights[i], store.widths[i]) == (height, width)
+    raw = tmp_path / "raw.beton"
+    assert main([str(folder), str(raw), "--raw"]) == 0
+    assert main([str(raw), str(tmp_path / "again.beton"), "--decoded=yuv420", "--max-side=40"]) == 0
+    again = open_store(tmp_path / "again.beton")
+    assert max(again.heights.max(), again.widths.max()) == 40
+    assert again.classes == store.classes
+    assert main([str(dst), str(tmp_path / "x.beton")]) == 1
+    assert "holds decoded planes: convert what it was made from" in capfd.readouterr().err
+    (folder / "dog" / "1.JPEG").write_bytes(zeroed((folder / "dog" / "1.JPEG").read_bytes()))
+    assert main([str(folder), str(tmp_path / "y.beton"), "--decoded", "yuv420"]) == 1
+    assert "dog/1.JPEG" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"max_side": 0}, "max_side = 0"),
         ({"quality": 101}, "quality = 101"),
-        ({"quality": 90, "raw": True}, "raw"),
+        ({"quality": 90, "raw": True}, "quality = 90: only JPEGs have one"),
+        ({"quality": 90, "planes": True}, "quality = 90: only JPEGs have one"),
+        ({"raw": True, "planes": True}, "raw and planes: choose one"),
     ],
 )
 def test_impossible_encodings(kwargs: dict, message: str) -> None:

@@ -268,7 +268,7 @@ def test_small_images_get_cifar10_cs_milder_constants(name, monkeypatch):
     rng = np.random.default_rng(8)
     clean = [photo(rng, 32) for _ in range(30)]
     mild = [corrupt(x, name, 3, index=i) for i, x in enumerate(clean)]
-    monkeypatch.setattr("pipelines.corruptions.SMALL", 31)
+    monkeypatch.setattr("pipelines.corrupt.SMALL", 31)
     harsh = [corrupt(x, name, 3, index=i) for i, x in enumerate(clean)]
     errors = [np.mean(np.subtract(images, clean, dtype=int) ** 2) for images in (mild, harsh)]
     assert errors[0] < 0.9 * errors[1]

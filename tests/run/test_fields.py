@@ -44,6 +44,7 @@ SEPARATELY = (
 FIVE = ("data.train={five}", "data.val={five}", "model.num_classes=5")
 PAD = ("data.crop=pad",)
 DALI = ("data.pipeline=dali",)
+BILINEAR = ("data.pipeline=ffcv", "data.filter=bilinear")
 MIX = ("data.mix=mixup",)
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
@@ -75,6 +76,7 @@ CASES = {
     "data.train": Case("data.train={other}", ("loaders", "input.images", "weights")),
     "data.val": Case("data.val={other}", ("loaders", "evaluated", "accuracy")),
     "data.pipeline": Case("data.pipeline=dali", ("loaders",)),
+    "data.decode": Case("data.decode=gpu", ("error",), BILINEAR, error="data.decode = 'gpu': "),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
     "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
     "data.crop": Case("data.crop=pad", WINDOW),

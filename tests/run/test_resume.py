@@ -12,9 +12,10 @@ PATH = Path("step_1.safetensors")
 
 
 def differences(saved: list[str], now: list[str]) -> list[str]:
-    """The lines of the refusal."""
-    before = load_config(None, ["name=run", *saved])
-    after = load_config(None, ["name=run", *now])
+    """The lines of the refusal, of settled configs."""
+    settled = ["name=run", "data.pipeline=ffcv", "data.decode=cpu"]
+    before = load_config(None, [*settled, *saved])
+    after = load_config(None, [*settled, *now])
     try:
         check_same_run(before, after, PATH)
     except ValueError as error:
@@ -65,10 +66,19 @@ def test_what_a_result_depends_on_may_not(now: str, says: str) -> None:
     assert differences([], [now]) == [says]
 
 
-def test_the_filter_counts_and_not_how_it_was_named() -> None:
-    """Unset it is the loader's own, as in a checkpoint from before there was the field."""
+def test_filter_and_decoder_count_and_not_how_they_were_named() -> None:
+    """Unset they are the loader's own, as in a checkpoint from before there were the fields."""
     assert differences([], ["data.filter=area"]) == []
     assert differences(["data.pipeline=dali"], ["data.pipeline=dali", "data.filter=bilinear"]) == []
+    # A checkpoint of before data.decode has none, and CPU cores decoded.
+    assert differences(["data.decode=null"], ["data.decode=cpu"]) == []
+    bilinear = "data.filter=bilinear"
+    assert differences([bilinear], [bilinear, "data.decode=gpu"]) == [
+        "data.decode: 'cpu', now 'gpu'"
+    ]
+    # Of dali it follows from the device, which may change.
+    dali = "data.pipeline=dali"
+    assert differences([dali, "data.decode=gpu"], [dali, "data.decode=cpu"]) == []
     assert differences([], ["data.pipeline=dali"]) == [
         "data.pipeline: 'ffcv', now 'dali'",
         "data.filter: 'area', now 'bilinear'",

@@ -16,9 +16,8 @@ IMAGENET = 1_281_167
 def lines(tree: dict[str, Any], images: int = IMAGENET) -> dict[str, str]:
     """The start-up lines by their first word; those that go on from the one before under 'more'."""
     small = {"name": "cifar_resnet8"}
-    config = with_classes(
-        make_config(tree | {"model": small, "data": {"size": 32, "resize": 32}}), 7
-    )
+    data = {"size": 32, "resize": 32, "pipeline": "ffcv"}
+    config = with_classes(make_config(tree | {"model": small, "data": data}), 7)
     model = build(config.model.name, config.model.classes, aux=config.method.entry.has_aux, size=32)
     found: dict[str, str] = {}
     for line in describe(config, budget(config, images), Step(model, config), 2).splitlines():
