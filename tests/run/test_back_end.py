@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 import pipelines
 from fap.config import Config, load_config
 from fap.run.back_end import described, loader_name, settle
+from fap.run.data import open_loader
 from fap.run.epoch import plan_spec
 from pipelines import loaders, open_store
 from pipelines.back_ends import BACK_ENDS
@@ -215,3 +218,35 @@ def test_imports_without_a_library_of_the_system(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loaders, "_loader_class", broken)
     assert not pipelines.imports("ffcv")
     assert not any(pipelines.imports(name) for name in BACK_ENDS)
+
+
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs DALI")
+@pytest.mark.parametrize(("decode", "name"), [("gpu", "dali"), ("cpu", "ffcv")])
+def test_the_decoder_gets_the_same_store_and_its_own_options(
+    decode: str, name: str, jpegs: pipelines.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def opened(*arguments: object, **options: object) -> None:
+        seen.append((*arguments, options))
+
+    monkeypatch.setattr(pipelines, "open_loader", opened)
+    words = ["data.pipeline=ffcv", f"data.decode={decode}", "data.threads=3"]
+    words += ["data.hw_decoder_load=0.5", "data.prefetch=2", "data.size=64"]
+    open_loader(load_config(None, words), jpegs, CUDA)
+    options = {"size": 64, "device": CUDA, "threads": 3, "prefetch": 2}
+    if decode == "gpu":
+        options["hw_decoder_load"] = 0.5
+    assert seen == [(name, jpegs, options)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs DALI")
+def test_a_run_of_ffcv_that_the_gpu_decodes_for(
+    jpeg_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data.pipeline=ffcv", "data.decode=gpu", "data.crop=random_resized", "run.device=cuda"]
+    folder, _ = runs.run(jpeg_beton, tmp_path, *words, "model.num_classes=4", "run.max_steps=3")
+    assert "loader     ffcv, decoding on the GPU, by dali" in capsys.readouterr().out
+    assert runs.steps_recorded(folder)[-1]["step"] == 3
