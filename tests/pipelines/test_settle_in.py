@@ -219,7 +219,7 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(
         return lambda function: function
 
     monkeypatch.setattr(area, "njit", njit)
-    assert area._compiled("signature")(abs)(-3) == 3
+    assert area.compiled("signature", fastmath=True)(abs)(-3) == 3
     assert asked == [("signature", {"nogil": True, "fastmath": True})] * 2
 
 
