@@ -96,7 +96,8 @@ def decode_top(
     """Decode the uppermost rows of a JPEG, as many as `image` has; those below cost nothing.
 
     The last CONTEXT_ROWS / divisor of them differ from those of `decode`: their colours depend on
-    rows that are not decoded. What libjpeg-turbo merely warns of is not noticed.
+    rows that are not decoded. So may all of an image that is at most 8 pixels wide, since another
+    divisor gives the same sides. What libjpeg-turbo merely warns of is not noticed.
 
     Raises:
         ValueError: libjpeg-turbo's error, or a JPEG of other sides or colours.

@@ -36,7 +36,9 @@ from pipelines.progress import progress_of
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(BLOCK)  # an archive ends with such blocks
 MOST_HEADER = 1 << 20  # bytes: nothing larger is read while headers are
-MOST_BEHIND_THE_END = 64 << 20  # bytes of padding that are looked at
+# Bytes of zeros at the end: two blocks, and what fills the last record of 20 blocks, as tar, bsdtar
+# and Python write them. More of them are what a broken download leaves.
+MOST_ZEROS = 22 * BLOCK
 
 SUFFIX = ".tar"
 NESTED = "tars inside tars inside a tar"
@@ -410,13 +412,15 @@ def _member(
 def _check_the_end(part: _Part, at: int) -> None:
     """ValueError where an archive that `tarfile` takes to end at `at` does not end there."""
     part.seek(at)
-    block = part.read(BLOCK)
-    if block != END:
+    rest = part.read(MOST_ZEROS + 1)
+    if rest[:BLOCK] != END:
         raise ValueError("no end of the archive, or a header that is none")
-    looked_at = 0
-    while looked_at < MOST_BEHIND_THE_END and (more := part.read(MOST_HEADER)):
-        if more.strip(b"\0"):
-            raise ValueError(
-                "more follows behind the end of the archive: is it several tars in one file?"
-            )
-        looked_at += len(more)
+    if rest.strip(b"\0"):
+        raise ValueError(
+            "more follows behind the end of the archive: is it several tars in one file?"
+        )
+    if len(rest) > MOST_ZEROS:
+        raise ValueError(
+            f"more than {MOST_ZEROS:,} zeros follow, as after a download that broke off: fetch it"
+            " again, or unpack it if it is meant so"
+        )

@@ -64,7 +64,7 @@ class ZipTree(RandomTree):
     def _take(self, info: zipfile.ZipInfo, names: list[str]) -> None:
         """Remember a member if it is a file."""
         name = checked_name(info.filename, self.path)
-        if info.is_dir():
+        if not name or info.is_dir():
             return
         mode = info.external_attr >> 16  # 0 where it was not made on a Unix
         if stat.S_ISLNK(mode):

@@ -92,7 +92,9 @@ def fuzz_archive(rng: np.random.Generator, folder: Path) -> str:
     n_left_out = len(done["skipped"])
     # A zip has no checksum of names: one that is damaged may no longer be an image's.
     n_told = n_left_out + sum(done["ignored"].values())
-    assert done["count"] + n_told >= len(FILES), "an image was lost without a word"
+    # Zeros to the end are how a tar ends. A few kilobytes of them nobody can tell from damage.
+    ends_early = how == "zero" and form in ("tar", "tars", "shard")
+    assert done["count"] + n_told >= len(FILES) or ends_early, "an image was lost without a word"
     shown = judge(dst, form)
     return f"{form} {how}: {done['count']} kept, {n_left_out} left out, {shown} as ever"
 

@@ -136,6 +136,8 @@ def test_the_top_is_that_of_the_whole(divisor: int) -> None:
         how["progressive"] = bool(rng.integers(2))
         how["restart_marker_blocks"] = int(rng.choice([0, 1, 5]))
         data = random_jpeg(rng, "RGB" if case % 4 else "L", **how)
+        if read_header(data).width <= 8:  # there two divisors may give the same sides
+            continue
         whole = decoded(data, divisor, fast_dct=True)
         for rows in rng.integers(1, len(whole) + 1, 3).tolist():
             top = top_of(data, rows, divisor)

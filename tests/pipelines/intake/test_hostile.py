@@ -224,6 +224,31 @@ def test_several_tars_in_one_file(tmp_path: Path) -> None:
     refused(path, "several tars in one file", tmp_path)
 
 
+def test_a_file_that_ends_in_zeros_is_a_broken_download(tmp_path: Path) -> None:
+    """Room was made for the whole file, and half of it came."""
+    files = {f"cat/{i}.jpg": jpeg(i) for i in range(20)} | IMAGES
+    path = forms.tar(files.items(), tmp_path / "x.tar")
+    with tarfile.open(path) as archive:
+        offset = archive.getmember("cat/9.jpg").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:offset] + bytes(len(whole) - offset))
+    refused(path, "more than 11,264 zeros follow, as after a download that broke off", tmp_path)
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        for count in range(1, 24):  # whatever fills the last record
+            with tarfile.open(path, "w", format=kind) as archive:
+                for i in range(count):
+                    archive.addfile(tarfile.TarInfo(f"{i}"))
+            assert len(TarTree(path).names) == count
+
+
+def test_a_member_without_a_name(tmp_path: Path) -> None:
+    path = forms.zipped(IMAGES, tmp_path / "x.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("", "./", "."):
+            archive.writestr(zipfile.ZipInfo(name), b"")
+    assert convert_images(path, tmp_path / "out.beton")["count"] == 4
+
+
 def test_a_header_that_would_take_gigabytes(tmp_path: Path) -> None:
     """A header of extended names may claim any size."""
     path = tmp_path / "x.tar"
