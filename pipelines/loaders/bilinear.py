@@ -58,9 +58,9 @@ def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _round(sums, result):  # type: ignore[no-untyped-def]
-    """Sums of weighted values, uint32, HALF included -> the values, uint8."""
+    """Sums of weighted values, uint32, HALF included -> the values, of any type."""
     for j in range(len(result)):
-        result[j] = np.uint8(min(sums[j] >> PRECISION_BITS, MOST))
+        result[j] = min(sums[j] >> PRECISION_BITS, MOST)
 
 
 @njit(nogil=True)
@@ -71,8 +71,18 @@ def _add(values, weight, sums):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def _copy(values, line):  # type: ignore[no-untyped-def]
+    """A row of values, uint8, at the start of `line`. Numba makes no vectors of `[:] =`."""
+    for j in range(len(line)):
+        line[j] = values[j]
+
+
+@njit(nogil=True)
 def _across(line, at, weights, sums, result):  # type: ignore[no-untyped-def]
-    """The horizontal pass of one row, uint8. `weights` are uint32 (pixels of the result, taps)."""
+    """The horizontal pass of one row: `line`, uint32, as wide as the sums -> `result`, uint8.
+
+    `weights` are uint32 (pixels of the result, taps).
+    """
     # With a number that the compiler knows it takes half the time.
     taps = weights.shape[1]
     if taps == 2:
@@ -124,7 +134,7 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
 
     # `line` is what the horizontal pass reads of a row. Only `inside` of it, which lies over the
     # window and over the source, is ever written. The rest stays zero.
-    line = np.zeros(CHANNELS * (end - begin) + 1, np.uint8)
+    line = np.zeros(CHANNELS * (end - begin) + 1, np.uint32)
     low = max(begin, -left)
     high = max(low, min(end, width, source.shape[1] - left))
     inside = line[CHANNELS * (low - begin) : CHANNELS * (high - begin)]
@@ -165,7 +175,7 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
             row = top + k
             slot = ring[k % len(ring)]
             if 0 <= row < source.shape[0]:
-                inside[:] = rows[row, read]
+                _copy(rows[row, read], inside)
                 _across(line, at, wx, sums, slot)
             else:
                 slot[:] = 0

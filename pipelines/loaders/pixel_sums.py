@@ -1,14 +1,14 @@
 """Weighted sums of neighbouring pixels, by vector instructions that numba finds no way to.
 
-A row of pixels is a flat array of three values each, float32 or uint8. Pixels are summed as vectors
-of four: a whole pixel, and the first value of the next one. Numba's own loops would gather the
-values of many pixels one by one, which takes four times as long.
+A row of pixels is a flat array of three values each, float32 or uint32. Pixels are summed as
+vectors of four: a whole pixel, and the first value of the next one. Numba's own loops would gather
+the values of many pixels one by one, which takes four times as long.
 
 Numba keeps machine code by the file of the function that was compiled: a change here comes into
 effect once the modules that use it change too.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -18,19 +18,7 @@ from numba.extending import intrinsic
 CHANNELS = 3
 N_LANES = 4  # of a vector: a pixel, and a value that the next pixel's vector overwrites
 
-
-class _Lanes(NamedTuple):
-    """What the vectors of a kind of pixels are made of: LLVM's types."""
-
-    stored: Any  # of `line`
-    summed: Any  # of weights and sums
-    is_float: bool
-
-
-_FLOATS = _Lanes(ir.FloatType(), ir.FloatType(), True)
-_BYTES = _Lanes(ir.IntType(8), ir.IntType(32), False)
-_LANES = {types.float32: _FLOATS, types.uint8: _BYTES}  # by the type of `line`
-
+_ELEMENTS = {types.float32: ir.FloatType(), types.uint32: ir.IntType(32)}
 _ALL_FIRST = ir.Constant(ir.VectorType(ir.IntType(32), N_LANES), [0] * N_LANES)
 
 
@@ -46,10 +34,11 @@ def pixel_sums(  # type: ignore[no-untyped-def]
 ):
     """sums[3 x + c] = bias + sum over k < taps of weights[x, k] * line[at[x] + 3 k + c].
 
-    `line` is float32, and so are weights, bias and sums; or it is uint8 and they are uint32. For
-    numba's functions only. Nothing is checked: neither bounds nor types.
+    `line`, weights, bias and sums are all float32, or all uint32. For numba's functions only.
+    Nothing is checked: neither bounds nor types.
     """
-    lanes = _LANES[line.dtype]
+    is_float = line.dtype == types.float32
+    vector = ir.VectorType(_ELEMENTS[line.dtype], N_LANES)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         arrays = {}
@@ -58,21 +47,16 @@ def pixel_sums(  # type: ignore[no-untyped-def]
             arrays[place] = make(context, builder, args[place])
         outputs = builder.extract_value(arrays[1].shape, 0)
         n_taps, one_bias = args[3], args[4]
-        vector = ir.VectorType(lanes.summed, N_LANES)
+
+        def vector_at(pointer: Any) -> Any:
+            return builder.bitcast(pointer, vector.as_pointer())
 
         def four_times(value: Any) -> Any:
             one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _index(0))
             return builder.shuffle_vector(one, one, _ALL_FIRST)
 
-        def pixel_at(pointer: Any) -> Any:
-            stored = ir.VectorType(lanes.stored, N_LANES)
-            # Aligned as a value is, not as a vector.
-            align = 4 if lanes.is_float else 1
-            values = builder.load(builder.bitcast(pointer, stored.as_pointer()), align=align)
-            return values if lanes.is_float else builder.zext(values, vector)
-
         def plus_product(total: Any, values: Any, weight: Any) -> Any:
-            if lanes.is_float:
+            if is_float:
                 product = builder.fmul(values, weight, flags=("fast",))
                 return builder.fadd(total, product, flags=("fast",))
             return builder.add(total, builder.mul(values, weight))
@@ -87,12 +71,13 @@ def pixel_sums(  # type: ignore[no-untyped-def]
             with cgutils.for_range(builder, n_taps) as tap:
                 k = tap.index
                 pixel = builder.gep(pixels, [builder.mul(k, ir.Constant(k.type, CHANNELS))])
+                # Aligned as a value is, not as a vector.
+                values = builder.load(vector_at(pixel), align=4)
                 weight = four_times(builder.load(builder.gep(weights_here, [k])))
-                more = plus_product(builder.load(total), pixel_at(pixel), weight)
+                more = plus_product(builder.load(total), values, weight)
                 builder.store(more, total)
             place = builder.gep(arrays[5].data, [builder.mul(x, ir.Constant(x.type, CHANNELS))])
-            result = builder.bitcast(place, vector.as_pointer())
-            builder.store(builder.load(total), result, align=4)
+            builder.store(builder.load(total), vector_at(place), align=4)
         return context.get_dummy_value()
 
     return types.void(line, at, weights, taps, bias, sums), code
