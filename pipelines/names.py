@@ -1,9 +1,10 @@
-"""The rule for class names, wherever they come from: a sidecar, or a checkpoint."""
+"""The rule for class names, wherever they come from: a sidecar, a checkpoint, a list of them."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from pipelines.files import shown
+from pipelines.files import read_regular, readable, shown
 
 MOST_NAME = 1000  # characters of a class name
 
@@ -29,3 +30,14 @@ def checked_names(classes: Any) -> tuple[str, ...] | None:
             f"the class name {shown(name)} stands {times} times: none may be there twice"
         )
     return tuple(classes)
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Names of classes, one a line. ValueError for what are none."""
+    try:
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
+        names = checked_names([line.strip() for line in lines])
+    except ValueError as error:
+        raise ValueError(f"classes = {readable(path)}: {error}") from None
+    assert names is not None
+    return names

@@ -225,7 +225,8 @@ def convert_images(args: argparse.Namespace, encoding: Encoding) -> None:
     from pipelines.convert_images import convert_collection, is_complete
     from pipelines.files import readable
     from pipelines.intake.parts import Shard, parts_of
-    from pipelines.intake.recognise import Wishes, names_in, recognise
+    from pipelines.intake.recognise import Wishes, recognise
+    from pipelines.names import names_in
     from pipelines.sources.beton_writer import refuse_existing
 
     shard = None if args.shard is None else Shard.parsed(args.shard)

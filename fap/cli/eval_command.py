@@ -23,6 +23,7 @@ from fap.evaluate.results import Results
 from fap.evaluate.work import carry_out, look
 from fap.run.torch_setup import limit_threads
 from pipelines.corrupt import NAMES, QUICK, SMALL, definitions
+from pipelines.names import names_in
 from pipelines.sources import accepted
 from pipelines.workers import Workers
 
@@ -65,13 +66,29 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
             if given is not None:
                 parser.error(f"{option} is about the sets of --corrupt, which is not given")
+    if args.classes is not None and args.plain is None:
+        parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
     return args
 
 
 def _add_image_sets(parser: ArgumentParser) -> None:
     """What is evaluated, and on which images."""
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a step_*.safetensors of a run")
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a step_*.safetensors of a run; with --plain a file of plain weights",
+    )
+    add(
+        "--plain",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the files are plain weights (.safetensors) of a torchvision or timm model:"
+        " model.name=resnet50, and what differs from torchvision's evaluation, such as"
+        " data.resize=232 or model.num_classes=10; nothing for what fap-export wrote",
+    )
+    add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
     add("--data", required=True, help=f"clean images: {accepted()}")
     add(
         "--corrupt",
@@ -177,6 +194,8 @@ def wishes(args: Namespace) -> Wanted:
         bn=args.bn,
         pictures=_path(args.out) / "pictures",
         by_position=args.labels_by_position,
+        plain=None if args.plain is None else tuple(args.plain),
+        classes=None if args.classes is None else names_in(_path(args.classes)),
     )
 
 

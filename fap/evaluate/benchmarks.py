@@ -38,6 +38,10 @@ class Wanted:
     """A folder for sheets of what was found in the first images; None: none are drawn."""
     by_position: bool = False
     """Labels may be compared by position where only one side has class names."""
+    plain: tuple[str, ...] | None = None
+    """The files are plain weights, of a config that these `key=value` say; None: checkpoints."""
+    classes: tuple[str, ...] | None = None
+    """Names of the outputs of plain weights."""
 
 
 def eval_sets(

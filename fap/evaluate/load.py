@@ -1,4 +1,4 @@
-"""The model of a run's checkpoint: to evaluate it, or to export it as plain weights.
+"""The model of a run's checkpoint, to evaluate it or to export it; or that of plain weights.
 
 A checkpoint may come from anyone. Before a model is built, its metadata is validated, and the
 names, shapes and types of its tensors are compared with those of a model without storage. So what
@@ -6,8 +6,10 @@ is allocated is never more than the file itself holds, whatever its config says.
 """
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +20,23 @@ from torch.overrides import TorchFunctionMode
 
 from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint
-from fap.config import Config
+from fap.config import Config, load_config
 from fap.nets import dual
+from fap.nets.pretrained import load_plain, read_weights
 from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
-from pipelines.files import one_line, shown
+from pipelines.files import one_line, read_regular, shown
 
 SUFFIX = ".safetensors"
+MOST_WEIGHTS = 16 << 30  # bytes of a file of plain weights
+NOT_IN_NAMES = r"[^A-Za-z0-9._-]"  # in those of results
+MOST_NAME = 60
+
+# torchvision's, for all of its published weights.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_CLASSES = 1000
 CIFAR_RESNET = "cifar_resnet"  # the depth follows
 MOST_DIGITS = 9  # of that depth
 # Not torch.tensor and torch.arange: torchvision computes RegNet's widths with them.
@@ -34,13 +45,14 @@ _STORAGE = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of a training run."""
+    """A checkpoint of a training run, or plain weights."""
 
     model: nn.Module  # converted, in evaluation mode
     task: Task
     config: Config
-    meta: RunMeta
-    content: str  # the file's checksum and size
+    classes: tuple[str, ...] | None  # names in the order of the outputs; None: nobody knows them
+    step: int  # optimiser steps done; 0 of plain weights, whose file does not say it
+    content: str  # what it is: the file's checksum and size, and of plain weights their config
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -54,7 +66,57 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
     model.load_state_dict(read.state)
     model.to(device)
     model.to(memory_format=torch.channels_last)
-    return Trained(model.eval(), task, read.config, read.meta, read.content)
+    meta = read.meta
+    return Trained(model.eval(), task, read.config, meta.train.classes, meta.step, read.content)
+
+
+def load_weights(
+    path: str | Path,
+    words: Sequence[str],
+    classes: tuple[str, ...] | None = None,
+    device: str | torch.device = "cpu",
+) -> Trained:
+    """Plain weights, as torchvision and timm publish them and fap-export writes them.
+
+    `words` are `key=value` of a config: model.name, and how the model wants its images. What they
+    do not say is taken from the file's header, if fap-export wrote it, else it is what torchvision
+    evaluates on: ImageNet's mean and std, 1,000 classes, 224 px cut out of 256.
+
+    Raises ValueError for what is no such file or does not fit, OSError.
+    """
+    path = Path(path)
+    state, header = read_weights(path, MOST_WEIGHTS)
+    config = load_config(None, _words_of_weights(path, header, words, classes))
+    try:
+        task = make_task(config)
+        model = dual.convert(task.plain_model(), aux=False)
+        load_plain(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model.to(device)
+    model.to(memory_format=torch.channels_last)
+    settings = config.model_dump_json(include={"model", "data", "task"})
+    crc32 = zlib.crc32(settings.encode(), zlib.crc32(read_regular(path, MOST_WEIGHTS)))
+    return Trained(model.eval(), task, config, classes, 0, f"{crc32:08x}-{path.stat().st_size}")
+
+
+def _words_of_weights(
+    path: Path, header: Mapping[str, str], words: Sequence[str], classes: tuple[str, ...] | None
+) -> list[str]:
+    """The config of plain weights as `key=value`; later words win."""
+    found = [
+        f"name={re.sub(NOT_IN_NAMES, '-', path.stem)[:MOST_NAME]}",
+        f"data.mean={list(IMAGENET_MEAN)}",
+        f"data.std={list(IMAGENET_STD)}",
+        f"model.num_classes={len(classes or ()) or IMAGENET_CLASSES}",
+    ]
+    fields = {"mean": "data.mean", "std": "data.std", "size": "data.size"}
+    fields |= {"num_classes": "model.num_classes", "model": "model.name"}
+    found += [f"{field}={header[name]}" for name, field in fields.items() if name in header]
+    found += words
+    if not any(word.startswith("model.name=") for word in found):
+        raise ValueError(f"{path}: say which model these weights are of: --plain model.name=NAME")
+    return found
 
 
 def export(path: str | Path, out: str | Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from fap.config import Config
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
-from fap.evaluate.load import Trained, load_model
+from fap.evaluate.load import Trained, load_model, load_weights
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
@@ -82,7 +82,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
     `data`: the store of `wanted.data`. Raises ValueError, OSError, ImportError, DamagedCheckpoint
     or DamagedData.
     """
-    trained = load_model(path)
+    trained = _load(path, wanted)
     if wanted.bn == "aux" and not _has_aux(trained):
         raise ValueError(
             f"--bn aux: {path} was trained without auxiliary batch norms; only main is there"
@@ -108,8 +108,8 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         content=trained.content,
         task=trained.task,
         config=config,
-        step=trained.meta.step,
-        classes=trained.meta.train.classes,
+        step=trained.step,
+        classes=trained.classes,
         items=items,
         unused=unused,
     )
@@ -126,7 +126,7 @@ def carry_out(
     todo = [item.set for item in work.items if item.known is None]
     draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
     if todo or draws:
-        trained = load_model(work.path, wanted.device)
+        trained = _load(work.path, wanted, wanted.device)
         if trained.content != work.content:
             raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
         evaluation = _Evaluation(trained, wanted, results)
@@ -174,6 +174,12 @@ def _stopping(workers: Workers) -> Iterator[None]:
     except BaseException:
         workers.stop()
         raise
+
+
+def _load(path: Path, wanted: Wanted, device: str = "cpu") -> Trained:
+    if wanted.plain is None:
+        return load_model(path, device)
+    return load_weights(path, wanted.plain, wanted.classes, device)
 
 
 def _has_aux(trained: Trained) -> bool:
@@ -232,7 +238,7 @@ class _Evaluation:
                 return write_pictures(
                     trained.model,
                     trained.task,
-                    trained.meta.train.classes,
+                    trained.classes,
                     opened,
                     file,
                     most=IMAGES_OF_A_SHEET,
@@ -263,7 +269,7 @@ class _Evaluation:
             return match_labels(
                 opened.classes,
                 opened.labels,
-                self.trained.meta.train.classes,
+                self.trained.classes,
                 self.trained.task.n_classes,
                 by_position=self.wanted.by_position,
                 restrict=one.restrict,

@@ -102,7 +102,7 @@ def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], 
     # Weights in float64 are twice as large as ours.
     most_bytes = 2 * held + MOST_HEADER
     try:
-        state, header = _read_weights(Path(os.path.expanduser(path)), most_bytes)
+        state, header = read_weights(Path(os.path.expanduser(path)), most_bytes)
         what = ""
         if isinstance(model, RetinaNet):
             state, what = _of_detector(model, state)
@@ -161,7 +161,7 @@ def _doubts(header: Mapping[str, str], config: Config) -> list[str]:
     return doubts
 
 
-def _read_weights(file: Path, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(file: Path, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file of plain weights.
 
     Raises OSError; ValueError for any other file.

@@ -12,14 +12,13 @@ from pipelines.archives.names import innermost_root, is_image, looks_like_shards
 from pipelines.archives.tar import StreamedTar, TarTree, compression_of, has_tar_header
 from pipelines.archives.tree import FolderTree, JoinedTree, ListedFolder, Tree
 from pipelines.archives.zips import ZipTree
-from pipelines.files import listed, open_regular, read_regular, readable
+from pipelines.files import listed, open_regular, readable
 from pipelines.intake import layouts
 from pipelines.intake.collection import Collection, TreeCollection
 from pipelines.intake.label_files import ACCEPTED, Labels, labels_beside, labels_inside, read_labels
 from pipelines.intake.parquet import ParquetFiles, is_parquet, parquet_files, split_of
 from pipelines.intake.stores import Samples
 from pipelines.intake.webdataset import WebDataset
-from pipelines.names import checked_names
 from pipelines.sources import SOURCES, source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
@@ -87,17 +86,6 @@ def _name_classes(collection: Collection, classes: tuple[str, ...]) -> None:
     if most >= len(classes):
         raise ValueError(f"{where}: holds labels up to {most}, --classes {len(classes)} names")
     collection.classes = classes
-
-
-def names_in(path: Path) -> tuple[str, ...]:
-    """Names of classes, one a line. ValueError for what are none."""
-    try:
-        lines = read_regular(path).decode("utf-8-sig").splitlines()
-        names = checked_names([line.strip() for line in lines])
-    except ValueError as error:
-        raise ValueError(f"classes = {readable(path)}: {error}") from None
-    assert names is not None
-    return names
 
 
 # ------------------------------------------------------------------ files

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
@@ -100,6 +101,18 @@ def published(folder: Path, n_classes: int) -> nn.Module:
     return model.eval()
 
 
+def write_checkpoint(path: Path, plain: nn.Module, classes: list[str]) -> None:
+    """A run's, with these weights."""
+    settings = {
+        "name": "published",
+        "model": {"name": "resnet18", "num_classes": len(classes)},
+        "data": {"mean": MEAN, "std": STD},
+    }
+    state = prepare(deepcopy(plain), aux=True, size=224).state_dict()
+    named = {f"model.{name}": tensor for name, tensor in state.items()}
+    checkpoint.save(path, named, valid_meta(make_config(settings), classes))
+
+
 class Recorder:
     """An evaluator that keeps what it is shown."""
 
@@ -117,18 +130,20 @@ class Recorder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pipeline", "as_folder", "tolerance"),
+    ("pipeline", "as_folder", "tolerance", "is_plain"),
     [
-        ("reference", True, 1e-3),
-        ("ffcv", False, 1e-3),
+        ("reference", True, 1e-3, False),
+        ("ffcv", False, 1e-3, False),
+        ("turbojpeg", False, 1e-3, True),
         # Of some 0.2% of the values, which DALI rounds to the next grey level: 1.1e-3 at most.
-        ("dali", False, 5e-3),
+        ("dali", False, 5e-3, True),
     ],
 )
-def test_a_checkpoint_scores_what_torchvisions_loop_gives(
+def test_weights_score_what_torchvisions_loop_gives(
     pipeline: str,
     as_folder: bool,
     tolerance: float,
+    is_plain: bool,  # the weights as torchvision has them, or a run's checkpoint
     photos: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,15 +156,13 @@ def test_a_checkpoint_scores_what_torchvisions_loop_gives(
     plain = published(folder, len(classes))
     want, labels = torchvisions_loop(plain, folder)
 
-    settings = {
-        "name": "published",
-        "model": {"name": "resnet18", "num_classes": len(classes)},
-        "data": {"mean": MEAN, "std": STD},
-    }
-    state = prepare(deepcopy(plain), aux=True, size=224).state_dict()
-    named = {f"model.{name}": tensor for name, tensor in state.items()}
-    meta = valid_meta(make_config(settings), classes)
-    checkpoint.save(tmp_path / "step_00000005.safetensors", named, meta)
+    file, more = tmp_path / "published.safetensors", []
+    if is_plain:
+        safetensors.torch.save_file(dict(plain.state_dict()), file)
+        (tmp_path / "names.txt").write_text("\n".join(classes))
+        more = ["--plain", "model.name=resnet18", "--classes", str(tmp_path / "names.txt")]
+    else:
+        write_checkpoint(file, plain, classes)
 
     recorders = []
 
@@ -161,8 +174,7 @@ def test_a_checkpoint_scores_what_torchvisions_loop_gives(
     monkeypatch.setattr(report, "_plot", no_plot)
     data = folder if as_folder else beton
     words = ["--data", str(data), "--device", "cpu", "--pipeline", pipeline, "--batch", "8"]
-    given = [str(tmp_path / "step_00000005.safetensors"), *words, "--out", str(tmp_path / "out")]
-    assert cli.main(given) == 0
+    assert cli.main([str(file), *words, *more, "--out", str(tmp_path / "out")]) == 0
 
     (recorder,) = recorders
     logits, seen = (torch.cat(part)[: len(labels)] for part in zip(*recorder.seen, strict=True))
