@@ -171,8 +171,8 @@ class MethodConfig(Section):
 
 class DataConfig(Section):
     train: FilePath | None = None
-    """What one of `pipelines.sources` opens: a `.beton` file, several as `shards/*.beton`, or an
-    image folder in ImageNet's layout."""
+    """What one of `pipelines.sources` opens: a `.beton` file, several as `shards/*.beton`, an image
+    folder in ImageNet's layout, or a tar of one."""
     val: FilePath | None = None
     pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS, AUTO))] = AUTO
     """The loader: one of `pipelines.back_ends.BACK_ENDS`. `auto` is the first that is installed and

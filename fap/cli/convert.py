@@ -93,8 +93,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--decoded",
         choices=("yuv420",),
-        help="store the decoded planes of the JPEGs: several times faster to load, about twice as"
-        " large; for the pipelines ffcv, turbojpeg and reference",
+        help="store the decoded planes of the JPEGs: several times faster to load, two to three"
+        " times as large; for the pipelines ffcv, turbojpeg and reference",
     )
     add("--skip-bad", action="store_true", help="leave damaged images out instead of failing")
     add(

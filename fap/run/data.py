@@ -15,6 +15,7 @@ from fap.run.back_end import loader_name
 from fap.tasks import task_class
 from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
+from pipelines.sources import accepted
 
 NAMES_SHOWN = 3  # class names at either end of the list
 
@@ -80,7 +81,7 @@ def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
     if path is None:
         raise ValueError(
             f"data.{field} is not set: "
-            "give a .beton file (make one with fap-convert) or an image folder"
+            f"give {accepted()} (fap-convert makes a .beton of what else you hold)"
         )
     store = pipelines.open_store(path)
     try:
