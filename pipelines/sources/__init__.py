@@ -19,7 +19,8 @@ SOURCES: tuple[type[Store], ...] = (BetonStore, FolderStore, TarStore, ShardedSt
 
 def accepted() -> str:
     """What `open_store` opens, for messages."""
-    return " or ".join(source.described_as for source in SOURCES)
+    *first, last = (source.described_as for source in SOURCES)
+    return f"{', '.join(first)} or {last}"
 
 
 def source_of(path: Path) -> type[Store]:

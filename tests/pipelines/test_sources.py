@@ -54,7 +54,7 @@ def test_an_added_source_is_found(
 ) -> None:
     file = tmp_path / "x.jpg"
     file.write_bytes(as_jpeg(np.zeros((60, 80, 3), np.uint8)))
-    before = re.escape(" or ".join(source.described_as for source in sources.SOURCES))
+    before = re.escape(sources.accepted())
     with pytest.raises(ValueError, match=rf"x\.jpg: expected {before}$"):
         open_store(file)
     monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, OneImage))
@@ -69,7 +69,8 @@ def test_an_added_source_is_found(
     # The others are opened as before, and an error names all of them.
     assert isinstance(open_store(small), BetonStore)
     assert isinstance(open_store(jpeg_folder), FolderStore)
-    accepted = rf"expected {before} or a single \.jpg file"
+    others = ".*".join(re.escape(source.described_as) for source in sources.SOURCES)
+    accepted = f"expected {others}$"
     for path in (tmp_path / "nothing.jpg", Path("/dev/null")):
         with pytest.raises(ValueError, match=f"{path}: .*{accepted}"):
             open_store(path)
@@ -91,7 +92,7 @@ def test_a_beton_needs_no_special_name_and_a_name_is_no_beton(small: Path) -> No
     other = small.rename(small.with_name("train.ffcv"))
     assert isinstance(open_store(other), BetonStore)
     other.write_bytes(b"PK" + other.read_bytes()[2:])
-    with pytest.raises(ValueError, match=r"train\.ffcv: expected a \.beton file or an image"):
+    with pytest.raises(ValueError, match=r"train\.ffcv: expected a \.beton file, an image"):
         open_store(other)
     with pytest.raises(DamagedData, match=r"x\.beton: not a version 2 FFCV file"):
         open_store(other.rename(small.with_name("x.beton")))

@@ -100,7 +100,7 @@ def test_shards_are_converted_and_flat_tars_need_labels(tmp_path: Path) -> None:
     flat = forms.tar([("1.JPEG", jpeg(1))], tmp_path / "flat.tar")
     with pytest.raises(ValueError, match="no images under CLASS/IMAGE"):
         open_store(flat)
-    with pytest.raises(ValueError, match=r"expected a \.beton file.* or a tar of class folders"):
+    with pytest.raises(ValueError, match=r"expected a \.beton file.* a tar of class folders"):
         open_store(forms.tar([("1.JPEG", jpeg(1))], tmp_path / "x.tar.gz", "w:gz"))
 
 
