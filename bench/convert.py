@@ -103,7 +103,9 @@ def decibel(
 
 def main() -> None:
     a = options(__doc__, count=2000, repeats=5).parse_args()
-    with tempfile.TemporaryDirectory(dir=ROOT / "data", prefix="bench-") as folder:
+    data = ROOT / "data"
+    data.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data, prefix="bench-") as folder:
         src = make(Path(folder) / "jpegs", a.count)
         total_bytes = sum(path.stat().st_size for path in src.rglob("*.JPEG"))
         files = [path for path, _ in ImageFolder(str(src)).samples[:COMPARED]]
