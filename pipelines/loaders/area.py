@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
+from pipelines.loaders.pixel_sums import CHANNELS, unrolled_sums
 
 # Added before the fraction is cut off: rounds to nearest. A plain 0.5 is a double, and would make
 # doubles of the sums.
@@ -141,14 +141,8 @@ def area_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped
     for y in range(out_height):
         # Vertically first: source rows are contiguous.
         _blend(rows[:, low:high], ys[y], wy[:, y], inside)
-        # Then horizontally. A window no larger than its place has 2 taps, one of up to twice the
-        # sides 3: with a number that the compiler knows, these take half the time.
-        if taps == 2:
-            pixel_sums(line, at, wx, 2, HALF, values)
-        elif taps == 3:
-            pixel_sums(line, at, wx, 3, HALF, values)
-        else:
-            pixel_sums(line, at, wx, taps, HALF, values)
+        # Then horizontally.
+        unrolled_sums(line, at, wx, HALF, values)
 
         # Over int32, because a float has no vector instruction that converts it to uint8.
         result = lines[out_top + y]

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, types
 
 from pipelines.loaders.area import compiled
-from pipelines.loaders.pixel_sums import CHANNELS, pixel_sums
+from pipelines.loaders.pixel_sums import CHANNELS, unrolled_sums
 
 PRECISION_BITS = np.uint32(32 - 8 - 2)  # of a weight behind the point: 8 a value, 2 for the sum
 HALF = np.uint32(1 << 21)  # rounds to nearest
@@ -83,16 +83,7 @@ def _across(line, at, weights, sums, result):  # type: ignore[no-untyped-def]
 
     `weights` are uint32 (pixels of the result, taps).
     """
-    # With a number that the compiler knows it takes half the time.
-    taps = weights.shape[1]
-    if taps == 2:
-        pixel_sums(line, at, weights, 2, HALF, sums)
-    elif taps == 3:
-        pixel_sums(line, at, weights, 3, HALF, sums)
-    elif taps == 4:
-        pixel_sums(line, at, weights, 4, HALF, sums)
-    else:
-        pixel_sums(line, at, weights, taps, HALF, sums)
+    unrolled_sums(line, at, weights, HALF, sums)
     _round(sums, result)
 
 
