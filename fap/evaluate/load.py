@@ -22,7 +22,7 @@ from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.nets import dual
-from fap.nets.pretrained import load_plain, read_weights
+from fap.nets.pretrained import load_plain, weights_in
 from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
@@ -85,7 +85,8 @@ def load_weights(
     Raises ValueError for what is no such file or does not fit, OSError.
     """
     path = Path(path)
-    state, header = read_weights(path, MOST_WEIGHTS)
+    content = read_regular(path, MOST_WEIGHTS)
+    state, header = weights_in(content, path)
     config = load_config(None, _words_of_weights(path, header, words, classes))
     try:
         task = make_task(config)
@@ -96,8 +97,8 @@ def load_weights(
     model.to(device)
     model.to(memory_format=torch.channels_last)
     settings = config.model_dump_json(include={"model", "data", "task"})
-    crc32 = zlib.crc32(settings.encode(), zlib.crc32(read_regular(path, MOST_WEIGHTS)))
-    return Trained(model.eval(), task, config, classes, 0, f"{crc32:08x}-{path.stat().st_size}")
+    crc32 = zlib.crc32(settings.encode(), zlib.crc32(content))
+    return Trained(model.eval(), task, config, classes, 0, f"{crc32:08x}-{len(content)}")
 
 
 def _words_of_weights(

@@ -102,7 +102,8 @@ def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], 
     # Weights in float64 are twice as large as ours.
     most_bytes = 2 * held + MOST_HEADER
     try:
-        state, header = read_weights(Path(os.path.expanduser(path)), most_bytes)
+        file = Path(os.path.expanduser(path))
+        state, header = weights_in(read_regular(file, most_bytes), file)
         what = ""
         if isinstance(model, RetinaNet):
             state, what = _of_detector(model, state)
@@ -161,12 +162,11 @@ def _doubts(header: Mapping[str, str], config: Config) -> list[str]:
     return doubts
 
 
-def read_weights(file: Path, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file of plain weights.
+def weights_in(content: bytes, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header in the content of a file of plain weights.
 
     Raises OSError; ValueError for any other file.
     """
-    content = read_regular(file, most_bytes)
     try:
         state = safetensors.torch.load(content)
         header_end = 8 + int.from_bytes(content[:8], "little")
