@@ -49,6 +49,15 @@ def open_regular(path: str | Path) -> IO[bytes]:
     return open(descriptor, "rb", buffering=0)
 
 
+def first_bytes(path: str | Path, most: int) -> bytes:
+    """The first `most` bytes of a regular file, or all of a shorter one.
+
+    Raises as `open_regular`.
+    """
+    with open_regular(path) as file:
+        return file.read(most)
+
+
 def _what_it_is(mode: int) -> str:
     match stat.S_IFMT(mode):
         case stat.S_IFDIR:

@@ -30,7 +30,7 @@ from pipelines.archives.tree import (
     checked_name,
     refuse_doubles,
 )
-from pipelines.files import open_regular, readable
+from pipelines.files import first_bytes, open_regular, readable
 from pipelines.progress import progress_of
 
 BLOCK = tarfile.BLOCKSIZE
@@ -289,18 +289,16 @@ class StreamedTar(Tree):
 
 def compression_of(path: Path) -> tuple[str, Callable[..., Any]] | None:
     """How a file is compressed, and what opens it; None where it is not."""
-    with open_regular(path) as file:
-        head = file.read(max(map(len, COMPRESSIONS)))
-    for first_bytes, how in COMPRESSIONS.items():
-        if head.startswith(first_bytes):
+    head = first_bytes(path, max(map(len, COMPRESSIONS)))
+    for beginning, how in COMPRESSIONS.items():
+        if head.startswith(beginning):
             return how
     return None
 
 
 def has_tar_header(path: Path) -> bool:
     """Whether a file begins as a tar does that is not older than POSIX's."""
-    with open_regular(path) as file:
-        return file.read(BLOCK)[257:262] == b"ustar"
+    return first_bytes(path, BLOCK)[257:262] == b"ustar"
 
 
 def _given(data: bytes, size: int) -> Callable[[], bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.files import GIGABYTE, open_regular, read_regular, readable
+from pipelines.files import GIGABYTE, first_bytes, read_regular, readable
 
 MOST_BYTES = GIGABYTE  # of one file
 MOST_NAME_BYTES = 4096  # Linux's PATH_MAX
@@ -81,10 +81,7 @@ class ListedFolder(RandomTree):
 
     def read(self, number: int, most: int | None = None) -> bytes:
         path = self.path / self.names[number]
-        if most is None:
-            return read_regular(path)
-        with open_regular(path) as file:
-            return file.read(most)
+        return read_regular(path) if most is None else first_bytes(path, most)
 
 
 class FolderTree(ListedFolder):

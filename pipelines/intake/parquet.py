@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.archives.names import in_class_order
 from pipelines.extras import needs
-from pipelines.files import listed, open_regular, readable
+from pipelines.files import first_bytes, listed, open_regular, readable
 from pipelines.intake.collection import Collection, Content, Image
 from pipelines.intake.wnids import class_names, without_wnid
 from pipelines.names import checked_names
@@ -140,8 +140,7 @@ def split_of(file: Path) -> str | None:
 
 def is_parquet(path: Path) -> bool:
     """Whether a file begins as parquet does."""
-    with open_regular(path) as file:
-        return file.read(len(FIRST_BYTES)) == FIRST_BYTES
+    return first_bytes(path, len(FIRST_BYTES)) == FIRST_BYTES
 
 
 def _given(cell: bytes | None) -> Callable[[], Image]:

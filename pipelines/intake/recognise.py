@@ -23,6 +23,7 @@ from pipelines.sources import SOURCES, source_of
 from pipelines.sources.beton import BetonStore
 from pipelines.sources.folder import FolderStore
 from pipelines.sources.image_files import ImageFilesStore
+from pipelines.sources.shards import is_pattern
 
 Split = Literal["train", "val", "test"]
 
@@ -34,7 +35,6 @@ SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
 }
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")  # below Kaggle's root, or part of it
 TAR_OF = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
-WILDCARDS = "*?["
 
 FORMS = (
     "class folders, in a folder, a .tar (also .gz, .bz2, .xz) or a .zip; ImageNet's"
@@ -69,7 +69,7 @@ def recognise(src: str | Path, wishes: Wishes = Wishes()) -> Collection:  # noqa
 
 def _recognised(src: str | Path, wishes: Wishes) -> Collection:
     path = Path(src)
-    if not os.path.lexists(path) and any(sign in str(src) for sign in WILDCARDS):
+    if is_pattern(path):
         return _of_many(str(src), wishes)
     if not path.exists():
         raise ValueError(f"{readable(path)}: no such file or folder; accepted are {FORMS}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.files import listed, open_regular, readable
+from pipelines.files import first_bytes, listed, readable
 from pipelines.jpeg import PIXELS_PER_BYTE, jpeg_sides
 from pipelines.sources.beton_layout import (
     ALLOCATING,
@@ -358,8 +358,7 @@ class _Told(NamedTuple):
 
 def _begins_as_ffcv_files_do(path: Path) -> bool:
     try:
-        with open_regular(path) as file:
-            start = file.read(HEADER.itemsize)
+        start = first_bytes(path, HEADER.itemsize)
     except ValueError:  # no regular file
         return False
     if len(start) < HEADER.itemsize:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.archives.listing import INDEX, list_images
-from pipelines.files import open_regular, read_regular
+from pipelines.files import first_bytes, read_regular
 from pipelines.images import UNREADABLE, reason
 from pipelines.progress import in_order
 from pipelines.sources.image_files import (
@@ -55,10 +55,8 @@ class FolderStore(ImageFilesStore):
         return path.is_dir()
 
     def _file_content(self, index: int, most: int | None = None) -> bytes:
-        if most is None:
-            return read_regular(self.file(index))
-        with open_regular(self.file(index)) as file:
-            return file.read(most)
+        path = self.file(index)
+        return read_regular(path) if most is None else first_bytes(path, most)
 
     def _scan(self) -> np.ndarray:
         """int64 (N, 4): bytes, time of the last change in ns, height and width of every file.
