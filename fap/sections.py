@@ -31,7 +31,7 @@ from fap.fields import (
     key_of,
 )
 from fap.methods import DEFAULT_METHOD, METHODS, Method
-from pipelines.back_ends import AUTO, BACK_ENDS, GPU_DECODER
+from pipelines.back_ends import AUTO, BACK_ENDS, FILTERS, GPU_DECODER, EvalFilter, Filter
 from pipelines.files import shown
 from pipelines.sizes import sides_of
 
@@ -193,10 +193,13 @@ class DataConfig(Section):
     ratio: Pair = (3 / 4, 4 / 3)
     pad: NonNegativeInt = 4
     """Pixels of zero padding with `crop: pad` (CIFAR)."""
-    filter: Literal["area", "bilinear"] | None = None
+    filter: Filter | None = None
     """What resizes training images: the mean over the area of each output pixel, as FFCV's recipes
-    have it, or Pillow's antialiased bilinear filter, as torchvision and the paper have it. Unset:
-    the loader's own, `area`, and under dali `bilinear`. Evaluation is always `bilinear`."""
+    have it; Pillow's antialiased bilinear filter, as torchvision and the paper have it; or
+    Pillow's bicubic, as most of timm's recipes. Unset: the loader's own, `area`, and under dali
+    `bilinear`."""
+    eval_filter: EvalFilter = "bilinear"
+    """What resizes images that are evaluated, always as Pillow does it."""
     jitter: Pair = (1.0, 1.0)
     """With `crop: letterbox`: the range of a random factor on the size that just fits."""
     most_boxes: PositiveInt = 100
@@ -220,17 +223,17 @@ class DataConfig(Section):
         return sides_of(self.size)
 
     @property
-    def shown_filter(self) -> Literal["area", "bilinear"]:
+    def shown_filter(self) -> Filter:
         """`filter`, or what it means unset; of an `auto` that is not settled, on CPU cores."""
         return self.filter or self._filters[0]
 
     @property
-    def _filters(self) -> tuple[Literal["area", "bilinear"], ...]:
+    def _filters(self) -> tuple[Filter, ...]:
         """Those that pipeline and decoder can show."""
         if self.decode == "gpu":
             return BACK_ENDS[GPU_DECODER].filters
         if self.pipeline == AUTO:
-            return ("area", "bilinear")
+            return FILTERS
         return BACK_ENDS[self.pipeline].filters
 
     @property

@@ -3,7 +3,13 @@
 To add a loader, see `pipelines.loaders.base.Loader`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+# What resizes an image; `pipelines.plan.PlanSpec` says what each one is.
+Filter = Literal["area", "bilinear", "bicubic"]
+EvalFilter = Literal["bilinear", "bicubic"]
+FILTERS: tuple[Filter, ...] = get_args(Filter)
+EVAL_FILTERS: tuple[EvalFilter, ...] = get_args(EvalFilter)
 
 
 class BackEnd(NamedTuple):
@@ -13,7 +19,7 @@ class BackEnd(NamedTuple):
     loader: str  # the class in it
     install: str  # how to install what it needs
     # The resizes that it can show; the first is the one where none is named.
-    filters: tuple[Literal["area", "bilinear"], ...] = ("area", "bilinear")
+    filters: tuple[Filter, ...] = FILTERS
 
 
 AUTO = "auto"  # instead of a name: the best back end that is installed and can show the data
@@ -28,7 +34,7 @@ BACK_ENDS = {
         "pipelines.loaders.dali",
         "DaliLoader",
         "pip install -e '.[dali]' (CUDA 13) or '.[dali12]'",
-        filters=("bilinear",),
+        filters=("bilinear", "bicubic"),
     ),
     "turbojpeg": BackEnd(
         "pipelines.loaders.turbojpeg", "TurboJpegLoader", "pip install -e . (simplejpeg, numba)"

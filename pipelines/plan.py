@@ -11,11 +11,12 @@ those of all ranks together until `EpochPlan.for_rank` takes a rank's share.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from pipelines import exchanges, windows
+from pipelines.back_ends import EVAL_FILTERS, FILTERS, EvalFilter, Filter
 from pipelines.sizes import Size, sides_of
 
 PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its image is all zeros
@@ -26,9 +27,6 @@ ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
 NOISE_KEYS = 2**31  # keys are int32 and not negative
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
 MAX_PLACE = np.iinfo(np.int32).max  # pixels
-
-Filter = Literal["area", "bilinear"]
-FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class PlanSpec:
 
     `filter` resizes the window, and sees nothing outside it. `area`: the mean over the area that an
     output pixel covers. `bilinear`: Pillow's, a triangle as wide as two pixels of the output where
-    it shrinks, of the image where it enlarges.
+    it shrinks, of the image where it enlarges. `bicubic`: Pillow's too, Keys' cubic of twice that
+    width.
 
     Raises:
         ValueError: a field out of range, or rows that are no whole groups.
@@ -117,8 +116,9 @@ class PlanSpec:
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
         if self.filter not in FILTERS:
             raise ValueError(f"filter = {self.filter!r}: must be one of {', '.join(FILTERS)}")
-        if self.crop == "center" and self.filter != "bilinear":
-            raise ValueError(f"filter = {self.filter!r} with crop = 'center': must be 'bilinear'")
+        if self.crop == "center" and self.filter not in EVAL_FILTERS:
+            allowed = " or ".join(map(repr, EVAL_FILTERS))
+            raise ValueError(f"filter = {self.filter!r} with crop = 'center': must be {allowed}")
         self._check_canvas()
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ValueError(
@@ -280,8 +280,9 @@ def eval_plan(
     resize: int,
     batch: int,
     crop: Literal["center", "letterbox"] = "center",
+    filter: EvalFilter = "bilinear",
 ) -> EpochPlan:
-    """Every image once, in order, by the bilinear filter.
+    """Every image once, in order.
 
     `center` shows what torchvision's Resize(resize) and CenterCrop(size) show of it; `letterbox`
     all of it, and ignores `resize`. The last step is filled with PADDING rows (empty window and
@@ -291,7 +292,7 @@ def eval_plan(
         ValueError: a size that the crop does not take, or a side above MAX_PLACE.
     """
     # Groups of one row: then a batch of any size consists of whole groups.
-    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop=crop, filter="bilinear", flip=0.0)
+    spec = PlanSpec(0, size, batch, clean_group_rows=1, crop=crop, filter=filter, flip=0.0)
     if crop == "letterbox":
         # Without jitter the stream decides nothing.
         rng = _stream(spec, 0, WINDOW)

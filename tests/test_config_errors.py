@@ -57,7 +57,7 @@ from fap.config import load_config, make_config
             "data.jitter = [0.5, 1.0] with data.crop = 'random_resized': only 'letterbox' has it",
         ),
         ("data.most_boxes=0", "data.most_boxes = 0"),
-        ("data.filter=lanczos", "data.filter = 'lanczos': must be 'area' or 'bilinear'"),
+        ("data.filter=lanczos", "data.filter = 'lanczos': must be 'area', 'bilinear' or 'bicubic'"),
         (
             "data.crop=letterbox",
             "data.crop = 'letterbox' with task = 'classification': it is for detection",

@@ -20,6 +20,7 @@ from torch import Tensor
 import pipelines
 from fap.tasks.base import Task
 from pipelines import Batch, EpochPlan, Store
+from pipelines.back_ends import EvalFilter
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
 from pipelines.sources import arrays, cifar10
@@ -47,6 +48,7 @@ class Reading:
     size: Size  # pixels: of the model's images
     resize: int  # pixels: the shorter side before the centre crop
     crop: Literal["center", "letterbox"]
+    filter: EvalFilter
     batch: int
     device: str
     back_end: BackEnd | None  # None: the one that suits the data
@@ -74,7 +76,7 @@ class Reading:
     def geometry(self) -> dict[str, Any]:
         """What an image goes through, as a part of an identity."""
         field = "crop" if self.crop == "letterbox" else "resize"
-        return {"size": self.size, field: self.fitted, "filter": "bilinear"}
+        return {"size": self.size, field: self.fitted, "filter": self.filter}
 
 
 @cache
@@ -203,6 +205,7 @@ class StoredImages(Opened):
             resize=self.reading.resize,
             batch=batch,
             crop=self.reading.crop,
+            filter=self.reading.filter,
         )
 
     def _beside(

@@ -93,6 +93,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         size=config.data.size,
         resize=config.data.resize,
         crop=config.data.eval_crop,
+        filter=config.data.eval_filter,
         batch=wanted.batch or trained.task.eval_batch,
         device=wanted.device,
         back_end=wanted.back_end,

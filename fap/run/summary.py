@@ -52,7 +52,10 @@ def _images(data: DataConfig) -> str:
         evaluation = "letterbox"
     else:
         evaluation = f"shorter side {data.resize}, centre {size_in_words(data.size)}"
-    return f"{data.crop}, {data.shown_filter} filter; evaluation {evaluation}, bilinear filter"
+    return (
+        f"{data.crop}, {data.shown_filter} filter; "
+        f"evaluation {evaluation}, {data.eval_filter} filter"
+    )
 
 
 def _passes(step: Step) -> str:

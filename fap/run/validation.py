@@ -78,6 +78,7 @@ class Validation:
             resize=self.config.data.resize,
             batch=rows_per_rank * self.ranks.world,
             crop=self.config.data.eval_crop,
+            filter=self.config.data.eval_filter,
         )
         return plan.for_rank(self.ranks.rank, self.ranks.world)
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.back_ends import FILTERS, Filter
 from pipelines.files import readable
 from pipelines.machine import usable_cores
-from pipelines.plan import FILTERS, PADDING, EpochPlan, Filter, PlanSpec
+from pipelines.plan import PADDING, EpochPlan, PlanSpec
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, Store
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pipelines import turbojpeg
 from pipelines.ahead import run_ahead
+from pipelines.back_ends import Filter
+from pipelines.loaders.antialiased import antialiased_resize
 from pipelines.loaders.area import area_resize
 from pipelines.loaders.base import ThreadedLoader
-from pipelines.loaders.bilinear import bilinear_resize
 from pipelines.loaders.colours import planes_as_rgb
-from pipelines.plan import PADDING, EpochPlan, Filter
+from pipelines.plan import PADDING, EpochPlan
 from pipelines.planes import split_planes
 from pipelines.store import JPG, PLANES, RAW, DamagedData
 
@@ -34,8 +35,8 @@ _this_thread = threading.local()  # `scratch`, where a thread decodes; it grows 
 class CpuLoader(ThreadedLoader):
     """See `Loader`. A subclass brings the decoder of JPEGs for the filter `area`, `_decode_jpeg`.
 
-    For `bilinear` JPEGs are decoded as Pillow does it, since the filter is Pillow's too: then the
-    pixels are the same. Planes have the colours that Pillow shows, whatever the filter.
+    For the other filters JPEGs are decoded as Pillow does it, since these are Pillow's too: then
+    the pixels are the same. Planes have the colours that Pillow shows, whatever the filter.
 
     The images of a step are decoded into a slot, a buffer of its own. There are `prefetch` + 1 of
     them, used in turn: one belongs to the consumer, the others to the threads that fill them.
@@ -128,12 +129,14 @@ class CpuLoader(ThreadedLoader):
         else:
             if mode == JPG:
                 divisor = _divisor(window, place, filter_)
-            image = self._decoded(index, divisor, top + height, exact=filter_ == "bilinear")
-        if filter_ == "bilinear":
-            bilinear_resize(image, (*corner, height, width), flip, canvas, tuple(place))
-        else:
+            image = self._decoded(index, divisor, top + height, exact=filter_ != "area")
+        if filter_ == "area":
             scaled = [side / divisor for side in (*corner, height, width)]
             area_resize(image, tuple(scaled), flip, canvas, tuple(place))
+        else:
+            shown = (*corner, height, width)
+            cubic = filter_ == "bicubic"
+            antialiased_resize(image, shown, flip, canvas, tuple(place), cubic)
 
     def _sides(self, index: int) -> tuple[int, int]:
         """Height and width of a sample."""

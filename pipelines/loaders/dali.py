@@ -2,12 +2,12 @@
 
 The plan's windows go to the decoder as regions, so that no pixel outside them is transformed; of
 the whole images of an evaluation, what the canvas shows of them. Pixels: exact inverse DCT and
-smooth chroma upsampling (libjpeg's defaults), EXIF orientation ignored, a triangle filter when
-shrinking ("antialias"), bilinear when enlarging. That is Pillow's filter, but for its rounding and
-for the outermost pixels of a window that shrinks: where the filter reaches beyond it, DALI repeats
-the window's border, and Pillow takes what lies inside alone. In training this stays. In evaluation
-it is mended: two passes, each rounded as Pillow's, over images with zeros around them, whose sums
-are divided by what lies inside.
+smooth chroma upsampling (libjpeg's defaults), EXIF orientation ignored, a filter that is widened
+when shrinking ("antialias"). Bilinear or bicubic, it is Pillow's, but for its rounding and for the
+outermost pixels of a window: where the filter reaches beyond it, DALI repeats the window's border,
+and Pillow takes what lies inside alone. In training this stays. In evaluation it is mended: two
+passes, each rounded as Pillow's, over images with zeros around them, whose sums are divided by what
+lies inside.
 """
 
 from collections import deque
@@ -37,6 +37,7 @@ READ_AHEAD = READERS + 1  # batches of bytes fetched before DALI asks for them
 # Of these DALI holds the bytes too: the batch that it decodes, and the one that it asks for.
 BESIDE_THE_QUEUE = 2
 
+INTERPOLATIONS = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 HALF_WAY_IS_UP = 1e-3  # grey levels; DALI's weights are a table's, and their sums less exact
 
 Fields = dict[str, list[np.ndarray] | np.ndarray]  # what one batch feeds to the graph
@@ -50,7 +51,7 @@ class DaliLoader(ThreadedLoader):
             decodes one or the other).
     """
 
-    filters = ("bilinear",)
+    filters = ("bilinear", "bicubic")
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class DaliLoader(ThreadedLoader):
                 in_use.append(fields)
                 return [fields[name] for name in names]
 
-            pipeline = self._build(plan.index.shape[1], names, source)
+            pipeline = self._build(plan, names, source)
             for _ in range(start_step, len(plan)):
                 (images,) = self._run(pipeline)
                 # Without a copy: the tensor is DALI's memory, and holds it as long as it lives.
@@ -169,7 +170,7 @@ class DaliLoader(ThreadedLoader):
             case "center":
                 real = plan.index != PADDING
                 window, place = plan.window[real], plan.place[real]
-                borders = show_borders(window[:, 2:], place, self.sides)
+                borders = show_borders(window[:, 2:], place, self.sides, plan.spec.filter)
                 names += ["line_sides", "line_from", "line_to", "shown_from", "shown_to"]
             case "letterbox":
                 names += ["canvas_start"]
@@ -181,7 +182,7 @@ class DaliLoader(ThreadedLoader):
             names += ["second_start", "second_shape"]
         return names
 
-    def _build(self, rows: int, names: list[str], source: Callable[[], Any]) -> Pipeline:
+    def _build(self, plan: EpochPlan, names: list[str], source: Callable[[], Any]) -> Pipeline:
         """The graph: encoded bytes -> region -> zeros outside the image -> resize and flip -> zeros
         outside the place.
 
@@ -189,12 +190,13 @@ class DaliLoader(ThreadedLoader):
         """
         # exec_dynamic: outputs stay ours for as long as a tensor holds them.
         pipeline = Pipeline(
-            rows,
+            plan.index.shape[1],
             self.threads,
             self.device.index,
             prefetch_queue_depth=self.prefetch,
             exec_dynamic=True,
         )
+        interpolation = INTERPOLATIONS[plan.spec.filter]
         layout = ["HWC" if name == "pixels" else "" for name in names]
         with pipeline:
             inputs = fn.external_source(
@@ -210,9 +212,9 @@ class DaliLoader(ThreadedLoader):
             if self.raw and self.device.type == "cuda":
                 images = images.gpu()
             if "line_sides" in fed:
-                images = _resize_as_pillow(images, fed)
+                images = _resize_as_pillow(images, fed, interpolation)
             else:
-                images = _resize(images, fed["sides"])
+                images = _resize(images, fed["sides"], interpolation)
             if "canvas_start" in fed:
                 images = _slice(images, fed["canvas_start"], self.sides)
             pipeline.set_outputs(images)
@@ -266,13 +268,16 @@ class DaliLoader(ThreadedLoader):
         fields: Fields = {}
         corner, shape, sides = window[:, :2], window[:, 2:], place[:, 2:]
         if plan.spec.crop == "center":
-            region = regions(stored, place, self.sides, inside="inside_down" not in names)
+            inside = "inside_down" not in names
+            region = regions(stored, place, self.sides, inside=inside, filter_=plan.spec.filter)
             corner, shape = region.corner, region.shape
             sides = np.tile(self.sides, (len(sides), 1))
             fields |= two_passes(region, sides)
         if "inside_down" in names:
             down, across = (
-                shares_inside(stored[:, side], place[:, side], place[:, 2 + side], n_out)
+                shares_inside(
+                    stored[:, side], place[:, side], place[:, 2 + side], n_out, plan.spec.filter
+                )
                 for side, n_out in enumerate(self.sides)
             )
             across[plan.flip[step]] = across[plan.flip[step], ::-1]
@@ -312,13 +317,14 @@ def _int32(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int32)
 
 
-def _resize(images: DataNode, sides: DataNode) -> Any:
+def _resize(images: DataNode, sides: DataNode, interpolation: DALIInterpType) -> Any:
     """The node that resizes to sides of each sample's own; a negative width flips."""
-    linear = DALIInterpType.INTERP_LINEAR
-    return fn.resize(images, size=sides, interp_type=linear, antialias=True)
+    return fn.resize(images, size=sides, interp_type=interpolation, antialias=True)
 
 
-def _resize_as_pillow(images: DataNode, fed: dict[str, DataNode]) -> Any:
+def _resize_as_pillow(
+    images: DataNode, fed: dict[str, DataNode], interpolation: DALIInterpType
+) -> Any:
     """The nodes that resize a region to the whole canvas, across and then down.
 
     Each pass is rounded as Pillow rounds it. Only images of more than twice the height of their
@@ -334,7 +340,7 @@ def _resize_as_pillow(images: DataNode, fed: dict[str, DataNode]) -> Any:
             size=sides,
             roi_start=start,
             roi_end=end,
-            interp_type=DALIInterpType.INTERP_LINEAR,
+            interp_type=interpolation,
             antialias=True,
             dtype=DALIDataType.FLOAT,
         )

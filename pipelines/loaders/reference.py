@@ -1,6 +1,6 @@
 """The slow, plain twin of the other loaders: Pillow decodes, row by row.
 
-Its own resize is the bilinear filter; the area filter is two matrices.
+Bilinear and bicubic are its own resize; the area filter is two matrices.
 """
 
 from collections.abc import Generator
@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.back_ends import EvalFilter, Filter
 from pipelines.images import UNREADABLE, open_image, reason
 from pipelines.loaders.base import Loader
-from pipelines.plan import PADDING, EpochPlan, Filter
+from pipelines.plan import PADDING, EpochPlan
 from pipelines.planes import split_planes
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, RAW, DamagedData
 
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MOST_PIXELS = 1 << 24  # of a resized image that is made whole: 7 bytes each, while it is
 
 
@@ -46,9 +48,9 @@ def crop_resize(
     margin = max(0, -top, -left, bottom_beyond, right_beyond)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     crop = padded[top + margin :, left + margin :][:height, :width]
-    if filter_ == "bilinear":
+    if filter_ in RESAMPLING:
         picture = Image.fromarray(np.ascontiguousarray(crop))
-        return np.asarray(picture.resize((out_width, out_height), Image.Resampling.BILINEAR))
+        return np.asarray(picture.resize((out_width, out_height), RESAMPLING[filter_]))
     down = area_matrix(height, out_height)
     across = area_matrix(width, out_width)
     resized = np.einsum("yh,hwc,xw->yxc", down, crop, across, optimize=True)
@@ -59,8 +61,9 @@ def visible_part(
     image: np.ndarray,  # uint8 (H, W, 3)
     place: tuple[int, int, int, int],  # top, left, height, width on the canvas, which it covers
     canvas: tuple[int, int],  # height, width
+    filter_: EvalFilter = "bilinear",
 ) -> np.ndarray:
-    """What the canvas shows of the whole image, uint8 (*canvas, 3), by the bilinear filter.
+    """What the canvas shows of the whole image, uint8 (*canvas, 3).
 
     Without making the rest, which of an image of 1 x 30,000 pixels would take gigabytes. Positions
     are then float32 in Pillow, and its two passes may change places: values may differ by two from
@@ -70,7 +73,7 @@ def visible_part(
     down, across = image.shape[0] / height, image.shape[1] / width
     box = (-left * across, -top * down, (canvas[1] - left) * across, (canvas[0] - top) * down)
     picture = Image.fromarray(image)
-    return np.asarray(picture.resize(canvas[::-1], Image.Resampling.BILINEAR, box))
+    return np.asarray(picture.resize(canvas[::-1], RESAMPLING[filter_], box))
 
 
 def put(
@@ -141,11 +144,12 @@ class ReferenceLoader(Loader):
                 image = self._decode(number, encoded)
                 top, left, height, width = plan.place[step, row].tolist()
                 window = plan.window[step, row]
-                if height * width > MOST_PIXELS:
-                    shown = visible_part(image, (top, left, height, width), self.sides)
+                filter_ = plan.spec.filter
+                if filter_ != "area" and height * width > MOST_PIXELS:
+                    shown = visible_part(image, (top, left, height, width), self.sides, filter_)
                     top, left = 0, 0
                 else:
-                    shown = crop_resize(image, window, (height, width), plan.spec.filter)
+                    shown = crop_resize(image, window, (height, width), filter_)
                 if plan.flip[step, row]:
                     shown = shown[:, ::-1]
                 put(shown, top, left, images[row])

@@ -8,7 +8,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.back_ends import Filter
+
 SLACK = 2  # source pixels around what the filter reads, for positions that are rounded
+
+
+def support_of(filter_: Filter) -> int:
+    """How far a filter reaches to either side, in pixels of the larger of image and place."""
+    return 2 if filter_ == "bicubic" else 1
+
+
+def weight_at(distance: np.ndarray, filter_: Filter) -> np.ndarray:
+    """A filter at distances >= 0 from its centre: a triangle, or Keys' cubic with a = -1/2."""
+    if filter_ == "bilinear":
+        return np.maximum(1 - distance, 0)
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
 
 
 class Regions(NamedTuple):
@@ -28,12 +44,13 @@ def regions(
     canvas: tuple[int, int],  # height, width
     *,
     inside: bool,  # cut at the image's borders
+    filter_: Filter = "bilinear",
 ) -> Regions:
-    """The parts that a bilinear filter reads for the pixels on the canvas."""
+    """The parts that the filter reads for the pixels on the canvas."""
     scale = image / place[:, 2:]
     shown_from = -place[:, :2] * scale
     shown_to = (np.array(canvas) - place[:, :2]) * scale
-    reach = np.maximum(scale, 1) + SLACK
+    reach = support_of(filter_) * np.maximum(scale, 1) + SLACK
     first = np.floor(shown_from - reach).astype(np.int64)
     last = np.ceil(shown_to + reach).astype(np.int64)
     if inside:
@@ -71,16 +88,20 @@ def show_borders(
     image: np.ndarray,  # (n, 2)
     place: np.ndarray,  # (n, 4)
     canvas: tuple[int, int],
+    filter_: Filter = "bilinear",
 ) -> bool:
-    """Whether some image shrinks along a side and shows its border there.
+    """Whether some image shows a border of it, and it matters what is taken for the pixels beyond.
 
-    There filters differ in what they take for the pixels beyond. Where an image is enlarged, all of
-    them take its outermost pixel. A pixel of the canvas sees no further than the next one.
+    It does where the image shrinks. Where it is enlarged, all bilinear filters take its outermost
+    pixel, and cubic ones differ. A pixel of the canvas sees no further than the next ones.
     """
     before = -place[:, :2]
     after = place[:, :2] + place[:, 2:] - np.array(canvas)
-    shrinks = place[:, 2:] < image
-    return bool((shrinks & (np.minimum(before, after) < SLACK)).any())
+    matters = place[:, 2:] != image
+    if filter_ == "bilinear":
+        matters = place[:, 2:] < image
+    at_a_border = np.minimum(before, after) < support_of(filter_) + 1
+    return bool((matters & at_a_border).any())
 
 
 def shares_inside(
@@ -88,21 +109,23 @@ def shares_inside(
     begins: np.ndarray,  # (n,) where their places begin on the canvas, not above 0
     resized: np.ndarray,  # (n,) sides of their places
     n_out: int,  # the canvas' side
+    filter_: Filter = "bilinear",
 ) -> np.ndarray:
-    """float32 (n, n_out): how much of a bilinear filter's weight lies inside the image.
+    """float32 (n, n_out): how much of the filter's weight lies inside the image.
 
     Around an image with zeros a filter gives too little by this factor, compared with Pillow, which
     leaves out what lies beyond the borders.
     """
     scale = (sides / resized)[:, None]
-    reach = np.maximum(scale, 1)
+    widening = np.maximum(scale, 1)
+    reach = support_of(filter_) * widening
     centre = (np.arange(n_out) - begins[:, None] + 0.5) * scale
     first = np.floor(centre - reach)
     total = np.zeros_like(centre)
     inside = np.zeros_like(centre)
     for k in range(int(np.ceil(2 * reach.max(initial=1))) + 2):
         pixel = first + k
-        weight = np.maximum(1 - np.abs(pixel + 0.5 - centre) / reach, 0)
+        weight = weight_at(np.abs(pixel + 0.5 - centre) / widening, filter_)
         total += weight
         inside += weight * ((pixel >= 0) & (pixel < sides[:, None]))
     return (inside / total).astype(np.float32)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 import pipelines
 from fap import checkpoint
 from pipelines import DamagedData, EpochPlan, PlanSpec, Store
+from pipelines.back_ends import Filter
 from tests.fuzzing.intact import make_beton, make_folder
 
 # What commands print as a message.
@@ -73,7 +74,7 @@ def pick_loaders(rng: np.random.Generator, source: str) -> list[str]:
     return loaders
 
 
-def squares(store: Store, size: int, filter_: Literal["area", "bilinear"]) -> EpochPlan:
+def squares(store: Store, size: int, filter_: Filter) -> EpochPlan:
     """The square in the middle of every image, in order, on all of the canvas: one row a step.
 
     As training shows images: by the filter for which a back end has a decoder of its own.

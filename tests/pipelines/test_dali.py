@@ -279,7 +279,9 @@ def test_where_every_row_decodes_alone_no_sample_is_blamed(photos, monkeypatch):
 def test_mistakes_are_errors_that_help(photos):
     assert loader_options("dali") == {"threads", "prefetch", "hw_decoder_load"}
     area = draw_epoch(PlanSpec(0, 64, 4, clean_group_rows=4), photos.heights, photos.widths, 0)
-    with pytest.raises(ValueError, match="filter = 'area': DaliLoader shows only bilinear"):
+    with pytest.raises(
+        ValueError, match="filter = 'area': DaliLoader shows only bilinear, bicubic"
+    ):
         open_loader("dali", photos, size=64).load(area)
     mixed = MemoryStore(photos.images[:3], [JPG, RAW, JPG])
     with pytest.raises(ValueError, match=r"raw samples \(1\) with JPEG ones \(2\).*fap-convert"):

@@ -307,8 +307,11 @@ def test_places_that_are_the_whole_canvas_take_no_memory() -> None:
         ({"size": 0}, "size = 0: must be at least 1"),
         ({"scale": (0.5, 1.5)}, "scale = "),
         ({"crop": "middle"}, "crop = 'middle'"),
-        ({"filter": "box"}, "filter = 'box': must be one of area, bilinear"),
-        ({"crop": "center"}, "filter = 'area' with crop = 'center': must be 'bilinear'"),
+        ({"filter": "box"}, "filter = 'box': must be one of area, bilinear, bicubic"),
+        (
+            {"crop": "center"},
+            "filter = 'area' with crop = 'center': must be 'bilinear' or 'bicubic'",
+        ),
         ({"crop": "center", "filter": "bilinear"}, "training plans take"),
         ({"crop": "pad", "size": 64}, "size = 64"),
         ({"clean_rows": 1024}, "the data hold only 500 images"),

@@ -81,6 +81,7 @@ CASES = {
     "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
     "data.crop": Case("data.crop=pad", WINDOW),
     "data.filter": Case("data.filter=bilinear", ("input.images", "weights")),
+    "data.eval_filter": Case("data.eval_filter=bicubic", ("evaluated",), ("data.resize=13",)),
     "data.scale": Case("data.scale=[0.5,1]", WINDOW),
     "data.ratio": Case("data.ratio=[1,1]", WINDOW),
     "data.pad": Case("data.pad=1", WINDOW, PAD),

@@ -33,7 +33,8 @@ COMMON: dict[str, Any] = {
     "data.train": "{five}", "data.val": "{other_five}", "data.pipeline": "dali", "data.size": 8,
     "data.resize": 11, "data.scale": [0.3, 0.9], "data.ratio": [0.8, 1.2], "data.flip": 0.3,
     "data.mean": [0.4, 0.5, 0.6], "data.std": [0.2, 0.3, 0.4], "data.threads": 2,
-    "data.prefetch": 5, "data.filter": "bilinear", "data.hw_decoder_load": 0.25,
+    "data.prefetch": 5, "data.filter": "bilinear", "data.eval_filter": "bicubic",
+    "data.hw_decoder_load": 0.25,
     "data.decode": "auto",
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
     "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5, "optim.warmup_epochs": 1.5,
@@ -217,7 +218,7 @@ def test_what_reaches_loader_and_evaluation(name: str, everything: Callable[[str
     place = plan.place.reshape(-1, 4)[:IMAGES]
     np.testing.assert_array_equal(place[:, 2:].min(1), 11)
     np.testing.assert_array_equal(place[:, :2], -np.rint((place[:, 2:] - 8) / 2))
-    want = eval_plan(store.heights, store.widths, size=8, resize=11, batch=10)
+    want = eval_plan(store.heights, store.widths, size=8, resize=11, batch=10, filter="bicubic")
     batches = [b.images for b in pipelines.open_loader("reference", store, size=8).load(want)]
     assert torch.equal(torch.cat(seen.evaluated[:3]), torch.cat(batches))
 

@@ -1,4 +1,4 @@
-"""Pillow's bilinear resize for the loaders on CPU cores, compiled by numba, bit for bit the same.
+"""Pillow's bilinear and bicubic resize for the loaders on CPU cores, bit for bit, by numba.
 
 `reference.crop_resize` is its slow twin, which is Pillow. The arithmetic is that of Pillow's
 src/libImaging/Resample.c: a horizontal pass, then a vertical one, each with weights of 22 bits
@@ -13,20 +13,36 @@ from pipelines.loaders.pixel_sums import CHANNELS, unrolled_sums
 
 PRECISION_BITS = np.uint32(32 - 8 - 2)  # of a weight behind the point: 8 a value, 2 for the sum
 HALF = np.uint32(1 << 21)  # rounds to nearest
-MOST = np.uint32(255)
+MOST = np.int32(255)
+KEYS_A = -0.5  # Pillow's, of the family of cubics in Keys (1981)
 
 
 @njit(nogil=True)
-def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
-    """The triangle filter over `extent` source pixels, for the pixels [begin, end) of n_out.
+def _kernel(distance, cubic):  # type: ignore[no-untyped-def]
+    """The filter at a distance >= 0 from its centre: a triangle, or Keys' cubic."""
+    if not cubic:
+        return 1.0 - distance if distance < 1.0 else 0.0
+    if distance < 1.0:
+        return ((KEYS_A + 2.0) * distance - (KEYS_A + 3.0)) * distance * distance + 1
+    if distance < 2.0:
+        return (((distance - 5) * distance + 8) * distance - 4) * KEYS_A
+    return 0.0
+
+
+@njit(nogil=True)
+def _taps(extent, n_out, begin, end, flip, cubic):  # type: ignore[no-untyped-def]
+    """The filter over `extent` source pixels, for the pixels [begin, end) of n_out.
 
     Returns the first source pixel of each, int64 (end - begin,), and the weights of that pixel and
     those after it, uint32 (taps, end - begin): `precompute_coeffs` and `normalize_coeffs_8bpc` of
-    Resample.c, in their order. `flip` numbers the output pixels from the other end.
+    Resample.c, in their order. A weight below zero is 2^32 less it, so that sums are right modulo
+    2^32. `flip` numbers the output pixels from the other end.
     """
     scale = extent / n_out
-    reach = max(scale, 1.0)  # of the filter, to both sides of its centre
-    inverse = 1.0 / reach
+    widening = max(scale, 1.0)
+    support = 2.0 if cubic else 1.0
+    reach = support * widening  # of the filter, to both sides of its centre
+    inverse = 1.0 / widening
     n = end - begin
     firsts = np.empty(n, np.int64)
     exact = np.zeros((int(np.ceil(reach)) * 2 + 1, n))
@@ -40,10 +56,10 @@ def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
         last = min(int(centre + reach + 0.5), extent)
         total = 0.0
         for k in range(last - first):
-            distance = abs((k + first - centre + 0.5) * inverse)
-            if distance < 1.0:
-                exact[k, i] = 1.0 - distance
-                total += exact[k, i]
+            weight = _kernel(abs((k + first - centre + 0.5) * inverse), cubic)
+            if weight != 0.0:
+                exact[k, i] = weight
+                total += weight
                 n_taps = max(n_taps, k + 1)
         if total != 0.0:
             for k in range(last - first):
@@ -52,15 +68,21 @@ def _taps(extent, n_out, begin, end, flip):  # type: ignore[no-untyped-def]
     weights = np.empty((n_taps, n), np.uint32)
     for k in range(n_taps):
         for i in range(n):
-            weights[k, i] = np.uint32(0.5 + exact[k, i] * 2.0**PRECISION_BITS)
+            half = -0.5 if exact[k, i] < 0.0 else 0.5
+            rounded = np.int64(half + exact[k, i] * 2.0**PRECISION_BITS)  # towards zero
+            weights[k, i] = np.uint32(rounded)
     return firsts, weights
 
 
 @njit(nogil=True)
 def _round(sums, result):  # type: ignore[no-untyped-def]
-    """Sums of weighted values, uint32, HALF included -> the values, of any type."""
+    """Sums of weighted values, uint32, HALF included -> the values, of any type.
+
+    A cubic's sums may lie below zero, and above what a value can be.
+    """
     for j in range(len(result)):
-        result[j] = min(sums[j] >> PRECISION_BITS, MOST)
+        value = np.int32(sums[j]) >> PRECISION_BITS
+        result[j] = max(min(value, MOST), np.int32(0))
 
 
 @njit(nogil=True)
@@ -94,11 +116,12 @@ def _across(line, at, weights, sums, result):  # type: ignore[no-untyped-def]
         types.boolean,  # flip
         types.uint8[:, :, ::1],  # canvas
         types.UniTuple(types.int64, 4),  # place: top, left, height, width
+        types.boolean,  # cubic
     ),
     # Weights are to be Pillow's to the last bit.
     fastmath=False,
 )
-def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-untyped-def]
+def antialiased_resize(source, window, flip, canvas, place, cubic):  # type: ignore[no-untyped-def]
     """Show a window of source (H, W, 3) in its place on the canvas, mirrored there by `flip`.
 
     The filter sees nothing outside the window. What of the window lies outside the source is zero,
@@ -114,8 +137,8 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
     if y_begin >= y_end or x_begin >= x_end:
         canvas[:] = 0
         return
-    ys, wy = _taps(height, out_height, y_begin, y_end, False)
-    xs, wx_by_tap = _taps(width, out_width, x_begin, x_end, flip)
+    ys, wy = _taps(height, out_height, y_begin, y_end, False, cubic)
+    xs, wx_by_tap = _taps(width, out_width, x_begin, x_end, flip, cubic)
 
     n = CHANNELS * (x_end - x_begin)  # values of a row that is shown
     wx = wx_by_tap.T.copy()  # (pixels, taps), C order
@@ -151,7 +174,7 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
             wide_sums[:] = HALF
             for k in range(len(wy)):
                 row = top + ys[y] + k
-                if wy[k, y] > 0 and 0 <= row < source.shape[0]:
+                if wy[k, y] != 0 and 0 <= row < source.shape[0]:
                     _add(rows[row, read], wy[k, y], wide_sums)
             _round(wide_sums, inside)
             _across(line, at, wx, sums, shown[y])
@@ -173,6 +196,6 @@ def bilinear_resize(source, window, flip, canvas, place):  # type: ignore[no-unt
         done = last
         of_columns[:] = HALF
         for k in range(last + 1 - ys[y]):
-            if wy[k, y] > 0:
+            if wy[k, y] != 0:
                 _add(ring[(ys[y] + k) % len(ring)], wy[k, y], of_columns)
         _round(of_columns, shown[y])
