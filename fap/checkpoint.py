@@ -21,7 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipelines.files import GIGABYTE, one_line, open_regular, read_regular, shown, write_whole
+from pipelines.files import (
+    GIGABYTE,
+    listed,
+    one_line,
+    open_regular,
+    read_regular,
+    shown,
+    write_whole,
+)
 
 MOST_BYTES = 64 * GIGABYTE  # of a file
 MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one either
@@ -30,6 +38,8 @@ LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, lit
 CHECKSUM = b'"crc32":"'  # unescaped, so no tensor's name and no value of the metadata contains it
 ZEROS = b"00000000"  # in place of the checksum's digits while it is computed
 NAME = re.compile(r"step_([0-9]+)\.safetensors")
+FOLDER = "checkpoints"  # in that of a run
+BEST = "best.safetensors"  # beside the others: the checkpoint of the best epoch
 # Errors that belong to this one file, as damage does: a dangling or circular link, a bad sector.
 OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.ENXIO)
 # What parsing a header raises if it is nonsense, or nested too deeply.
@@ -240,6 +250,44 @@ class Checkpoints:
                 f"{self.folder}: all {len(named)} are damaged; remove them to start over"
             )
         return None
+
+
+def checkpoint_at(path: str | Path, *, best: bool = False) -> Path:
+    """The checkpoint that `path` means: a file, or the newest one of a run, or its `best` one.
+
+    A run is given by its folder, such as runs/NAME/seed0, or by the folder `checkpoints` in it. A
+    path that is no folder is returned as it is: `load` says what is wrong with it. Raises
+    ValueError for a folder without what is wanted, and for a file where the best one is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if best:
+            raise ValueError(f"{path}: is no folder; the best checkpoint is that of a run's folder")
+        return path
+    folder = path / FOLDER
+    if not folder.is_dir():
+        if path.resolve().name != FOLDER:
+            raise ValueError(_no_run(path))
+        folder = path
+    if best:
+        if not (folder / BEST).is_file():
+            raise ValueError(
+                f"{folder}: has no {BEST}: no epoch of the run has been evaluated yet, "
+                "or it ran with run.keep_best = false"
+            )
+        return folder / BEST
+    found = Checkpoints(folder).paths()
+    if not found:
+        raise ValueError(f"{folder}: has no checkpoint yet")
+    return found[-1]
+
+
+def _no_run(path: Path) -> str:
+    """What to say about a folder that is not a run's; of one of several seeds, which there are."""
+    seeds = sorted(each.parent for each in path.glob(f"*/{FOLDER}") if each.is_dir())
+    if seeds:
+        return f"{path}: holds the runs {listed([seed.name for seed in seeds])}: give one of them"
+    return f"{path}: is no folder of a run (it has no folder {FOLDER!r} in it)"
 
 
 def _step(path: Path) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fap import checkpoint
-from fap.checkpoint import Checkpoints, DamagedCheckpoint, load, save
+from fap.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_at, load, save
 from pipelines import files
 
 META = {
@@ -396,3 +396,43 @@ def test_a_huge_file_without_our_header_is_not_read(
         says = r"no checksum in its header|truncated inside its header"
         with pytest.raises(DamagedCheckpoint, match=says):
             load(tmp_path / "c")
+
+
+def test_a_run_is_accepted_wherever_a_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder or by the checkpoints' own; a file is that file, whatever it is."""
+    run = tmp_path / "mine" / "seed0"
+    kept = Checkpoints(run / "checkpoints", keep=2)
+    for step in (9, 10):
+        kept.save(step, {"w": torch.ones(1)}, {"step": step})
+    newest = run / "checkpoints" / "step_00000010.safetensors"
+    (run / "checkpoints" / "step_00000099.safetensors").symlink_to("nowhere")
+    best = newest.with_name("best.safetensors")
+    best.write_bytes(b"")
+    for folder in (run, run / "checkpoints", str(run)):
+        assert checkpoint_at(folder) == newest
+        assert checkpoint_at(folder, best=True) == best
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint_at(".").resolve() == newest
+    assert checkpoint_at(newest) == newest
+    assert checkpoint_at("nowhere") == Path("nowhere")
+
+
+def test_a_folder_without_the_wanted_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / "mine" / f"seed{seed}" / "checkpoints").mkdir(parents=True)
+    run = tmp_path / "mine" / "seed0"
+    file = tmp_path / "c.safetensors"
+    file.write_bytes(b"")
+    for path, best, says in (
+        (tmp_path / "mine", False, "mine: holds the runs seed0, seed1: give one of them"),
+        (tmp_path, False, "is no folder of a run (it has no folder 'checkpoints' in it)"),
+        (run, False, "checkpoints: has no checkpoint yet"),
+        (run, True, "checkpoints: has no best.safetensors: no epoch of the run has been evaluated"),
+        (file, True, "c.safetensors: is no folder; the best checkpoint is that of a run's folder"),
+    ):
+        with pytest.raises(ValueError) as error:
+            checkpoint_at(path, best=best)
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)
