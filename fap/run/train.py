@@ -171,7 +171,7 @@ class Run:
             for step, batch in zip(todo, batches, strict=False):
                 # Dropout draws by the number of the step, so that a resumed run repeats it.
                 torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
-                lr = self.budget.lr_at(step)
+                lr = self.budget.rates.at(step)
                 targets = epoch.targets[batch.step]
                 self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
                 run_step()

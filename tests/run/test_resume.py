@@ -60,6 +60,7 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
         # And not the fields that follow: scale and ratio; a dozen of the method's.
         ("data.crop=pad", "data.crop: 'random_resized', now 'pad'"),
         ("method.name=vanilla", "method.name: 'fast_advprop', now 'vanilla'"),
+        ("budget.lr_schedule=cosine", "budget.lr_schedule: 'milestones', now 'cosine'"),
     ],
 )
 def test_what_a_result_depends_on_may_not(now: str, says: str) -> None:
