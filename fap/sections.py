@@ -408,6 +408,9 @@ class RunConfig(Section):
     """Steps between checkpoints; one is also written at each epoch's end."""
     keep: PositiveInt = 2
     """Checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep that of the best epoch, as best.safetensors: a link to it, not counted in `keep`.
+    fap-eval and fap-export take it with --best."""
     eval_every: PositiveInt = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     eval_batch: PositiveInt | None = None

@@ -120,6 +120,7 @@ CASES = {
     "run.log_every": Case("run.log_every=2", ("log",), ("run.eval_every=9",)),
     "run.checkpoint_every": Case("run.checkpoint_every=1", ("checkpoints",)),
     "run.keep": Case("run.keep=1", ("checkpoints",)),
+    "run.keep_best": Case("run.keep_best=false", ("checkpoints",)),
     "run.eval_every": Case("run.eval_every=1", ("evaluations", "evaluated")),
     "run.eval_batch": Case("run.eval_batch=7", ("eval.index",)),
     "run.max_skipped": Case("run.max_skipped=2", ("steps",), DIVERGES, error="2 non-finite"),

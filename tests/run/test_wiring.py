@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
     "budget.epochs": 4, "budget.warmup_epochs": 1.5, "budget.same_budget": False,
     "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
     "run.compile": True, "run.torch_threads": 2, "run.max_steps": 7, "run.log_every": 3,
-    "run.checkpoint_every": 3, "run.keep": 5, "run.eval_every": 3,
+    "run.checkpoint_every": 3, "run.keep": 5, "run.keep_best": False, "run.eval_every": 3,
     "run.eval_batch": 10, "run.max_skipped": 7,
 }  # fmt: skip
 REUSE = COMMON | {
