@@ -49,11 +49,11 @@ RECIPE = [
     "optim.clean_batch=16",
     "optim.clip_norm=1",
     "optim.lr=1.92",  # 0.12 for 16 scenes
-    "optim.warmup_epochs=4",
     "data.threads=1",
     "run.torch_threads=1",
     "resume=auto",
 ]
+WARMUP_EPOCHS = {BASE: 4, EQUAL_COST: 4.8}  # of vanilla training: 4 of either arm's own
 INTRODUCTION = """
 A detector finds objects in an image: a box and a class for each. Fast AdvProp trains it on clean
 images and on adversarial ones, at the cost of plain ("vanilla") training. COCO takes days on GPUs;
@@ -113,6 +113,7 @@ class Demo(RunsInAFolder):
             f"method.name={arm}",
             f"budget.epochs={size.epochs}",
             f"budget.milestones={list(size.milestones)}",
+            f"budget.warmup_epochs={WARMUP_EPOCHS[arm]}",
             f"data.train={self.files['train']}",
             f"data.val={self.files['test']}",
             f"data.pipeline={self.pipeline}",

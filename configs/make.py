@@ -76,10 +76,11 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
     """What a file says: every section without what belongs to the machine.
 
     A field of `method` that is unset has no meaning for that method and is left out, and so are the
-    fields of `data` that mean something to another kind of crop.
+    fields of `budget` and of `data` that mean something to another schedule or kind of crop.
     """
     tree = config.model_dump(mode="json", include=set(SECTIONS), exclude=OF_THE_MACHINE)
-    tree["method"] = {field: value for field, value in tree["method"].items() if value is not None}
+    for name in ("method", "budget"):
+        tree[name] = {field: value for field, value in tree[name].items() if value is not None}
     for field in config.data.meaningless:
         tree["data"].pop(field)
     return {name: tree[name] for name in SECTIONS if tree[name]}

@@ -71,7 +71,7 @@ RECIPES = {
             "optim.clean_batch": 16,
             "optim.lr": 0.16,
             "optim.clip_norm": 35.0,
-            "optim.warmup_epochs": 0.135,
+            "budget.warmup_epochs": 0.135,
             "budget.epochs": 24,
             "budget.milestones": [16, 22],
         },
@@ -399,8 +399,10 @@ CIFAR10 = [
     Row("cifar10/cutmix_fast_advprop", "CutMix + Fast AdvProp.", FAST | {"data.mix": "cutmix"}),
 ]
 
-# Steps of the warm-up are 1,000 of any method; a step of Fast AdvProp takes 20 images of an epoch.
-WARM_UP_OF_20: Overrides = {"optim.warmup_epochs": 0.169}
+# Steps of the warm-up are 1,000 of any method. A step of Fast AdvProp and of decoupled training
+# takes 20 images of an epoch, and AdvProp's epochs are those of vanilla training divided by 3.
+WARM_UP_OF_20: Overrides = {"budget.warmup_epochs": 0.2028}
+WARM_UP_OF_PGD1: Overrides = {"budget.warmup_epochs": 0.405}
 
 COCO = [
     Row("coco/vanilla", "Vanilla training. Table 7.", VANILLA, paper={"map": 35.8, "coco_c": 17.6}),
@@ -420,7 +422,7 @@ COCO = [
         "coco/advprop",
         "AdvProp with PGD-1 at equal cost; method.attack_loss=max makes it Det-AdvProp's attack."
         " Ours, no row of the paper.",
-        PGD1,
+        PGD1 | WARM_UP_OF_PGD1,
         (ASSUMED_PGD1, READ_FROM_PAPER),
     ),
 ]

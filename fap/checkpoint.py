@@ -11,9 +11,10 @@ import errno
 import json
 import os
 import re
+import secrets
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +22,29 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipelines.files import GIGABYTE, one_line, open_regular, read_regular, shown, write_whole
+from pipelines.files import (
+    GIGABYTE,
+    NO_LINKS_HERE,
+    first_bytes,
+    listed,
+    one_line,
+    open_regular,
+    read_regular,
+    shown,
+    sync_folder,
+    write_whole,
+)
 
 MOST_BYTES = 64 * GIGABYTE  # of a file
 MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one either
 MOST_META = 1 << 24  # characters of metadata; 21,841 class names are well below a megabyte
+COPY_BYTES = 1 << 22  # at a time
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
 CHECKSUM = b'"crc32":"'  # unescaped, so no tensor's name and no value of the metadata contains it
 ZEROS = b"00000000"  # in place of the checksum's digits while it is computed
 NAME = re.compile(r"step_([0-9]+)\.safetensors")
+FOLDER = "checkpoints"  # in that of a run
+BEST = "best.safetensors"  # beside the others: the checkpoint of the best epoch
 # Errors that belong to this one file, as damage does: a dangling or circular link, a bad sector.
 OF_THE_FILE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.ENXIO)
 # What parsing a header raises if it is nonsense, or nested too deeply.
@@ -165,7 +180,11 @@ def _metadata(path: str | Path, header: Any) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of a run, `folder/step_00001234.safetensors`: the last `keep` of them."""
+    """The checkpoints of a run, `folder/step_00001234.safetensors`: the last `keep` of them.
+
+    `folder/best.safetensors` is a second name of the best epoch's, a hard link, so that it stays
+    when it is no longer one of the last. It takes room of its own only then.
+    """
 
     def __init__(
         self, folder: str | Path, keep: int = 2, say: Callable[[str], Any] = warnings.warn
@@ -179,36 +198,81 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = keep
         self.say = say
+        self._best: int | None = None  # the step of the best one, once it has been looked at
 
     def paths(self) -> list[Path]:
         """Complete files, oldest step first; not checked for damage."""
         return [path for path in self._named() if path.is_file()]
+
+    def names(self, step: int) -> dict[str, str]:
+        """Where those of a finished run lie, in the run's folder: its last one, and the best."""
+        found = {"last": self._path(step)}
+        if (self.folder / BEST).is_file():
+            found["best"] = self.folder / BEST
+        return {name: f"{self.folder.name}/{path.name}" for name, path in found.items()}
 
     def _named(self) -> list[Path]:
         """Whatever is named like a checkpoint: folders and dangling links too."""
         found = self.folder.glob("step_*.safetensors")
         return sorted((path for path in found if NAME.fullmatch(path.name)), key=_step)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        meta: dict[str, Any],
+        best: int | None = None,  # the step of the best checkpoint so far; None: none is kept
+    ) -> Path:
         """Save `step`; only once it is complete, remove what is no longer kept. One writer.
 
         Files of later steps go as well: they are the damaged ones that `newest` skipped when the
-        run was resumed. Raises as `fap.checkpoint.save`. What cannot be removed is said, not
-        raised: by then the checkpoint has been saved.
+        run was resumed. Raises as `fap.checkpoint.save`. What cannot be linked or removed is said,
+        not raised: by then the checkpoint has been saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{step:08d}.safetensors"
+        path = self._path(step)
         if path.is_dir():  # before gigabytes are written
             raise IsADirectoryError(
                 errno.EISDIR, "a folder has the name of the checkpoint", str(path)
             )
         # What a killed save left behind goes first, since its room may be needed.
-        self._remove(list(self.folder.glob(".step_*.tmp")))
+        self._remove([*self.folder.glob(".step_*.tmp"), *self.folder.glob(f".{BEST}.*.tmp")])
         save(path, tensors, meta)
+        # Before the best one is removed under its first name.
+        self.keep_best(best)
         until = [old for old in self.paths() if _step(old) <= step]
         kept = until[-self.keep :]
         self._remove([old for old in self.paths() if old not in kept])
         return path
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.safetensors"
+
+    def keep_best(self, step: int | None) -> None:
+        """Make `best.safetensors` the checkpoint of `step`; None: there shall be none.
+
+        It is looked at whenever another process may have left it: one that was killed before it
+        could link, or whose last steps were lost with a damaged file.
+        """
+        second = self.folder / BEST
+        if step is None:
+            self._remove([second])
+            return
+        if step == self._best:
+            return
+        first = self._path(step)
+        try:
+            if first.is_file():
+                _link(first, second)
+            elif _step_said(second) != step:
+                self._remove([second])
+                self.say(
+                    f"warning: the checkpoint of the best epoch, step {step}, is not there any "
+                    f"more; {second} will be that of the next better one"
+                )
+            self._best = step
+        except OSError as error:
+            self.say(f"warning: {second} could not be written: {error}")
 
     def _remove(self, paths: list[Path]) -> None:
         for path in paths:
@@ -240,6 +304,79 @@ class Checkpoints:
                 f"{self.folder}: all {len(named)} are damaged; remove them to start over"
             )
         return None
+
+
+def _link(first: Path, second: Path) -> None:
+    """Give a file a second name, at once or not at all; a copy where there are no hard links."""
+    temporary = second.with_name(f".{second.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(first, temporary)
+        os.replace(temporary, second)
+    except OSError as error:
+        if error.errno not in NO_LINKS_HERE:
+            raise
+        write_whole(second, _blocks(first))
+        return
+    finally:
+        # Renaming one name of a file to another one of its names does nothing.
+        temporary.unlink(missing_ok=True)
+    sync_folder(second.parent)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
+        block = file.read(COPY_BYTES)
+        while block:
+            yield block
+            block = file.read(COPY_BYTES)
+
+
+def _step_said(path: Path) -> Any:
+    """The step in a checkpoint's metadata, which nobody has checked; None where there is none."""
+    try:
+        _, end = _find_header(path)
+        header = json.loads(first_bytes(path, end)[LENGTH_BYTES:])
+        return _metadata(path, header).get("step")
+    except (OSError, DamagedCheckpoint, *GARBLED):
+        return None
+
+
+def checkpoint_at(path: str | Path, *, best: bool = False) -> Path:
+    """The checkpoint that `path` means: a file, or the newest one of a run, or its `best` one.
+
+    A run is given by its folder, such as runs/NAME/seed0, or by the folder `checkpoints` in it. A
+    path that is no folder is returned as it is: `load` says what is wrong with it. Raises
+    ValueError for a folder without what is wanted, and for a file where the best one is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if best:
+            raise ValueError(f"{path}: is no folder; the best checkpoint is that of a run's folder")
+        return path
+    folder = path / FOLDER
+    if not folder.is_dir():
+        if path.resolve().name != FOLDER:
+            raise ValueError(_no_run(path))
+        folder = path
+    if best:
+        if not (folder / BEST).is_file():
+            raise ValueError(
+                f"{folder}: has no {BEST}: no epoch of the run has been evaluated yet, "
+                "or it ran with run.keep_best = false"
+            )
+        return folder / BEST
+    found = Checkpoints(folder).paths()
+    if not found:
+        raise ValueError(f"{folder}: has no checkpoint yet")
+    return found[-1]
+
+
+def _no_run(path: Path) -> str:
+    """What to say about a folder that is not a run's; of one of several seeds, which there are."""
+    seeds = sorted(each.parent for each in path.glob(f"*/{FOLDER}") if each.is_dir())
+    if seeds:
+        return f"{path}: holds the runs {listed([seed.name for seed in seeds])}: give one of them"
+    return f"{path}: is no folder of a run (it has no folder {FOLDER!r} in it)"
 
 
 def _step(path: Path) -> int:

@@ -27,6 +27,7 @@ from fap.sections import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    exact,
 )
 from fap.tasks import TASKS
 from pipelines.files import read_regular, readable, shown
@@ -36,7 +37,7 @@ MOST_LINES = 10  # of one error
 MOST_KEY = 60  # characters of a key in an error
 
 # Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
-RENAMED = {"method.group": "method.group_rows"}
+RENAMED = {"method.group": "method.group_rows", "optim.warmup_epochs": "budget.warmup_epochs"}
 
 DETECTION = "detection"  # the task whose images keep their aspect ratio
 
@@ -193,17 +194,32 @@ def with_classes(config: Config, n: int) -> Config:
 
 
 def with_current_names(tree: Any) -> Any:
-    """A copy of a config that an earlier version wrote, with the names that its fields have now."""
+    """A copy of a config that an earlier version wrote, with the names that its fields have now.
+
+    A warm-up was in epochs of the run once; it is now in those of vanilla training, as all epochs
+    are.
+    """
     if not isinstance(tree, dict):
         return tree
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for old, new in RENAMED.items():
         section, _, old_field = old.partition(".")
-        _, _, new_field = new.partition(".")
+        new_section, _, new_field = new.partition(".")
         fields = tree.get(section)
         if isinstance(fields, dict) and old_field in fields:
-            fields[new_field] = fields.pop(old_field)
+            value = fields.pop(old_field)
+            if old == "optim.warmup_epochs":
+                value = _of_vanilla_training(value, tree)
+            tree.setdefault(new_section, {})[new_field] = value
     return tree
+
+
+def _of_vanilla_training(epochs: float, tree: dict[str, Any]) -> float:
+    """Epochs of the run that a tree describes, in those of vanilla training."""
+    if not tree.get("budget", {}).get("same_budget", True):
+        return epochs
+    method = MethodConfig.model_validate(tree.get("method", {}))
+    return float(exact(epochs) * method.cost_per_image)
 
 
 def _read(file: str | Path) -> dict[str, Any]:

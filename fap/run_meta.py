@@ -54,6 +54,9 @@ class RunMeta(_Strict):
     """Sums over the steps of the epoch so far, by the names of the step's METRICS."""
     best: _Numbers
     """The task's primary metric in its best epoch, and the number of that epoch."""
+    best_step: _Count | None = None
+    """Whose checkpoint is that of the best epoch. None: nothing has been evaluated, or an earlier
+    version wrote this."""
     last: _Numbers
     """The newest evaluation."""
     seconds: Annotated[float, Field(ge=0, le=1e12)]
@@ -75,6 +78,8 @@ class RunMeta(_Strict):
     def _check(self) -> RunMeta:
         if self.closed > self.step:
             raise ValueError(f"closed = {self.closed} epochs in step = {self.step} steps")
+        if self.best_step is not None and self.best_step > self.step:
+            raise ValueError(f"best_step = {self.best_step} after step = {self.step}")
         if "epoch" not in self.best or len(self.best) != 2:
             raise ValueError("best must hold one metric and epoch")
         n_classes = self.config.model.num_classes

@@ -38,6 +38,16 @@ from pipelines.sizes import sides_of
 UNSET: Any = None  # a default that a validator replaces
 PAPER_EPOCHS = 105  # section 4.1, with the milestones
 PAPER_MILESTONES = (30, 60, 90, 100)
+PAPER_GAMMA = 0.1
+
+LrSchedule = Literal["milestones", "cosine", "linear", "constant"]
+# The fields of `budget` that only some of them have a meaning for.
+OF_LR_SCHEDULE: dict[LrSchedule, tuple[str, ...]] = {
+    "milestones": ("milestones", "gamma"),
+    "cosine": ("final_lr",),
+    "linear": ("final_lr",),
+    "constant": (),
+}
 
 
 class ModelConfig(Section):
@@ -157,6 +167,11 @@ class MethodConfig(Section):
     @property
     def entry(self) -> Method:
         return METHODS[self.name]
+
+    @property
+    def cost_per_image(self) -> Fraction:
+        """Image passes per image of the epoch."""
+        return self.entry.cost_per_image(self.p_adv, self.attack_steps, self.attack_loss)
 
     @property
     def adv_group_rows(self) -> int:
@@ -281,13 +296,16 @@ class OptimConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient of all parameters; a longer one is shortened. Unset: any."""
-    warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs of this run over which the rate rises from 0; fewer than the run has."""
 
 
 def nearest(value: Fraction) -> int:
     """The nearest whole number, ties down: 87.5 epochs are 87, as in Table 4."""
     return math.ceil(value - Fraction(1, 2))
+
+
+def exact(value: float) -> Fraction:
+    """What a number in a config says: 0.1 is a tenth."""
+    return Fraction(str(value))
 
 
 def paper_milestones(epochs: int) -> tuple[int, ...]:
@@ -308,25 +326,57 @@ def paper_milestones(epochs: int) -> tuple[int, ...]:
 class BudgetConfig(Section):
     epochs: PositiveInt = PAPER_EPOCHS
     """Epochs of vanilla training; other methods run epochs / cost (section 4.1)."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs of vanilla training over which the rate rises from 0, step by step; divided by the
+    cost, like `epochs` and `milestones`, so it is the same share of every method's training."""
+    lr_schedule: LrSchedule = "milestones"
+    """The rate after the warm-up: the paper's falls at `milestones`, half a cosine or a straight
+    line over all steps down to `final_lr`, or a constant."""
     milestones: Annotated[
-        tuple[PositiveInt, ...], Field(strict=False, max_length=100, validate_default=True)
+        Annotated[tuple[PositiveInt, ...], Field(strict=False, max_length=100)] | None,
+        Field(validate_default=True),
     ] = UNSET
-    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for a
-    constant rate. Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Epochs of vanilla training after which the learning rate is multiplied by gamma; [] for
+    none. Unset: the paper's 30, 60, 90 and 100 of 105, scaled to `epochs`."""
+    gamma: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Field(validate_default=True)] = (
+        UNSET
+    )
+    """Unset: 0.1."""
+    final_lr: Annotated[Share | None, Field(validate_default=True)] = UNSET
+    """Of cosine and linear: the share of the highest rate at which they end. Unset: 0."""
     same_budget: bool = True
     """False: as many epochs as vanilla, at (K + 2) or (1 + p_adv K) times its cost."""
 
-    @field_validator("milestones", mode="before")
+    @field_validator("milestones", "gamma", "final_lr", mode="before")
     @classmethod
-    def _scale(cls, given: Any, info: ValidationInfo) -> Any:
+    def _fill(cls, given: Any, info: ValidationInfo) -> Any:
+        """Replace what is unset, and refuse what has no meaning for the schedule."""
+        schedule = info.data.get("lr_schedule")
+        field = info.field_name
+        if schedule is None:  # it is wrong, which is an error of its own
+            return given
+        if field not in OF_LR_SCHEDULE[schedule]:
+            if given is None:
+                return None
+            raise ValueError(
+                f"budget.{field} = {shown(given)} has no meaning for "
+                f"budget.lr_schedule = {schedule!r}; leave it out, or write null"
+            )
         if given is not None:
             return given
-        # `epochs` is absent only if it is wrong, which is an error of its own.
-        return paper_milestones(info.data.get("epochs", PAPER_EPOCHS))
+        match field:
+            case "milestones":
+                # `epochs` is absent only if it is wrong, which is an error of its own.
+                return paper_milestones(info.data.get("epochs", PAPER_EPOCHS))
+            case "gamma":
+                return PAPER_GAMMA
+            case _:
+                return 0.0
 
     @model_validator(mode="after")
     def _check(self) -> BudgetConfig:
+        if self.milestones is None:
+            return self
         ascending = all(a < b for a, b in pairwise(self.milestones))
         in_time = all(milestone < self.epochs for milestone in self.milestones)
         if not (ascending and in_time):
@@ -361,6 +411,9 @@ class RunConfig(Section):
     """Steps between checkpoints; one is also written at each epoch's end."""
     keep: PositiveInt = 2
     """Checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep that of the best epoch, as best.safetensors: a link to it, not counted in `keep`.
+    fap-eval and fap-export take it with --best."""
     eval_every: PositiveInt = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     eval_batch: PositiveInt | None = None

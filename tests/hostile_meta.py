@@ -34,6 +34,7 @@ def valid_meta(
         "closed": 1,
         "totals": dict.fromkeys(METRICS, 0.0),
         "best": {"top1": 0.25, "epoch": 1},
+        "best_step": 4,
         "last": {"top1": 0.25, "top5": 1.0, "loss": 1.5},
         "seconds": 2.5,
         "world": 1,

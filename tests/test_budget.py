@@ -38,7 +38,7 @@ def test_epochs_and_milestones_of_the_paper(
 ) -> None:
     found = budget_of(method=method)
     assert found.epochs == epochs
-    assert milestones in (None, found.milestones)
+    assert milestones in (None, found.rates.milestones)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_epochs_and_milestones_of_the_paper(
 def test_mixup_and_cutmix(vanilla: tuple[int, ...], fast: tuple[int, ...]) -> None:
     epochs, *milestones = vanilla
     found = budget_of(budget={"epochs": epochs, "milestones": milestones})
-    assert (found.epochs, *found.milestones) == fast
+    assert (found.epochs, *found.rates.milestones) == fast
 
 
 def test_image_passes_count_every_forward_and_backward() -> None:
@@ -61,21 +61,21 @@ def test_image_passes_count_every_forward_and_backward() -> None:
 
 
 def test_learning_rate_at_milestones_and_in_the_warm_up() -> None:
-    found = budget_of(10 * 640, optim={"clean_batch": 512})
+    found = budget_of(10 * 640, optim={"clean_batch": 512}).rates
     assert found.steps_per_epoch == 10
-    rates = [found.lr_at(step) for step in (0, 249, 250, 500, 750, 830, 869)]
+    rates = [found.at(step) for step in (0, 249, 250, 500, 750, 830, 869)]
     assert rates == pytest.approx([0.2, 0.2, 0.02, 2e-3, 2e-4, 2e-5, 2e-5])
-    warm = budget_of(3200, optim={"warmup_epochs": 2})
-    rates = [warm.lr_at(step) for step in (0, 9, 19, 20)]
+    warm = budget_of(3200, budget={"warmup_epochs": 2.4}).rates
+    rates = [warm.at(step) for step in (0, 9, 19, 20)]
     assert rates == pytest.approx([0.005, 0.05, 0.1, 0.1])
 
 
 def test_falls_are_where_the_learning_rate_changes() -> None:
-    found = budget_of(10 * 640, optim={"clean_batch": 512})
+    found = budget_of(10 * 640, optim={"clean_batch": 512}).rates
     changes = [
-        (step, found.lr_at(step))
+        (step, found.at(step))
         for step in range(1, found.steps)
-        if found.lr_at(step) != found.lr_at(step - 1)
+        if found.at(step) != found.at(step - 1)
     ]
     assert [(fall.step, fall.lr) for fall in found.falls] == changes
     assert [fall.epoch for fall in found.falls] == [25, 50, 75, 83]
@@ -101,18 +101,18 @@ def test_milestones_that_meet_after_the_division(
     falls: list[tuple[int, int, bool]],  # epoch, how many meet there, is it before the run's end?
 ) -> None:
     run = budget_of(method=ADVPROP, budget=section)
-    found = [(fall.epoch, fall.milestones, fall.step < run.steps) for fall in run.falls]
+    found = [(fall.epoch, fall.milestones, fall.step < run.steps) for fall in run.rates.falls]
     assert found == falls
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 12, 50, 300])
 def test_unset_milestones_let_the_rate_fall_in_a_run_of_any_length(epochs: int) -> None:
-    found = budget_of(method={"name": "vanilla"}, budget={"epochs": epochs})
+    found = budget_of(method={"name": "vanilla"}, budget={"epochs": epochs}).rates
     n_falls = len(found.milestones)
     if epochs < 4:
         n_falls = epochs - 1
     assert len(found.falls) == n_falls
-    assert found.lr_at(found.steps - 1) == pytest.approx(0.1 * 0.1**n_falls)
+    assert found.at(found.steps - 1) == pytest.approx(0.1 * 0.1**n_falls)
 
 
 @pytest.mark.parametrize(
@@ -121,22 +121,27 @@ def test_unset_milestones_let_the_rate_fall_in_a_run_of_any_length(epochs: int) 
 def test_a_warm_up_as_long_as_the_run(epochs: float, enough: bool) -> None:
     sections: dict[str, Any] = {
         "method": {"name": "vanilla"},
-        "budget": {"epochs": 5},
-        "optim": {"warmup_epochs": epochs},
+        "budget": {"epochs": 5, "warmup_epochs": epochs},
     }
     if enough:
-        found = budget_of(**sections)
+        found = budget_of(**sections).rates
         assert found.warmup_steps < found.steps
     else:
-        says = r"optim\.warmup_epochs = .* must be less than the 5 epoch"
+        says = r"budget\.warmup_epochs = .* must be less than its 5 \(budget\.epochs / cost\)"
         with pytest.raises(ValueError, match=says):
             budget_of(**sections)
 
 
-def test_a_warm_up_is_measured_by_the_epochs_of_the_run() -> None:
-    """15 here, not those of vanilla training."""
-    with pytest.raises(ValueError, match="less than the 15 epoch"):
-        budget_of(method={"name": "advprop"}, optim={"warmup_epochs": 15})
+def test_a_warm_up_is_measured_by_the_epochs_of_vanilla_training() -> None:
+    """As the milestones, but to the nearest step: 105 become 15 here."""
+    steps = IMAGENET // 256
+    found = budget_of(method={"name": "advprop"}, budget={"warmup_epochs": 7.7}).rates
+    assert found.warmup_steps == round(Fraction(11, 10) * steps)
+    same = {"warmup_epochs": 7.7, "same_budget": False}
+    found = budget_of(method={"name": "advprop"}, budget=same).rates
+    assert found.warmup_steps == round(Fraction(77, 10) * steps)
+    with pytest.raises(ValueError, match=r"= 105 gives 15 epochs of this run; .* than its 15 "):
+        budget_of(method={"name": "advprop"}, budget={"warmup_epochs": 105})
 
 
 def test_too_few_images_for_a_batch() -> None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fap import checkpoint
-from fap.checkpoint import Checkpoints, DamagedCheckpoint, load, save
+from fap.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_at, load, save
 from pipelines import files
 
 META = {
@@ -396,3 +398,198 @@ def test_a_huge_file_without_our_header_is_not_read(
         says = r"no checksum in its header|truncated inside its header"
         with pytest.raises(DamagedCheckpoint, match=says):
             load(tmp_path / "c")
+
+
+# ---------------------------------------------------------------------- the best one
+
+SCORES = (0.1, 0.5, 0.3, 0.5, 0.7, 0.2, 0.1)  # after steps 1, 2, ...
+
+
+def best_steps(scores: Sequence[float]) -> list[int]:
+    """After every step the step of the best score so far, of equal ones the first."""
+    return [1 + scores.index(max(scores[:n])) for n in range(1, len(scores) + 1)]
+
+
+def save_on(folder: Path, keep: int, scores: Sequence[float] = SCORES) -> None:
+    """A run that saves after every step, from where the newest checkpoint is."""
+    kept = Checkpoints(folder, keep, say=lambda _: None)
+    newest = kept.newest()
+    done = 0 if newest is None else newest[2]["step"]
+    for step in range(done + 1, len(scores) + 1):
+        tensors = {"w": torch.full((9,), float(step))}
+        kept.save(step, tensors, {"step": step}, best_steps(scores)[step - 1])
+    kept.keep_best(best_steps(scores)[-1])
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_best_one_is_kept_beside_the_newest(tmp_path: Path, keep: int) -> None:
+    kept = Checkpoints(tmp_path, keep)
+    for step, best in enumerate(best_steps(SCORES), 1):
+        kept.save(step, {"w": torch.full((9,), float(step))}, {"step": step}, best)
+        tensors, meta = load(tmp_path / "best.safetensors")
+        assert meta == {"step": best}
+        assert tensors["w"].tolist() == [best] * 9
+        first = tmp_path / f"step_{best:08d}.safetensors"
+        assert first.exists() == (best > step - keep)
+        if first.exists():
+            assert first.samefile(tmp_path / "best.safetensors"), "a link takes no room"
+        assert len(kept.paths()) == min(step, keep)
+    assert len(os.listdir(tmp_path)) == keep + 1
+    kept.save(8, {"w": torch.ones(1)}, {"step": 8})  # without a best one
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the killed process catches it or runs after it."""
+
+
+def killed_at(
+    call: int, folder: Path, keep: int, scores: Sequence[float], patch: pytest.MonkeyPatch
+) -> bool:
+    """Save until the `call`-th call of the system that changes the folder; True if there is one."""
+    left = call
+
+    def counting(function: Any) -> Any:
+        def called(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left <= 0:  # what `finally` still tries does nothing
+                raise Killed
+            return function(*args, **options)
+
+        return called
+
+    for name in ("link", "replace", "fsync"):
+        patch.setattr(os, name, counting(getattr(os, name)))
+    patch.setattr(Path, "unlink", counting(Path.unlink))
+    try:
+        save_on(folder, keep, scores)
+    except Killed:
+        return True
+    finally:
+        patch.undo()
+    return False
+
+
+@pytest.mark.parametrize(("keep", "scores"), [(1, SCORES), (2, SCORES), (1, (0.1, 0.3, 0.2, 0.4))])
+def test_a_run_that_is_killed_anywhere_has_the_right_best_one_in_the_end(
+    tmp_path: Path, keep: int, scores: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_calls = 0
+    for call in range(1, 1000):
+        folder = tmp_path / str(call)
+        folder.mkdir()
+        if not killed_at(call, folder, keep, scores, monkeypatch):
+            break
+        n_calls += 1
+        for file in folder.glob("*.safetensors"):
+            load(file)  # whole, the best one too
+        save_on(folder, keep, scores)
+        assert load(folder / "best.safetensors")[1] == {"step": best_steps(scores)[-1]}
+        newest = f"step_{len(scores):08d}.safetensors"
+        assert sorted(os.listdir(folder))[-1] == newest
+        # What the last save could not remove any more, the next one would.
+        assert len(os.listdir(folder)) <= keep + 3
+    assert n_calls > 3 * len(scores)
+
+
+def test_where_there_are_no_links_the_best_one_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(old: Path, new: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 100)
+    save_on(tmp_path, keep=3)
+    best = tmp_path / "best.safetensors"
+    first = tmp_path / "step_00000005.safetensors"
+    assert best.read_bytes() == first.read_bytes()
+    assert not best.samefile(first)
+    assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_best_one_that_cannot_be_written_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, and tried again."""
+    said: list[str] = []
+    kept = Checkpoints(tmp_path, 2, say=said.append)
+
+    def full(old: Path, new: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        kept.save(1, {"w": torch.ones(1)}, {"step": 1}, 1)
+    assert [p.name for p in kept.paths()] == ["step_00000001.safetensors"]
+    assert len(said) == 1
+    assert "best.safetensors could not be written: [Errno 28]" in said[0]
+    kept.save(2, {"w": torch.ones(1)}, {"step": 2}, 1)
+    assert load(tmp_path / "best.safetensors")[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("what", ["later", "damaged", "pipe", "nothing"])
+def test_a_best_one_of_steps_that_were_lost_goes(tmp_path: Path, what: str) -> None:
+    """The newest checkpoint was damaged, and the best one was its second name."""
+    said: list[str] = []
+    best = tmp_path / "best.safetensors"
+    match what:
+        case "later":
+            save(best, {"w": torch.ones(1)}, {"step": 9})
+        case "damaged":
+            best.write_bytes(b"x" * 1000)
+        case "pipe":
+            os.mkfifo(best)
+    kept = Checkpoints(tmp_path, 2, say=said.append)
+    kept.save(7, {"w": torch.ones(1)}, {"step": 7}, best=3)
+    assert not best.exists()
+    assert len(said) == 1
+    assert "the checkpoint of the best epoch, step 3, is not there any more" in said[0]
+    kept.save(8, {"w": torch.ones(1)}, {"step": 8}, best=3)
+    assert len(said) == 1
+    kept.save(9, {"w": torch.ones(1)}, {"step": 9}, best=9)
+    assert load(best)[1] == {"step": 9}
+
+
+# ---------------------------------------------------------------------- a run by its folder
+
+
+def test_a_run_is_accepted_wherever_a_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its folder or by the checkpoints' own; a file is that file, whatever it is."""
+    run = tmp_path / "mine" / "seed0"
+    kept = Checkpoints(run / "checkpoints", keep=2)
+    for step in (9, 10):
+        kept.save(step, {"w": torch.ones(1)}, {"step": step})
+    newest = run / "checkpoints" / "step_00000010.safetensors"
+    (run / "checkpoints" / "step_00000099.safetensors").symlink_to("nowhere")
+    best = newest.with_name("best.safetensors")
+    best.write_bytes(b"")
+    for folder in (run, run / "checkpoints", str(run)):
+        assert checkpoint_at(folder) == newest
+        assert checkpoint_at(folder, best=True) == best
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint_at(".").resolve() == newest
+    assert checkpoint_at(newest) == newest
+    assert checkpoint_at("nowhere") == Path("nowhere")
+
+
+def test_a_folder_without_the_wanted_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / "mine" / f"seed{seed}" / "checkpoints").mkdir(parents=True)
+    run = tmp_path / "mine" / "seed0"
+    file = tmp_path / "c.safetensors"
+    file.write_bytes(b"")
+    for path, best, says in (
+        (tmp_path / "mine", False, "mine: holds the runs seed0, seed1: give one of them"),
+        (tmp_path, False, "is no folder of a run (it has no folder 'checkpoints' in it)"),
+        (run, False, "checkpoints: has no checkpoint yet"),
+        (run, True, "checkpoints: has no best.safetensors: no epoch of the run has been evaluated"),
+        (file, True, "c.safetensors: is no folder; the best checkpoint is that of a run's folder"),
+    ):
+        with pytest.raises(ValueError) as error:
+            checkpoint_at(path, best=best)
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)

@@ -102,6 +102,40 @@ def test_a_config_of_an_earlier_version_is_read_by_the_new_names() -> None:
     assert with_current_names(now) == now
 
 
+@pytest.mark.parametrize(
+    ("method", "same_budget", "vanilla"),
+    [
+        ({"name": "vanilla"}, True, 0.169),
+        ({"name": "fast_advprop"}, True, 0.2028),
+        ({"name": "advprop"}, True, 1.183),
+        ({"name": "advprop"}, False, 0.169),
+    ],
+)
+def test_a_warm_up_of_an_earlier_version_was_in_epochs_of_the_run(
+    method: dict[str, Any], same_budget: bool, vanilla: float
+) -> None:
+    """And means as many steps as it did: those of vanilla training are divided by the cost."""
+    earlier = {
+        "method": method,
+        "optim": {"lr": 0.2, "warmup_epochs": 0.169},
+        "budget": {"same_budget": same_budget},
+    }
+    found = make_config(with_current_names(earlier))
+    assert found.optim.lr == 0.2
+    assert found.budget.warmup_epochs == vanilla
+    now = found.model_dump(mode="json")
+    assert with_current_names(now) == now
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_another_schedule_of_the_rate_has_no_milestones(schedule: str) -> None:
+    budget = make_config({"budget": {"lr_schedule": schedule}}).budget
+    assert (budget.milestones, budget.gamma) == (None, None)
+    assert budget.final_lr == (None if schedule == "constant" else 0.0)
+    paper = Config().budget
+    assert (paper.lr_schedule, paper.gamma, paper.final_lr) == ("milestones", 0.1, None)
+
+
 @pytest.mark.parametrize("odd", [None, 3, [], {"method": None}, {"method": 3}])
 def test_what_is_no_config_keeps_its_shape(odd: Any) -> None:
     assert with_current_names(odd) == odd

@@ -138,12 +138,36 @@ from fap.config import load_config, make_config
             "below budget.epochs; null means the paper's, scaled: [30, 60, 90, 100]",
         ),
         ("budget.milestones=30,60", "must be a list"),
+        # The schedule of the rate.
+        ("budget.lr_schedule=steps", "must be 'milestones', 'cosine', 'linear' or 'constant'"),
+        (
+            "budget.final_lr=0.1",
+            "budget.final_lr = 0.1 has no meaning for budget.lr_schedule = 'milestones'; "
+            "leave it out, or write null",
+        ),
+        ("budget.warmup_epochs=-1", "budget.warmup_epochs = -1"),
     ],
 )
 def test_users_mistakes_name_field_value_and_remedy(override: str, says: str) -> None:
     with pytest.raises(ValueError) as raised:
         load_config(None, [override])
     assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "override"),
+    [
+        ("cosine", "budget.milestones=[30]"),
+        ("linear", "budget.gamma=0.1"),
+        ("constant", "budget.milestones=[]"),
+        ("constant", "budget.final_lr=0"),
+    ],
+)
+def test_a_field_of_another_schedule_of_the_rate_is_refused(schedule: str, override: str) -> None:
+    field, _, _ = override.partition("=")
+    with pytest.raises(ValueError, match=f"^{field} = .* no meaning for .* = '{schedule}'; leave"):
+        load_config(None, [f"budget.lr_schedule={schedule}", override])
+    load_config(None, [f"budget.lr_schedule={schedule}", f"{field}=null"])
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,13 @@ METHODS = st.one_of(
 @st.composite
 def budgets(draw: st.DrawFn) -> dict[str, Any]:
     epochs = draw(st.integers(1, 2000))
-    tree: dict[str, Any] = {"epochs": epochs}
-    if draw(st.booleans()):
+    tree: dict[str, Any] = {"epochs": epochs, "warmup_epochs": draw(SHARE)}
+    schedule = draw(st.sampled_from([None, "milestones", "cosine", "linear", "constant"]))
+    if schedule is not None:
+        tree["lr_schedule"] = schedule
+    if schedule in ("cosine", "linear"):
+        tree["final_lr"] = draw(SHARE)
+    elif schedule != "constant" and draw(st.booleans()):
         milestones = draw(st.sets(st.integers(1, max(1, epochs - 1)), max_size=8))
         tree["milestones"] = sorted(milestones - {epochs})
     return tree
@@ -167,7 +172,7 @@ ANY_CONFIG = st.fixed_dictionaries(
             },
         ),
         "optim": st.fixed_dictionaries(
-            {}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1), "warmup_epochs": SHARE}
+            {}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1)}
         ),
         "budget": budgets(),
         "run": st.fixed_dictionaries(

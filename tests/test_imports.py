@@ -25,7 +25,7 @@ LEAVES = {
 }
 
 # The settings of a run as data: they know no room.
-SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "budget"}
+SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "rates", "budget"}
 BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "run_meta", "tasks"}
 MAY_IMPORT = {
     "__init__": set[str](),
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "fields": SETTINGS,
     "sections": SETTINGS,
     "config": SETTINGS,
+    "rates": SETTINGS,
     "budget": SETTINGS,
     "draws": set[str](),
     "layout": set[str](),

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import pipelines
-from fap.checkpoint import DamagedCheckpoint
+from fap.checkpoint import DamagedCheckpoint, checkpoint_at
 from fap.cli.output import told
 from fap.evaluate import report
 from fap.evaluate.benchmarks import Wanted
@@ -68,6 +68,8 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
                 parser.error(f"{option} is about the sets of --corrupt, which is not given")
     if args.classes is not None and args.plain is None:
         parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
+    if args.best and args.plain is not None:
+        parser.error("--best is about a run's checkpoints; --plain takes files")
     return args
 
 
@@ -78,8 +80,9 @@ def _add_image_sets(parser: ArgumentParser) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a step_*.safetensors of a run; with --plain a file of plain weights",
+        help="a run's folder, or a step_*.safetensors of it; with --plain a file of plain weights",
     )
+    add("--best", action="store_true", help="of a run's folder: the best epoch, not the newest")
     add(
         "--plain",
         nargs="*",
@@ -150,7 +153,7 @@ def evaluate(args: Namespace) -> int:
     results = Results(out / "results", say)
     many = _everything(args)
     with closing(pipelines.open_store(wanted.data)) as data, Workers(say=say) as workers:
-        works = [look(_path(path), wanted, data, workers, results) for path in args.checkpoints]
+        works = [look(path, wanted, data, workers, results) for path in _checkpoints(args)]
         for work in works:
             say(report.plan(work))
             many = many or max(work.config.data.sides) > SMALL
@@ -167,6 +170,14 @@ def evaluate(args: Namespace) -> int:
     if missing:
         say(missing)
     return 0
+
+
+def _checkpoints(args: Namespace) -> list[Path]:
+    """The files to evaluate; plain weights are those that were given. Raises ValueError."""
+    paths = [_path(path) for path in args.checkpoints]
+    if args.plain is not None:
+        return paths
+    return [checkpoint_at(path, best=args.best) for path in paths]
 
 
 def wishes(args: Namespace) -> Wanted:

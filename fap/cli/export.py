@@ -17,15 +17,20 @@ DESCRIPTION = (
 def main(argv: Sequence[str] | None = None) -> int:
     survive()
     parser = argparse.ArgumentParser(prog="fap-export", description=DESCRIPTION)
-    parser.add_argument("checkpoint", help="a step_*.safetensors of a run")
+    parser.add_argument("checkpoint", help="a run's folder, or a step_*.safetensors of it")
     parser.add_argument("out", help="the .safetensors file to write; it must not exist")
+    parser.add_argument(
+        "--best", action="store_true", help="of a run's folder: the best epoch, not the newest"
+    )
     args = parser.parse_args(argv)
     with importing("fap-export"):
+        from fap.checkpoint import checkpoint_at
         from fap.evaluate import load
     out = os.path.expanduser(args.out)
     try:
         with raising_stopped():
-            meta = load.export(os.path.expanduser(args.checkpoint), out)
+            path = checkpoint_at(os.path.expanduser(args.checkpoint), best=args.best)
+            meta = load.export(path, out)
     except Stopped as stopped:
         return end("fap-export", stopped)
     except (ValueError, OSError, load.DamagedCheckpoint) as error:

@@ -14,12 +14,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fap.config import Config
+from fap.sections import OF_LR_SCHEDULE
 from pipelines.back_ends import GPU_DECODER
 from pipelines.files import shown
 
 # What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
 # precision.
 FREE_DATA = {"train", "val", "threads", "prefetch", "hw_decoder_load"}  # data: compared by content
+# They follow from `budget.lr_schedule` where that differs.
+SHAPES_OF_A_RATE = {f"budget.{name}" for fields in OF_LR_SCHEDULE.values() for name in fields}
 # What may differ between ranks; else they would save, evaluate or stop at different steps.
 PER_RANK_RUN = {"dir", "torch_threads"}
 
@@ -36,6 +39,8 @@ def check_same_run(saved: Config, now: Config, path: Path) -> None:
     differ = [field for field in ours if field in theirs and ours[field] != theirs[field]]
     if "method.name" in differ:  # then a dozen of its fields follow
         differ = [f for f in differ if f == "method.name" or not f.startswith("method.")]
+    if "budget.lr_schedule" in differ:
+        differ = [f for f in differ if f not in SHAPES_OF_A_RATE]
     if differ:
         lines = [f"  {field}: {shown(theirs[field])}, now {shown(ours[field])}" for field in differ]
         raise ValueError(

@@ -46,6 +46,7 @@ class Progress:
 
     started: float  # of time.perf_counter; earlier by the seconds of the run's former processes
     best: Result  # the primary metric of the best epoch, and its number
+    best_step: int | None = None  # whose checkpoint is that of the best epoch
     step: int = 0  # optimiser steps done
     closed: int = 0  # epochs evaluated and logged
     totals: dict[str, float] = field(default_factory=no_totals)  # of the epoch so far, by METRICS
@@ -93,7 +94,7 @@ class Saving:
         state = self._state_of_all_ranks()
         if self.ranks.first:
             with self.stop.saving():
-                written = self._write(progress.step, state, meta)
+                written = self._write(progress, state, meta)
             # The others wait for this one already: if one keeps it waiting, that one hangs.
             failed = self.ranks.any(not written)
         else:
@@ -111,6 +112,7 @@ class Saving:
             "closed": progress.closed,
             "totals": progress.totals,
             "best": progress.best,
+            "best_step": progress.best_step,
             "last": progress.last,
             "seconds": progress.seconds,
             "world": self.ranks.world,
@@ -125,15 +127,28 @@ class Saving:
             state[name] = self.ranks.gather_rows(state[name])
         return state
 
-    def _write(self, step: int, state: dict[str, Tensor], meta: dict[str, Any]) -> bool:
+    def _write(self, progress: Progress, state: dict[str, Tensor], meta: dict[str, Any]) -> bool:
+        step = progress.step
         try:
-            self.checkpoints.save(step, state, meta)
+            self.checkpoints.save(step, state, meta, self._best_step(progress))
         except Exception as error:
             if not (isinstance(error, OSError) or out_of_memory(error)):
                 raise
             self.say(f"warning: could not save step {step} ({error}); {self.last_good()}")
             return False
         return True
+
+    def _best_step(self, progress: Progress) -> int | None:
+        """Whose checkpoint is kept as the best one."""
+        if not self.config.run.keep_best:
+            return None
+        return progress.best_step
+
+    def names(self, progress: Progress) -> dict[str, str]:
+        """Where a finished run's checkpoints lie in its folder; only the first rank may ask."""
+        # An earlier process may have been killed after its last save.
+        self.checkpoints.keep_best(self._best_step(progress))
+        return self.checkpoints.names(progress.step)
 
     def last_good(self) -> str:
         """For a message: which checkpoint there is."""
@@ -161,6 +176,7 @@ class Saving:
         return Progress(
             started=time.perf_counter() - meta.seconds,
             best=meta.best,
+            best_step=meta.best_step,
             step=meta.step,
             closed=meta.closed,
             totals=meta.totals,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
+from fap.rates import Rates
 from fap.sections import DataConfig
 from fap.step.step import Step
 from pipelines.sizes import size_in_words
@@ -42,7 +43,7 @@ def describe(
     if method.shuffle is not None:
         lines.append(_shuffle(config, shuffle_groups))
     lines.append(_budget(config, budget))
-    lines += _rate(budget, config.run.max_steps)
+    lines += _rate(budget.rates, config.run.max_steps)
     return "\n".join(lines)
 
 
@@ -122,27 +123,39 @@ def _budget(config: Config, budget: Budget) -> str:
     )
 
 
-def _rate(budget: Budget, max_steps: int | None) -> list[str]:
-    """Learning rates and from where each holds, counted from 0; then the falls that never come."""
-    rates = [_first_rate(budget, max_steps)]
+def _rate(rates: Rates, max_steps: int | None) -> list[str]:
+    """Learning rates and from where each holds, counted from 0; then those that never come."""
+    match rates.schedule:
+        case "milestones":
+            return _falls(rates, max_steps)
+        case "cosine" | "linear":
+            told = [_first_rate(rates, max_steps), *_course(rates, max_steps)]
+            return [f"rate       {'; '.join(told)}"]
+        case "constant":
+            return [f"rate       {_first_rate(rates, max_steps)}, constant"]
+
+
+def _falls(rates: Rates, max_steps: int | None) -> list[str]:
+    told = [_first_rate(rates, max_steps)]
     after_the_end = []
     after_max_steps = []
-    for fall in budget.falls:
+    for fall in rates.falls:
         rate = f"{fall.lr:g} from epoch {fall.epoch} (step {fall.step:,})"
         if fall.milestones > 1:
             rate += f", {fall.milestones} falls at once"
-        if fall.step < budget.warmup_steps:
+        if fall.step < rates.warmup_steps:
             rate += ", within the warm-up"
-        if fall.step >= budget.steps:
+        if fall.step >= rates.steps:
             after_the_end.append(rate)
         elif max_steps is not None and fall.step >= max_steps:
             after_max_steps.append(rate)
         else:
-            rates.append(rate)
-    lines = [f"rate       {'; '.join(rates)}"]
+            told.append(rate)
+    lines = [f"rate       {'; '.join(told)}"]
     if after_the_end:
+        n_epochs = rates.steps // rates.steps_per_epoch
         lines.append(
-            f"           WITHOUT EFFECT, the run ends after {budget.epochs} epochs: "
+            f"           WITHOUT EFFECT, the run ends after {n_epochs} epochs: "
             f"{'; '.join(after_the_end)}"
         )
     if after_max_steps:
@@ -153,13 +166,31 @@ def _rate(budget: Budget, max_steps: int | None) -> list[str]:
     return lines
 
 
-def _first_rate(budget: Budget, max_steps: int | None) -> str:
-    if not budget.warmup_steps:
-        return f"lr {budget.base_lr:g}"
-    epochs = budget.warmup_steps / budget.steps_per_epoch
-    rate = (
-        f"lr rises to {budget.base_lr:g} over {budget.warmup_steps:,} steps ({epochs:.4g} epochs)"
-    )
-    if max_steps is not None and max_steps < budget.warmup_steps:
+def _first_rate(rates: Rates, max_steps: int | None) -> str:
+    if not rates.warmup_steps:
+        return f"lr {rates.peak:g}"
+    epochs = rates.warmup_steps / rates.steps_per_epoch
+    rate = f"lr rises to {rates.peak:g} over {rates.warmup_steps:,} steps ({epochs:.4g} epochs)"
+    if max_steps is not None and max_steps < rates.warmup_steps:
         rate += f", run.max_steps = {max_steps:,} ends the run before"
     return rate
+
+
+def _course(rates: Rates, max_steps: int | None) -> list[str]:
+    """Of a rate that falls with every step: its shape, a few points, the last one."""
+    shape = "a straight line"
+    if rates.schedule == "cosine":
+        shape = "half a cosine"
+    told = [f"{shape} to {rates.peak * rates.final:g}"]
+    last = rates.steps - 1
+    cut = max_steps is not None and max_steps < rates.steps
+    if cut:
+        last = (max_steps or 0) - 1
+    falling = rates.steps - rates.warmup_steps
+    points = [rates.warmup_steps + quarter * falling // 4 for quarter in (1, 2, 3)]
+    for step in sorted({*(point for point in points if point < last), last}):
+        epoch = step // rates.steps_per_epoch
+        told.append(f"{rates.at(step):.4g} in epoch {epoch} (step {step:,})")
+    if cut:
+        told[-1] += f", where run.max_steps = {max_steps:,} ends the run"
+    return told

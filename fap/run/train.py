@@ -171,7 +171,7 @@ class Run:
             for step, batch in zip(todo, batches, strict=False):
                 # Dropout draws by the number of the step, so that a resumed run repeats it.
                 torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
-                lr = self.budget.lr_at(step)
+                lr = self.budget.rates.at(step)
                 targets = epoch.targets[batch.step]
                 self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
                 run_step()
@@ -201,6 +201,7 @@ class Run:
         epoch, steps_of_next = divmod(progress.step, self.budget.steps_per_epoch)
         trained = rates(progress.totals)
         record = {f"epoch_{name}": value for name, value in trained.items()}
+        former_best = progress.best_step
         warning = leak(trained, self.config, epoch)
         if warning:
             record["leak"] = 1.0
@@ -212,12 +213,14 @@ class Run:
             reached = found[self.task.primary]
             if reached > progress.best[self.task.primary]:
                 progress.best = {self.task.primary: reached, "epoch": epoch}
+                progress.best_step = progress.step
             self._say(f"epoch {epoch}: {in_words(found, self.task)}")
         log.record(progress.step, record | {"epoch": epoch})
         if not steps_of_next:  # max_steps may end a run inside an epoch, which then stays open
             progress.closed = epoch
             progress.totals = no_totals()
-        self.saving.save(progress)
+        if not self.saving.save(progress):
+            progress.best_step = former_best  # what has not been saved cannot be kept
 
     def _finish(self) -> dict[str, Any]:
         self.votes.drain()
@@ -227,8 +230,10 @@ class Run:
                 "training is done, but its last checkpoint could not be saved; "
                 f"{self.saving.last_good()}"
             )
-        result = result_of(self.config, self.progress, step * self.budget.image_passes_per_step)
+        passes = step * self.budget.image_passes_per_step
+        result = result_of(self.config, self.progress, passes)
         if self.ranks.first:
+            result["checkpoints"] = self.saving.names(self.progress)
             write_result(result, self.folder, self.saving.last_good())
         return result
 

@@ -100,8 +100,8 @@ def test_equal_cost_is_equal_to_the_image_pass_and_equal_steps_to_the_step(size)
     assert steps.steps == base.steps
     assert steps.image_passes == 1.5 * base.image_passes
     for b in (base, cost, steps):  # the rate falls twice, at the same share of each training
-        assert len(b.milestones) == 2
-        for own, vanilla in zip(b.milestones, base.milestones, strict=True):
+        assert len(b.rates.milestones) == 2
+        for own, vanilla in zip(b.rates.milestones, base.rates.milestones, strict=True):
             assert own / b.epochs == pytest.approx(vanilla / base.epochs, abs=1 / b.epochs)
             assert own < b.epochs
 

@@ -1,6 +1,8 @@
 """Mistakes, and a world that fails: one line, the right exit code, and no number lost."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from fap.cli import eval as cli
 from fap.evaluate import work
 from fap.run import torch_setup
 from tests.conftest import wait_until_it_listens
-from tests.evaluate.world import CHECKPOINT, command, fresh, refused, run
+from tests.evaluate.world import CHECKPOINT, WNIDS, command, fresh, refused, run, write_checkpoint
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -50,6 +52,30 @@ def test_odd_checkpoints_are_one_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fap-eval: ")
         assert str(file) in line
+
+
+def test_a_run_is_evaluated_by_its_folder(world: Path, tmp_path: Path) -> None:
+    """The newest checkpoint, or the best one, which has other weights here."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("best", "step_00000003"):
+        write_checkpoint(folder / f"{name}.safetensors", WNIDS, seed=7)
+    shutil.copy(world / CHECKPOINT, folder)
+    fixed = ["--data", str(world / "val"), "--device", "cpu", "--batch", "4"]
+    found: dict[str, str] = {}
+    for words in ((), ("--best",)):
+        out = tmp_path / f"out{len(words)}"
+        assert cli.main([str(tmp_path), *fixed, "--out", str(out), *words]) == 0
+        (report,) = json.loads((out / "report.json").read_text())
+        found[Path(report["checkpoint"]).name] = report["results"]["clean"]["loss"]
+    assert set(found) == {CHECKPOINT, "best.safetensors"}
+    assert len(set(found.values())) == 2
+
+
+def test_best_is_about_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["x.safetensors", "--data", "x", "--best", "--plain"])
+    assert "--best is about a run's checkpoints" in capsys.readouterr().err
 
 
 def test_the_home_folder_is_known(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

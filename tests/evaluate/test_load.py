@@ -170,6 +170,23 @@ def test_export_loads_into_the_plain_model(
         load_model(tmp_path / "other.safetensors")
 
 
+def test_a_run_is_exported_by_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest checkpoint, or the best one."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    config = make_config({"name": "r", "model": {"name": "cifar_resnet8", "num_classes": 3}})
+    for file, step in (("step_00000123", 123), ("best", 45), ("step_00000045", 45)):
+        state = as_saved(build("cifar_resnet8", 3, size=32))
+        save(folder / f"{file}.safetensors", state, valid_meta(config, step=step))
+    for words, step in (([], 123), (["--best"], 45)):
+        assert main([str(tmp_path / "run"), str(tmp_path / f"{step}.safetensors"), *words]) == 0
+        assert f"after {step} steps" in capsys.readouterr().out
+    assert main([str(tmp_path), str(tmp_path / "x.safetensors")]) == 1
+    assert "holds the runs run: give one of them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x.onnx", "x.pth", "x.pt", "x.bin", "x", "x.SAFETENSORS"])
 def test_no_other_format_is_written_under_its_name(
     config: Config,

@@ -46,6 +46,8 @@ PAD = ("data.crop=pad",)
 DALI = ("data.pipeline=dali",)
 BILINEAR = ("data.pipeline=ffcv", "data.filter=bilinear")
 MIX = ("data.mix=mixup",)
+CONSTANT = ("budget.milestones=null", "budget.lr_schedule=constant")
+COSINE = ("budget.milestones=null", "budget.lr_schedule=cosine")
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
 WEIGHTS = ("row weights", "weights")
@@ -101,8 +103,10 @@ CASES = {
     "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
     "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
     "optim.clip_norm": Case("optim.clip_norm=0.01", ("weights",)),
-    "optim.warmup_epochs": Case("optim.warmup_epochs=1", ("rates", "weights")),
     "budget.epochs": Case("budget.epochs=8", ("steps",)),
+    "budget.warmup_epochs": Case("budget.warmup_epochs=1", ("rates", "weights")),
+    "budget.lr_schedule": Case("budget.lr_schedule=linear", ("rates", "weights"), CONSTANT),
+    "budget.final_lr": Case("budget.final_lr=0.5", ("rates", "weights"), COSINE),
     "budget.milestones": Case("budget.milestones=[4]", ("rates", "weights")),
     "budget.gamma": Case("budget.gamma=0.5", ("rates", "weights")),
     "budget.same_budget": Case("budget.same_budget=false", ("steps",)),
@@ -117,6 +121,7 @@ CASES = {
     "run.log_every": Case("run.log_every=2", ("log",), ("run.eval_every=9",)),
     "run.checkpoint_every": Case("run.checkpoint_every=1", ("checkpoints",)),
     "run.keep": Case("run.keep=1", ("checkpoints",)),
+    "run.keep_best": Case("run.keep_best=false", ("checkpoints",)),
     "run.eval_every": Case("run.eval_every=1", ("evaluations", "evaluated")),
     "run.eval_batch": Case("run.eval_batch=7", ("eval.index",)),
     "run.max_skipped": Case("run.max_skipped=2", ("steps",), DIVERGES, error="2 non-finite"),

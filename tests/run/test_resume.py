@@ -32,6 +32,7 @@ def differences(saved: list[str], now: list[str]) -> list[str]:
         "data.prefetch=7", "data.hw_decoder_load=0.5", "run.dir=elsewhere", "run.device=cpu",
         "run.graph=off", "run.norm_kernel=framework", "run.compile=true", "run.torch_threads=3",
         "run.max_steps=7", "run.log_every=7", "run.checkpoint_every=7", "run.keep=7",
+        "run.keep_best=false",
         "run.eval_every=7", "run.eval_batch=7", "run.max_skipped=7",
         "data.pad=7", "data.mix_alpha=7",  # no padding, no mix: without a meaning here
         "data.most_boxes=7",  # no boxes
@@ -60,6 +61,7 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
         # And not the fields that follow: scale and ratio; a dozen of the method's.
         ("data.crop=pad", "data.crop: 'random_resized', now 'pad'"),
         ("method.name=vanilla", "method.name: 'fast_advprop', now 'vanilla'"),
+        ("budget.lr_schedule=cosine", "budget.lr_schedule: 'milestones', now 'cosine'"),
     ],
 )
 def test_what_a_result_depends_on_may_not(now: str, says: str) -> None:

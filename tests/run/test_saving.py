@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fap import checkpoint
-from fap.checkpoint import Checkpoints, DamagedCheckpoint
+from fap.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_at
 from fap.config import load_config
 from fap.distributed import Ranks
-from fap.run import result
+from fap.run import result, train
 from fap.run.saving import NotSaved
 from fap.run.train import Run
+from fap.run_meta import run_meta
 from tests.conftest import write_beton
 from tests.run.runs import (
     RUN,
@@ -134,6 +135,74 @@ def test_a_result_that_cannot_be_written_is_an_error(
     with pytest.raises(NotSaved, match=says):
         run(tiny_beton, tmp_path, "run.max_steps=2")
     assert not (tmp_path / RUN / "result.json").exists()
+
+
+# ---------------------------------------------------------------------- the best one
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Let the evaluations after 4, 8, ... steps come to these top-1 accuracies, others to 0."""
+    of_step = dict(zip(range(4, 24, 4), scores, strict=True))
+    add = train.Progress.add
+    latest = 0
+
+    def counted(progress: train.Progress, metrics: dict[str, float]) -> None:
+        nonlocal latest
+        latest = progress.step
+        add(progress, metrics)
+
+    def evaluated(*_: Any) -> dict[str, float]:
+        return {"top1": of_step.get(latest, 0.0), "top5": 1.0, "loss": 1.0}
+
+    monkeypatch.setattr(train.Progress, "add", counted)
+    monkeypatch.setattr(train.Validation, "__call__", evaluated)
+
+
+@pytest.mark.parametrize("stop", [None, 6, 8, 17])
+def test_the_best_epoch_is_kept_through_a_resume(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None
+) -> None:
+    """That of step 8 here, long after its checkpoint has gone under its first name."""
+    scored(monkeypatch, 0.1, 0.5, 0.3, 0.5, 0.2)
+    if stop is not None:
+        run(tiny_beton, tmp_path, "run.keep=1", f"run.max_steps={stop}")
+    folder, result = run(tiny_beton, tmp_path, "run.keep=1", "resume=auto")
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert sorted(names) == ["best.safetensors", "step_00000020.safetensors"]
+    best = checkpoint_at(folder, best=True)
+    meta = run_meta(best, checkpoint.load(best)[1])
+    assert (meta.step, meta.best_step, meta.best) == (8, 8, {"top1": 0.5, "epoch": 2})
+    assert checkpoint_at(folder).name == "step_00000020.safetensors"
+    assert result["best"] == {"top1": 0.5, "epoch": 2}
+    assert result["checkpoints"] == {
+        "last": "checkpoints/step_00000020.safetensors",
+        "best": "checkpoints/best.safetensors",
+    }
+
+
+def test_a_best_epoch_that_found_no_room_leaves_the_former_one(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, 0.1, 0.5, 0.7, 0.5, 0.2)
+    works = checkpoint.save
+    saves = one_after_the_other(works, works, no_room, works)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    folder, result = run(tiny_beton, tmp_path, "run.max_steps=16")
+    assert result["best"] == {"top1": 0.7, "epoch": 3}
+    assert checkpoint.load(checkpoint_at(folder, best=True))[1]["step"] == 8
+
+
+def test_a_best_epoch_that_nobody_wants_is_not_kept(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, 0.1, 0.5, 0.3, 0.5, 0.2)
+    folder, _ = run(tiny_beton, tmp_path, "run.max_steps=8")
+    assert checkpoint_at(folder, best=True).is_file()
+    more = ("run.max_steps=12", "run.keep_best=false", "resume=auto")
+    folder, result = run(tiny_beton, tmp_path, *more)
+    with pytest.raises(ValueError, match=r"has no best\.safetensors.*run\.keep_best = false"):
+        checkpoint_at(folder, best=True)
+    assert list(result["checkpoints"]) == ["last"]
 
 
 # ---------------------------------------------------------------------- several ranks

@@ -82,16 +82,12 @@ def test_a_schedule_without_falls() -> None:
             None,
         ),
         (
-            {"optim": {"warmup_epochs": 2.5}, "budget": {"milestones": [30]}},
+            {"budget": {"milestones": [30], "warmup_epochs": 3}},
             "lr rises to 0.1 over 10,008 steps (2.5 epochs); 0.01 from epoch 25 (step 100,075)",
             None,
         ),
         (
-            {
-                "optim": {"warmup_epochs": 30},
-                "budget": {"milestones": [30]},
-                "run": {"max_steps": 500},
-            },
+            {"budget": {"milestones": [30], "warmup_epochs": 36}, "run": {"max_steps": 500}},
             (
                 "lr rises to 0.1 over 120,090 steps (30 epochs), run.max_steps = 500 ends the run"
                 " before"
@@ -109,6 +105,32 @@ def test_falls_that_meet_or_never_come_are_named(
     said = lines(tree)
     assert said["rate"] == rate
     assert said.get("more") == more
+
+
+@pytest.mark.parametrize(
+    ("section", "max_steps", "rate"),
+    [
+        ({"lr_schedule": "constant"}, None, "lr 0.1, constant"),
+        (
+            {"lr_schedule": "cosine"},
+            None,
+            "lr 0.1; half a cosine to 0; 0.08536 in epoch 21 (step 87,065); 0.05 in epoch 43"
+            " (step 174,130); 0.01464 in epoch 65 (step 261,195); 2.034e-12 in epoch 86 (step"
+            " 348,260)",
+        ),
+        (
+            {"lr_schedule": "linear", "final_lr": 0.1, "warmup_epochs": 6},
+            200_150,
+            "lr rises to 0.1 over 20,015 steps (5 epochs); a straight line to 0.01; 0.0775 in epoch"
+            " 25 (step 102,076); 0.055 in epoch 46 (step 184,138); 0.05061 in epoch 49 (step"
+            " 200,149), where run.max_steps = 200,150 ends the run",
+        ),
+    ],
+)
+def test_rates_that_fall_with_every_step_show_a_few(
+    section: dict[str, Any], max_steps: int | None, rate: str
+) -> None:
+    assert lines({"budget": section, "run": {"max_steps": max_steps}})["rate"] == rate
 
 
 @pytest.mark.parametrize(

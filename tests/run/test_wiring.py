@@ -37,23 +37,24 @@ COMMON: dict[str, Any] = {
     "data.hw_decoder_load": 0.25,
     "data.decode": "auto",
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
-    "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5, "optim.warmup_epochs": 1.5,
-    "budget.epochs": 4, "budget.milestones": [2, 3], "budget.gamma": 0.5,
-    "budget.same_budget": False,
+    "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5,
+    "budget.epochs": 4, "budget.warmup_epochs": 1.5, "budget.same_budget": False,
     "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
     "run.compile": True, "run.torch_threads": 2, "run.max_steps": 7, "run.log_every": 3,
-    "run.checkpoint_every": 3, "run.keep": 5, "run.eval_every": 3, "run.eval_batch": 10,
-    "run.max_skipped": 7,
+    "run.checkpoint_every": 3, "run.keep": 5, "run.keep_best": False, "run.eval_every": 3,
+    "run.eval_batch": 10, "run.max_skipped": 7,
 }  # fmt: skip
 REUSE = COMMON | {
     "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
     "data.mix": "cutmix", "data.mix_alpha": 0.7, "run.amp": "bf16",
+    "budget.milestones": [2, 3], "budget.gamma": 0.5,
 }  # fmt: skip
 SEPARATE = COMMON | {
     "method.name": "decoupled", "method.attack_steps": 3, "method.targeted": False,
     "method.attack_bn": "batch", "method.sync": True, "method.shuffle": "groups",
     "data.crop": "pad", "data.pad": 2, "run.amp": "off",
+    "budget.lr_schedule": "linear", "budget.final_lr": 0.25,
 }  # fmt: skip
 NO_DEFAULT = {"reuse": REUSE, "separate": SEPARATE}
 # What the method itself takes for a field that is unset.
@@ -180,7 +181,11 @@ def test_what_reaches_the_optimiser(name: str, everything: Callable[[str], Seen]
     assert seen.optimiser == {"lr": 0.0, "momentum": 0.6, "weight_decay": 0.02}
     base = 0.8 * 8 / 256
     warm_up = [base * k / 3 for k in (1, 2, 3)]  # 1.5 epochs of 2 steps
-    assert seen.rates == pytest.approx([*warm_up, base, base / 2, base / 2, base / 4], rel=1e-6)
+    after = {
+        "reuse": [1, 1 / 2, 1 / 2, 1 / 4],
+        "separate": [1, 0.85, 0.7, 0.55],  # 5 steps from 1 to 1 / 4, of which max_steps leaves 4
+    }[name]
+    assert seen.rates == pytest.approx([*warm_up, *(base * share for share in after)], rel=1e-6)
     velocity = torch.zeros_like(seen.weights[0])
     for before, after, gradient, rate in zip(
         seen.weights, seen.weights[1:], seen.gradients, seen.rates, strict=False
