@@ -19,7 +19,14 @@ from pipelines.files import shown
 
 # What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
 # precision.
-FREE_DATA = {"train", "val", "threads", "prefetch", "hw_decoder_load"}  # data: compared by content
+FREE_DATA = {
+    "train",
+    "val",
+    "val_share",
+    "threads",
+    "prefetch",
+    "hw_decoder_load",
+}  # data: compared by content
 # What may differ between ranks; else they would save, evaluate or stop at different steps.
 PER_RANK_RUN = {"dir", "torch_threads"}
 
