@@ -21,7 +21,16 @@ SECTIONS = ("paper", "model", "method", "data", "optim", "budget")  # `run` belo
 # Fields that say where and on what machine a run happens, not what it trains.
 OF_THE_MACHINE = {
     "model": {"init"},
-    "data": {"train", "val", "pipeline", "decode", "threads", "prefetch", "hw_decoder_load"},
+    "data": {
+        "train",
+        "val",
+        "val_share",
+        "pipeline",
+        "decode",
+        "threads",
+        "prefetch",
+        "hw_decoder_load",
+    },
 }
 MILLION = 1e6
 COLUMNS = 100  # of a header

@@ -27,6 +27,7 @@ from fap.fields import (
     Ratio,
     Section,
     Share,
+    SmallerPart,
     Text,
     key_of,
 )
@@ -189,6 +190,9 @@ class DataConfig(Section):
     """What one of `pipelines.sources` opens: a `.beton` file, several as `shards/*.beton`, an image
     folder in ImageNet's layout, or a tar of one."""
     val: FilePath | None = None
+    val_share: SmallerPart | None = None
+    """In place of `val`: the share of every class of `train` that is held out of training, to
+    validate on. The images are those that `fap-convert --val-split` takes."""
     pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS, AUTO))] = AUTO
     """The loader: one of `pipelines.back_ends.BACK_ENDS`. `auto` is the first that is installed and
     can show the data: dali on a GPU, ffcv, turbojpeg, reference."""
@@ -267,19 +271,24 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.val is not None and self.val_share is not None:
+            raise ValueError(
+                f"data.val_share = {self.val_share:g} with data.val = {shown(self.val)}: "
+                "a part of data.train, or other data: set one of the two to null"
+            )
         if self.decode == "gpu" and self.pipeline == "reference":
             raise ValueError(
                 "data.decode = 'gpu' with data.pipeline = 'reference': the plain twin decodes with"
                 " Pillow; leave data.decode out, or take another data.pipeline"
             )
-        shown = self._filters
-        if self.filter is not None and self.filter not in shown:
+        filters = self._filters
+        if self.filter is not None and self.filter not in filters:
             field = "pipeline"
             if self.decode == "gpu":
                 field = "decode"
             raise ValueError(
                 f"data.filter = {self.filter!r} with data.{field} = {getattr(self, field)!r}: "
-                f"it shows only {' and '.join(shown)}; leave data.filter out, "
+                f"it shows only {' and '.join(filters)}; leave data.filter out, "
                 f"or take another data.{field}"
             )
         return self

@@ -74,6 +74,7 @@ def test_a_file_is_complete(row: Row) -> None:
     of_the_machine = {
         "train",
         "val",
+        "val_share",
         "pipeline",
         "decode",
         "threads",

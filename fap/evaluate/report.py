@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from fap.evaluate import by_class
 from fap.evaluate.table import Number, Table, capped, table_of
 from fap.evaluate.work import Item, Report, Work
+from fap.tasks.class_counts import ClassCounts
 from pipelines.extras import needs
 from pipelines.files import readable, write_whole
 
@@ -106,7 +108,20 @@ def markdown(reports: Sequence[Report]) -> str:
     notes = dict.fromkeys(note for table in tables for note in table.notes)
     if notes:
         lines += ["", *(f"- {_plain(note)}" for note in notes)]
+    lines += _classes(reports)
     return "\n".join(lines) + "\n"
+
+
+def _classes(reports: Sequence[Report]) -> list[str]:
+    """Below the table: the classes that each checkpoint finds hardest."""
+    lines: list[str] = []
+    for report in reports:
+        if report.counts is None:
+            continue
+        of_whom = f" of {_plain(head(report))}" if len(reports) > 1 else ""
+        found = by_class.hardest(report.counts, report.names)
+        lines += ["", *(f"- {title}{of_whom}: {_plain(what)}" for title, what in found)]
+    return lines
 
 
 def head(report: Report) -> str:
@@ -132,7 +147,9 @@ def _cell(number: Number | None) -> str:
 
 
 def write_report(reports: Sequence[Report], out: Path) -> str:
-    """Write report.md, report.json and report.png, each whole or not at all. Raises OSError.
+    """Write report.md, report.json, the counts by class and report.png, each whole or not at all.
+
+    Raises OSError.
 
     Returns why there is no plot, if there is none: the numbers are worth more than it.
     """
@@ -143,12 +160,50 @@ def write_report(reports: Sequence[Report], out: Path) -> str:
         summary = {row: number.ours for row, number in table.rows.items()}
         trees.append({**report.tree(), "summary": summary, "notes": table.notes})
     write_whole(out / "report.json", [json.dumps(trees, indent=1).encode()])
+    for file, report, counts in _files_by_class(reports, out, "per_class.csv"):
+        write_whole(file, [by_class.per_class_csv(counts, report.names)])
+    for file, report, counts in _files_by_class(reports, out, "confusion.csv"):
+        if counts.confusion is not None:
+            write_whole(file, [by_class.confusion_csv(counts.confusion, report.names)])
     try:
-        plot = _plot(reports)
+        write_whole(out / "report.png", [_plot(reports)])
+        for file, report, counts in _files_by_class(reports, out, "confusion.png"):
+            if by_class.is_drawn(counts):
+                write_whole(file, [_confusion_plot(report, counts)])
     except ImportError as error:
         return f"no {readable(out / 'report.png')}: {error}"
-    write_whole(out / "report.png", [plot])
     return ""
+
+
+def _files_by_class(
+    reports: Sequence[Report], out: Path, name: str
+) -> Iterator[tuple[Path, Report, ClassCounts]]:
+    """A file of each checkpoint that has counts: NAME, or of several NAME_1, NAME_2 ..."""
+    for number, report in enumerate(reports, 1):
+        if report.counts is None:
+            continue
+        file = out / name
+        if len(reports) > 1:
+            file = file.with_stem(f"{file.stem}_{number}")
+        yield file, report, report.counts
+
+
+def _confusion_plot(report: Report, counts: ClassCounts) -> bytes:
+    """A PNG. Raises ImportError."""
+    with needs("plots", "the plot of a report"):
+        from matplotlib.figure import Figure
+    assert counts.confusion is not None
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.add_subplot(xlabel="taken for", ylabel="class", title=_unmarked(head(report)))
+    n_images = np.maximum(counts.n_images, 1)[:, None]
+    shown = axes.imshow(100 * counts.confusion / n_images, vmin=0, vmax=100, cmap="Blues")
+    names = [_unmarked(name) for name in by_class.names_of(counts, report.names)]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(shown, label="percent of the class", shrink=0.8)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
+    return file.getvalue()
 
 
 def _plot(reports: Sequence[Report]) -> bytes:

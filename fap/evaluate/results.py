@@ -1,16 +1,22 @@
 """Results of finished sets, each a small file, found again by what it was computed from."""
 
+import base64
 import hashlib
 import json
+import math
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fap.tasks.base import Result, Task
+from fap.tasks.class_counts import ClassCounts, table_shape
 from pipelines.files import read_regular, write_whole
 
-MOST_BYTES = 1 << 16  # of one result
+MOST_BYTES = 1 << 26  # of one result, counts by class included
 # What reading, parsing and checking raise where a file is not what `Results.keep` wrote.
 NO_RESULT = (
     OSError,
@@ -20,6 +26,7 @@ NO_RESULT = (
     AttributeError,
     OverflowError,
     RecursionError,
+    zlib.error,
 )
 
 
@@ -62,9 +69,37 @@ class Results:
             self.say(f"warning: {file} is no result ({why}); the set is evaluated again")
             return None
 
-    def keep(self, name: str, of: dict[str, Any], result: Result) -> None:
+    def find_counts(
+        self,
+        name: str,
+        of: dict[str, Any],
+        result: Result,  # what `find` gave
+        n_classes: int,  # of the model
+    ) -> ClassCounts | None:
+        """The counts by class that stand beside a result; None where there are none, or others."""
+        file = self._file(name, of)
+        try:
+            kept = json.loads(read_regular(file, MOST_BYTES))["counts"]
+            counts = _unpacked(kept, n_classes)
+            if counts.n_images.sum() != result["count"]:
+                raise ValueError("its classes have another number of images")
+            if not math.isclose(counts.n_right.sum() / result["count"], result["top1"]):
+                raise ValueError("its classes have another accuracy")
+            return counts
+        except KeyError:  # kept before there were counts
+            return None
+        except NO_RESULT as error:
+            why = str(error)[:200]
+            self.say(f"warning: {file} has no counts ({why}); the set is evaluated again")
+            return None
+
+    def keep(
+        self, name: str, of: dict[str, Any], result: Result, counts: ClassCounts | None = None
+    ) -> None:
         """Write a result for `find`, which is to be asked with the same `name` and `of`."""
-        content = {"of": digest(of), "set": name, "result": result}
+        content: dict[str, Any] = {"of": digest(of), "set": name, "result": result}
+        if counts is not None:
+            content["counts"] = _packed(counts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._file(name, of), [json.dumps(content, indent=1).encode()])
@@ -73,6 +108,23 @@ class Results:
 
     def _file(self, name: str, of: dict[str, Any]) -> Path:
         return self.folder / f"{safe_name(name.replace('/', '-'))}-{digest(of)[:16]}.json"
+
+
+def _packed(counts: ClassCounts) -> str:
+    """As text: most of the K x K counts are 0."""
+    return base64.b64encode(zlib.compress(counts.table().astype("<i8").tobytes())).decode()
+
+
+def _unpacked(text: Any, n_classes: int) -> ClassCounts:
+    """What was packed. Raises one of `NO_RESULT` for anything else; never takes more room."""
+    rows, columns = table_shape(n_classes)
+    n_bytes = 8 * rows * columns
+    unpacking = zlib.decompressobj()
+    content = unpacking.decompress(base64.b64decode(text, validate=True), n_bytes)
+    if len(content) != n_bytes or not unpacking.eof:
+        raise ValueError("counts of other classes")
+    table = np.frombuffer(content, "<i8").astype(np.int64).reshape(rows, columns)
+    return ClassCounts.of(table)
 
 
 def _checked(tree: Any, of: str, count: int, task: Task) -> Result:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fap.config import Config
@@ -21,14 +22,23 @@ from fap.evaluate.load import Trained, load_model, load_weights
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
-from fap.tasks.base import Result, Task
+from fap.tasks.base import Evaluator, Result, Task
+from fap.tasks.class_counts import ClassCounter, ClassCounts
 from fap.tasks.labels import Matching, match_labels
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
 from pipelines.workers import Workers
 
+CLEAN = "clean"  # the key of the set of clean images
 IMAGES_OF_A_SHEET = 4
+
+
+class Outcome(NamedTuple):
+    """What came of a set."""
+
+    result: Result
+    counts: ClassCounts | None  # by class, of a classifier on the clean images
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Item:
     set: EvalSet
     count: int  # images
     labels: str  # how they are matched
-    known: Result | None  # from an earlier call
+    names: tuple[str, ...] | None  # of the model's classes, as far as they are known
+    known: Outcome | None  # from an earlier call
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,13 @@ class Report:
     labels: dict[str, str]  # how they were matched, by set
     unused: list[str]
     results: dict[str, Result]  # by set
+    names: tuple[str, ...] | None = None  # of the model's classes
+    counts: ClassCounts | None = None  # by class, of the clean images
 
     def tree(self) -> dict[str, Any]:
-        """As JSON; the checkpoint says which task it is of."""
-        return {name: value for name, value in vars(self).items() if name != "task"}
+        """As JSON; the checkpoint says which task it is of, and other files have the counts."""
+        left_out = {"task", "names", "counts"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
@@ -133,8 +147,9 @@ def carry_out(
         evaluation = _Evaluation(trained, wanted, results)
         primary = work.task.primary
         for one in tqdm(todo, work.config.name, unit="set", disable=None):
-            result = evaluation.evaluate(one, workers)
-            found[one.key] = result
+            outcome = evaluation.evaluate(one, workers)
+            found[one.key] = outcome
+            result = outcome.result
             say(
                 f"  {one.key}: {work.task.percents[primary]} {result[primary]:.2%} "
                 f"of {result['count']:,} images"
@@ -146,7 +161,8 @@ def carry_out(
     return _report(work, wanted, found)
 
 
-def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
+def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
+    (clean,) = [item for item in work.items if item.set.key == CLEAN]
     return Report(
         task=work.task,
         checkpoint=str(work.path),
@@ -163,8 +179,25 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Result]) -> Report:
         },
         labels={item.set.key: item.labels for item in work.items},
         unused=work.unused,
-        results={item.set.key: found[item.set.key] for item in work.items},
+        results={item.set.key: found[item.set.key].result for item in work.items},
+        names=clean.names,
+        counts=found[CLEAN].counts,
     )
+
+
+class Both:
+    """An evaluator, and what counts by class beside it: a `fap.tasks.base.Evaluator`."""
+
+    def __init__(self, evaluator: Evaluator, counter: ClassCounter) -> None:
+        self.evaluator = evaluator
+        self.counter = counter
+
+    def update(self, outputs: Tensor, references: Tensor) -> None:
+        self.evaluator.update(outputs, references)
+        self.counter.update(outputs, references)
+
+    def result(self) -> Result:
+        return self.evaluator.result()
 
 
 @contextmanager
@@ -201,16 +234,33 @@ class _Evaluation:
             matching = self._match(one, opened)
             known = None
             if not opened.unbuilt:
-                name, origin = self._name_and_origin(one, opened, matching)
-                known = self.results.find(name, origin, opened.count, self.trained.task)
-            return Item(one, opened.count, matching.how, known)
+                known = self._known(one, opened, matching)
+            names = self.trained.classes
+            if names is None and matching.label_map is None:  # by position: the data's are its own
+                names = opened.classes
+            return Item(one, opened.count, matching.how, names, known)
 
-    def evaluate(self, one: EvalSet, workers: Workers) -> Result:
+    def _known(self, one: EvalSet, opened: Opened, matching: Matching) -> Outcome | None:
+        """What came of a set in an earlier call, if all of it was kept."""
+        name, origin = self._name_and_origin(one, opened, matching)
+        task = self.trained.task
+        result = self.results.find(name, origin, opened.count, task)
+        if result is None:
+            return None
+        if self._counter(one, matching, torch.device("cpu")) is None:
+            return Outcome(result, None)
+        counts = self.results.find_counts(name, origin, result, task.n_classes)
+        if counts is None:
+            return None
+        return Outcome(result, counts)
+
+    def evaluate(self, one: EvalSet, workers: Workers) -> Outcome:
         """The result of a set, which is kept too. `workers` are stopped where that fails."""
         one.build()
         with one.open() as opened:
             matching = self._match(one, opened)
-            result = self._run(one, opened, matching, workers)
+            outcome = self._run(one, opened, matching, workers)
+            result = outcome.result
             where = f"{one.key}: {one.source}"
             if result["count"] != opened.count:
                 raise ValueError(
@@ -219,8 +269,8 @@ class _Evaluation:
             if opened.stamps() != opened.identity["files"]:
                 raise ValueError(f"{where}: files changed while they were evaluated; start again")
             name, origin = self._name_and_origin(one, opened, matching)
-            self.results.keep(name, origin, result)
-            return result
+            self.results.keep(name, origin, result, outcome.counts)
+            return outcome
 
     def draw(self, one: EvalSet, workers: Workers, say: Callable[[str], Any]) -> bool:
         """Write the sheet of a set, unless it is there; False if it could not be written.
@@ -250,20 +300,31 @@ class _Evaluation:
                     say=say,
                 )
 
-    def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Result:
+    def _counter(
+        self, one: EvalSet, matching: Matching, device: torch.device
+    ) -> ClassCounter | None:
+        """What counts by class: on the clean images alone."""
+        if one.key != CLEAN:
+            return None
+        return self.trained.task.class_counter(device, matching)
+
+    def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Outcome:
         data = self.trained.config.data
         device = torch.device(self.wanted.device)
+        evaluator = self.trained.task.evaluator(device, matching, opened.store)
+        counter = self._counter(one, matching, device)
         # Stopped first: else closing the batches waits for corruptions that nobody wants any more.
         with closing(opened.batches()) as batches, _stopping(workers):
-            return evaluate(
+            result = evaluate(
                 self.trained.model,
                 tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
-                self.trained.task.evaluator(device, matching, opened.store),
+                evaluator if counter is None else Both(evaluator, counter),
                 mean=data.mean,
                 std=data.std,
                 bn=self.wanted.bn,
                 device=device,
             )
+        return Outcome(result, None if counter is None else counter.result())
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:
         try:

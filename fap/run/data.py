@@ -16,6 +16,7 @@ from fap.tasks import task_class
 from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
 from pipelines.sources import accepted
+from pipelines.subset import held_out
 
 NAMES_SHOWN = 3  # class names at either end of the list
 
@@ -41,9 +42,7 @@ def open_data(config: Config) -> RunData:
             two do not match.
         DamagedData: as the stores raise it.
     """
-    train = _open("train", config)
-    train.check_classes()  # data.val may hold few classes, and its names must be among these
-    val = _open("val", config)
+    train, val = _open_both(config)
     n_classes = _class_count(config, train)
     matching = _match(config, train, val, n_classes)
     not_trained = task_class(config.task).notes(train, config)
@@ -76,12 +75,28 @@ def closing(loader: pipelines.Loader, say: Callable[[str], Any]) -> Iterator[pip
             say(f"warning: the loader was not closed properly: {error}")
 
 
+def _open_both(config: Config) -> tuple[pipelines.Store, pipelines.Store]:
+    """data.train and data.val, which may be a part of data.train."""
+    train = _open("train", config)
+    train.check_classes()  # data.val may hold few classes, and its names must be among these
+    share = config.data.val_share
+    if share is None:
+        return train, _open("val", config)
+    try:
+        return held_out(train, share)
+    except ValueError as error:
+        raise ValueError(f"data.val_share = {share:g}: {error}") from None
+
+
 def _open(field: Literal["train", "val"], config: Config) -> pipelines.Store:
     path = getattr(config.data, field)
     if path is None:
+        instead = ""
+        if field == "val":
+            instead = ", or hold out a part of data.train: data.val_share=0.1"
         raise ValueError(
             f"data.{field} is not set: "
-            f"give {accepted()} (fap-convert makes a .beton of what else you hold)"
+            f"give {accepted()} (fap-convert makes a .beton of what else you hold){instead}"
         )
     store = pipelines.open_store(path)
     try:

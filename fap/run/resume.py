@@ -20,7 +20,14 @@ from pipelines.files import shown
 
 # What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
 # precision.
-FREE_DATA = {"train", "val", "threads", "prefetch", "hw_decoder_load"}  # data: compared by content
+FREE_DATA = {
+    "train",
+    "val",
+    "val_share",
+    "threads",
+    "prefetch",
+    "hw_decoder_load",
+}  # data: compared by content
 # They follow from `budget.lr_schedule` where that differs.
 SHAPES_OF_A_RATE = {f"budget.{name}" for fields in OF_LR_SCHEDULE.values() for name in fields}
 # What may differ between ranks; else they would save, evaluate or stop at different steps.

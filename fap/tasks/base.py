@@ -25,6 +25,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from fap.config import Config
+from fap.tasks.class_counts import ClassCounter
 from fap.tasks.labels import SAME_CLASSES, Matching
 from pipelines import EpochPlan, Store
 
@@ -187,6 +188,13 @@ class Task(Protocol):
         """A new one, for outputs and references on `device`. Raises ValueError without `store`
         where the metrics need it.
         """
+
+    def class_counter(self, device: torch.device, matching: Matching) -> ClassCounter | None:
+        """What stands beside the evaluator and counts which class was taken for which.
+
+        None where an image has no class, or more than one.
+        """
+        return None
 
     def pictures(
         self,

@@ -16,15 +16,14 @@ from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
+from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
 from pipelines.files import readable
 
-PADDING_LABEL = -1
 WRONG_LABELS = 0x3C6EF372  # sets these draws apart from others under the same keys
 ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
-MOST_GUESSES = 5  # of top-5
 
 
 class Classification(Task):
@@ -103,6 +102,9 @@ class Classification(Task):
         self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
     ) -> Accuracy:
         return Accuracy(device, matching.label_map, matching.restrict)
+
+    def class_counter(self, device: torch.device, matching: Matching) -> ClassCounter:
+        return ClassCounter(device, self.n_classes, matching)
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         if found.keys() != {"loss", "top1", "top5"}:

@@ -156,7 +156,9 @@ def test_lost_output_loses_no_report(world: Path, tmp_path: Path) -> None:
         process = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
-    assert sorted(os.listdir(at / "out")) == ["report.json", "report.md", "report.png", "results"]
+    by_class = ["confusion.csv", "confusion.png", "per_class.csv"]
+    reports = ["report.json", "report.md", "report.png"]
+    assert sorted(os.listdir(at / "out")) == [*by_class, *reports, "results"]
 
 
 @pytest.mark.slow

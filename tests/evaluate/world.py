@@ -79,13 +79,14 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         if not plot:
             patch.setattr(report, "_plot", no_plot)
+            patch.setattr(report, "_confusion_plot", no_plot)
         code = cli.main([str(world / model), *fixed, "--out", str(world / out), *arguments])
         assert code == 0
     (found,) = json.loads((world / out / "report.json").read_text())
     return found, (world / out / "report.md").read_text()
 
 
-def no_plot(reports: Sequence[report.Report]) -> bytes:
+def no_plot(*_: object) -> bytes:
     return b""
 
 

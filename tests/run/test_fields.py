@@ -77,6 +77,11 @@ CASES = {
     "method.shuffle": Case("method.shuffle=off", ("plan.shuffle", *ATTACK)),
     "data.train": Case("data.train={other}", ("loaders", "input.images", "weights")),
     "data.val": Case("data.val={other}", ("loaders", "evaluated", "accuracy")),
+    "data.val_share": Case(
+        "data.val_share=0.2",
+        ("plan.index", "input.images", "evaluated", "weights"),
+        ("data.val=null", "data.val_share=0.4"),
+    ),
     "data.pipeline": Case("data.pipeline=dali", ("loaders",)),
     "data.decode": Case("data.decode=gpu", ("error",), BILINEAR, error="data.decode = 'gpu': "),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
