@@ -198,7 +198,7 @@ class Contestant:
         self.config = config
         size = config.data.size
         plain = make_task(config).plain_model()
-        self.model = prepare(plain, aux=config.method.entry.has_aux, size=size)
+        self.model = prepare(plain, aux=config.method.has_aux, size=size)
         self.step = self._made_step(amp, without)
 
         spec = plan_spec(config)

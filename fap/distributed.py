@@ -59,7 +59,7 @@ class Ranks:
 
     def sum_(self, flat: Tensor) -> None:
         """Sum a flat tensor over all ranks, in place."""
-        if self.world > 1:
+        if self.world > 1 and flat.numel():  # a model without batch norms has no statistics
             dist.all_reduce(flat)
 
     def gather_rows(

@@ -29,12 +29,12 @@ class Method:
     """What distinguishes one way of training from another."""
 
     norms: Mapping[Kind, Literal["main", "aux"]]
-    """The kinds of rows that are trained, each with the batch norms that it goes through.
+    """The kinds of rows that are trained, each with the norms that it goes through.
 
     With `noise` among them the attack is recycled: the gradient of the pass that trains the noise
     rows also makes the adversarial ones. Without it adversarial rows cost passes of their own.
-    Two kinds that go through the same norms still have groups of their own, and move the running
-    statistics one after the other.
+    Two kinds that go through the same norms still have groups of their own. They move the running
+    statistics one after the other, but those of the clean rows' norms all at once.
     """
     attacked: Literal["nothing", "own rows", "copies"] = "nothing"
     """The images that become adversarial rows: rows that the loader delivers for it

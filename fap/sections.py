@@ -7,6 +7,7 @@ The semantics of each field are those of the paper and of its authors' code (doc
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ from fap.fields import (
     Text,
     key_of,
 )
-from fap.methods import DEFAULT_METHOD, METHODS, Method
+from fap.methods import DEFAULT_METHOD, METHODS, Kind, Method
 from pipelines.back_ends import AUTO, BACK_ENDS, FILTERS, GPU_DECODER, EvalFilter, Filter
 from pipelines.files import shown
 from pipelines.sizes import sides_of
@@ -107,6 +108,10 @@ class MethodConfig(Section):
     combine: Literal["sum", "mean"] | None = None
     """`sum`: weighted sum over all examples / sum of weights (authors' code); `mean`: Algorithm 1
     to the letter."""
+    aux: Literal["auto", "norms", "none"] = "auto"
+    """Auxiliary norms. `auto`: where the method has any, every norm of the model gets one, and a
+    model without norms trains without. `norms`: the same, but such a model is an error. `none`:
+    adversarial rows go through the main norms, in groups of their own (an ablation)."""
     shuffle: Literal["ranks", "groups", "off"] | None = None
     """Shuffling BN: permute adversarial rows over all ranks' groups, over one device's groups, or
     not at all."""
@@ -122,7 +127,7 @@ class MethodConfig(Section):
             return given
         defaults = dict(METHODS[name].defaults)
         given = {field: value for field, value in given.items() if value is not None}
-        meaningful = {"name", "group_rows", *defaults}
+        meaningful = {"name", "group_rows", "aux", *defaults}
         for field in sorted(given.keys() & cls.model_fields.keys() - meaningful):
             raise ValueError(
                 f"method.{field} = {shown(given[field])} has no meaning for "
@@ -145,6 +150,11 @@ class MethodConfig(Section):
             raise ValueError(
                 f"method.attack_steps = {self.attack_steps}: {self.name} takes one random step, "
                 "so only 1"
+            )
+        if self.aux != "auto" and not self.entry.has_aux:
+            raise ValueError(
+                f"method.aux = {self.aux!r} has no meaning for method.name = {self.name!r}, "
+                "which trains nothing through auxiliary norms; leave it out"
             )
         if self.combine == "mean" and self.sync:
             raise ValueError(
@@ -173,6 +183,23 @@ class MethodConfig(Section):
     def cost_per_image(self) -> Fraction:
         """Image passes per image of the epoch."""
         return self.entry.cost_per_image(self.p_adv, self.attack_steps, self.attack_loss)
+
+    @property
+    def norms(self) -> Mapping[Kind, Literal["main", "aux"]]:
+        """The kinds of rows that are trained, each with the norms that it goes through."""
+        if self.aux == "none":
+            return dict.fromkeys(self.entry.norms, "main")
+        return self.entry.norms
+
+    @property
+    def has_aux(self) -> bool:
+        """Does anything go through auxiliary norms? A model without norms still has none."""
+        return "aux" in self.norms.values()
+
+    @property
+    def any_norm(self) -> bool:
+        """May norms that cannot divide a batch into groups see all of it? Only of clean rows."""
+        return self.entry.attacked == "nothing"
 
     @property
     def adv_group_rows(self) -> int:

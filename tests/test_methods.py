@@ -87,10 +87,31 @@ def test_an_entry_that_means_nothing_cannot_be_made(
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_fields_and_valid(name: str) -> None:
     entry = METHODS[name]
-    assert entry.defaults.keys() <= MethodConfig.model_fields.keys() - {"name", "group_rows"}
+    of_any_method = {"name", "group_rows", "aux"}
+    assert entry.defaults.keys() <= MethodConfig.model_fields.keys() - of_any_method
     config = MethodConfig.model_validate({"name": name})
-    for field in MethodConfig.model_fields.keys() - {"name", "group_rows"}:
+    for field in MethodConfig.model_fields.keys() - of_any_method:
         assert getattr(config, field) == entry.defaults.get(field)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("aux", ["auto", "norms", "none"])
+def test_auxiliary_norms_are_said_in_one_place(name: str, aux: str) -> None:
+    entry = METHODS[name]
+    tree = {"method": {"name": name, "aux": aux}}
+    if not entry.has_aux and aux != "auto":
+        says = rf"method\.aux = '{aux}' has no meaning for method\.name = '{name}'"
+        with pytest.raises(ValueError, match=says):
+            make_config(tree)
+        return
+    method = make_config(tree).method
+    assert method.norms.keys() == entry.norms.keys()
+    if aux == "none":
+        assert set(method.norms.values()) == {"main"}
+    else:
+        assert method.norms == entry.norms
+    assert method.has_aux == (entry.has_aux and aux != "none")
+    assert method.any_norm == (name == "vanilla")
 
 
 @pytest.mark.parametrize("name", METHODS)

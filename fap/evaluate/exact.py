@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from fap.nets.dual import evaluate_with, norms
+from fap.nets.dual import evaluate_with, is_converted
 from fap.nets.norm import Bn
 from fap.step.half import HALF, Amp
 from fap.tasks.base import Evaluator, Pairs, Result
@@ -34,7 +34,7 @@ def evaluate(
     half = HALF.get(amp)
     # A plain model has no auxiliary norms to choose from.
     choosing: AbstractContextManager[None] = nullcontext()
-    if norms(model):
+    if is_converted(model):
         choosing = evaluate_with(model, bn)
     former = [(module, module.training) for module in model.modules()]
     try:

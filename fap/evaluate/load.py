@@ -22,6 +22,7 @@ from fap import checkpoint
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.nets import dual
+from fap.nets.build import channels_last
 from fap.nets.pretrained import load_plain, weights_in
 from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
@@ -65,7 +66,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
     model = _converted(task, read.state)
     model.load_state_dict(read.state)
     model.to(device)
-    model.to(memory_format=torch.channels_last)
+    channels_last(model)
     meta = read.meta
     return Trained(model.eval(), task, read.config, meta.train.classes, meta.step, read.content)
 
@@ -90,12 +91,12 @@ def load_weights(
     config = load_config(None, _words_of_weights(path, header, words, classes))
     try:
         task = make_task(config)
-        model = dual.convert(task.plain_model(), aux=False)
+        model = dual.convert(task.plain_model(), aux=False, any_norm=True)
         load_plain(model, state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     model.to(device)
-    model.to(memory_format=torch.channels_last)
+    channels_last(model)
     settings = config.model_dump_json(include={"model", "data", "task"})
     crc32 = zlib.crc32(settings.encode(), zlib.crc32(content))
     return Trained(model.eval(), task, config, classes, 0, f"{crc32:08x}-{len(content)}")
@@ -281,5 +282,8 @@ def _converted(task: Task, state: dict[str, Tensor]) -> nn.Module:
 
     Without the training step's faster stem, which is not needed here.
     """
-    aux = any(name.endswith("aux.running_mean") for name in state)
-    return dual.convert(task.plain_model(), aux)
+    model = task.plain_model()
+    # A model may have a module of its own that is called aux.
+    own = model.state_dict().keys()
+    aux = any(dual.AUX in name.split(".") and name not in own for name in state)
+    return dual.convert(model, aux, any_norm=not aux)

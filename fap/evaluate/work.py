@@ -22,6 +22,7 @@ from fap.evaluate.load import Trained, load_model, load_weights
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
+from fap.nets.dual import has_aux
 from fap.tasks.base import Evaluator, Result, Task
 from fap.tasks.class_counts import ClassCounter, ClassCounts
 from fap.tasks.labels import Matching, match_labels
@@ -97,9 +98,9 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
     or DamagedData.
     """
     trained = _load(path, wanted)
-    if wanted.bn == "aux" and not _has_aux(trained):
+    if wanted.bn == "aux" and not has_aux(trained.model):
         raise ValueError(
-            f"--bn aux: {path} was trained without auxiliary batch norms; only main is there"
+            f"--bn aux: {path} was trained without auxiliary norms; only main is there"
         )
     config = trained.config
     reading = Reading(
@@ -214,10 +215,6 @@ def _load(path: Path, wanted: Wanted, device: str = "cpu") -> Trained:
     if wanted.plain is None:
         return load_model(path, device)
     return load_weights(path, wanted.plain, wanted.classes, device)
-
-
-def _has_aux(trained: Trained) -> bool:
-    return any(name.endswith("aux.running_mean") for name in trained.model.state_dict())
 
 
 @dataclass(frozen=True)

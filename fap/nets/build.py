@@ -1,6 +1,7 @@
 """Models by name, from torchvision, timm and `fap.nets.cifar`, made ready for a training step."""
 
 import difflib
+import itertools
 import re
 from typing import Any
 
@@ -10,8 +11,10 @@ import torchvision
 from torch import nn
 
 from fap.nets.cifar import CifarResNet, cifar_resnet18
-from fap.nets.dual import convert
+from fap.nets.dual import convert, norm_state
 from fap.nets.fuse import fuse_blocks
+from fap.nets.norm import IMAGE_DIMENSIONS
+from fap.nets.row_order import lengths_seen, names_of, needs_proof, out_of_order
 from fap.nets.stem import install_stem
 from pipelines.files import shown
 from pipelines.sizes import Size
@@ -30,16 +33,46 @@ def build(name: str, num_classes: int, *, aux: bool = True, size: Size = 224) ->
     return prepare(plain(name, num_classes), aux=aux, size=size)
 
 
-def prepare(model: nn.Module, *, aux: bool = True, size: Size = 224) -> nn.Module:
+def prepare(
+    model: nn.Module, *, aux: bool = True, size: Size = 224, any_norm: bool = False
+) -> nn.Module:
     """A plain model, changed in place into one that the step trains.
 
-    It gets dual norms, fused blocks and a stem, and is channels_last. Raises ValueError for batch
-    norms that cannot be converted, and for a `size` that the model does not accept.
+    It gets dual norms, fused blocks and a stem, and is channels_last. Raises ValueError for a
+    `size` that the model does not accept, and for norms that cannot normalise a batch group by
+    group. With `any_norm` these stay, and see every batch as one group.
     """
-    convert(model, aux)
+    convert(model, aux, any_norm=any_norm)
     fuse_blocks(model)
-    install_stem(model, size)
-    return model.to(memory_format=torch.channels_last)
+    with lengths_seen(model) as lengths:
+        install_stem(model, size)
+    if needs_proof(model, lengths):
+        _prove_order(model, size, any_norm)
+    return channels_last(model)
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Lay filters out as images lie, in place; returns the model.
+
+    What has no four dimensions stays: `Module.to` would refuse a model that has weights of five.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.ndim == IMAGE_DIMENSIONS:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
+
+
+def _prove_order(model: nn.Module, size: Size, any_norm: bool) -> None:
+    """From here on a norm's first dimension may be a multiple of the rows, unless it is refused."""
+    wrong = out_of_order(model, size)
+    if wrong and not any_norm:
+        raise ValueError(
+            f"model: {type(model).__name__} does not hand the rows of a batch one after the other "
+            f"to {names_of(wrong)}, so they cannot be divided into groups"
+        )
+    for norm in wrong:
+        norm.whole_batch = True
+    norm_state(model).multiples = True
 
 
 def plain(name: str, num_classes: int) -> nn.Module:

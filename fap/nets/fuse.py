@@ -52,7 +52,7 @@ def fuse_blocks(model: nn.Module) -> None:
     """
     for module in model.modules():
         # Not a subclass: its forward may be another one.
-        if type(module) not in FUSED:
+        if type(module) not in FUSED or not _norms_do_more(module):
             continue
         module.__class__ = FUSED[type(module)]
         module.relu = nn.Identity()
@@ -60,3 +60,9 @@ def fuse_blocks(model: nn.Module) -> None:
         for norm in module.children():
             if isinstance(norm, DualBatchNorm2d):
                 norm.relu = True
+
+
+def _norms_do_more(module: nn.Module) -> bool:
+    """Are its norms of the class that can do what follows them? A user's model may have others."""
+    own = [child for name, child in module.named_children() if name.startswith("bn")]
+    return all(isinstance(norm, DualBatchNorm2d) for norm in own)

@@ -6,22 +6,25 @@ The groups of the next forward are set once per pass on the `NormState` that all
 share. Without groups a converted model is the plain one: every batch goes through the main norms as
 one group.
 
-`fap.nets.dual` gives a model these norms.
+`fap.nets.row_norm` has the norms whose rows know nothing of each other; `fap.nets.dual` gives a
+model its norms.
 """
 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipelines.files import shown
 
 Bn = Literal["main", "aux"]
+IMAGE_DIMENSIONS = 4  # (B, C, H, W)
 
 
 class Group(NamedTuple):
@@ -56,6 +59,10 @@ class NormState:
         # norm group by group: the twin of the kernels, and what torch.compile fuses. "auto" is
         # triton for groups of a channels_last batch on a GPU, else framework.
         self.kernel: Literal["auto", "triton", "framework"] = "auto"
+        # May the first dimension of a norm's input be a multiple of the rows, as where windows or
+        # tokens are folded into it? Only if those of one row lie together, in the order of the
+        # rows, which `fap.nets.row_order` proves.
+        self.multiples = False
 
 
 def momentum_of(momentum: float, group: Group) -> float:
@@ -86,8 +93,67 @@ def running_weights(momenta: Sequence[float]) -> list[float]:
     return weights[::-1]
 
 
-class DualBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` under its own parameter names, with an optional second set under `aux`.
+class DualNorm(nn.Module):
+    """What every norm with a main and an optional auxiliary part has, whatever its class.
+
+    It keeps the parameter names of the plain norm; the auxiliary part is the module `aux`.
+    """
+
+    shared: NormState
+    aux: nn.Module | None
+    plain: ClassVar[type[nn.Module]]
+    """The class of its auxiliary part."""
+    plain_name: str
+    """The class that the norm had in the plain model."""
+    path: str = "a norm"
+    """Its name in the model, for errors."""
+    whole_batch = False
+    """Is every training batch one main group, because its rows cannot be told apart?"""
+
+    def branch(self, bn: Bn) -> nn.Module:
+        """The norm that holds the parameters and running statistics of `bn`.
+
+        Raises ValueError if there is no auxiliary one.
+        """
+        if bn == "main":
+            return self
+        if self.aux is None:
+            raise ValueError(
+                "bn = 'aux': this model was trained without auxiliary norms; only 'main' is there"
+            )
+        return self.aux
+
+    def main_parameters(self) -> list[nn.Parameter]:
+        """Those that the auxiliary part has copies of."""
+        auxiliary = set() if self.aux is None else {*self.aux.parameters()}
+        return [p for p in self.parameters() if p not in auxiliary]
+
+    def groups_of(self, n: int) -> tuple[Group, ...]:
+        """The groups that are set, in units of the first dimension of an input, of length `n`.
+
+        Raises ValueError if they hold another number of rows, `multiples` of it apart.
+        """
+        groups = self.shared.groups
+        rows = sum(g.rows for g in groups)
+        if n == rows:
+            return groups
+        times, rest = divmod(n, rows)
+        if rest or not times:
+            raise ValueError(
+                f"{self.path}: a batch of {n} rows, but the groups that were set are "
+                f"{shown(groups)}; set_groups(model, ()) takes any batch as one main group"
+            )
+        if not self.shared.multiples:
+            raise ValueError(
+                f"{self.path}: a batch of {n} rows, {times} for each of the {rows} rows of the "
+                "groups that were set, and nobody has proved in which order they lie; "
+                "fap.nets.build.prepare does"
+            )
+        return tuple(g._replace(rows=times * g.rows) for g in groups)
+
+
+class DualBatchNorm(DualNorm, _BatchNorm):
+    """A batch norm under its own parameter names, with an optional second set under `aux`.
 
     What follows the affine map in the model may be part of the call, and then is part of the
     kernel: `relu`, after the `residual` if the forward is given one. timm's `drop` and `act` of
@@ -95,10 +161,11 @@ class DualBatchNorm2d(nn.BatchNorm2d):
     """
 
     momentum: float
-    aux: nn.BatchNorm2d | None
+    aux: _BatchNorm | None
+    plain: ClassVar[type[_BatchNorm]]
 
-    def __init__(self, norm: nn.BatchNorm2d, shared: NormState, aux: bool) -> None:
-        if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
+    def __init__(self, norm: _BatchNorm, shared: NormState, aux: bool) -> None:
+        if not can_be_dual(norm):
             raise ValueError(
                 f"{norm}: only affine batch norms with running statistics and a momentum "
                 "can be converted"
@@ -107,11 +174,14 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         dtype = norm.weight.dtype
         options = (norm.num_features, norm.eps, norm.momentum)
         super().__init__(*options, device=device, dtype=dtype)
-        self.load_state_dict(norm.state_dict())
+        given = norm.state_dict()
+        own = {name: given[name] for name in self.state_dict()}
+        self.load_state_dict(own)
         self.shared = shared
-        self.aux = nn.BatchNorm2d(*options, device=device, dtype=dtype) if aux else None
+        self.plain_name = type(norm).__name__
+        self.aux = self.plain(*options, device=device, dtype=dtype) if aux else None
         if self.aux is not None:
-            self.aux.load_state_dict(norm.state_dict())
+            self.aux.load_state_dict(own)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
         if isinstance(norm, BatchNormAct2d):
@@ -123,23 +193,18 @@ class DualBatchNorm2d(nn.BatchNorm2d):
             self.act = nn.Identity()
         self.train(norm.training)
 
-    def branch(self, bn: Bn) -> nn.BatchNorm2d:
-        """The norm that holds the parameters and running statistics of `bn`.
+    def branch(self, bn: Bn) -> _BatchNorm:
+        branch = super().branch(bn)
+        assert isinstance(branch, _BatchNorm)
+        return branch
 
-        Raises ValueError if there is no auxiliary one.
-        """
-        if bn == "main":
-            return self
-        if self.aux is None:
-            raise ValueError(
-                "bn = 'aux': this model was trained without auxiliary batch norms; "
-                "only 'main' is there"
-            )
-        return self.aux
+    def main_parameters(self) -> list[nn.Parameter]:
+        """Not those of `act`, which rows of both kinds go through."""
+        return [self.weight, self.bias]
 
     def forward(
         self,
-        x: Tensor,  # (sum of the groups' rows, C, H, W); any number of rows in evaluation
+        x: Tensor,  # (sum of the groups' rows, C, ...); any number of rows in evaluation
         residual: Tensor | None = None,  # as x; a norm with a residual has `relu`
     ) -> Tensor:
         groups = self._groups(len(x))
@@ -156,20 +221,16 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         """
         if not self.training:
             return (Group(self.shared.eval_bn, rows, running=True),)
-        groups = self.shared.groups
-        if not groups:
+        if self.whole_batch or not self.shared.groups:
             # The plain model's training forward, which counts itself.
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             return (Group("main", rows, call=0, calls=1),)
-        if sum(g.rows for g in groups) != rows:
-            raise ValueError(
-                f"a batch of {rows} rows, but the groups that were set are {shown(groups)}; "
-                "set_groups(model, ()) takes any batch as one main group"
-            )
-        return groups
+        return self.groups_of(rows)
 
     def _suits_kernel(self, x: Tensor, groups: tuple[Group, ...]) -> bool:
+        if x.ndim != IMAGE_DIMENSIONS:
+            return False
         match self.shared.kernel:
             case "triton":
                 suits = True
@@ -236,9 +297,44 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class DualBatchNorm1d(DualBatchNorm, nn.BatchNorm1d):
+    """Of (B, C) or (B, C, L)."""
+
+    plain = nn.BatchNorm1d
+
+
+class DualBatchNorm2d(DualBatchNorm, nn.BatchNorm2d):
+    """Of (B, C, H, W); the kernels are for these."""
+
+    plain = nn.BatchNorm2d
+
+
+class DualBatchNorm3d(DualBatchNorm, nn.BatchNorm3d):
+    """Of (B, C, D, H, W)."""
+
+    plain = nn.BatchNorm3d
+
+
+DUAL: dict[type[nn.Module], type[DualBatchNorm]] = {
+    nn.BatchNorm1d: DualBatchNorm1d,
+    nn.BatchNorm2d: DualBatchNorm2d,
+    nn.BatchNorm3d: DualBatchNorm3d,
+    BatchNormAct2d: DualBatchNorm2d,
+}
+"""What becomes of batch norms of exactly these classes."""
+
+
+def can_be_dual(norm: nn.Module) -> bool:
+    """Is it a batch norm of a class that we know, with all that two sets of norms need?"""
+    if type(norm) not in DUAL:
+        return False
+    assert isinstance(norm, _BatchNorm)
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
 def _normalise_group(
-    x: Tensor,  # (rows of the group, C, H, W)
-    norm: nn.BatchNorm2d,
+    x: Tensor,  # (rows of the group, C, ...)
+    norm: _BatchNorm,
     group: Group,
 ) -> Tensor:
     assert norm.momentum is not None

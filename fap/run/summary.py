@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
+from fap.nets.dual import counted, norms, undivided
+from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
 from fap.sections import DataConfig
 from fap.step.step import Step
@@ -30,18 +32,23 @@ def describe(
     if method.schedule is not None:
         how += f" {method.schedule}"
     size = size_in_words(config.data.size)
+    # Batch norms alone are called BN, as in the paper.
+    word = "norms"
+    if _dual(step) and all(isinstance(norm, DualBatchNorm) for norm in _dual(step)):
+        word = "BN"
     lines = [
         f"run        {config.name}, seed {config.seed}: {how}",
         f"model      {config.model.name}, {config.model.classes} classes, {size} px",
         f"images     {_images(config.data)}",
-        f"parameters shared {shared:,}, main BN {main:,}, aux BN {aux:,}",
+        f"parameters shared {shared:,}, main {word} {main:,}, aux {word} {aux:,}",
+        _norms(config, step),
         _passes(step),
-        _groups(config),
+        _groups(config, step),
     ]
     if method.eps_255 is not None:
-        lines.append(_attack(config, method.eps_255))
+        lines.append(_attack(config, step, method.eps_255))
     if method.shuffle is not None:
-        lines.append(_shuffle(config, shuffle_groups))
+        lines.append(_shuffle(config, step, shuffle_groups))
     lines.append(_budget(config, budget))
     lines += _rate(budget.rates, config.run.max_steps)
     return "\n".join(lines)
@@ -69,22 +76,55 @@ def _passes(step: Step) -> str:
     return f"step       {len(shown)} {passes} per device: {' | '.join(shown)}"
 
 
-def _groups(config: Config) -> str:
+def _dual(step: Step) -> list[DualNorm]:
+    return norms(step.network.model)
+
+
+def _divides_statistics(step: Step) -> bool:
+    """Are there statistics of groups? Only batch norms have any."""
+    return any(isinstance(norm, DualBatchNorm) and not norm.whole_batch for norm in _dual(step))
+
+
+def _norms(config: Config, step: Step) -> str:
+    """How many of each class, whether they have auxiliary twins, and what sees a whole pass."""
+    dual = [norm for norm in _dual(step) if not norm.whole_batch]
+    whole = undivided(step.network.model)
+    parts: list[str] = []
+    if dual:
+        said = counted(norm.plain_name for norm in dual)
+        if config.method.has_aux:
+            said += " with auxiliary twins"
+        elif config.method.aux == "none":
+            said += " without auxiliary twins (method.aux = none)"
+        parts.append(said)
+    elif config.method.has_aux:
+        parts.append("none, so all rows train the same parameters, and none are auxiliary")
+    if whole:
+        parts.append(f"{counted(whole)} that see a whole pass as one batch")
+    return f"norms      {'; '.join(parts) or 'none'}"
+
+
+def _groups(config: Config, step: Step) -> str:
     """Of the clean rows, then of the adversarial ones, where they are trained."""
     method = config.method
     n_groups = config.optim.clean_batch // method.group_rows
-    words = {"main": "main", "aux": "auxiliary"}
+    words = {"main": "main ", "aux": "auxiliary "}
+    if not _dual(step):
+        words = {"main": "", "aux": ""}
     parts: list[str] = []
-    if "clean" in method.entry.norms:
-        norms = words[method.entry.norms["clean"]]
-        parts.append(f"{n_groups} {norms} of {method.group_rows} rows")
-    if "adv" in method.entry.norms:
-        norms = words[method.entry.norms["adv"]]
-        parts.append(f"{n_groups} {norms} of {method.adv_group_rows} rows")
-    return f"BN groups  {', '.join(parts)}"
+    if "clean" in method.norms:
+        through = words[method.norms["clean"]]
+        parts.append(f"{n_groups} {through}of {method.group_rows} rows")
+    if "adv" in method.norms:
+        through = words[method.norms["adv"]]
+        parts.append(f"{n_groups} {through}of {method.adv_group_rows} rows")
+    said = ", ".join(parts)
+    if not _divides_statistics(step):
+        return f"groups     {said}; no statistics of a group are taken"
+    return f"BN groups  {said}"
 
 
-def _attack(config: Config, eps_255: float) -> str:
+def _attack(config: Config, step: Step, eps_255: float) -> str:
     method = config.method
     per_channel = ", ".join(f"{eps_255 / 255 / std:.5f}" for std in config.data.std)
     start = "no random start (FGSM)"
@@ -95,21 +135,23 @@ def _attack(config: Config, eps_255: float) -> str:
         aim = "away from the true label"
         if method.targeted:
             aim = "towards a random wrong label"
-        steps += f", {aim}, through {method.attack_bn} statistics"
+        steps += f", {aim}"
+        if _divides_statistics(step):
+            steps += f", through {method.attack_bn} statistics"
     if method.attack_loss in PARTIAL_LOSSES:
         steps += f", {PARTIAL_LOSSES[method.attack_loss]}"
     return f"attack     eps {eps_255:g}/255 = {per_channel} after normalisation; {steps}"
 
 
-def _shuffle(config: Config, shuffle_groups: int) -> str:
+def _shuffle(config: Config, step: Step, shuffle_groups: int) -> str:
     scope = config.method.shuffle
     if scope == "off":
         return "shuffle    off"
     effect = f"adversarial rows change places among {shuffle_groups} groups"
-    if shuffle_groups < 2:
-        effect = (
-            "WITHOUT EFFECT: one auxiliary group in reach; statistics may leak labels (section 4.3)"
-        )
+    if not _divides_statistics(step):
+        effect = "WITHOUT EFFECT but for the order of rows: there are no statistics of groups"
+    elif shuffle_groups < 2:
+        effect = "WITHOUT EFFECT: one group in reach; statistics may leak labels (section 4.3)"
     return f"shuffle    {scope}: {effect}"
 
 

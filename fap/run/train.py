@@ -21,6 +21,7 @@ from fap.config import Config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.draws import dropout_seed
 from fap.nets.build import prepare
+from fap.nets.dual import has_aux
 from fap.nets.pretrained import load_init
 from fap.run.back_end import described, settle
 from fap.run.data import closing, open_data, open_loader
@@ -41,6 +42,7 @@ from fap.step.metrics import rates
 from fap.step.step import Step
 from fap.tasks import make_task
 from fap.versions import versions
+from pipelines.files import shown
 
 
 class Run:
@@ -119,8 +121,18 @@ class Run:
         """The converted model on the device: random weights of the seed, or those of model.init."""
         config = self.config
         torch.manual_seed(config.seed)
-        aux = config.method.entry.has_aux
-        model = prepare(self.task.plain_model(), aux=aux, size=config.data.size)
+        method = config.method
+        model = prepare(
+            self.task.plain_model(),
+            aux=method.has_aux,
+            size=config.data.size,
+            any_norm=method.any_norm,
+        )
+        if method.aux == "norms" and not has_aux(model):
+            raise ValueError(
+                f"method.aux = 'norms': model.name = {shown(config.model.name)} has no norm that "
+                "can have an auxiliary twin; 'auto' trains without any"
+            )
         if config.model.init:
             load_init(model, config.model.init, config, self._say)
         self.first_weights = "of the only rank"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from fap.nets.dual import norms
+from fap.nets.dual import norms, statistics
 
 ALIGN = 64  # elements; keeps every view as aligned as a fresh allocation
 
@@ -33,7 +33,7 @@ class Flat:
         main: set[nn.Parameter] = set()
         aux: set[nn.Parameter] = set()
         for norm in norms(model):
-            main |= {norm.weight, norm.bias}
+            main |= {*norm.main_parameters()}
             if norm.aux is not None:
                 aux |= {*norm.aux.parameters()}
         front = set(first)
@@ -57,11 +57,13 @@ class Flat:
             parameter.grad = gradients[name]
 
         # Counters of batches are integers and stay where they are.
-        statistics = [b for n in norms(model) for b in n.buffers() if b.is_floating_point()]
-        self.stats = torch.cat(statistics)
-        views = self.stats.split([len(buffer) for buffer in statistics])
-        for buffer, view in zip(statistics, views, strict=True):
-            buffer.data = view
+        buffers = statistics(model)
+        self.stats = self.param.new_zeros(0)  # of a model without batch norms
+        if buffers:
+            self.stats = torch.cat([buffer.flatten() for buffer in buffers])
+        views = self.stats.split([buffer.numel() for buffer in buffers])
+        for buffer, view in zip(buffers, views, strict=True):
+            buffer.data = view.view_as(buffer)
 
     def _place(self, part: Collection[nn.Parameter], start: int) -> slice:
         """Give the parameters of a part their places from `start` on, in the model's order."""

@@ -113,15 +113,16 @@ def _numbered(passes: Sequence[Sequence[_Span]], method: MethodConfig) -> list[P
     """Give every block its place and its groups.
 
     The groups of one kind are numbered over all passes of the step: together they move the running
-    statistics once, by the mean over the groups. So a set of norms through which two kinds go is
-    moved twice (`noise`, then `adv`, as in the authors' code).
+    statistics once, by the mean over the groups. So auxiliary norms, through which two kinds go,
+    are moved twice (`noise`, then `adv`, as in the authors' code).
     """
     n_seen: dict[BlockKind, int] = {}
     n_all: dict[BlockKind, int] = {}
     for spans in passes:
         for span in spans:
             n_groups = (span.stop - span.start) // _group_rows(span.kind, method)
-            n_all[span.kind] = n_all.get(span.kind, 0) + n_groups
+            average = _average(span.kind, method)
+            n_all[average] = n_all.get(average, 0) + n_groups
 
     numbered: list[Pass] = []
     for spans in passes:
@@ -130,11 +131,12 @@ def _numbered(passes: Sequence[Sequence[_Span]], method: MethodConfig) -> list[P
         first_row = 0
         for kind, start, stop in spans:
             group_rows = _group_rows(kind, method)
-            first_group = n_seen.get(kind, 0)
-            n_seen[kind] = first_group + (stop - start) // group_rows
+            average = _average(kind, method)
+            first_call = n_seen.get(average, 0)
+            n_seen[average] = first_call + (stop - start) // group_rows
             groups = tuple(
-                Group(_bn(kind, method), group_rows, call, n_all[kind])
-                for call in range(first_group, n_seen[kind])
+                Group(_bn(kind, method), group_rows, call, n_all[average])
+                for call in range(first_call, n_seen[average])
             )
             block = Block(kind, start, stop, first_row, groups)
             blocks.append(block)
@@ -157,5 +159,15 @@ def _group_rows(kind: BlockKind, method: MethodConfig) -> int:
 
 def _bn(kind: BlockKind, method: MethodConfig) -> Bn:
     if kind == "joined":  # noise and adv, which go through the same norms
-        return method.entry.norms["adv"]
-    return method.entry.norms[kind]
+        return method.norms["adv"]
+    return method.norms[kind]
+
+
+def _average(kind: BlockKind, method: MethodConfig) -> BlockKind:
+    """Under which kind the groups of `kind` are numbered: each number is a call of one average.
+
+    Of what goes through the clean rows' norms there is one for all, because `fused` trains clean
+    rows before and after the others.
+    """
+    clean = method.norms.get("clean")
+    return "clean" if _bn(kind, method) == clean else kind

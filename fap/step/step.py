@@ -268,7 +268,7 @@ class Step:
 
     def _attack_groups(self) -> list[Group]:
         """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""
-        bn = self.method.entry.norms["adv"]
+        bn = self.method.norms["adv"]
         if self.method.attack_bn == "running":
             return [Group(bn, self.n_adv, running=True)]
         return [Group(bn, self.method.adv_group_rows)] * self.n_adv_groups

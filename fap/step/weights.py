@@ -49,7 +49,7 @@ def weights_of(
 
     def speed(bn: Bn) -> float:
         """The factor of a set of norms' gradients; 1 for norms that no row goes through."""
-        through = sum(reached[kind] for kind in KINDS if method.entry.norms.get(kind) == bn)
+        through = sum(reached[kind] for kind in KINDS if method.norms.get(kind) == bn)
         if not (method.sync and through):
             return 1.0
         return total / through

@@ -52,7 +52,7 @@ def as_saved(model: torch.nn.Module) -> dict[str, Tensor]:
     ("model.name", "cifar_resnet1000000000002", "too few for 'cifar_resnet1000000000002'"),
     ("model.name", "cifar_resnet14", "is none of the model's"),
     ("model.name", "regnet_y_128gf", "is none of the model's"),
-    ("model.name", "vit_b_16", "no batch norm"),
+    ("model.name", "vit_b_16", "is none of the model's"),
     ("model.name", "timm/nothing", "neither torchvision nor timm"),
 ])  # fmt: skip
 def test_nothing_is_built_that_the_file_does_not_hold(

@@ -9,12 +9,23 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import EvoNorm2dB0, InplaceAbn
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from fap.config import Config
 from fap.evaluate.exact import evaluate
-from fap.nets.dual import convert, evaluate_with, export, norm_state, norms, set_groups
+from fap.nets.dual import (
+    convert,
+    evaluate_with,
+    export,
+    has_aux,
+    norm_state,
+    norms,
+    set_groups,
+    undivided,
+)
 from fap.nets.norm import DualBatchNorm2d, Group, NormState
 from fap.nets.pretrained import load_plain
 from fap.step.step import Step
@@ -192,20 +203,44 @@ class OtherBatchNorm(nn.BatchNorm2d):
     pass
 
 
+class NamedBatchNorm(nn.Module):
+    """Of a library: it inherits nothing of torch's."""
+
+
 OTHERS = [
     OtherBatchNorm(4),
-    nn.BatchNorm1d(4),
+    NamedBatchNorm(),
     nn.SyncBatchNorm(4),
-    nn.InstanceNorm2d(4),
+    nn.InstanceNorm2d(4, track_running_stats=True),
     nn.LazyBatchNorm2d(),
+    EvoNorm2dB0(4),
+    InplaceAbn(4),
+    FrozenBatchNorm2d(4),
 ]
 
 
 @pytest.mark.parametrize("norm", OTHERS, ids=lambda n: type(n).__name__)
 def test_unknown_batch_norms_are_refused(norm: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), norm)
-    with pytest.raises(ValueError, match=type(norm).__name__):
+    with pytest.raises(ValueError, match=rf"3 is a .*{type(norm).__name__}"):
         convert(model)
+
+
+def test_vanilla_training_leaves_norms_that_it_does_not_know() -> None:
+    """And finds what has statistics of a batch among them; SyncBatchNorm is still a mistake."""
+    others = [norm for norm in OTHERS if not isinstance(norm, nn.SyncBatchNorm)]
+    odd = [nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=None)]
+    plain = nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4), *others, *odd)
+    before = [*plain]
+    model = convert(plain, aux=False, any_norm=True)
+    assert [a is b for a, b in zip(before, model, strict=True)] == [
+        False,
+        *[True] * (len(plain) - 1),
+    ]
+    assert [type(norm).__name__ for norm in norms(model)] == ["DualBatchNorm2d", "DualLayerNorm"]
+    assert undivided(model) == [type(norm).__name__ for norm in (*others, *odd)]
+    with pytest.raises(ValueError, match="SyncBatchNorm"):
+        convert(nn.Sequential(nn.SyncBatchNorm(4)), aux=False, any_norm=True)
 
 
 @pytest.mark.parametrize(
@@ -216,16 +251,32 @@ def test_norms_without_what_the_method_needs_are_refused(kwargs: dict[str, bool 
         convert(nn.Sequential(nn.BatchNorm2d(4, **kwargs)))  # type: ignore[arg-type]
 
 
-def test_a_model_without_batch_norm_is_refused() -> None:
-    with pytest.raises(ValueError, match="no batch norm"):
-        convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)))
+def test_a_model_without_norms_is_converted_but_has_no_auxiliary_ones() -> None:
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(6, elementwise_affine=False)))
+    assert norms(model) == []
+    assert not has_aux(model)
+    set_groups(model, [Group("main", 1), Group("aux", 1)])
+    assert copy.deepcopy(model)(torch.randn(2, 3, 6, 6)).shape == (2, 4, 6, 6)
+    assert norm_state(nn.Sequential(model)).groups == (Group("main", 1), Group("aux", 1))
+    with evaluate_with(model, "main"):
+        pass
+    with pytest.raises(ValueError, match="aux"), evaluate_with(model, "aux"):
+        pass
+
+
+def test_a_norm_that_lies_in_two_places_stays_one() -> None:
+    for norm in (nn.BatchNorm2d(3), nn.GroupNorm(1, 3)):
+        inner = nn.ModuleDict({"again": norm, "more": norm})
+        model = convert(nn.ModuleDict({"first": norm, "inner": inner}))
+        (dual,) = norms(model)
+        assert dual is model["first"] is inner["again"] is inner["more"]
 
 
 @pytest.mark.parametrize(
     "use", [norm_state, lambda model: set_groups(model, ())], ids=["norm_state", "set_groups"]
 )
 def test_a_plain_model_has_no_groups(use: Callable[[nn.Module], object]) -> None:
-    says = r"Sequential has no dual batch norms; fap\.nets\.dual\.convert"
+    says = r"Sequential has no dual norms; fap\.nets\.dual\.convert"
     with pytest.raises(ValueError, match=says):
         use(small_model())
 

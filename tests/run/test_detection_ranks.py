@@ -51,7 +51,7 @@ def train(
     c = config(data, out, *method, f"seed={seed}", "optim.clip_norm=1")
     task = make_task(c)
     torch.manual_seed(seed)
-    model = prepare(task.plain_model(), aux=c.method.entry.has_aux, size=c.data.size).double()
+    model = prepare(task.plain_model(), aux=c.method.has_aux, size=c.data.size).double()
     step = Step(model, c, ranks, task=task)
     store = pipelines.open_store(data)
     loader = pipelines.open_loader("reference", store, size=c.data.size, device=CPU)

@@ -74,6 +74,7 @@ CASES = {
     "method.weight_adv": Case("method.weight_adv=1", WEIGHTS),
     "method.sync": Case("method.sync=false", WEIGHTS),
     "method.combine": Case("method.combine=mean", WEIGHTS),
+    "method.aux": Case("method.aux=none", ("model", "passes", *WEIGHTS)),
     "method.shuffle": Case("method.shuffle=off", ("plan.shuffle", *ATTACK)),
     "data.train": Case("data.train={other}", ("loaders", "input.images", "weights")),
     "data.val": Case("data.val={other}", ("loaders", "evaluated", "accuracy")),

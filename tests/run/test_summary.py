@@ -3,22 +3,28 @@
 from typing import Any
 
 import pytest
+from timm.layers import LayerNorm2d
+from torch import nn
 
 from fap.budget import budget
 from fap.config import make_config, with_classes
-from fap.nets.build import build
+from fap.nets.build import plain, prepare
 from fap.run.summary import describe
 from fap.step.step import Step
 
 IMAGENET = 1_281_167
 
 
-def lines(tree: dict[str, Any], images: int = IMAGENET) -> dict[str, str]:
+def lines(
+    tree: dict[str, Any], images: int = IMAGENET, model: nn.Module | None = None
+) -> dict[str, str]:
     """The start-up lines by their first word; those that go on from the one before under 'more'."""
     small = {"name": "cifar_resnet8"}
     data = {"size": 32, "resize": 32, "pipeline": "ffcv"}
     config = with_classes(make_config(tree | {"model": small, "data": data}), 7)
-    model = build(config.model.name, config.model.classes, aux=config.method.entry.has_aux, size=32)
+    method = config.method
+    model = model or plain(config.model.name, config.model.classes)
+    model = prepare(model, aux=method.has_aux, size=32, any_norm=method.any_norm)
     found: dict[str, str] = {}
     for line in describe(config, budget(config, images), Step(model, config), 2).splitlines():
         word, _, rest = line.partition(" ")
@@ -147,3 +153,59 @@ def test_groups_are_told_by_the_norms_that_they_go_through(method: str, groups: 
     assert said["BN"] == f"groups  {groups}"
     assert ("attack" in said) == (method != "vanilla")
     assert ("shuffle" in said) == (method not in ("vanilla", "adversarial_training"))
+
+
+def test_norms_are_counted_by_class() -> None:
+    said = lines({})
+    assert said["norms"] == "9 BatchNorm2d with auxiliary twins"
+    assert said["parameters"].endswith("main BN 672, aux BN 672")
+    assert lines({"method": {"name": "vanilla"}})["norms"] == "9 BatchNorm2d"
+    without = lines({"method": {"aux": "none"}})
+    assert without["norms"] == "9 BatchNorm2d without auxiliary twins (method.aux = none)"
+    assert without["parameters"].endswith("main BN 672, aux BN 0")
+    assert without["BN"] == "groups  4 main of 64 rows, 4 main of 16 rows"
+
+
+def net(*norms: nn.Module) -> nn.Module:
+    """Of 8 channels and 7 classes."""
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
+    return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), *norms, *head)
+
+
+SEPARATE = {"method": {"name": "decoupled"}}
+
+
+def test_a_model_of_several_kinds_of_norms() -> None:
+    said = lines(SEPARATE, model=net(nn.BatchNorm2d(8), LayerNorm2d(8), LayerNorm2d(8)))
+    assert said["norms"] == "1 BatchNorm2d, 2 LayerNorm2d with auxiliary twins"
+    assert said["parameters"] == "shared 455, main norms 48, aux norms 48"
+    assert said["BN"] == "groups  4 main of 64 rows, 4 auxiliary of 16 rows"
+    assert "through running statistics" in said["attack"]
+
+
+def test_a_model_without_batch_norms_has_no_batch_norm_groups() -> None:
+    said = lines(SEPARATE | {"optim": {}}, model=net(LayerNorm2d(8)))
+    assert said["norms"] == "1 LayerNorm2d with auxiliary twins"
+    assert "BN" not in said
+    assert said["groups"] == (
+        "4 main of 64 rows, 4 auxiliary of 16 rows; no statistics of a group are taken"
+    )
+    assert "statistics" not in said["attack"]
+    shuffle = {"method": {"name": "decoupled", "shuffle": "ranks"}}
+    said = lines(shuffle, model=net(LayerNorm2d(8)))
+    assert said["shuffle"].startswith("ranks: WITHOUT EFFECT")
+    assert "no statistics" in said["shuffle"]
+
+
+def test_a_model_without_norms_says_that_nothing_is_auxiliary() -> None:
+    said = lines({}, model=net())
+    assert said["norms"] == "none, so all rows train the same parameters, and none are auxiliary"
+    assert said["parameters"] == "shared 455, main norms 0, aux norms 0"
+    assert said["groups"] == "4 of 64 rows, 4 of 16 rows; no statistics of a group are taken"
+    assert lines({"method": {"name": "vanilla"}}, model=net())["norms"] == "none"
+
+
+def test_norms_that_see_a_whole_pass_are_named() -> None:
+    norms = (nn.BatchNorm2d(8), nn.BatchNorm2d(8, momentum=None), nn.BatchNorm2d(8, affine=False))
+    said = lines({"method": {"name": "vanilla"}}, model=net(*norms))
+    assert said["norms"] == "1 BatchNorm2d; 2 BatchNorm2d that see a whole pass as one batch"

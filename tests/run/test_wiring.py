@@ -30,6 +30,7 @@ COMMON: dict[str, Any] = {
     "model.name": "cifar_resnet14", "model.num_classes": 5, "model.init": "{init}",
     "method.group_rows": 4, "method.p_adv": "1/3", "method.eps_255": 3.0, "method.step_255": 2.0,
     "method.random_start": False, "method.weight_clean": 2.0, "method.weight_adv": 0.25,
+    "method.aux": "norms",
     "data.train": "{five}", "data.val": "{other_five}", "data.pipeline": "dali", "data.size": 8,
     "data.resize": 11, "data.scale": [0.3, 0.9], "data.ratio": [0.8, 1.2], "data.flip": 0.3,
     "data.mean": [0.4, 0.5, 0.6], "data.std": [0.2, 0.3, 0.4], "data.threads": 2,
@@ -256,6 +257,7 @@ def test_what_reaches_the_model_and_the_summary(
     for part in (
         "every_field, seed 11",
         "cifar_resnet14, 5 classes, 8 px",
+        "norms      15 BatchNorm2d with auxiliary twins",
         "eps 3/255",
         "shuffle    groups",
     ):

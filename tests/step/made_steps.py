@@ -75,7 +75,7 @@ def make(
     )
     torch.manual_seed(seed)
     plain = make_task(config).plain_model()
-    network = prepare(plain, aux=config.method.entry.has_aux, size=config.data.size)
+    network = prepare(plain, aux=config.method.has_aux, size=config.data.size)
     step = Step(network.to(device), config, amp=amp)
     feed(step, 0)
     return step

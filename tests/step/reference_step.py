@@ -2,7 +2,7 @@
 
 float64 on a CPU, no buffers, no fusing. Written from the paper (Algorithm 1, section 3.2.2) and
 the project's semantics alone; it imports nothing of `fap`. Two ordinary models share every
-parameter that is not batch norm's. Each batch-norm group goes through its model alone, in training
+parameter that is not a norm's. Each batch-norm group goes through its model alone, in training
 mode, one forward and one backward per group. Everything random is an input.
 
 Images are in grey levels of 0..255 throughout; they are normalised right before a forward.
@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 BN_MOMENTUM = 0.1
 SGD_MOMENTUM = 0.9
@@ -46,6 +48,7 @@ class Rules:
     pipelined: bool = False  # fast_advprop, noise: adversarial rows are trained a step later
     weights: tuple[float, float, float] = (1.0, 0.5, 0.5)  # of clean, noise, adversarial rows
     sync: bool = True
+    one_set: bool = False  # of norms, for all rows
     combine: Literal["sum", "mean"] = "sum"
     eps_255: float = 1.0
     step_255: float = 1.0
@@ -119,12 +122,16 @@ class Twin:
 
     def __init__(
         self,
-        model: nn.Module,  # float64, with plain nn.BatchNorm2d; its norms become the main ones
+        model: nn.Module,  # float64, with plain norms, which become the main ones
         rules: Rules,
     ) -> None:
         self.rules = rules
         self.main, self.aux = two_models(model)
-        self.has_aux = rules.method not in SINGLE_NORM
+        if rules.one_set:
+            self.aux = self.main
+        self.has_aux = rules.method not in SINGLE_NORM and not rules.one_set
+        self.seen: list[Statistics] = []
+        """`one_set`: of all groups of this step."""
         self.carry: tuple[Tensor, Tensor] | None = None
         """`pipelined`: images and labels that the step before has crafted."""
         self.velocity: dict[nn.Parameter, Tensor] = {}
@@ -134,6 +141,7 @@ class Twin:
         self.main.zero_grad(set_to_none=True)
         self.aux.zero_grad(set_to_none=True)
         self.losses: dict[Kind, Tensor] = {}
+        self.seen = []
         adversarial: Tensor | None = None
         match self.rules.method:
             case "vanilla":
@@ -147,6 +155,8 @@ class Twin:
                 adversarial = self._advprop(draws)
             case "adversarial_training":
                 adversarial = self._adversarial_training(draws)
+        if self.rules.one_set:
+            move_running_statistics(self.main, self.seen)
         return Result(self._synchronised(), adversarial, self.losses)
 
     # ------------------------------------------------------------------ the methods
@@ -219,7 +229,8 @@ class Twin:
         """Forward and backward of each batch-norm group alone: so many rows of every part.
 
         Returns each part's input gradient in grey levels, of the sum over its rows of factor x
-        loss. The running statistics move once, by the mean over the groups.
+        loss. The running statistics move once, by the mean over the groups; those of `one_set` at
+        the end of the step, by the mean over all of its groups.
         """
         inputs = [part.images.clone().requires_grad_() for part in parts]
         losses: dict[Kind, list[Tensor]] = {part.kind: [] for part in parts}
@@ -237,7 +248,10 @@ class Twin:
             loss.backward()
         for kind, of_groups in losses.items():
             self.losses[kind] = torch.cat(of_groups)
-        move_running_statistics(model, seen)
+        if self.rules.one_set:
+            self.seen += seen
+        else:
+            move_running_statistics(model, seen)
         return [images.grad for images in inputs if images.grad is not None]
 
     def _synchronised(self) -> dict[str, dict[str, Tensor]]:
@@ -253,17 +267,17 @@ class Twin:
         """Part, name and parameter of all that is trained."""
         found = []
         for name, parameter in self.main.named_parameters():
-            part = "main" if is_bn_parameter(self.main, name) else "shared"
+            part = "main" if is_norm_parameter(self.main, name) else "shared"
             found.append((part, name, parameter))
         if self.has_aux:
             for name, parameter in self.aux.named_parameters():
-                if is_bn_parameter(self.aux, name):
+                if is_norm_parameter(self.aux, name):
                     found.append(("aux", name, parameter))
         return found
 
     @torch.no_grad()
     def optimise(self, lr: float) -> None:
-        """SGD with momentum and weight decay on every parameter, batch norm's included.
+        """SGD with momentum and weight decay on every parameter, the norms' included.
 
         A gradient of all parameters that is longer than `clip_norm` is shortened to it before.
         """
@@ -283,6 +297,8 @@ class Twin:
         """Running means and variances, under "main" and "aux", by layer and name."""
         found: dict[str, dict[str, Tensor]] = {"main": {}, "aux": {}}
         for which, model in (("main", self.main), ("aux", self.aux)):
+            if which == "aux" and self.aux is self.main:
+                continue
             for layer, bn in bn_layers(model).items():
                 found[which][f"{layer}.running_mean"] = bn.running_mean.clone()
                 found[which][f"{layer}.running_var"] = bn.running_var.clone()
@@ -363,7 +379,9 @@ def weights_of(rules: Rules, n_clean: int = 0, n_noise: int = 0, n_adv: int = 0)
     if rules.sync:
         assert rules.combine == "sum"
         speed["main"] = total / reached["clean"]
-        if n_noise + n_adv:
+        if rules.one_set:
+            speed["main"] = 1.0
+        elif n_noise + n_adv:
             speed["aux"] = total / (reached["noise"] + reached["adv"])
     return Weights(factor, speed)
 
@@ -490,7 +508,7 @@ def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """`model`, and a copy with norms of its own whose other parameters are `model`'s."""
     aux = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
-        if not is_bn_parameter(model, name):
+        if not is_norm_parameter(model, name):
             owner, _, leaf = name.rpartition(".")
             setattr(aux.get_submodule(owner), leaf, parameter)
     for bn in [*bn_layers(model).values(), *bn_layers(aux).values()]:
@@ -498,23 +516,26 @@ def two_models(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model, aux
 
 
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
+
+
 def bn_layers(model: nn.Module) -> dict[str, Any]:
-    """The nn.BatchNorm2d of a model, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    """The batch norms of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def is_bn_parameter(model: nn.Module, name: str) -> bool:
-    return name.rpartition(".")[0] in bn_layers(model)
+def is_norm_parameter(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), NORMS)
 
 
 def forward_alone(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
     """Logits of one group in training mode, and the statistics that each norm has found."""
     seen: Statistics = {}
 
-    def look_at(name: str, bn: nn.BatchNorm2d) -> Any:
+    def look_at(name: str, bn: _BatchNorm) -> Any:
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].detach()
-            seen[name] = (values.mean((0, 2, 3)), values.var((0, 2, 3), unbiased=True))
+            values = args[0].detach().transpose(0, 1).flatten(1)  # (C, all that a channel has)
+            seen[name] = (values.mean(1), values.var(1, unbiased=True))
 
         return bn.register_forward_pre_hook(look)
 

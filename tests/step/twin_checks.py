@@ -7,18 +7,21 @@ import random
 from typing import Any
 
 import torch
+from timm.layers import GroupNormAct, LayerNorm2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fap.config import Config, make_config
 from fap.distributed import ONE_RANK
 from fap.draws import uniform
-from fap.nets.dual import convert
+from fap.nets.build import channels_last
+from fap.nets.dual import convert, norm_state
 from fap.nets.stem import install_stem, stem_of
 from fap.step.attack import DIRECTION
 from fap.step.step import Step
 from fap.tasks import make_task
 from pipelines.sizes import Size
-from tests.step.reference_step import Draws, Result, Rules, Twin
+from tests.step.reference_step import NORMS, Draws, Result, Rules, Twin
 
 SIZE = 16
 CLASSES = 5
@@ -65,6 +68,69 @@ class TinyResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class TinyTokens(nn.Module):
+    """A stem of patches, then two layers with a norm before each, on tokens and on images.
+
+    A subclass says which norms.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4, bias=False)
+        self.on_image, self.on_tokens, self.on_vectors, self.on_rows = self.make_norms()
+        self.of_channels = nn.Linear(8, 8)
+        self.of_tokens = nn.Linear(16, 16)
+        self.fc = nn.Linear(8, CLASSES)
+
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """Of (B, 8, 4, 4), (B, 16, 8), (B * 16, 8) and (B, 8)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.on_image(self.stem(x)).flatten(2).transpose(1, 2)  # (B, 16, 8): tokens
+        x = x + self.of_channels(self.on_tokens(x)).relu()
+        folded = self.on_vectors(x.flatten(0, 1)).view_as(x)  # as levit does
+        x = x + self.of_tokens(folded.transpose(1, 2)).relu().transpose(1, 2)
+        return self.fc(self.on_rows(x.mean(1)))
+
+
+class LayerNorms(TinyTokens):
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return LayerNorm2d(8), nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+
+
+class GroupNorms(TinyTokens):
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return GroupNormAct(8, 2), nn.GroupNorm(4, 16), nn.GroupNorm(2, 8), nn.GroupNorm(1, 8)
+
+
+class RMSNorms(TinyTokens):
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return nn.RMSNorm((8, 4, 4)), nn.RMSNorm(8), nn.RMSNorm(8), nn.RMSNorm(8)
+
+
+class BatchNorms(TinyTokens):
+    """Of one dimension: (B, C, L), (B * N, C), (B, C)."""
+
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return nn.BatchNorm2d(8), nn.BatchNorm1d(16), nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+
+
+class MixedNorms(TinyTokens):
+    @staticmethod
+    def make_norms() -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        on_image = nn.InstanceNorm2d(8, affine=True)
+        return on_image, nn.RMSNorm(8), nn.BatchNorm1d(8), nn.LayerNorm(8)
+
+
+OTHER_NORMS = (LayerNorms, GroupNorms, RMSNorms, BatchNorms, MixedNorms)
+
+
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
     """`groups` groups of clean rows; a third of the rows adversarial unless `method` says else."""
     smoothing = data.pop("label_smoothing", 0.0)
@@ -93,6 +159,7 @@ def rules_of(config: Config) -> Rules:
         "weights": (m.weight_clean or 1.0, m.weight_noise or 0.0, m.weight_adv or 1.0),
         "sync": bool(m.sync),
         "combine": m.combine or "sum",
+        "one_set": m.aux == "none",
     }
     if m.name != "vanilla":
         rules |= {
@@ -118,9 +185,11 @@ def models(net: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
 def randomise_norms(plain: nn.Module) -> None:
     """Their parameters and statistics, as if the model had been trained."""
     for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, NORMS):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
+            if getattr(module, "bias", None) is not None:
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+        if isinstance(module, _BatchNorm):
             assert module.running_mean is not None and module.running_var is not None
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -129,8 +198,9 @@ def randomise_norms(plain: nn.Module) -> None:
 def converted_from(plain: nn.Module, size: Size) -> nn.Module:
     """What `Step` trains, with equal weights; the auxiliary norms are copies of the main ones."""
     converted = convert(copy.deepcopy(plain)).float()
+    norm_state(converted).multiples = True  # as `fap.nets.build.prepare` does after its proof
     install_stem(converted, size)
-    converted = converted.double().to(memory_format=torch.channels_last)
+    converted = channels_last(converted.double())
     state = plain.state_dict()
     converted.load_state_dict(
         {name: state[name.replace(".aux.", ".")] for name in converted.state_dict()}
@@ -234,7 +304,7 @@ def compare_step(step: Step, twin: Twin, result: Result, order: Tensor | None) -
 def check(config: Config, net: type[nn.Module] = TinyResNet, steps: int = 5) -> None:
     """Everything after each of `steps` steps, weights included."""
     converted, plain = models(net)
-    assert (stem_of(converted) is not None) == (net is TinyResNet)
+    assert (stem_of(converted) is not None) == (net is not TinyNet)
     step = Step(converted, config)
     twin = Twin(plain, rules_of(config))
     for i in range(steps):

@@ -1,0 +1,145 @@
+"""Small models of timm with every kind of norms: in groups, in a step of every method, exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fap.config import Config, make_config
+from fap.distributed import ONE_RANK
+from fap.nets.build import plain, prepare
+from fap.nets.dual import export, norms, set_groups
+from fap.nets.norm import Group
+from fap.nets.pretrained import load_plain
+from fap.step.step import Step
+from tests.nets.conftest import randomise_norms
+from tests.step.made_steps import CLASSES, VARIANTS, feed, fields_of
+
+# Name, size, classes of the norms.
+QUICK = [
+    ("timm/test_convnext", 32, {"LayerNorm2d", "LayerNorm"}),
+    ("timm/test_efficientnet_gn", 32, {"GroupNormAct"}),
+    ("timm/test_efficientnet_evos", 32, {"EvoNorm2dS0"}),
+    ("timm/test_nfnet", 32, set[str]()),
+]
+SLOW = [
+    ("timm/test_efficientnet_ln", 32, {"LayerNormAct2d"}),
+    ("timm/test_byobnet", 32, {"BatchNormAct2d"}),
+    ("timm/test_mambaout", 32, {"LayerNorm"}),
+    ("timm/test_vit", 160, {"LayerNorm"}),
+    ("timm/test_vit4", 160, {"RmsNorm"}),
+    ("timm/test_vit_relpos", 160, {"LayerNorm"}),
+    ("timm/test_coatnet", 160, {"BatchNormAct2d", "LayerNorm2d"}),
+    ("timm/test_maxvit", 160, {"BatchNormAct2d", "LayerNorm", "LayerNorm2d"}),
+    ("timm/repvit_m0_9", 64, {"BatchNorm2d", "BatchNorm1d"}),
+    ("timm/mobilevit_xxs", 64, {"BatchNormAct2d", "LayerNorm"}),
+    ("timm/levit_128s", 224, {"BatchNorm2d", "BatchNorm1d"}),
+    ("timm/convnext_atto", 64, {"LayerNorm2d"}),
+    ("swin_t", 64, {"LayerNorm"}),
+]
+MODELS = [*QUICK, *(pytest.param(*model, marks=pytest.mark.slow) for model in SLOW)]
+every_model = pytest.mark.parametrize(("name", "size", "classes"), MODELS)
+
+
+def without_chance(model: nn.Module) -> nn.Module:
+    """No dropout, in whatever form: two ways to compute must give the same."""
+    for module in model.modules():
+        if "drop" in type(module).__name__.lower() or "stochastic" in type(module).__name__.lower():
+            for field in ("p", "drop_prob"):
+                if hasattr(module, field):
+                    setattr(module, field, 0.0)
+    return model
+
+
+def config_of(name: str, size: int, method: dict[str, Any]) -> Config:
+    return make_config(
+        {
+            "model": {"name": name, "num_classes": CLASSES},
+            "method": {"group_rows": 4} | method,
+            "data": {"size": size, "resize": size, "crop": "pad"},
+            "optim": {"clean_batch": 8, "lr": 0.01},
+        }
+    )
+
+
+def aux_weights(model: nn.Module) -> dict[str, Tensor]:
+    """As plain weights: those of the auxiliary norms in place of the main ones'."""
+    state = model.state_dict()
+    found = export(state)
+    for norm in norms(model):
+        assert norm.aux is not None
+        found |= {f"{norm.path}.{k}": v for k, v in norm.aux.state_dict().items()}
+    return found
+
+
+@every_model
+def test_groups_are_forwards_of_plain_models(name: str, size: int, classes: set[str]) -> None:
+    torch.manual_seed(0)
+    model = without_chance(prepare(plain(name, CLASSES), size=size)).double().train()
+    assert {norm.plain_name for norm in norms(model)} == classes
+    randomise_norms(model)
+    x = torch.randn(8, 3, size, size).double()
+    set_groups(model, [Group("main", 4, 0, 1), Group("aux", 2, 0, 2), Group("aux", 2, 1, 2)])
+    weights = [export(model.state_dict()), aux_weights(model)]
+    ours = model(x)
+    theirs = []
+    for rows, state in zip(x.split([4, 2, 2]), [*weights, weights[1]], strict=True):
+        other = without_chance(plain(name, CLASSES)).double().train()
+        other.load_state_dict(state, strict=True)
+        theirs.append(other(rows))
+    torch.testing.assert_close(ours, torch.cat(theirs), rtol=1e-6, atol=1e-8)
+    if classes:
+        assert not torch.allclose(theirs[1], other(x[:2])), "main and auxiliary weights differ"
+
+
+@every_model
+def test_one_step_of_every_method(name: str, size: int, classes: set[str]) -> None:
+    torch.manual_seed(0)
+    start = plain(name, CLASSES).state_dict()
+    for variant in VARIANTS:
+        method = fields_of(variant)
+        if "p_adv" in method:
+            method["p_adv"] = "1/3"
+        config = config_of(name, size, method)
+        model = prepare(plain(name, CLASSES), aux=config.method.has_aux, size=size)
+        load_plain(model, start)
+        step = Step(model, config)
+        feed(step, 0)
+        step()
+        metrics = step.metrics.take(ONE_RANK)
+        assert (metrics["steps"], metrics["skipped"]) == (1, 0), variant
+        for norm in norms(model):
+            assert (norm.aux is not None) == config.method.has_aux
+            if norm.aux is not None:  # both were trained, each by other rows
+                main = [value for key, value in norm.state_dict().items() if "aux." not in key]
+                aux = [*norm.aux.state_dict().values()]
+                assert any(not torch.equal(a, b) for a, b in zip(main, aux, strict=False)), variant
+        trained = export(model.state_dict(), steps=1)
+        plain(name, CLASSES).load_state_dict(trained, strict=True)
+        assert any(not torch.equal(trained[key], value) for key, value in start.items())
+
+
+@every_model
+def test_schedules_agree(name: str, size: int, classes: set[str]) -> None:
+    """`fused` against the authors' order, in float64: gradients, statistics, crafted images."""
+    del classes
+    torch.manual_seed(0)
+    steps: list[Step] = []
+    start: dict[str, Tensor] | None = None
+    for schedule in ("sequential", "fused"):
+        config = config_of(name, size, {"schedule": schedule, "p_adv": "1/3"})
+        model = without_chance(prepare(plain(name, CLASSES), size=size)).double()
+        start = start or model.state_dict()
+        model.load_state_dict(start)
+        steps.append(Step(model, config))
+        feed(steps[-1], 1)
+        steps[-1]()
+    sequential, fused = (step.network.flat for step in steps)
+    assert sequential.grad.norm() > 0
+    torch.testing.assert_close(fused.grad, sequential.grad, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(fused.stats, sequential.stats, rtol=1e-7, atol=1e-10)
+    images = [step.adv.rows.images_255 for step in steps]
+    assert torch.equal(*images)
