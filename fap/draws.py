@@ -60,3 +60,17 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(step, rank))
     return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def has_drawn(seed: int, device: torch.device) -> bool:
+    """Has anything been drawn from torch's generators since torch.manual_seed(seed)?
+
+    The replay of a CUDA graph counts as what it replays.
+    """
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    if device.type == "cuda":
+        states[device] = torch.cuda.get_rng_state(device)
+    return any(
+        not torch.equal(state, torch.Generator(place).manual_seed(seed).get_state())
+        for place, state in states.items()
+    )

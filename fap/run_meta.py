@@ -63,6 +63,9 @@ class RunMeta(_Strict):
     """Of all processes of the run."""
     world: Annotated[int, Field(ge=1, le=1 << 20)]
     """Ranks."""
+    dropout: bool | None = None
+    """Did the steps draw from torch's generator, which every rank seeds for itself? None: an
+    earlier version wrote this."""
     versions: Annotated[dict[_Text, _Text | None], Field(max_length=1000)]
     train: DataIdentity
     val: DataIdentity

@@ -38,6 +38,7 @@ def valid_meta(
         "last": {"top1": 0.25, "top5": 1.0, "loss": 1.5},
         "seconds": 2.5,
         "world": 1,
+        "dropout": False,
         "versions": {"torch": "2.14", "ffcv": None},
         "train": data,
         "val": data,

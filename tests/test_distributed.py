@@ -155,7 +155,7 @@ def test_shuffle_across_ranks_is_a_permutation_in_which_every_row_leaves_its_gro
 
 
 @pytest.mark.slow
-def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
+def test_torchrun_trains_like_one_process_which_goes_on_with_its_run(
     tiny_beton: Path, tmp_path: Path
 ) -> None:
     words = [
@@ -192,8 +192,8 @@ def test_torchrun_trains_like_one_process_and_refuses_another_number_of_ranks(
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), key
     again = start(runs="two", more=("resume=auto",))
-    assert again.returncode == 1
-    assert "2 ranks" in again.stderr
+    assert again.returncode == 0, again.stderr
+    assert "written by 2 ranks" in again.stdout
 
 
 # ------------------------------------------------------------------ start and stop

@@ -2,7 +2,7 @@
 
 import torch
 
-from fap.draws import random_bits, uniform
+from fap.draws import has_drawn, random_bits, uniform
 
 
 def keys(n: int) -> torch.Tensor:
@@ -42,3 +42,17 @@ def test_uniform_is_uniform_independent_and_a_function_of_its_group() -> None:
     correlation = torch.corrcoef(torch.cat([flat, flat.roll(1, 1)])) - torch.eye(8)
     assert correlation.abs().max() < 0.05  # 11 standard deviations
     assert torch.equal(uniform(k[2:3], (64, 3, 16, 16)), u[128:192])  # whichever rank draws it
+
+
+def test_a_draw_from_torchs_generator_is_noticed() -> None:
+    """Nothing else is: not what counters give, and not a generator of one's own."""
+    cpu = torch.device("cpu")
+    seed = 10045376428444654063  # as large as a step's
+    some = keys(2)
+    torch.manual_seed(seed)
+    uniform(some, (4, 3, 2, 2))
+    torch.rand(3, generator=torch.Generator().manual_seed(1))
+    torch.nn.Dropout(0.0)(torch.ones(3))
+    assert not has_drawn(seed, cpu)
+    torch.nn.Dropout(0.5)(torch.ones(3))
+    assert has_drawn(seed, cpu)

@@ -14,6 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fap.config import Config
+from fap.distributed import Ranks
+from fap.run.epoch import plan_spec
+from fap.run_meta import RunMeta
 from fap.sections import OF_LR_SCHEDULE
 from pipelines.back_ends import GPU_DECODER
 from pipelines.files import shown
@@ -76,6 +79,48 @@ def check_same_data(
             f"{'; '.join(differ)}. "
             "Its path may change, its content may not; use another name or seed"
         )
+
+
+def check_same_groups(saved: RunMeta, now: Config, world: int, path: Path) -> None:
+    """Raise ValueError, with the reason, if the run would depend on its number of ranks.
+
+    Without one, ranks take slices of one plan, and what they sum and gather is the same: a run goes
+    on on any number of them that divides its groups, which the step has checked.
+    """
+    if saved.world == world:
+        return
+    then = _groups_of_a_shuffle(now, saved.world)
+    today = _groups_of_a_shuffle(now, world)
+    reason = ""
+    if then != today:
+        reason = (
+            f"method.shuffle = {now.method.shuffle!r} lets rows change places among the groups of "
+            f"one rank, {then} then and {today} now"
+        )
+    elif saved.dropout is None:
+        reason = "it was written by an earlier version, which does not say whether the model "
+        reason += "has dropout, and with it each rank draws its own"
+    elif saved.dropout:
+        reason = "the model has dropout, or the like, and each rank draws its own"
+    if reason:
+        raise ValueError(
+            f"resume=auto: {path} was written by {ranks_in_words(saved.world)}, "
+            f"this run has {world}: {reason}; resume on as many ranks"
+        )
+
+
+def ranks_in_words(world: int) -> str:
+    if world == 1:
+        return "1 rank"
+    return f"{world} ranks"
+
+
+def _groups_of_a_shuffle(config: Config, world: int) -> int:
+    """Among how many groups rows change places; 0 where they keep them."""
+    groups = plan_spec(config, Ranks(world=world)).shuffle_groups
+    if groups < 2:
+        return 0
+    return groups
 
 
 def facts(

@@ -14,7 +14,7 @@ from fap.checkpoint import Checkpoints, DamagedCheckpoint
 from fap.config import Config
 from fap.distributed import Ranks
 from fap.run.data import RunData
-from fap.run.resume import check_same_data, check_same_run
+from fap.run.resume import check_same_data, check_same_groups, check_same_run, ranks_in_words
 from fap.run.session import StopSignal
 from fap.run_meta import RunMeta, run_meta
 from fap.step.graph import out_of_memory
@@ -51,6 +51,7 @@ class Progress:
     closed: int = 0  # epochs evaluated and logged
     totals: dict[str, float] = field(default_factory=no_totals)  # of the epoch so far, by METRICS
     last: Result = field(default_factory=dict)  # the newest evaluation
+    dropout: bool | None = None  # does a step draw from torch's generator? None: not known
 
     @property
     def seconds(self) -> float:
@@ -116,6 +117,7 @@ class Saving:
             "last": progress.last,
             "seconds": progress.seconds,
             "world": self.ranks.world,
+            "dropout": progress.dropout,
             "versions": versions(),
             "train": self.data.train_identity,
             "val": self.data.val_identity,
@@ -172,7 +174,10 @@ class Saving:
         self.step.load_state(self._own_part(tensors))
         self.resumed = path
         self.saved = meta.step
-        self.say(f"resuming {path} at step {meta.step}")
+        was = ""
+        if meta.world != self.ranks.world:
+            was = f", written by {ranks_in_words(meta.world)}"
+        self.say(f"resuming {path} at step {meta.step}{was}")
         return Progress(
             started=time.perf_counter() - meta.seconds,
             best=meta.best,
@@ -181,6 +186,7 @@ class Saving:
             closed=meta.closed,
             totals=meta.totals,
             last=meta.last,
+            dropout=meta.dropout,
         )
 
     def _check(self, path: Path, meta: RunMeta, task: Task, last_step: int) -> None:
@@ -193,12 +199,7 @@ class Saving:
         check_same_data("data.train", meta.train.model_dump(), self.data.train_identity, path)
         check_same_data("data.val", meta.val.model_dump(), self.data.val_identity, path)
         check_same_run(meta.config, self.config, path)
-        if meta.world != self.ranks.world:
-            raise ValueError(
-                f"{path} was written by {meta.world} ranks, this run has {self.ranks.world}: "
-                "rank slices, and with them the batch-norm groups, would differ; "
-                "resume on as many ranks"
-            )
+        check_same_groups(meta, self.config, self.ranks.world, path)
         if meta.step > last_step:
             raise ValueError(
                 f"run.max_steps = {self.config.run.max_steps}, "
@@ -206,7 +207,11 @@ class Saving:
             )
 
     def _own_part(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of a saved state, by the names that it has now."""
+        """This rank's part of a saved state, by the names that it has now.
+
+        Rows were saved in the order of the plan, whatever the number of ranks, which takes its
+        slices of them as of everything else.
+        """
         own = {RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()}
         n_adv = self.step.n_adv
         first = self.ranks.rank * n_adv

@@ -19,7 +19,7 @@ import pipelines
 from fap.budget import budget
 from fap.config import Config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
-from fap.draws import dropout_seed
+from fap.draws import dropout_seed, has_drawn
 from fap.nets.build import prepare
 from fap.nets.dual import has_aux
 from fap.nets.pretrained import load_init
@@ -182,11 +182,14 @@ class Run:
             # `todo` first: after its last step, which may come early, no batch is waited for.
             for step, batch in zip(todo, batches, strict=False):
                 # Dropout draws by the number of the step, so that a resumed run repeats it.
-                torch.manual_seed(dropout_seed(self.config.seed, step, self.ranks.rank))
+                seed = dropout_seed(self.config.seed, step, self.ranks.rank)
+                torch.manual_seed(seed)
                 lr = self.budget.rates.at(step)
                 targets = epoch.targets[batch.step]
                 self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
                 run_step()
+                if self.log is None:  # once: the first step of this process
+                    progress.dropout = has_drawn(seed, self.device)
 
                 log = self._begun()
                 progress.step = step + 1
