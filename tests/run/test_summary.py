@@ -16,7 +16,7 @@ IMAGENET = 1_281_167
 def lines(tree: dict[str, Any], images: int = IMAGENET) -> dict[str, str]:
     """The start-up lines by their first word; those that go on from the one before under 'more'."""
     small = {"name": "cifar_resnet8"}
-    data = {"size": 32, "resize": 32, "pipeline": "ffcv"}
+    data = {"size": 32, "resize": 32, "pipeline": "ffcv"} | tree.get("data", {})
     config = with_classes(make_config(tree | {"model": small, "data": data}), 7)
     model = build(config.model.name, config.model.classes, aux=config.method.entry.has_aux, size=32)
     found: dict[str, str] = {}
@@ -147,3 +147,21 @@ def test_groups_are_told_by_the_norms_that_they_go_through(method: str, groups: 
     assert said["BN"] == f"groups  {groups}"
     assert ("attack" in said) == (method != "vanilla")
     assert ("shuffle" in said) == (method not in ("vanilla", "adversarial_training"))
+
+
+def test_augmentation_is_told_in_its_order() -> None:
+    assert "augment" not in lines({})
+    everything = {
+        "augment": "randaugment",
+        "augment_magnitude": 12,
+        "color_jitter": [0.4, 0, 0.2, 0.1],
+        "erase": 0.25,
+        "augment_on": "clean",
+    }
+    assert lines({"data": everything})["augment"] == (
+        "randaugment of 2 operations, magnitude 12 of 30, then colour jitter (brightness 0.4,"
+        " saturation 0.2, hue 0.1), then 0.25 erased; on clean rows"
+    )
+    assert (
+        lines({"data": {"augment": "trivialaugment"}})["augment"] == "trivialaugment; on all rows"
+    )
