@@ -82,6 +82,7 @@ class Config(Section):
                 f"data.mix with method.name = {self.method.name!r}: "
                 "its adversarial rows are copies of unmixed clean rows"
             )
+        self._check_augment_on()
         for field in ("scale", "ratio", "jitter"):
             low, high = getattr(data, field)
             if low > high or (field == "scale" and high > 1):
@@ -100,6 +101,20 @@ class Config(Section):
             )
         return self
 
+    def _check_augment_on(self) -> None:
+        part = self.data.augment_on
+        attacked = self.method.entry.attacked
+        if part != "both" and attacked == "copies":
+            raise ValueError(
+                f"data.augment_on = {part!r} with method.name = {self.method.name!r}: its "
+                "adversarial rows are copies of the clean ones; must be 'both'"
+            )
+        if part == "adv" and attacked == "nothing":
+            raise ValueError(
+                f"data.augment_on = 'adv' with method.name = {self.method.name!r}: it has no "
+                "adversarial rows; must be 'both' or 'clean'"
+            )
+
     def _check_letterbox(self) -> None:
         if self.task != DETECTION:
             raise ValueError(
@@ -110,6 +125,13 @@ class Config(Section):
             raise ValueError(
                 f"data.mix = {self.data.mix!r} with data.crop = 'letterbox': must be null"
             )
+        for field, nothing in (("augment", None), ("erase", 0.0)):
+            value = getattr(self.data, field)
+            if value != nothing:
+                raise ValueError(
+                    f"data.{field} = {value!r} with data.crop = 'letterbox': boxes do not follow "
+                    f"it; leave it out (data.color_jitter is allowed)"
+                )
 
     def _check_square(self) -> None:
         data = self.data

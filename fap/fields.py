@@ -123,6 +123,10 @@ FilePath = Annotated[str, Field(max_length=4096), AfterValidator(full_path)]
 Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 CanvasSize = Annotated[int | tuple[int, int], BeforeValidator(canvas_size)]
 Channels = Annotated[tuple[Number, Number, Number], Field(strict=False)]
+ColorJitter = Annotated[
+    tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat],
+    Field(strict=False),
+]
 PositiveChannels = Annotated[
     tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)
 ]

@@ -10,14 +10,20 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo
-from pydantic.functional_validators import AfterValidator, field_validator, model_validator
+from pydantic.functional_validators import (
+    AfterValidator,
+    BeforeValidator,
+    field_validator,
+    model_validator,
+)
 
 from fap.fields import (
     CanvasSize,
     Channels,
+    ColorJitter,
     FilePath,
     NonNegativeFloat,
     NonNegativeInt,
@@ -31,6 +37,7 @@ from fap.fields import (
     SmallerPart,
     Text,
     key_of,
+    whole,
 )
 from fap.methods import DEFAULT_METHOD, METHODS, Kind, Method
 from pipelines.back_ends import AUTO, BACK_ENDS, FILTERS, GPU_DECODER, EvalFilter, Filter
@@ -50,6 +57,18 @@ OF_LR_SCHEDULE: dict[LrSchedule, tuple[str, ...]] = {
     "linear": ("final_lr",),
     "constant": (),
 }
+
+
+class Magnitude(NamedTuple):
+    """Of a policy: the least that may be asked for, the most, and that of an unset field."""
+
+    least: int
+    most: int
+    unset: int
+
+
+# The policies that have one. A test compares the ranges with those of `pipelines.augment`.
+MAGNITUDES = {"randaugment": Magnitude(0, 30, 9), "augmix": Magnitude(1, 10, 3)}
 
 
 class ModelConfig(Section):
@@ -251,6 +270,22 @@ class DataConfig(Section):
     most_boxes: PositiveInt = 100
     """Detection: boxes of one image that are trained; what is beyond is counted at the start."""
     flip: Share = 0.5
+    augment: Literal["randaugment", "trivialaugment", "augmix", "autoaugment"] | None = None
+    """What is done to the pixels of a training image, as torchvision's transform of that name does
+    it, ranges and black borders included (docs/semantics.md). `autoaugment` is ImageNet's."""
+    augment_ops: Annotated[int, BeforeValidator(whole), Field(ge=1, le=10)] | None = None
+    """`randaugment`: operations on an image. Unset: 2."""
+    augment_magnitude: NonNegativeInt | None = None
+    """`randaugment`: of its operations, 0 to 30; unset: 9. `augmix`: the greatest one of its
+    operations, 1 to 10; unset: 3."""
+    color_jitter: ColorJitter | None = None
+    """[brightness, contrast, saturation, hue] as torchvision's ColorJitter takes them: how far from
+    1 a random factor may be, and how much of the colour circle, at most 0.5, the hue may turn."""
+    erase: Share = 0.0
+    """Probability that a random box of an image becomes noise (torchvision's RandomErasing)."""
+    augment_on: Literal["both", "clean", "adv"] = "both"
+    """The rows that `augment`, `color_jitter` and `erase` change: clean ones, adversarial ones
+    before they are attacked, or both. Copies are those of the clean rows."""
     mix: Literal["mixup", "cutmix"] | None = None
     """On the clean partition only (Table 6)."""
     mix_alpha: PositiveFloat = 1.0
@@ -290,10 +325,32 @@ class DataConfig(Section):
         return "center"
 
     @property
+    def augments(self) -> bool:
+        """Whether anything is done to the pixels of a training image."""
+        return self.augment is not None or self.color_jitter is not None or self.erase > 0
+
+    @property
+    def shown_ops(self) -> int | None:
+        """`augment_ops`, or what it means unset; None where it has no meaning."""
+        if self.augment == "randaugment":
+            return self.augment_ops or 2
+        return None
+
+    @property
+    def shown_magnitude(self) -> int | None:
+        """`augment_magnitude`, likewise."""
+        if self.augment not in MAGNITUDES:
+            return None
+        if self.augment_magnitude is None:
+            return MAGNITUDES[self.augment].unset
+        return self.augment_magnitude
+
+    @property
     def meaningless(self) -> set[str]:
         """The fields that only the other kind of crop has a meaning for."""
         if self.crop == "letterbox":
-            return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
+            moving = {"augment", "augment_ops", "augment_magnitude", "erase"}
+            return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha", *moving}
         return {"jitter", "most_boxes"}
 
     @model_validator(mode="after")
@@ -318,7 +375,39 @@ class DataConfig(Section):
                 f"it shows only {' and '.join(filters)}; leave data.filter out, "
                 f"or take another data.{field}"
             )
+        self._check_augment()
         return self
+
+    def _check_augment(self) -> None:
+        if self.augment_ops is not None and self.augment != "randaugment":
+            raise ValueError(
+                f"data.augment_ops = {self.augment_ops} with data.augment = {self.augment!r}: "
+                "only 'randaugment' has it; leave it out"
+            )
+        magnitude = self.augment_magnitude
+        if magnitude is not None:
+            if self.augment not in MAGNITUDES:
+                raise ValueError(
+                    f"data.augment_magnitude = {magnitude} with data.augment = {self.augment!r}: "
+                    f"only {' and '.join(map(repr, MAGNITUDES))} have it; leave it out"
+                )
+            least, most, _ = MAGNITUDES[self.augment]
+            if not least <= magnitude <= most:
+                raise ValueError(
+                    f"data.augment_magnitude = {magnitude} with data.augment = {self.augment!r}: "
+                    f"must be from {least} to {most}"
+                )
+        jitter = self.color_jitter
+        if jitter is not None and (jitter[3] > 0.5 or not any(jitter)):
+            raise ValueError(
+                f"data.color_jitter = {list(jitter)}: the hue must be at most 0.5, and one of the "
+                "four above 0; null for none"
+            )
+        if self.augment_on != "both" and not self.augments:
+            raise ValueError(
+                f"data.augment_on = {self.augment_on!r}: there is nothing to do to an image; "
+                "set data.augment, data.color_jitter or data.erase, or leave it out"
+            )
 
 
 class OptimConfig(Section):

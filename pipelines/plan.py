@@ -1,4 +1,4 @@
-"""The epoch is data: order, windows, flips, shuffles and mixes, all drawn before it starts.
+"""The epoch is data: order, windows, flips, operations on pixels, shuffles, mixes, drawn up front.
 
 Every field has its own counter-based stream keyed by (seed, epoch, field), so a plan depends on
 nothing else: not on threads, ranks or the step at which a run resumes. A loader only executes a
@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 
 from pipelines import exchanges, windows
+from pipelines.augment import draws
+from pipelines.augment.spec import NO_AUGMENT, AugmentSpec
 from pipelines.back_ends import EVAL_FILTERS, FILTERS, EvalFilter, Filter
 from pipelines.sizes import Size, sides_of
 
@@ -23,6 +25,7 @@ PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its imag
 
 # The streams of one epoch. Never renumber: every number drawn so far would change.
 ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
+OPERATIONS, COLOURS, ERASING = range(16, 19)  # of the augmentation; between lie those to come
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
@@ -60,6 +63,8 @@ class PlanSpec:
     """`letterbox`: range of a random factor on the size that just fits."""
     filter: Filter = "area"
     flip: float = 0.5
+    augment: AugmentSpec = NO_AUGMENT
+    """What is done to the pixels of the canvas; `eval_plan` does nothing."""
     mix: Literal["mixup", "cutmix"] | None = None
     mix_alpha: float = 1.0
     shuffle_groups: int = 0
@@ -120,11 +125,21 @@ class PlanSpec:
             allowed = " or ".join(map(repr, EVAL_FILTERS))
             raise ValueError(f"filter = {self.filter!r} with crop = 'center': must be {allowed}")
         self._check_canvas()
+        self._check_augment()
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise ValueError(
                 f"scale = {self.scale}, ratio = {self.ratio}: "
                 "must be 0 < low <= high, scale at most 1"
             )
+
+    def _check_augment(self) -> None:
+        if self.augment.moves and self.crop == "letterbox":
+            raise ValueError(
+                f"augment = {self.augment}: with crop = 'letterbox' colours only, "
+                "since boxes do not follow"
+            )
+        if self.augment.on == "adv" and self.loaded_rows == self.clean_rows:
+            raise ValueError("augment on 'adv': no adversarial rows are loaded")
 
     def _check_canvas(self) -> None:
         if min(self.sides) < 1 or max(self.sides) > MAX_WINDOW:
@@ -162,6 +177,8 @@ class EpochPlan:
     place: np.ndarray
     # bool (steps, B): the window mirrored left to right, in its place.
     flip: np.ndarray
+    # What is done to the pixels of a row that is on the canvas; of the loaded rows.
+    augment: draws.AugmentDraws
     # int64 (steps, n_adv): new_adv_rows = adv_rows[shuffle]; numbers as `for_rank` says.
     shuffle: np.ndarray
     # int32 (steps, n_adv_groups), >= 0: seeds the attack's random start of one group.
@@ -229,6 +246,7 @@ class EpochPlan:
             window=self.window[:, rows],
             place=_taken(self.place, rows),
             flip=self.flip[:, rows],
+            augment=self.augment.of_rows(rows),
             shuffle=shuffle,
             noise_key=self.noise_key[:, _share(n_adv_groups, rank, world)],
             mix_partner=self.mix_partner[:, clean] - clean.start,
@@ -346,6 +364,20 @@ def _stream(spec: PlanSpec, epoch: int, field: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([spec.seed, epoch, field])))
 
 
+def _augmented(spec: PlanSpec, epoch: int, steps: int) -> draws.AugmentDraws:
+    clean = np.arange(spec.loaded_rows) < spec.clean_rows
+    chosen = {"both": clean | True, "clean": clean, "adv": ~clean}
+    return draws.drawn(
+        spec.augment,
+        _stream(spec, epoch, OPERATIONS),
+        _stream(spec, epoch, COLOURS),
+        _stream(spec, epoch, ERASING),
+        steps=steps,
+        chosen=chosen[spec.augment.on],
+        sides=spec.sides,
+    )
+
+
 def _complete(
     spec: PlanSpec,
     epoch: int,
@@ -379,6 +411,7 @@ def _complete(
         window=window.astype(np.int16).reshape(*index.shape, 4),
         place=places.reshape(*index.shape, 4),
         flip=_stream(spec, epoch, FLIP).random(index.shape, dtype=np.float32) < spec.flip,
+        augment=_augmented(spec, epoch, steps),
         shuffle=exchanges.shuffled(
             _stream(spec, epoch, SHUFFLE),
             steps,

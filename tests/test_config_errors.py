@@ -58,6 +58,28 @@ from fap.config import load_config, make_config
         ),
         ("data.most_boxes=0", "data.most_boxes = 0"),
         ("data.filter=lanczos", "data.filter = 'lanczos': must be 'area', 'bilinear' or 'bicubic'"),
+        # Augmentation.
+        (
+            "data.augment=fastaugment",
+            "data.augment = 'fastaugment': must be 'randaugment', 'trivialaugment', 'augmix' or",
+        ),
+        (
+            "data.augment_ops=2",
+            "data.augment_ops = 2 with data.augment = None: only 'randaugment' has it",
+        ),
+        (
+            "data.augment_magnitude=9",
+            "data.augment_magnitude = 9 with data.augment = None: only 'randaugment' and 'augmix'",
+        ),
+        (
+            "data.color_jitter=[0, 0, 0, 0]",
+            "data.color_jitter = [0.0, 0.0, 0.0, 0.0]: the hue must",
+        ),
+        ("data.color_jitter=[0.1, 0, 0, 0.6]", "the hue must be at most 0.5"),
+        ("data.color_jitter=[0.1, 0, 0]", "data.color_jitter"),
+        ("data.color_jitter=[-0.1, 0, 0, 0]", "data.color_jitter.0 = -0.1"),
+        ("data.erase=1.1", "data.erase = 1.1"),
+        ("data.augment_on=adv", "data.augment_on = 'adv': there is nothing to do to an image"),
         (
             "data.crop=letterbox",
             "data.crop = 'letterbox' with task = 'classification': it is for detection",
@@ -290,3 +312,34 @@ def test_control_characters_do_not_reach_the_terminal(tree: dict[str, Any]) -> N
     with pytest.raises(ValueError) as raised:
         make_config(tree)
     assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["data.augment=randaugment", "data.augment_magnitude=31"],
+            "data.augment_magnitude = 31 with data.augment = 'randaugment': must be from 0 to 30",
+        ),
+        (
+            ["data.augment=augmix", "data.augment_magnitude=0"],
+            "data.augment_magnitude = 0 with data.augment = 'augmix': must be from 1 to 10",
+        ),
+        (
+            ["data.augment=augmix", "data.augment_ops=2"],
+            "data.augment_ops = 2 with data.augment = 'augmix': only 'randaugment' has it",
+        ),
+        (
+            ["data.erase=0.1", "data.augment_on=adv", "method.name=vanilla"],
+            "data.augment_on = 'adv' with method.name = 'vanilla': it has no adversarial rows",
+        ),
+        (
+            ["data.erase=0.1", "data.augment_on=clean", "method.name=advprop"],
+            "data.augment_on = 'clean' with method.name = 'advprop': its adversarial rows are",
+        ),
+    ],
+)
+def test_augmentation_that_has_no_meaning(overrides: list[str], says: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(None, overrides)
+    assert says in str(error.value)

@@ -11,8 +11,10 @@ from torch import Tensor
 import pipelines
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
+from fap.sections import DataConfig
 from fap.tasks.base import Task
 from pipelines.ahead import run_ahead
+from pipelines.augment.spec import AugmentSpec
 
 # Fields of the config's data that the plan's spec has under the same name.
 AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip", "mix", "mix_alpha"}
@@ -21,6 +23,18 @@ DRAWS = ("shuffle", "noise_key")
 MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")
 LETTERBOX_DRAWS = ("place",)  # elsewhere every picture fills the canvas
 AHEAD = 2  # plans: the one in use, and the next one
+
+
+def augment_spec(data: DataConfig) -> AugmentSpec:
+    """What is done to the pixels of the loaded rows."""
+    of_policy = {"n_ops": data.shown_ops, "magnitude": data.shown_magnitude}
+    return AugmentSpec(
+        policy=data.augment,
+        color_jitter=data.color_jitter,
+        erase=data.erase,
+        on=data.augment_on,
+        **{name: value for name, value in of_policy.items() if value is not None},
+    )
 
 
 def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
@@ -39,6 +53,7 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
             shuffle_groups = 0
     return pipelines.PlanSpec(
         **config.data.model_dump(include=AUGMENTATION),
+        augment=augment_spec(config.data),
         filter=config.data.shown_filter,
         seed=config.seed,
         clean_rows=clean_rows,

@@ -170,6 +170,9 @@ def _flat(config: Config) -> dict[str, Any]:
     for field in meaningless:
         tree["data"].pop(field)
     tree["data"]["filter"] = config.data.shown_filter
+    if config.data.crop != "letterbox":
+        tree["data"]["augment_ops"] = config.data.shown_ops
+        tree["data"]["augment_magnitude"] = config.data.shown_magnitude
     # Of dali it follows from the device. Before there was the field, CPU cores decoded.
     tree["data"]["decode"] = "gpu" if config.data.decode == "gpu" else "cpu"
     if config.data.pipeline == GPU_DECODER:

@@ -7,7 +7,7 @@ from fap.config import Config
 from fap.nets.dual import counted, norms, undivided
 from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
-from fap.sections import DataConfig
+from fap.sections import MAGNITUDES, DataConfig
 from fap.step.step import Step
 from pipelines.sizes import size_in_words
 
@@ -40,6 +40,7 @@ def describe(
         f"run        {config.name}, seed {config.seed}: {how}",
         f"model      {config.model.name}, {config.model.classes} classes, {size} px",
         f"images     {_images(config.data)}",
+        *_augmentation(config),
         f"parameters shared {shared:,}, main {word} {main:,}, aux {word} {aux:,}",
         _norms(config, step),
         _passes(step),
@@ -64,6 +65,30 @@ def _images(data: DataConfig) -> str:
         f"{data.crop}, {data.shown_filter} filter; "
         f"evaluation {evaluation}, {data.eval_filter} filter"
     )
+
+
+def _augmentation(config: Config) -> list[str]:
+    """What is done to training images, in order, and to which; no line where it is nothing."""
+    data = config.data
+    parts = []
+    if data.augment is not None:
+        policy: str = data.augment
+        if data.shown_ops is not None:
+            policy += f" of {data.shown_ops} operations"
+        if data.shown_magnitude is not None:
+            policy += f", magnitude {data.shown_magnitude} of {MAGNITUDES[data.augment].most}"
+        parts.append(policy)
+    if data.color_jitter is not None:
+        kinds = ("brightness", "contrast", "saturation", "hue")
+        amounts = zip(kinds, data.color_jitter, strict=True)
+        shown = [f"{kind} {amount:g}" for kind, amount in amounts if amount]
+        parts.append(f"colour jitter ({', '.join(shown)})")
+    if data.erase:
+        parts.append(f"{data.erase:.4g} erased")
+    if not parts:
+        return []
+    rows = {"both": "all", "clean": "clean", "adv": "adversarial"}[data.augment_on]
+    return [f"augment    {', then '.join(parts)}; on {rows} rows"]
 
 
 def _passes(step: Step) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.augment.apply import augment
 from pipelines.back_ends import FILTERS, Filter
 from pipelines.files import readable
 from pipelines.machine import usable_cores
@@ -34,6 +35,9 @@ class Batch:
 class Loader(ABC):
     """Executes plans of one size, the canvas, and draws nothing at random.
 
+    A back end shows the windows; what the plan has drawn for the pixels on the canvas
+    (`EpochPlan.augment`) is done here, on the device, so that it is the same for all of them.
+
     A new back end is one file, with a subclass that has an `_images`, and one line in
     `pipelines.back_ends.BACK_ENDS`. If it has options, it takes them as keyword arguments of its
     `__init__`, each written out: `open_loader` takes these and no others. A user sets option `x` by
@@ -57,7 +61,8 @@ class Loader(ABC):
     - Buffers: the tensor belongs to the loader. It is valid until the generator is resumed, so the
       loader may then fill it again, and must not before. On a GPU, "valid" is in the order of the
       stream that is current in the consumer's thread: what the consumer queued there before it
-      resumed the generator may still have to run, and must find the old content.
+      resumed the generator may still have to run, and must find the old content. It is written to
+      as well: the augmentation changes it in place.
     - Ends: the consumer may close the generator at any `yield`, or drop it. Threads and buffers
       then go with it (`try`/`finally`, `closing`).
     - Errors: `DamagedData` that names the file and the sample for what cannot be decoded.
@@ -115,7 +120,16 @@ class Loader(ABC):
         # Leaving the loop early closes the back end's generator, and with it its threads.
         with closing(self._images(plan, start_step)) as steps:
             for step, images in enumerate(steps, start_step):
+                if plan.spec.augment.changes:
+                    self._augment(images, plan, step)
                 yield Batch(images.permute(0, 3, 1, 2), step)
+
+    @staticmethod
+    def _augment(images: Tensor, plan: EpochPlan, step: int) -> None:
+        place = None
+        if plan.spec.crop == "letterbox":
+            place = plan.place[step]
+        augment(images, plan.spec.augment, plan.augment, step, place)
 
     @abstractmethod
     def _images(self, plan: EpochPlan, start_step: int) -> Generator[Tensor, None, None]:

@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import Resize
 from pipelines.plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
 
 SPEC = PlanSpec(seed=1, size=32, clean_rows=128, adv_rows=64, shuffle_groups=4)
-ARRAYS = [f.name for f in fields(EpochPlan) if f.name not in ("spec", "epoch")]
+# The augmentation has a file of its own: augment/test_draws.py.
+ARRAYS = [f.name for f in fields(EpochPlan) if f.name not in ("spec", "epoch", "augment")]
 
 
 def sides(n: int, height: int = 40, width: int = 50) -> tuple[np.ndarray, np.ndarray]:

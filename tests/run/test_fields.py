@@ -52,6 +52,8 @@ DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
 WEIGHTS = ("row weights", "weights")
 WINDOW = ("plan.window", "input.images")
+RANDAUGMENT = ("data.augment=randaugment",)
+PIXELS = ("plan.augment", "input.images", "weights")
 CASES = {
     "name": Case("name=other", ("folder",)),
     "seed": Case("seed=5", ("folder", "start", "seeds", "plan.index", "plan.noise_key", "weights")),
@@ -94,6 +96,12 @@ CASES = {
     "data.ratio": Case("data.ratio=[1,1]", WINDOW),
     "data.pad": Case("data.pad=1", WINDOW, PAD),
     "data.flip": Case("data.flip=0", ("plan.flip", "input.images")),
+    "data.augment": Case("data.augment=randaugment", PIXELS),
+    "data.augment_ops": Case("data.augment_ops=4", PIXELS, RANDAUGMENT),
+    "data.augment_magnitude": Case("data.augment_magnitude=20", PIXELS, RANDAUGMENT),
+    "data.color_jitter": Case("data.color_jitter=[0.4,0.4,0.4,0.1]", PIXELS),
+    "data.erase": Case("data.erase=0.5", PIXELS),
+    "data.augment_on": Case("data.augment_on=clean", PIXELS, RANDAUGMENT),
     "data.mix": Case(
         "data.mix=cutmix", ("input.mix_lam", "input.mix_box", "input.mix_partner", "weights")
     ),

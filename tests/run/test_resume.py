@@ -55,6 +55,8 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
         ("data.resize=300", "data.resize: 256, now 300"),
         ("data.scale=[0.2, 1]", "data.scale: [0.08, 1.0], now [0.2, 1.0]"),
         ("data.mix=mixup", "data.mix: None, now 'mixup'"),
+        ("data.augment=autoaugment", "data.augment: None, now 'autoaugment'"),
+        ("data.erase=0.1", "data.erase: 0.0, now 0.1"),
         ("optim.weight_decay=0.1", "optim.weight_decay: 0.0001, now 0.1"),
         ("budget.milestones=[30, 60]", "budget.milestones: [30, 60, 90, 100], now [30, 60]"),
         ("run.amp=off", "run.amp: 'auto', now 'off'"),
@@ -93,6 +95,19 @@ def test_padding_and_mixing_count_where_they_happen() -> None:
         "data.mix_alpha: 1.0, now 2.0"
     ]
     assert differences(["data.crop=pad"], ["data.crop=pad", "data.scale=[0.2, 1]"]) == []
+
+
+def test_augmentation_counts_and_not_how_it_was_named() -> None:
+    """Unset its numbers are the policy's own."""
+    randaugment = "data.augment=randaugment"
+    for word in ("data.augment_ops=2", "data.augment_magnitude=9"):
+        assert differences([randaugment], [randaugment, word]) == []
+    assert differences([randaugment], [randaugment, "data.augment_magnitude=10"]) == [
+        "data.augment_magnitude: 9, now 10"
+    ]
+    assert differences(["data.erase=0.1"], ["data.erase=0.1", "data.augment_on=clean"]) == [
+        "data.augment_on: 'both', now 'clean'"
+    ]
 
 
 def test_letterboxes_count_as_detection_has_them() -> None:

@@ -20,7 +20,7 @@ def lines(
 ) -> dict[str, str]:
     """The start-up lines by their first word; those that go on from the one before under 'more'."""
     small = {"name": "cifar_resnet8"}
-    data = {"size": 32, "resize": 32, "pipeline": "ffcv"}
+    data = {"size": 32, "resize": 32, "pipeline": "ffcv"} | tree.get("data", {})
     config = with_classes(make_config(tree | {"model": small, "data": data}), 7)
     method = config.method
     model = model or plain(config.model.name, config.model.classes)
@@ -209,3 +209,21 @@ def test_norms_that_see_a_whole_pass_are_named() -> None:
     norms = (nn.BatchNorm2d(8), nn.BatchNorm2d(8, momentum=None), nn.BatchNorm2d(8, affine=False))
     said = lines({"method": {"name": "vanilla"}}, model=net(*norms))
     assert said["norms"] == "1 BatchNorm2d; 2 BatchNorm2d that see a whole pass as one batch"
+
+
+def test_augmentation_is_told_in_its_order() -> None:
+    assert "augment" not in lines({})
+    everything = {
+        "augment": "randaugment",
+        "augment_magnitude": 12,
+        "color_jitter": [0.4, 0, 0.2, 0.1],
+        "erase": 0.25,
+        "augment_on": "clean",
+    }
+    assert lines({"data": everything})["augment"] == (
+        "randaugment of 2 operations, magnitude 12 of 30, then colour jitter (brightness 0.4,"
+        " saturation 0.2, hue 0.1), then 0.25 erased; on clean rows"
+    )
+    assert (
+        lines({"data": {"augment": "trivialaugment"}})["augment"] == "trivialaugment; on all rows"
+    )

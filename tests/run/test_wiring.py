@@ -22,6 +22,7 @@ import pipelines
 from fap.config import Config, load_config
 from fap.draws import dropout_seed
 from fap.nets.build import plain
+from pipelines.augment.spec import AugmentSpec
 from pipelines.plan import PlanSpec, draw_epoch, eval_plan
 from tests.run.wiring import DRAWS, FIELDS, IMAGES, OF_DETECTION, Seen, beton, observe, written
 
@@ -50,12 +51,16 @@ REUSE = COMMON | {
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
     "data.mix": "cutmix", "data.mix_alpha": 0.7, "run.amp": "bf16",
     "budget.milestones": [2, 3], "budget.gamma": 0.5,
+    "data.augment": "randaugment", "data.augment_ops": 3, "data.augment_magnitude": 12,
+    "data.color_jitter": [0.4, 0.3, 0.2, 0.1], "data.erase": 0.4, "data.augment_on": "clean",
 }  # fmt: skip
 SEPARATE = COMMON | {
     "method.name": "decoupled", "method.attack_steps": 3, "method.targeted": False,
     "method.attack_bn": "batch", "method.sync": True, "method.shuffle": "groups",
     "data.crop": "pad", "data.pad": 2, "run.amp": "off",
     "budget.lr_schedule": "linear", "budget.final_lr": 0.25,
+    "data.augment": "augmix", "data.augment_ops": None, "data.augment_magnitude": 2,
+    "data.color_jitter": [0.0, 0.5, 0.0, 0.0], "data.erase": 0.8, "data.augment_on": "adv",
 }  # fmt: skip
 NO_DEFAULT = {"reuse": REUSE, "separate": SEPARATE}
 # What the method itself takes for a field that is unset.
@@ -108,8 +113,10 @@ def test_the_two_runs_have_no_field_at_its_default() -> None:
         for name, value in runs.items():
             default = UNSET.get(name, FIELDS[name])
             same = json.loads(json.dumps(default, default=str)) == value
-            # Two fields have too few values for both runs to differ from the default in each.
-            assert not same or name in ("method.sync", "run.amp"), f"{name} = {value}"
+            # These have too few values for both runs to differ from the default in each; of the
+            # policies one has a number of operations.
+            few = ("method.sync", "run.amp", "data.augment_ops")
+            assert not same or name in few, f"{name} = {value}"
 
 
 @pytest.mark.slow
@@ -131,8 +138,16 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
         shuffle_groups=2,
     )
     own: dict[str, Any] = {
-        "reuse": {"mix": "cutmix", "mix_alpha": 0.7},
-        "separate": {"crop": "pad", "pad": 2},
+        "reuse": {
+            "mix": "cutmix",
+            "mix_alpha": 0.7,
+            "augment": AugmentSpec("randaugment", 3, 12, (0.4, 0.3, 0.2, 0.1), 0.4, "clean"),
+        },
+        "separate": {
+            "crop": "pad",
+            "pad": 2,
+            "augment": AugmentSpec("augmix", 2, 2, (0.0, 0.5, 0.0, 0.0), 0.8, "adv"),
+        },
     }
     expected = replace(expected, **own[name])
     store = pipelines.open_store(seen.config.data.train or "")
@@ -142,6 +157,8 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
         want = draw_epoch(expected, store.heights, store.widths, plan.epoch)
         for draw in DRAWS:
             np.testing.assert_array_equal(getattr(plan, draw), getattr(want, draw))
+        for draw, values in vars(want.augment).items():
+            np.testing.assert_array_equal(getattr(plan.augment, draw), values)
 
 
 @pytest.mark.parametrize("name", NO_DEFAULT)

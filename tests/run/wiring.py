@@ -172,6 +172,8 @@ class Seen:
         for name in DRAWS:
             shown[f"plan.{name}"] = digest(*(getattr(plan, name) for plan in self.plans))
             shown[f"eval.{name}"] = digest(*(getattr(plan, name) for plan in self.eval_plans))
+        augment = [values for plan in self.plans for values in vars(plan.augment).values()]
+        shown["plan.augment"] = digest(*augment)
         if self.inputs:
             for name in self.inputs[0]:
                 shown[f"input.{name}"] = digest(*(fed[name] for fed in self.inputs))
