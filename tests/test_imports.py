@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
     "versions": set[str](),
+    "recipes": set[str](),
     "strict_yaml": SETTINGS,
     "methods": SETTINGS,
     "fields": SETTINGS,
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     },
     "evaluate": {*BELOW_STEP, "step", "versions"},
     "run": {*BELOW_STEP, "step", "versions", "signals", "evaluate"},
-    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run"},
+    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run", "recipes"},
 }
 JOIN_PIPELINES = {"tasks", "evaluate", "run", "cli"}
 BACK_ENDS = ("pipelines", "ffcv", "nvidia")
