@@ -39,6 +39,7 @@ MOST_KEY = 60  # characters of a key in an error
 # Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
 RENAMED = {"method.group": "method.group_rows", "optim.warmup_epochs": "budget.warmup_epochs"}
 
+OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # how files of weights end
 DETECTION = "detection"  # the task whose images keep their aspect ratio
 
 PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized", "map", "coco_c"]
@@ -296,12 +297,41 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ValueError(
             f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2"
         )
+    if key == "model" and text[:1].isalpha():
+        for field, value in _model_words(text):
+            _override(tree, f"model.{field}={value}")
+        return
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ValueError(f"{shown(key)}: {shown(parent)} is not a section")
     node[leaf] = _override_value(key, text)
+
+
+def _model_words(text: str) -> list[tuple[str, str]]:
+    """What `model=...` is short for: fields of the section, and their values.
+
+    `timm:NAME.TAG` and `torchvision:NAME` are a library's published weights and their model, so
+    both fields follow; `hf-hub:...` says itself which model it is. Other names are those of models
+    with random weights.
+    """
+    if text.endswith(OF_WEIGHTS):
+        raise ValueError(
+            f"model = {shown(text)}: a file of weights does not say which model it is of: write "
+            "model.name=NAME and model.init=FILE"
+        )
+    library, _, rest = text.partition(":")
+    architecture, _, _ = rest.partition(".")
+    match library:
+        case "timm":
+            return [("name", f"timm/{architecture}"), ("init", text)]
+        case "torchvision":
+            return [("name", architecture), ("init", text)]
+        case "hf-hub":
+            return [("init", text)]
+        case _:
+            return [("name", text)]
 
 
 def _override_value(key: str, text: str) -> Any:

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
     "versions": set[str](),
+    "recipes": set[str](),
     "strict_yaml": SETTINGS,
     "methods": SETTINGS,
     "fields": SETTINGS,
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     },
     "evaluate": {*BELOW_STEP, "step", "versions"},
     "run": {*BELOW_STEP, "step", "versions", "signals", "evaluate"},
-    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run"},
+    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run", "recipes"},
 }
 JOIN_PIPELINES = {"tasks", "evaluate", "run", "cli"}
 BACK_ENDS = ("pipelines", "ffcv", "nvidia")
@@ -218,6 +219,6 @@ def test_importing_pipelines_imports_no_back_end() -> None:
 
 
 def test_a_command_can_be_told_to_end_before_it_imports_torch() -> None:
-    entrances = "convert, doctor, eval, export, train"
+    entrances = "convert, doctor, eval, export, predict, train"
     code = f"import sys; from fap.cli import {entrances}; print('torch' in sys.modules)"
     assert run(code) == ["False"]

@@ -3,6 +3,9 @@
 Without CONFIG: Fast AdvProp, ResNet-50, ImageNet. Example: fap-train configs/imagenet/vanilla.yaml
 data.train=train.beton data.val=val.beton --pipeline dali resume=auto
 
+In place of a file, CONFIG may be the name of a recipe that comes with the package:
+fap-train finetune data.train=photos/ model=timm:convnext_tiny
+
 SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 128 + the
 signal's number; a Ctrl-C two seconds after that ends at once. Exit code 0 means that the last
 checkpoint and result.json are on the disk.
@@ -17,16 +20,20 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import pipelines
-from fap import distributed
+from fap import distributed, recipes
 from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.run import train
+from fap.run.fit import fitted_config
 from fap.run.monitor import NonFinite
 from fap.run.saving import NotSaved
 from fap.run.session import Interrupted, StopSignal
 from fap.step.graph import FreshProcessNeeded, out_of_memory
 from fap.tasks.base import Task
 from pipelines.back_ends import AUTO
+from pipelines.files import listed, readable
+
+YAML = (".yaml", ".yml")
 
 # Faults of the user, of the data or of the machine. Their text says all; a traceback would hide it.
 FAULTS = (
@@ -48,7 +55,9 @@ def run(argv: Sequence[str] | None) -> None:
         try:
             ranks = distributed.connect()
             with ranks.together():
-                config = wanted(args)
+                config, fitted = wanted(args, ranks.world)
+            if fitted and ranks.first:
+                print(fitted, flush=True)
             training = train.Run(config, ranks, stop)
             result = training.train()
             distributed.disconnect()
@@ -75,8 +84,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "words",
         nargs="*",
-        metavar="CONFIG.yaml | key=value",
-        help="e.g. optim.lr=0.2; any config field",
+        metavar="CONFIG | key=value",
+        help="a YAML file or a recipe's name; e.g. optim.lr=0.2: any config field;"
+        " model=timm:NAME is short for model.name and model.init",
     )
     parser.add_argument(
         "--pipeline", choices=[AUTO, *pipelines.BACK_ENDS], help="short for data.pipeline=..."
@@ -84,18 +94,32 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def wanted(args: argparse.Namespace) -> Config:
-    """The config that the words ask for. Raises ValueError."""
+def wanted(args: argparse.Namespace, world: int = 1) -> tuple[Config, str]:
+    """The config that the words ask for, and of a recipe what was fitted. Raises ValueError.
+
+    Of a recipe also what opening its data raises.
+    """
     overrides = [word for word in args.words if "=" in word]
     files = [word for word in args.words if "=" not in word]
     if args.pipeline:
         overrides.append(f"data.pipeline={args.pipeline}")
     if len(files) > 1:
         raise ValueError(
-            f"one CONFIG.yaml at most, found {', '.join(files)}; other words must be key=value"
+            f"one CONFIG at most, found {', '.join(files)}; other words must be key=value"
         )
-    file = files[0] if files else None
-    return load_config(file, overrides)
+    if not files:
+        return load_config(None, overrides), ""
+    (file,) = files
+    if os.path.lexists(os.path.expanduser(file)):
+        return load_config(file, overrides), ""
+    recipe = recipes.file_of(file)
+    if recipe is not None:
+        return fitted_config(recipe, overrides, world)
+    if not file.endswith(YAML):
+        raise ValueError(
+            f"{readable(file)}: neither a file nor a recipe: recipes are {listed(recipes.names())}"
+        )
+    return load_config(file, overrides), ""  # which says what is wrong with it
 
 
 def _problem(error: Exception) -> str | None:

@@ -1,10 +1,10 @@
 """Exact evaluation: every image once, in the mode and through the norms asked for."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fap.nets.dual import evaluate_with, is_converted
 from fap.nets.norm import Bn
@@ -28,10 +28,41 @@ def evaluate(
     With torch.distributed initialised, `batches` are this rank's, and the result is that of all
     ranks. Raises ValueError without images or without `bn`.
     """
+    with evaluating(model, bn):
+        outputs_of = forward(model, mean=mean, std=std, device=device, amp=amp)
+        for images, targets in batches:
+            evaluator.update(outputs_of(images), targets.to(device))
+    return evaluator.result()
+
+
+def forward(
+    model: nn.Module,  # on `device`
+    *,
+    mean: Sequence[float],  # (3,), of pixels in 0..1
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+    amp: Amp = "off",
+) -> Callable[[Tensor], Tensor]:
+    """What gives the outputs (B, ...) for images, uint8 (B, 3, H, W), on any device."""
     device = torch.device(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
     half = HALF.get(amp)
+
+    def outputs_of(images: Tensor) -> Tensor:
+        x = images.to(device).to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, half, enabled=half is not None):
+            return model((x - mean_255) / std_255)
+
+    return outputs_of
+
+
+@contextmanager
+def evaluating(model: nn.Module, bn: Bn = "main") -> Iterator[None]:
+    """Within the block the model is in evaluation mode, nothing takes gradients.
+
+    Afterwards each of its modules is in its former mode. Raises ValueError without `bn`.
+    """
     # A plain model has no auxiliary norms to choose from.
     choosing: AbstractContextManager[None] = nullcontext()
     if is_converted(model):
@@ -40,13 +71,8 @@ def evaluate(
     try:
         with torch.inference_mode(), choosing:
             model.eval()
-            for images, targets in batches:
-                x = images.to(device).to(memory_format=torch.channels_last)
-                with torch.autocast(device.type, half, enabled=half is not None):
-                    outputs = model((x - mean_255) / std_255)
-                evaluator.update(outputs, targets.to(device))
+            yield
     finally:
         # Not `model.train()`: a run may keep some modules in the other mode.
         for module, training in former:
             module.training = training
-    return evaluator.result()

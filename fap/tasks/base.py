@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -206,6 +207,24 @@ class Task(Protocol):
     ) -> list[Image]:
         """What was found, drawn into each image; none where there is nothing to draw."""
         return []
+
+    def prediction_columns(self, top: int | None) -> list[str]:
+        """What stands in a line of `predictions`. `top`: guesses of an image; None: one.
+
+        Raises ValueError for a `top` that has no meaning.
+        """
+        raise ValueError("this task says nothing of single images")
+
+    def predictions(
+        self,
+        outputs: Tensor,  # (B, ...), on any device
+        windows: np.ndarray,  # int (B, 4): of a plan, what of each image is shown
+        places: np.ndarray,  # int (B, 4): and where on the canvas
+        names: Sequence[str] | None,  # the model's classes
+        top: int | None,
+    ) -> list[list[list[str]]]:
+        """Of each row its lines, in the order of `prediction_columns`; there may be none."""
+        raise ValueError("this task says nothing of single images")
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         """A result without its `count`, as it was kept in a file.

@@ -6,8 +6,9 @@ Targets are labels, int64, -1 for padding rows; outputs are logits (rows, classe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
@@ -105,6 +106,34 @@ class Classification(Task):
 
     def class_counter(self, device: torch.device, matching: Matching) -> ClassCounter:
         return ClassCounter(device, self.n_classes, matching)
+
+    def prediction_columns(self, top: int | None) -> list[str]:
+        if top is not None and not 1 <= top <= self.n_classes:
+            raise ValueError(f"top = {top}: must be 1 to {self.n_classes}, the model's classes")
+        columns = ["class", "probability"]
+        for k in range(2, (top or 1) + 1):
+            columns += [f"class_{k}", f"probability_{k}"]
+        return columns
+
+    def predictions(
+        self,
+        outputs: Tensor,  # (B, classes)
+        windows: np.ndarray,
+        places: np.ndarray,
+        names: Sequence[str] | None,
+        top: int | None,
+    ) -> list[list[list[str]]]:
+        """One line for each row: the likeliest classes, each with its probability."""
+        likeliest = outputs.double().softmax(1).topk(top or 1)
+        found = []
+        for values, classes in zip(
+            likeliest.values.tolist(), likeliest.indices.tolist(), strict=True
+        ):
+            line: list[str] = []
+            for value, number in zip(values, classes, strict=True):
+                line += [names[number] if names else str(number), f"{value:.6g}"]
+            found.append([line])
+        return found
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         if found.keys() != {"loss", "top1", "top5"}:

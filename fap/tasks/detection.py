@@ -26,7 +26,7 @@ from fap.tasks.dense import box_losses, class_losses, match, understood
 from fap.tasks.draw_boxes import Found, drawn
 from fap.tasks.labels import SAME_CLASSES, Matching
 from pipelines import EpochPlan, Store
-from pipelines.boxes import Annotations, canvas_boxes, plan_boxes
+from pipelines.boxes import Annotations, canvas_boxes, plan_boxes, source_boxes
 from pipelines.files import readable
 
 SIDE_UNIT = 32  # pixels; torchvision's RetinaNet pads its canvas to multiples
@@ -241,6 +241,40 @@ class Detection(Task):
             picture = fromarray(images[row].permute(1, 2, 0).numpy())
             drawings.append(drawn(picture, true.tolist(), believed))
         return drawings
+
+    def prediction_columns(self, top: int | None) -> list[str]:
+        if top is not None:
+            raise ValueError(f"top = {top}: a detector gives every box one class; leave it out")
+        return ["class", "score", "left", "top", "right", "bottom"]
+
+    def predictions(
+        self,
+        outputs: Tensor,  # (B, A * (n_classes + 4))
+        windows: np.ndarray,  # int (B, 4)
+        places: np.ndarray,  # int (B, 4)
+        names: Sequence[str] | None,
+        top: int | None,
+    ) -> list[list[list[str]]]:
+        """A line for each box that was found, best first, in pixels of the stored image."""
+        logits, regressions = self._parts(outputs.float())
+        anchors = self._anchors_on(outputs.device)
+        lines = []
+        for row, (window, place) in enumerate(zip(windows, places, strict=True)):
+            boxes, scores, classes = detections(
+                logits[row], regressions[row], anchors, self.per_level, place.tolist()
+            )
+            shown = source_boxes(boxes.cpu().numpy(), window, place)
+            lines.append([
+                [
+                    names[number] if names else str(number),
+                    f"{score:.6g}",
+                    *(f"{edge:.2f}" for edge in box),
+                ]
+                for box, score, number in zip(
+                    shown.tolist(), scores.tolist(), classes.tolist(), strict=True
+                )
+            ])  # fmt: skip
+        return lines
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
         return coco.checked(found)

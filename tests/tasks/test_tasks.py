@@ -20,6 +20,7 @@ from pipelines.corrupt import NAMES
 LENT = {
     *("loss_parts", "fewest_classes", "references", "losses_and_hits", "attack_losses"),
     *("eval_batch", "notes", "pictures", "class_counter"),
+    *("prediction_columns", "predictions"),
 }
 
 
@@ -79,6 +80,7 @@ def test_the_contract_is_seen_whole() -> None:
         *("__init__", "plain_model", "labels", "targets", "references", "empty_targets"),
         *("losses", "hits", "losses_and_hits", "attack_losses", "wrong_targets"),
         *("evaluator", "class_counter", "check_metrics", "measured"),
+        *("prediction_columns", "predictions"),
     }
 
 
