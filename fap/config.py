@@ -151,7 +151,9 @@ class Config(Section):
                 f"data.jitter = {list(data.jitter)} with data.crop = {data.crop!r}: "
                 "only 'letterbox' has it; leave it out"
             )
-        if height > data.resize:
+        # The weights of `model.init` may bring a smaller size; then the settled config is checked.
+        may_change = self.model.init is not None and "size" not in data.model_fields_set
+        if height > data.resize and not may_change:
             raise ValueError(f"data.resize = {data.resize} must be at least data.size = {height}")
 
     @property

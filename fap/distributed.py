@@ -10,9 +10,9 @@ on. The latter are tensors of the host, so that no agreement waits for the devic
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from pipelines.files import shown
 
 MOST_DIFFERENCES = 20  # named in one message
 MOST_DIGITS = 9  # of a number in the environment
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,24 @@ class Ranks:
         for rank, reason in enumerate(reasons):
             if reason is not None:
                 raise ValueError(f"rank {rank} of {self.world} cannot go on: {reason}")
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """What `work`, a block without collectives, returns; it fails on all ranks as `together`.
+
+        The first rank works first, then one rank of each other machine, then the rest: what the
+        first one downloads the others find in the cache.
+        """
+        turn = 2
+        if self.first:
+            turn = 0
+        elif self.local_rank == 0:
+            turn = 1
+        done: list[T] = []
+        for now in range(3):
+            with self.together():
+                if now == turn:
+                    done.append(work())
+        return done[0]
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Raise ValueError on every rank, naming each fact in which a rank differs from rank 0."""

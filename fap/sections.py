@@ -42,9 +42,11 @@ from fap.fields import (
 from fap.methods import DEFAULT_METHOD, METHODS, Kind, Method
 from pipelines.back_ends import AUTO, BACK_ENDS, FILTERS, GPU_DECODER, EvalFilter, Filter
 from pipelines.files import shown
-from pipelines.sizes import sides_of
+from pipelines.sizes import Size, sides_of
 
 UNSET: Any = None  # a default that a validator replaces
+USUAL_SIZE = 224  # pixels, of torchvision's evaluation on ImageNet
+USUAL_RESIZE = 256
 PAPER_EPOCHS = 105  # section 4.1, with the milestones
 PAPER_MILESTONES = (30, 60, 90, 100)
 PAPER_GAMMA = 0.1
@@ -73,13 +75,17 @@ MAGNITUDES = {"randaugment": Magnitude(0, 30, 9), "augmix": Magnitude(1, 10, 3)}
 
 class ModelConfig(Section):
     name: Text = "resnet50"
-    """Any torchvision or timm name (`timm/NAME` forces timm), `cifar_resnet18` or `cifar_resnetD`
-    with D = 6n + 2."""
+    """Any torchvision or timm name (`timm/NAME` or `timm:NAME` forces timm, `torchvision:NAME`
+    torchvision), `cifar_resnet18` or `cifar_resnetD` with D = 6n + 2. Unset: what the weights of
+    `init` are of, if they say it."""
     num_classes: PositiveInt | None = None
     """Unset: the data's class count."""
     init: FilePath | None = None
-    """Plain weights (.safetensors) to start from; the auxiliary batch norms begin as copies of the
-    main ones."""
+    """Weights to start from: a file (.safetensors, .pth), a run's folder or checkpoint,
+    `torchvision:WEIGHTS`, `timm:MODEL.TAG`, `hf-hub:USER/REPOSITORY` (docs/weights.md). Auxiliary
+    norms begin as copies of the main ones; where the classes are others, the head is new. What the
+    weights say of their model, and of data.mean, data.std, data.size and data.resize, holds where
+    these are unset."""
 
     @property
     def classes(self) -> int:
@@ -231,6 +237,13 @@ class MethodConfig(Section):
         return max(self.step_255, self.eps_255 / self.attack_steps)
 
 
+def usual_resize(size: Size) -> int:
+    """256 for 224 px and less, the same ratio for more; a canvas of two sides is not cut out."""
+    if not isinstance(size, int):
+        return USUAL_RESIZE
+    return max(USUAL_RESIZE, math.ceil(size * USUAL_RESIZE / USUAL_SIZE))
+
+
 class DataConfig(Section):
     train: FilePath | None = None
     """What one of `pipelines.sources` opens: a `.beton` file, several as `shards/*.beton`, an image
@@ -249,8 +262,9 @@ class DataConfig(Section):
     size: CanvasSize = 224
     """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
     width]."""
-    resize: PositiveInt = 256
-    """Evaluation: shorter side before the centre crop of `size` pixels."""
+    resize: Annotated[PositiveInt, Field(validate_default=True)] = UNSET
+    """Evaluation: shorter side before the centre crop of `size` pixels. Unset: 256, or 8/7 of a
+    `size` above 224, as torchvision has it."""
     crop: Literal["random_resized", "pad", "letterbox"] = "random_resized"
     """`letterbox` is for detection, in evaluation too: the whole image at the top left corner, its
     aspect ratio kept, and zeros around it."""
@@ -297,6 +311,14 @@ class DataConfig(Section):
     """Batches decoded ahead."""
     hw_decoder_load: Share = 0.65
     """DALI on a GPU: share of JPEGs given to the hardware decoder."""
+
+    @field_validator("resize", mode="before")
+    @classmethod
+    def _fit(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is not None:
+            return given
+        # `size` is absent only if it is wrong, which is an error of its own.
+        return usual_resize(info.data.get("size", USUAL_SIZE))
 
     @property
     def sides(self) -> tuple[int, int]:

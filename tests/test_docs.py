@@ -1,5 +1,5 @@
 """What the pages say exists: links, files, commands, options, config fields, tests; and the
-examples of docs/extend.md run.
+examples of docs/extend.md and docs/weights.md run.
 
 The examples follow a convention. docs/extend.md teaches by code that is complete, and each fenced
 block of Python in it begins with one line that says what the block is for:
@@ -396,8 +396,9 @@ def run_block(code: str, scratch: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_of_extend_run(tmp_path: Path) -> None:
-    assert run_examples((ROOT / "docs" / "extend.md").read_text(), tmp_path) > 0
+@pytest.mark.parametrize("name", ["extend.md", "weights.md"])
+def test_the_examples_of_a_page_run(name: str, tmp_path: Path) -> None:
+    assert run_examples((ROOT / "docs" / name).read_text(), tmp_path) > 0
 
 
 EXAMPLE = """

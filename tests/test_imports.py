@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "distributed": {"layout"},
     "checkpoint": set[str](),
     "run_meta": {"config", "checkpoint"},
-    "nets": {"config", "checkpoint"},
+    "nets": {"config", "checkpoint", "run_meta"},
     "tasks": {"config", "nets", "draws"},
     "step": {
         "config",
@@ -58,10 +58,11 @@ MAY_IMPORT = {
         "optim",
     },
     "evaluate": {*BELOW_STEP, "step", "versions"},
+    "export": {*BELOW_STEP, "evaluate"},
     "run": {*BELOW_STEP, "step", "versions", "signals", "evaluate"},
-    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "run", "recipes"},
+    "cli": {*BELOW_STEP, "step", "versions", "signals", "evaluate", "export", "run", "recipes"},
 }
-JOIN_PIPELINES = {"tasks", "evaluate", "run", "cli"}
+JOIN_PIPELINES = {"tasks", "evaluate", "export", "run", "cli"}
 BACK_ENDS = ("pipelines", "ffcv", "nvidia")
 
 # What the table forbids and the tree does, and why. An exception that no file needs fails.

@@ -29,6 +29,7 @@ EXTRAS = {
     "corruptions": ("cv2", "scipy"),
     "detection": ("faster_coco_eval",),
     "devkit": ("scipy",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "parquet": ("pyarrow",),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboard",),

@@ -80,16 +80,17 @@ def _add_image_sets(parser: ArgumentParser) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a run's folder, or a step_*.safetensors of it; with --plain a file of plain weights",
+        help="a run's folder, or a step_*.safetensors of it; with --plain plain weights",
     )
     add("--best", action="store_true", help="of a run's folder: the best epoch, not the newest")
     add(
         "--plain",
         nargs="*",
         metavar="KEY=VALUE",
-        help="the files are plain weights (.safetensors) of a torchvision or timm model:"
-        " model.name=resnet50, and what differs from torchvision's evaluation, such as"
-        " data.resize=232 or model.num_classes=10; nothing for what fap-export wrote",
+        help="what is given are plain weights of a torchvision or timm model: a .safetensors or"
+        " .pth file, torchvision:WEIGHTS, timm:MODEL.TAG, hf-hub:USER/REPOSITORY. The words are"
+        " model.name=resnet50, where the weights do not say it, and what differs from"
+        " torchvision's evaluation, such as data.resize=232 or model.num_classes=10",
     )
     add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
     add("--data", required=True, help=f"clean images: {accepted()}")

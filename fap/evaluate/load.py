@@ -6,6 +6,7 @@ is allocated is never more than the file itself holds, whatever its config says.
 """
 
 import json
+import os
 import re
 import warnings
 import zlib
@@ -23,20 +24,21 @@ from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.nets import dual
 from fap.nets.build import channels_last
-from fap.nets.pretrained import load_plain, weights_in
+from fap.nets.pretrained import load_strictly
+from fap.nets.weights.about import Weights
+from fap.nets.weights.files import MOST_BYTES, weights_in
+from fap.nets.weights.find import find_weights, is_published
+from fap.nets.weights.of_torchvision import IMAGENET_MEAN, IMAGENET_STD
+from fap.nets.weights.settle import resize_for
 from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
+from pipelines.back_ends import EVAL_FILTERS
 from pipelines.files import one_line, read_regular, shown
 
-SUFFIX = ".safetensors"
-MOST_WEIGHTS = 16 << 30  # bytes of a file of plain weights
 NOT_IN_NAMES = r"[^A-Za-z0-9._-]"  # in those of results
 MOST_NAME = 60
 
-# torchvision's, for all of its published weights.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_CLASSES = 1000
 CIFAR_RESNET = "cifar_resnet"  # the depth follows
 MOST_DIGITS = 9  # of that depth
@@ -54,6 +56,7 @@ class Trained:
     classes: tuple[str, ...] | None  # names in the order of the outputs; None: nobody knows them
     step: int  # optimiser steps done; 0 of plain weights, whose file does not say it
     content: str  # what it is: the file's checksum and size, and of plain weights their config
+    notes: tuple[str, ...] = ()  # on plain weights: one line each
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
@@ -72,98 +75,126 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
 
 
 def load_weights(
-    path: str | Path,
+    source: str | Path,
     words: Sequence[str],
     classes: tuple[str, ...] | None = None,
     device: str | torch.device = "cpu",
 ) -> Trained:
-    """Plain weights, as torchvision and timm publish them and fap-export writes them.
+    """Plain weights: a file, or what `fap.nets.weights.find.find_weights` knows by name.
 
     `words` are `key=value` of a config: model.name, and how the model wants its images. What they
-    do not say is taken from the file's header, if fap-export wrote it, else it is what torchvision
-    evaluates on: ImageNet's mean and std, 1,000 classes, 224 px cut out of 256.
+    do not say is taken from the weights, if they say it, else it is what torchvision evaluates on:
+    ImageNet's mean and std, 1,000 classes, 224 px cut out of 256.
 
     Raises ValueError for what is no such file or does not fit, OSError.
     """
-    path = Path(path)
-    content = read_regular(path, MOST_WEIGHTS)
-    state, header = weights_in(content, path)
-    config = load_config(None, _words_of_weights(path, header, words, classes))
+    weights, checksum = _plain_weights(str(source), words)
+    config = load_config(None, _words_of_weights(weights, words, classes))
     try:
         task = make_task(config)
         model = dual.convert(task.plain_model(), aux=False, any_norm=True)
-        load_plain(model, state)
+        load_strictly(model, weights)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
     model.to(device)
     channels_last(model)
     settings = config.model_dump_json(include={"model", "data", "task"})
-    crc32 = zlib.crc32(settings.encode(), zlib.crc32(content))
-    return Trained(model.eval(), task, config, classes, 0, f"{crc32:08x}-{len(content)}")
+    content = f"{zlib.crc32(settings.encode(), checksum.crc32):08x}-{checksum.n_bytes}"
+    return Trained(model.eval(), task, config, classes, 0, content, weights.notes)
+
+
+class _Checksum(NamedTuple):
+    crc32: int
+    n_bytes: int
+
+
+def _plain_weights(source: str, words: Sequence[str]) -> tuple[Weights, _Checksum]:
+    """The weights, and what they are: of a file its content, as it was read."""
+    if not is_published(source) and not os.path.isdir(source):
+        path = Path(source)
+        content = read_regular(path, MOST_BYTES)
+        try:
+            weights = weights_in(content, path)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        return weights, _Checksum(zlib.crc32(content), len(content))
+    size = _word("data.size", words)
+    weights = find_weights(
+        source,
+        _word("model.name", words),
+        int(size) if size and size.isdecimal() else None,
+        where=source,
+    )
+    crc32 = 0
+    n_bytes = 0
+    for name in sorted(weights.state):
+        tensor = weights.state[name].detach().contiguous().flatten().view(torch.uint8)
+        crc32 = zlib.crc32(tensor.numpy().data, zlib.crc32(name.encode(), crc32))
+        n_bytes += len(tensor)
+    return weights, _Checksum(crc32, n_bytes)
+
+
+def _word(key: str, words: Sequence[str]) -> str | None:
+    """The value of the last `key=value`, None without one."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
+    return values[-1] if values else None
 
 
 def _words_of_weights(
-    path: Path, header: Mapping[str, str], words: Sequence[str], classes: tuple[str, ...] | None
+    weights: Weights, words: Sequence[str], classes: tuple[str, ...] | None
 ) -> list[str]:
     """The config of plain weights as `key=value`; later words win."""
+    about = weights.about
+    stem = Path(weights.origin).stem if not is_published(weights.origin) else weights.origin
     found = [
-        f"name={re.sub(NOT_IN_NAMES, '-', path.stem)[:MOST_NAME]}",
-        f"data.mean={list(IMAGENET_MEAN)}",
-        f"data.std={list(IMAGENET_STD)}",
-        f"model.num_classes={len(classes or ()) or IMAGENET_CLASSES}",
+        f"name={re.sub(NOT_IN_NAMES, '-', stem)[:MOST_NAME].lstrip('.') or 'plain'}",
+        f"data.mean={list(about.mean or IMAGENET_MEAN)}",
+        f"data.std={list(about.std or IMAGENET_STD)}",
+        f"model.num_classes={about.num_classes or len(classes or ()) or IMAGENET_CLASSES}",
     ]
-    fields = {"mean": "data.mean", "std": "data.std", "size": "data.size"}
-    fields |= {"num_classes": "model.num_classes", "model": "model.name"}
-    found += [f"{field}={header[name]}" for name, field in fields.items() if name in header]
+    if about.architecture is not None:
+        found.append(f"model.name={about.architecture}")
+    size = about.size
+    given = _word("data.size", words)
+    if given is not None and given.isdecimal():
+        size = int(given)
+    resize = resize_for(about, size)
+    if resize is not None:
+        found.append(f"data.resize={resize}")
+    if about.size is not None:
+        found.append(f"data.size={json.dumps(about.size)}")
+    if about.interpolation in EVAL_FILTERS:
+        found.append(f"data.eval_filter={about.interpolation}")
     found += words
     if not any(word.startswith("model.name=") for word in found):
-        raise ValueError(f"{path}: say which model these weights are of: --plain model.name=NAME")
+        raise ValueError(
+            f"{weights.origin}: say which model these weights are of: --plain model.name=NAME"
+        )
     return found
 
 
-def export(path: str | Path, out: str | Path) -> dict[str, str]:
-    """Write the plain model of a run's checkpoint; returns the metadata written beside it, as text.
+@dataclass(frozen=True)
+class Plain:
+    """A run's model as its library makes it, for others to load."""
 
-    The file's tensors are a state dict that the unconverted torchvision or timm model loads with
-    strict=True, which is tried before this function returns. Raises as `load_model`; ValueError too
-    if `out` exists or is named like another format.
+    task: Task
+    weights: dict[str, Tensor]
+    config: Config
+    meta: RunMeta
+
+
+def load_plain_model(path: str | Path) -> Plain:
+    """The plain weights of a run's checkpoint, which its plain model loads with strict=True.
+
+    Raises as `load_model`.
     """
-    out = Path(out)
-    if out.suffix != SUFFIX:
-        raise ValueError(
-            f"{out}: only {SUFFIX} files are written, no {out.suffix or 'other'} ones; "
-            f"choose NAME{SUFFIX}"
-        )
-    if out.is_symlink() or out.exists():
-        raise ValueError(f"{out} exists; choose another name or remove it first")
     read = _read(path)
-    plain = make_task(read.config).plain_model()
+    task = make_task(read.config)
     weights = dual.export(read.state, read.meta.step)
-    _load_strictly(plain, weights, path)
-    text = _header(read.config, read.meta)
-    try:
-        checkpoint.save(out, weights, {}, overwrite=False, **text)
-    except FileExistsError:  # made by someone else in the meantime
-        raise ValueError(f"{out} exists; choose another name or remove it first") from None
-    try:
-        checkpoint.load(out)  # its checksum says that these are the bytes that were written
-    except (OSError, DamagedCheckpoint):
-        out.unlink(missing_ok=True)
-        raise
-    return text
-
-
-def _header(config: Config, meta: RunMeta) -> dict[str, str]:
-    """The metadata of an exported file: what its user needs to know, numbers as JSON."""
-    numbers = {
-        "num_classes": config.model.classes,
-        "size": config.data.size,
-        "step": meta.step,
-        "mean": config.data.mean,
-        "std": config.data.std,
-    }
-    text = {name: json.dumps(value) for name, value in numbers.items()}
-    return {"model": config.model.name, "run": config.name, **text}
+    with warnings.catch_warnings(), _WithoutStorage():
+        warnings.simplefilter("ignore")  # of tensors that are not copied
+        _load_strictly(task.plain_model(), weights, path)
+    return Plain(task, weights, read.config, read.meta)
 
 
 def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

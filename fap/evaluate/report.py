@@ -38,6 +38,7 @@ def plan(work: Work) -> str:
         f"{work.path}: {config.name}, seed {config.seed}, step {work.step}: "
         f"{config.model.name}, {classes}"
     ]
+    lines += [f"  {work.path}: {note}" for note in work.notes]
     for benchmark, items in groupby(work.items, key=_benchmark):
         lines.append(f"  {benchmark}: {_in_words(benchmark, list(items))}")
     lines += [f"  not used: {line}" for line in capped(work.unused)]

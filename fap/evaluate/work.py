@@ -65,6 +65,7 @@ class Work:
     classes: tuple[str, ...] | None
     items: list[Item]
     unused: list[str]  # what belongs to no set in the benchmarks' folders
+    notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         classes=trained.classes,
         items=items,
         unused=unused,
+        notes=trained.notes,
     )
 
 

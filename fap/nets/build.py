@@ -1,8 +1,10 @@
 """Models by name, from torchvision, timm and `fap.nets.cifar`, made ready for a training step."""
 
+import contextlib
 import difflib
 import itertools
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -16,12 +18,13 @@ from fap.nets.fuse import fuse_blocks
 from fap.nets.norm import IMAGE_DIMENSIONS
 from fap.nets.row_order import lengths_seen, names_of, needs_proof, out_of_order
 from fap.nets.stem import install_stem
-from pipelines.files import shown
-from pipelines.sizes import Size
+from fap.nets.weights.names import TIMM, TORCHVISION, current_name, spelt, torchvision_names
+from pipelines.files import one_line, readable, shown
+from pipelines.sizes import Size, sides_of, size_in_words
 
-TIMM = "timm/"  # forces a name of timm where torchvision has the same
 CIFAR_RESNETS = ("cifar_resnet18", "cifar_resnet20", "cifar_resnet56")  # those that a hint names
 _CIFAR_RESNET = re.compile(r"cifar_resnet([0-9]{1,4})")
+SIZED = {"image_size", "img_size"}  # arguments of models that are made for one size of images
 _ALIKE = 0.7  # from 0 to 1 (equal); names less alike than this are no hint
 
 
@@ -30,7 +33,7 @@ def build(name: str, num_classes: int, *, aux: bool = True, size: Size = 224) ->
 
     Raises ValueError as `plain` and `prepare`.
     """
-    return prepare(plain(name, num_classes), aux=aux, size=size)
+    return prepare(plain(name, num_classes, size), aux=aux, size=size)
 
 
 def prepare(
@@ -75,24 +78,29 @@ def _prove_order(model: nn.Module, size: Size, any_norm: bool) -> None:
     norm_state(model).multiples = True
 
 
-def plain(name: str, num_classes: int) -> nn.Module:
-    """An unconverted, randomly initialised model.
+def plain(name: str, num_classes: int, size: Size | None = None) -> nn.Module:
+    """An unconverted, randomly initialised model; for images of `size` if it is made for one size.
 
-    Raises ValueError for a name that nobody knows, and for one that asks for pretrained weights.
+    Raises ValueError for a name that nobody knows, for one that asks for pretrained weights, and
+    for a size that cannot be.
     """
     if name == "cifar_resnet18":
         return cifar_resnet18(num_classes)
     cifar = _CIFAR_RESNET.fullmatch(name)
     if cifar:
         return CifarResNet(int(cifar[1]), num_classes)
-    if name in _torchvision_names():
-        options = _torchvision_options(name)
-        return torchvision.models.get_model(name, num_classes=num_classes, **options)
-    architecture, dot, tag = _current_name(name.removeprefix(TIMM)).partition(".")
+    wanted = spelt(name)
+    if wanted in torchvision_names():
+        options = _torchvision_options(wanted, size)
+        with _refused_sizes(options, size):
+            return torchvision.models.get_model(wanted, num_classes=num_classes, **options)
+    architecture, dot, tag = current_name(wanted.removeprefix(TIMM)).partition(".")
     if dot:
         _refuse_tag(name, architecture, tag)
-    if timm.is_model(architecture):
-        return timm.create_model(architecture, num_classes=num_classes)
+    if timm.is_model(architecture) and not name.startswith(TORCHVISION):
+        options = _timm_options(architecture, size)
+        with _refused_sizes(options, size):
+            return timm.create_model(architecture, num_classes=num_classes, **options)
     near = near_names(name)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
@@ -101,51 +109,69 @@ def plain(name: str, num_classes: int) -> nn.Module:
     )
 
 
+@contextlib.contextmanager
+def _refused_sizes(options: Mapping[str, Any], size: Size | None) -> Iterator[None]:
+    """Around a constructor that may refuse images of this size, if it is told it."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        if size is None or not options.keys() & SIZED:
+            raise
+        raise ValueError(
+            f"data.size = {shown(size)}: the model cannot be made for images of "
+            f"{size_in_words(size)} px: {one_line(error)}"
+        ) from None
+
+
 def near_names(name: str) -> list[str]:
     """At most three known names that look like `name`, best first.
 
     Its case and the tag of its weights do not count.
     """
+    name = spelt(name)
     known = set(timm.list_models())
     prefix = TIMM
     if not name.startswith(TIMM):
-        known.update(_torchvision_names(), CIFAR_RESNETS)
+        known.update(torchvision_names(), CIFAR_RESNETS)
         prefix = ""
     wanted = name.rpartition("/")[2].partition(".")[0].lower()
     near = difflib.get_close_matches(wanted, sorted(known), n=3, cutoff=_ALIKE)
     return [prefix + other for other in near]
 
 
-def _torchvision_names() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-def _torchvision_options(name: str) -> dict[str, Any]:
+def _torchvision_options(name: str, size: Size | None) -> dict[str, Any]:
     """What a model needs so that it is randomly initialised and has one output, its logits."""
     if name in ("googlenet", "inception_v3"):
         return {"init_weights": True, "aux_logits": False}
+    if name.startswith("vit_") and isinstance(size, int):
+        return {"image_size": size}
     return {}
 
 
-def _current_name(name: str) -> str:
-    """What timm calls a model today.
-
-    An old name may stand for one with a tag (tf_efficientnet_b0_ns), or for a model that was
-    removed: then nothing is left of it.
-    """
-    return timm.models.get_deprecated_models().get(name, name) or ""
+def _timm_options(architecture: str, size: Size | None) -> dict[str, Any]:
+    """What a model needs that is made for images of one size, as vision transformers are."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    if size is None or cfg is None or not cfg.fixed_input_size:
+        return {}
+    return {"img_size": sides_of(size)}
 
 
 def _refuse_tag(name: str, architecture: str, tag: str) -> None:
     """Raise ValueError if a name is that of pretrained weights: of a known model, with a tag."""
-    if timm.is_model(architecture):
-        known = TIMM + architecture
-    elif architecture in _torchvision_names():
+    is_torchvisions = architecture in torchvision_names()
+    if is_torchvisions and tag in torchvision.models.get_model_weights(architecture).__members__:
         known = architecture
+        init = f"torchvision:{architecture}.{tag}"
+    elif timm.is_model(architecture):
+        known = TIMM + architecture
+        init = f"timm:{architecture}.{tag}"
+    elif is_torchvisions:
+        known = architecture
+        init = f"torchvision:{architecture}"
     else:
         return
     raise ValueError(
         f"model.name = {shown(name)}: {shown(tag)} names pretrained weights, "
         f"but a name alone gives random weights; write model.name={known}, "
-        "and model.init=FILE.safetensors to start from weights"
+        f"and model.init={readable(init.rstrip('.'))} (or a file) to start from weights"
     )

@@ -1,28 +1,28 @@
-"""Plain weights in a converted model: `model.init`, as fap-export and others write them."""
+"""Plain weights in a converted model: those of `model.init`, or of a file that is evaluated."""
 
-import json
-import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
+from torchvision.models import vision_transformer
 
-from fap import checkpoint
-from fap.config import Config
 from fap.nets.dual import export, norms
+from fap.nets.head import head_parameters
 from fap.nets.retinanet import RetinaNet
-from pipelines.files import read_regular, shown
+from fap.nets.weights.about import Weights
+from fap.nets.weights.find import named
+from fap.nets.weights.of_torchvision import with_current_names
+from pipelines.files import one_line, shown
 
-MOST_HEADER = 64 << 20  # bytes of names and metadata in a file of weights
 MOST_NAMES = 3  # that a message shows
 MOST_NAME = 100  # characters of a name that a message shows
 BODY = "backbone.body."  # of a detector: where a classifier's weights go
 CLASSIFIER_HEAD = "fc."  # of a ResNet; a detector has none
 COUNTER = "num_batches_tracked"  # of a batch norm
+POSITIONS = "encoder.pos_embedding"  # of torchvision's vision transformers
+TIMMS_FILTER = "checkpoint_filter_fn"  # of the module of each model that has had other names
 
 A_CLASSIFIER = "a classifier's weights; pyramid and heads begin at random"
 A_DETECTOR = "weights of the whole detector"
@@ -40,7 +40,7 @@ def load_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     main_names = _main_names(model)
     counters = [k for k in own if k.endswith(COUNTER) and k not in main_names]
-    state = {k: torch.zeros_like(own[k]) for k in counters} | dict(state)
+    state = {k: zeros_like(own[k]) for k in counters} | dict(state)
     wrong = {
         "missing": [k for k in own if k not in main_names and k not in state],
         "unknown to the model": [k for k in state if k not in own or k in main_names],
@@ -89,37 +89,116 @@ def _few(names: Sequence[str]) -> str:
     return few
 
 
-def load_init(model: nn.Module, path: str, config: Config, say: Callable[[str], object]) -> None:
-    """Start a converted model from the plain weights in a .safetensors file (`model.init`).
+def load_init(
+    model: nn.Module, weights: Weights, n_classes: int, say: Callable[[str], object]
+) -> None:
+    """Start a converted model of `n_classes` from weights (`model.init`).
 
     A detector's may be those of a classifier: they go to its backbone, and the rest keeps its
-    random weights. `say` is told which of the two it is, and where the file's header, as fap-export
-    writes it, states other inputs or another model than `config`. Raises ValueError, before
-    anything is copied, for what is no such file or does not fit.
+    random weights. So does the head, if the weights have other classes or none. `say` is told all
+    of this. Raises ValueError, before anything is copied, for what does not fit.
     """
-    where = f"model.init = {shown(path)}"
-    held = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    # Weights in float64 are twice as large as ours.
-    most_bytes = 2 * held + MOST_HEADER
+    state: Mapping[str, Tensor] = weights.state
+    where = named(weights.origin)
+    said = []
     try:
-        file = Path(os.path.expanduser(path))
-        state, header = weights_in(read_regular(file, most_bytes), file)
-        what = ""
         if isinstance(model, RetinaNet):
             state, what = _of_detector(model, state)
+            said.append(what)
+        state = _as_of_today(model, state)
+        state, replaced = _with_own_head(model, state, n_classes)
+        said += replaced
         load_plain(model, state)
-    except FileNotFoundError:
-        raise ValueError(f"{where}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{where}: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if what:
-        say(f"{where}: {what}")
-    if what == A_CLASSIFIER:
-        header.pop("model", None)  # that it is another model is no doubt
-    for warning in _doubts(header, config):
-        say(f"warning: {where} {warning}")
+    for line in said:
+        say(f"{where}: {line}")
+
+
+def load_strictly(model: nn.Module, weights: Weights) -> None:
+    """Weights of this very model, its head included. Raises ValueError for others."""
+    state = weights.state
+    if isinstance(model, RetinaNet):
+        state = _with_new_names(state)
+    load_plain(model, _as_of_today(model, state))
+
+
+def _with_own_head(
+    model: nn.Module, state: Mapping[str, Tensor], n_classes: int
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """`state` with the model's own head where that of the weights is of other classes, or absent.
+
+    And what to say of it. Only tensors of the head whose first dimension alone differs are
+    replaced: anything else that does not fit is left for an error.
+    """
+    own = export(model.state_dict())
+    head = {name for name in head_parameters(model) if name in own}
+    missing = head - state.keys()
+    differ = {name for name in head - missing if state[name].shape != own[name].shape}
+    if head and missing == head:
+        kept = {name: own[name] for name in head}
+        return {**state, **kept}, [f"no head in the weights; that of {n_classes:,} classes is new"]
+    rows = {(len(own[name]), state[name].shape[:1].numel()) for name in differ}
+    is_count = all(state[name].shape[1:] == own[name].shape[1:] for name in differ)
+    layers = {name.rpartition(".")[0] for name in differ}
+    of_layers = {name for name in head if name.rpartition(".")[0] in layers}
+    if missing or len(rows) != 1 or not is_count or of_layers != differ:
+        return state, []
+    ((ours, theirs),) = rows
+    before = theirs * n_classes // ours  # a detector's head has rows for each anchor
+    kept = {name: own[name] for name in differ}
+    return {**state, **kept}, [f"head of {before:,} classes replaced by one of {n_classes:,}"]
+
+
+# ---------------------------------------------------------------------- names and sizes of others
+
+
+def _as_of_today(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state with the names that the model has now, and resampled to its size of images.
+
+    What libraries do to their own published files. It is returned as it is where it fits, but for
+    the head, or where this does not help.
+    """
+    own = export(model.state_dict())
+    if _fits(own, state, model):
+        return state
+    renamed = with_current_names(state)
+    if POSITIONS in renamed and POSITIONS in own:
+        renamed = _resampled(model, renamed)
+    if _fits(own, renamed, model):
+        return renamed
+    adapted = getattr(sys.modules[type(model).__module__], TIMMS_FILTER, None)
+    if adapted is None:
+        return state
+    try:
+        by_timm = adapted(dict(state), model)
+    except Exception as error:  # of a function that expects another state
+        raise ValueError(
+            f"the weights do not fit the model, and timm cannot adapt them: {one_line(error, 150)}"
+        ) from None
+    if isinstance(by_timm, Mapping) and _fits(own, by_timm, model):
+        return by_timm
+    return state
+
+
+def _fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Are names and shapes those of the model, but for its head and counters?"""
+    head = head_parameters(model)
+    free = head | {name for name in own if name.endswith(COUNTER)}
+    wanted = {name: tensor.shape for name, tensor in own.items() if name not in free}
+    found = {name: tensor.shape for name, tensor in state.items() if name not in free}
+    return wanted == found
+
+
+def _resampled(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Position embeddings of torchvision's vision transformers for the model's size of images."""
+    try:
+        found = vision_transformer.interpolate_embeddings(
+            model.image_size, model.patch_size, dict(state)
+        )
+    except ValueError:  # of a shape that is none of theirs
+        return dict(state)
+    return dict(found)
 
 
 def _of_detector(
@@ -143,64 +222,3 @@ def _with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return f"{old[1]}.{int(old[2]) // 2}.0.{old[3]}"
 
     return {_OLD_HEAD.sub(new, name): tensor for name, tensor in state.items()}
-
-
-def _doubts(header: Mapping[str, str], config: Config) -> list[str]:
-    """What a file's header states otherwise than the config; what it does not state is no doubt."""
-    doubts = []
-    for field, ours in (("mean", config.data.mean), ("std", config.data.std)):
-        stated = _number_or_text(header.get(field, "null"))
-        if stated not in (None, list(ours)):
-            doubts.append(
-                f"was trained with {field} = {shown(stated)}, but data.{field} = {list(ours)}: "
-                "it knows its inputs on another scale"
-            )
-    name = config.model.name
-    stated = header.get("model", name)
-    if stated != name:
-        doubts.append(f"holds weights of {shown(stated)}, but model.name = {shown(name)}")
-    return doubts
-
-
-def weights_in(content: bytes, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header in the content of a file of plain weights.
-
-    Raises OSError; ValueError for any other file.
-    """
-    try:
-        state = safetensors.torch.load(content)
-        header_end = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:header_end]).get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        # Not by its suffix: whatever it is called, a pickle is never loaded.
-        raise ValueError(
-            f"no safetensors file ({shown(str(error))}); {_how_to_convert(file)}"
-        ) from None
-    if any(name.startswith("momentum.") for name in state):
-        raise ValueError("a run's checkpoint; fap-export makes plain weights of it")
-    if "crc32" in header:  # of fap-export
-        try:
-            checkpoint.load(file)
-        except checkpoint.DamagedCheckpoint as error:
-            raise ValueError(str(error)) from None
-    return state, header
-
-
-def _how_to_convert(file: Path) -> str:
-    load = f"torch.load({file.name!r}, map_location='cpu', weights_only=True)"
-    # Cloned, because safetensors refuses tensors that share a storage.
-    tensors = f"{{k: v.clone() for k, v in {load}.items()}}"
-    save = f"save_file({tensors}, {file.with_suffix('.safetensors').name!r})"
-    code = f"import torch; from safetensors.torch import save_file; {save}"
-    return (
-        "a file of torch.save (.pth, .pt, .bin) is converted, in its folder, "
-        f'by: python -c "{code}"'
-    )
-
-
-def _number_or_text(text: str) -> Any:
-    """What JSON text says, or the text itself where it is none: a header may say anything."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fap.config import Config
 from fap.distributed import Ranks
+from fap.nets.weights.find import is_published
 from fap.run.epoch import plan_spec
 from fap.run_meta import RunMeta
 from fap.sections import OF_LR_SCHEDULE
@@ -177,8 +178,9 @@ def _flat(config: Config) -> dict[str, Any]:
     tree["data"]["decode"] = "gpu" if config.data.decode == "gpu" else "cpu"
     if config.data.pipeline == GPU_DECODER:
         del tree["data"]["decode"]
-    if config.model.init is not None:  # it may have moved, like the data
-        tree["model"]["init"] = Path(config.model.init).name
+    init = config.model.init
+    if init is not None and not is_published(init):  # a file may have moved, like the data
+        tree["model"]["init"] = Path(init).name
     flat = {"run.amp": config.run.amp}
     for section, value in tree.items():
         if isinstance(value, dict):

@@ -23,6 +23,8 @@ from fap.draws import dropout_seed, has_drawn
 from fap.nets.build import prepare
 from fap.nets.dual import has_aux
 from fap.nets.pretrained import load_init
+from fap.nets.weights.about import Weights
+from fap.nets.weights.settle import Start, start_of
 from fap.run.back_end import described, settle
 from fap.run.data import closing, open_data, open_loader
 from fap.run.epoch import Epoch, epochs, plan_spec
@@ -64,8 +66,10 @@ class Run:
         self.folder = Path(config.run.dir) / config.name / f"seed{config.seed}"
         self.run_folder = RunFolder(self.folder, self._say)
         try:
+            # Downloads, if any: of several ranks one after another.
+            start = ranks.in_turns(lambda: start_of(config))
             with ranks.together():
-                self._prepare(config)
+                self._prepare(start)
                 known = self._facts()
             ranks.check_same(known)
         except BaseException:
@@ -74,8 +78,9 @@ class Run:
 
     # ------------------------------------------------------------------ the start
 
-    def _prepare(self, config: Config) -> None:
+    def _prepare(self, start: Start) -> None:
         """Everything before the first step that can fail without the other ranks."""
+        config = start.config
         self.device = self.ranks.device(config.run.device)
         self.amp = precision(config, self.device)
         limit_threads(config.run.torch_threads)
@@ -93,7 +98,7 @@ class Run:
             self.steps = min(self.steps, config.run.max_steps)
         self.task = make_task(config)
 
-        self.model = self._first_model()
+        self.model = self._first_model(start.weights)
         self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
         self.step.network.norm_state.kernel = kernel
         if config.run.compile:
@@ -101,7 +106,7 @@ class Run:
         shuffle_groups = plan_spec(config, self.ranks).shuffle_groups
         summary = describe(config, self.budget, self.step, shuffle_groups)
         loader = described(asked.data, config.data)
-        self._say("\n".join([summary, loader, *self.data.lines]))
+        self._say("\n".join([summary, *start.lines, loader, *self.data.lines]))
 
         if self.ranks.first:
             self.run_folder.take(may_go_on=config.resume == "auto")
@@ -117,7 +122,7 @@ class Run:
         if config.resume == "auto":
             self.progress = self.saving.resume(self.task, self.steps) or self.progress
 
-    def _first_model(self) -> nn.Module:
+    def _first_model(self, weights: Weights | None) -> nn.Module:
         """The converted model on the device: random weights of the seed, or those of model.init."""
         config = self.config
         torch.manual_seed(config.seed)
@@ -133,8 +138,8 @@ class Run:
                 f"method.aux = 'norms': model.name = {shown(config.model.name)} has no norm that "
                 "can have an auxiliary twin; 'auto' trains without any"
             )
-        if config.model.init:
-            load_init(model, config.model.init, config, self._say)
+        if weights is not None:
+            load_init(model, weights, config.model.classes, self._say)
         self.first_weights = "of the only rank"
         if self.ranks.world > 1:
             self.first_weights = checksum_of(model.state_dict())

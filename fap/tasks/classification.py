@@ -52,10 +52,11 @@ class Classification(Task):
         self.n_classes = n_classes
         self.output_rows = n_classes
         self.model_name = config.model.name
+        self.size = config.data.size
         self.label_smoothing = config.optim.label_smoothing
 
     def plain_model(self) -> nn.Module:
-        return plain(self.model_name, self.n_classes)
+        return plain(self.model_name, self.n_classes, self.size)
 
     @staticmethod
     def labels(store: Store) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fap.cli import export
-from fap.evaluate import load
+from fap.export import formats
 from fap.signals import SIGNALS
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +131,6 @@ def test_no_memory_for_a_checkpoint_is_a_message(
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(load, "export", full)
+    monkeypatch.setattr(formats, "export", full)
     assert export.main(["a.safetensors", "b.safetensors"]) == 1
     assert capsys.readouterr().err == "fap-export: a.safetensors: not enough memory for it\n"

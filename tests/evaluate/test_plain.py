@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
+from torch import nn
 
 from fap.cli import eval as cli
 from fap.cli.export import main as export
 from fap.config import load_config
+from fap.evaluate import report
 from fap.evaluate.load import load_weights
 from fap.nets.build import build
-from tests.evaluate.world import CHECKPOINT, WNIDS, counted, refused, run
+from tests.evaluate.world import CHECKPOINT, WNIDS, counted, no_plot, refused, run
 
 Capture = pytest.CaptureFixture[str]
 MODEL = ("model.name=cifar_resnet8", "data.size=32", "data.resize=36")
@@ -73,6 +78,87 @@ def test_words_say_what_a_file_does_not(place: Path, monkeypatch: pytest.MonkeyP
     assert tuple(calls[1]["mean"]) == (0.5, 0.5, 0.5)
 
 
+def test_a_file_of_torch_save_scores_the_same(place: Path) -> None:
+    save_file(bare_weights(), place / "other.safetensors")
+    torch.save({"model": bare_weights(), "epoch": 3}, place / "other.pth")
+    words = ["--plain", *MODEL, *named(place)]
+    safe, _ = run(place, *words, model="other.safetensors", out="safe")
+    pickled, _ = run(place, *words, model="other.pth", out="pickled")
+    assert pickled["results"] == safe["results"]
+
+
+@pytest.fixture
+def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A model that the cache of the Hugging Face Hub holds as me/mine; there is no network."""
+    model = timm.create_model("test_resnet", num_classes=6)
+    folder = place / "hub" / "models--me--mine"
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    save_file(dict(model.state_dict()), folder / "snapshots" / "0123" / "model.safetensors")
+    cfg = {"input_size": [3, 40, 40], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3],
+           "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}  # fmt: skip
+    config = {"architecture": "test_resnet", "num_classes": 6, "pretrained_cfg": cfg}
+    (folder / "snapshots" / "0123" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
+    return model.eval()
+
+
+def of_published(place: Path, *words: str) -> int:
+    fixed = ["--data", str(place / "val"), "--device", "cpu", "--batch", "4"]
+    return cli.main([*words, *fixed, "--out", str(place / "out")])
+
+
+def test_published_weights_are_evaluated_as_they_want_it(
+    place: Path, hub: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their name alone: the model, its size, its mean and std, its filter."""
+    monkeypatch.setattr(report, "_plot", no_plot)
+    calls = counted(monkeypatch)
+    assert of_published(place, "hf-hub:me/mine", *named(place), "--plain") == 0
+    assert (calls[0]["mean"], calls[0]["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert list((place / "out" / "results").glob("hf-hub-me-mine-clean*"))
+    images = torch.zeros(1, 3, 40, 40)
+    loaded = load_weights("hf-hub:me/mine", [])
+    data = loaded.config.data
+    assert (data.size, data.resize, data.eval_filter) == (40, 50, "bicubic")
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(images), hub(images))
+    smaller = load_weights("hf-hub:me/mine", ["data.size=32"]).config.data
+    assert (smaller.size, smaller.resize) == (32, 40)
+    other = load_weights("hf-hub:me/mine", ["data.mean=[0.5,0.5,0.5]"])
+    assert other.config.data.mean == (0.5, 0.5, 0.5)
+    assert other.content != loaded.content
+
+
+def test_what_was_chosen_of_the_weights_is_told(place: Path, capsys: Capture) -> None:
+    torch.save({"model": bare_weights(), "epoch": 3}, place / "other.pth")
+    run(place, "--plain", *MODEL, *named(place), model="other.pth")
+    assert f"{place / 'other.pth'}: its 'model' is taken" in capsys.readouterr().err
+
+
+def test_names_of_weights_that_are_not_there(
+    place: Path, hub: nn.Module, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    for name, says in (
+        ("torchvision:resnet18", "cannot be fetched (no network)"),
+        ("timm:test_resnet", "cannot be fetched"),
+        ("timm:nobody", "timm has no model 'nobody'"),
+    ):
+        assert of_published(place, name, "--plain") == 1
+        line = capsys.readouterr().err
+        assert line.startswith(f"fap-eval: {name}: ")
+        assert says in line
+        assert line.count("\n") == 1
+
+
+def no_network(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
 def test_without_names_labels_go_by_position(place: Path, capsys: Capture) -> None:
     words = ["--plain", *MODEL, "model.num_classes=6"]
     assert "--labels-by-position" in refused(capsys, place, *words, model="plain.safetensors")
@@ -93,10 +179,10 @@ def test_mistakes_are_one_line(place: Path, capsys: Capture) -> None:
     assert "the weights do not fit the model" in said("model.num_classes=7")
     assert "the weights do not fit the model" in said("model.name=cifar_resnet14")
     assert "data.size" in said("data.size=big")
-    assert "the weights do not fit the model" in said(*MODEL, model=CHECKPOINT)
+    assert "a run's checkpoint" in said(*MODEL, model=CHECKPOINT)
     assert "No such file" in said(model="none.safetensors")
-    torch.save(bare, place / "pickle.pth")
-    assert "no safetensors file" in said(*MODEL, model="pickle.pth")
+    (place / "none.pth").write_bytes(b"nothing")
+    assert "neither a safetensors file" in said(*MODEL, model="none.pth")
     assert "--plain" in refused(capsys, place, model="bare.safetensors")
     with pytest.raises(SystemExit):
         cli.main([str(place / CHECKPOINT), "--data", "x", *named(place)])

@@ -14,6 +14,7 @@ import torch
 
 from fap import checkpoint
 from fap.evaluate import load
+from fap.export.formats import export
 from tests.fuzzing.damage import HOSTILE_JSON, mutate
 from tests.fuzzing.intact import tiny_run
 from tests.fuzzing.judge import ALLOWED, assert_says_where
@@ -91,7 +92,7 @@ def fuzz_metadata(rng: np.random.Generator, folder: Path) -> str:
     checkpoint.save(path, state, meta)
     try:
         load.load_model(path)
-        load.export(path, folder / "plain.safetensors")
+        export(path, folder / "plain.safetensors")
     except (ValueError, checkpoint.DamagedCheckpoint) as error:
         assert path.name in str(error), repr(error)
         assert len(str(error)) < LONGEST_MESSAGE, str(error)[:3000]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fap.evaluate.load import _WithoutStorage
 from fap.nets.build import build, plain
 from fap.nets.cifar import CifarResNet
 from fap.nets.dual import export
@@ -80,11 +81,6 @@ def test_an_image_size_that_the_model_refuses() -> None:
 # ---------------------------------------------------------------------- names
 
 
-def test_timm_prefix_picks_timm() -> None:
-    assert type(plain("resnet18", 3)).__module__.startswith("torchvision")
-    assert type(plain("timm/resnet18", 3)).__module__.startswith("timm")
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -113,21 +109,43 @@ def test_names_that_nobody_knows(name: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "write"),
+    ("name", "write", "init"),
     [
-        ("resnet18.a1_in1k", "timm/resnet18"),
-        ("timm/resnet50.tv2_in1k", "timm/resnet50"),
-        ("resnet50.IMAGENET1K_V2", "timm/resnet50"),
-        ("vit_b_16.IMAGENET1K_V1", "vit_b_16"),
-        ("timm/resnet18.", "timm/resnet18"),
-        ("tf_efficientnet_b0_ns", "timm/tf_efficientnet_b0"),
-        ("timm/convnext_tiny_in22k", "timm/convnext_tiny"),
-        ("resnet18." + "x" * 10**6, "timm/resnet18"),
+        ("resnet18.a1_in1k", "timm/resnet18", "timm:resnet18.a1_in1k"),
+        ("timm/resnet50.tv2_in1k", "timm/resnet50", "timm:resnet50.tv2_in1k"),
+        ("timm:resnet50.tv2_in1k", "timm/resnet50", "timm:resnet50.tv2_in1k"),
+        ("resnet50.IMAGENET1K_V2", "resnet50", "torchvision:resnet50.IMAGENET1K_V2"),
+        ("torchvision:resnet50.DEFAULT", "resnet50", "torchvision:resnet50.DEFAULT"),
+        ("vit_b_16.IMAGENET1K_V1", "vit_b_16", "torchvision:vit_b_16.IMAGENET1K_V1"),
+        ("vit_b_16.x", "vit_b_16", "torchvision:vit_b_16"),
+        ("timm/resnet18.", "timm/resnet18", "timm:resnet18"),
+        ("tf_efficientnet_b0_ns", "timm/tf_efficientnet_b0", "timm:tf_efficientnet_b0.ns_jft_in1k"),
+        ("timm/convnext_tiny_in22k", "timm/convnext_tiny", "timm:convnext_tiny.fb_in22k"),
+        ("resnet18." + "x" * 10**6, "timm/resnet18", "timm:resnet18.xxx"),
     ],
 )
-def test_a_tag_of_pretrained_weights_is_no_random_initialisation(name: str, write: str) -> None:
+def test_a_tag_of_pretrained_weights_is_no_random_initialisation(
+    name: str, write: str, init: str
+) -> None:
     with pytest.raises(ValueError, match="pretrained") as error:
         plain(name, 10)
-    assert f"model.name={write}," in str(error.value)
-    assert "model.init=FILE.safetensors" in str(error.value)
-    assert len(str(error.value)) < 700
+    assert f"model.name={write}, and model.init={init}" in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_prefix_says_whose_model_it_is() -> None:
+    for name in ("timm/resnet18", "timm:resnet18"):
+        assert type(plain(name, 3)).__module__.startswith("timm")
+    assert type(plain("torchvision:resnet18", 3)).__module__.startswith("torchvision")
+    with pytest.raises(ValueError, match="neither torchvision nor timm"):
+        plain("torchvision:convnext_atto", 3)
+
+
+def test_a_model_of_one_size_is_made_for_the_size_of_the_images() -> None:
+    images = torch.zeros(1, 3, 64, 64)
+    for name in ("timm/test_vit", "vit_b_32"):
+        with _WithoutStorage():
+            model = plain(name, 3, 64)
+        assert model.eval()(images.to("meta")).shape == (1, 3)
+    with pytest.raises(ValueError, match=r"data\.size = 65: the model cannot be made for images"):
+        plain("vit_b_16", 3, 65)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fap import checkpoint
-from fap.config import make_config
 from fap.nets.build import build
 from fap.nets.cifar import CifarResNet
 from fap.nets.dual import convert, export
 from fap.nets.pretrained import load_init, load_plain
+from fap.nets.weights.find import find_weights
+from fap.nets.weights.torch_file import is_torch_file
 from tests.nets.conftest import randomise_norms
 
 State = dict[str, Tensor]
@@ -91,12 +94,13 @@ def weights(tmp_path: Path) -> tuple[Path, State]:
     return path, source.state_dict()
 
 
-def start(path: Path | str, **data: Any) -> tuple[nn.Module, list[str]]:
+def start(path: Path | str, n_classes: int = 10) -> tuple[nn.Module, list[str]]:
     """A model that starts from the file, and what was said."""
-    model = build("cifar_resnet8", 10, size=16)
-    config = make_config({"model": {"name": "cifar_resnet8", "num_classes": 10}, "data": data})
-    said: list[str] = []
-    load_init(model, str(path), config, said.append)
+    torch.manual_seed(0)
+    model = build("cifar_resnet8", n_classes, size=16)
+    weights = find_weights(str(path))
+    said = [*weights.notes]
+    load_init(model, weights, n_classes, said.append)
     return model, said
 
 
@@ -154,48 +158,148 @@ def test_init_with_an_empty_header(tmp_path: Path) -> None:
         assert torch.equal(start(tmp_path / "x")[0].state_dict()["fc.bias"], state["fc.bias"])
 
 
-def test_init_weights_of_other_inputs_are_said(weights: tuple[Path, State]) -> None:
-    path, state = weights
-    _, said = start(path, mean=(0.485, 0.456, 0.406))
-    assert len(said) == 1
-    for part in (
-        "warning",
-        str(path),
-        "mean = [0.5, 0.5, 0.5]",
-        "data.mean = [0.485, 0.456, 0.406]",
-    ):
-        assert part in said[0]
-    _, said = start(path, std=(0.229, 0.224, 0.225))
-    assert len(said) == 1
-    assert "std = [0.5, 0.5, 0.5], but data.std = [0.229" in said[0]
-    for text in ("garbage", "[" * 10_000, "NaN", "[0.5, 0.5]", '"' + "x" * 10**6 + '"'):
-        checkpoint.save(path, state, {}, mean=text)
-        _, said = start(path)
-        assert len(said) == 1
-        assert len(said[0]) < 700
-    checkpoint.save(path, state, {}, model="cifar_resnet20")
-    assert "weights of 'cifar_resnet20', but model.name = 'cifar_resnet8'" in start(path)[1][0]
+# ---------------------------------------------------------------------- files of torch.save
 
 
-def test_init_of_a_pickle_says_how_to_convert_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = CifarResNet(8, 10).state_dict()
-    for name in ("new.pth", "old.safetensors"):  # the content counts, not the suffix
-        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=name == "new.pth")
-        message = refusal(tmp_path / name)
-        assert "no safetensors file" in message
-    message = refusal(tmp_path / "new.pth")
-    monkeypatch.chdir(tmp_path)
-    exec(message.partition('python -c "')[2].rstrip('"'), {})  # the advice works
-    model, _ = start(tmp_path / "new.safetensors")
+WRAPPERS = {
+    "plain": (lambda state: state, []),
+    "state_dict": (lambda state: {"state_dict": state, "epoch": 3}, ["its 'state_dict' is taken"]),
+    "ema": (
+        lambda state: {"state_dict": changed(state, ["fc.bias"]), "state_dict_ema": state},
+        ["its 'state_dict_ema' is taken, not its 'state_dict'"],
+    ),
+    "module": (
+        lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        ["its 'model' is taken", "its names are read without the prefix 'module.'"],
+    ),
+    "compiled": (
+        lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
+        ["its names are read without the prefix 'module._orig_mod.'"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_init_reads_what_training_scripts_save(name: str, is_zip: bool, tmp_path: Path) -> None:
+    source = CifarResNet(8, 10)
+    randomise_norms(source)
+    state = source.state_dict()
+    wrap, says = WRAPPERS[name]
+    file = tmp_path / "checkpoint.pth.tar"  # the content counts, not the suffix
+    torch.save(wrap(dict(state)), file, _use_new_zipfile_serialization=is_zip)
+    model, said = start(file)
+    assert said == says
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+class Bomb:
+    """What unpickling it would run."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_init_executes_no_pickle(is_zip: bool, tmp_path: Path) -> None:
+    state = {"model": CifarResNet(8, 10).state_dict(), "args": Bomb(tmp_path / "executed")}
+    torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    message = refusal(tmp_path / "x.pth")
+    assert "unpickling can run any code" in message
+    assert "\n" not in message
+    assert not (tmp_path / "executed").exists()
+
+
+def test_init_of_what_is_in_no_state_dict(tmp_path: Path) -> None:
+    for content, says in (
+        ({"epoch": 3, "lr": 0.1}, "no state dict under any of its keys (epoch, lr)"),
+        ([torch.zeros(1)], "it holds a list and no state dict"),
+        ({}, "it is empty"),
+        ({"fc.weight": torch.zeros(1).expand(10**9)}, "is larger than it"),
+        ({"fc.weight": torch.zeros(1, device="meta")}, "is no plain one"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        assert says in refusal(tmp_path / "x.pth")
+
+
+def test_init_of_a_compressed_or_garbled_file(tmp_path: Path) -> None:
+    torch.save(CifarResNet(8, 10).state_dict(), tmp_path / "x.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert "compressed" in refusal(tmp_path / "small.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    for _ in range(30):
+        broken = bytearray(content)
+        for _ in range(random.choice([1, 3, 30])):
+            broken[random.randrange(len(broken))] = random.randrange(256)
+        end = random.choice([len(broken), random.randrange(len(broken))])
+        (tmp_path / "x.pth").write_bytes(broken[:end])
+        with contextlib.suppress(ValueError):
+            start(tmp_path / "x.pth")
+
+
+def test_a_header_of_any_length_is_one_of_safetensors() -> None:
+    """Its length stands first: its bytes may look like the beginning of another format."""
+    for length in (0x80, 0x04034B50, 0x0280, 0x0A8A0280):
+        content = length.to_bytes(8, "little") + b'{"x":'
+        assert not is_torch_file(content)
+    file = io.BytesIO()
+    for is_zip in (True, False):
+        file.seek(0)
+        torch.save({"x": torch.zeros(1)}, file, _use_new_zipfile_serialization=is_zip)
+        assert is_torch_file(file.getvalue())
+
+
+# ---------------------------------------------------------------------- other classes
+
+
+def test_init_with_other_classes_gets_a_new_head(tmp_path: Path) -> None:
+    source = CifarResNet(8, 10)
+    randomise_norms(source)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    torch.manual_seed(0)
+    untouched = build("cifar_resnet8", 3, size=16).state_dict()
+    model, said = start(tmp_path / "x.pth", n_classes=3)
+    assert said == [f"model.init = '{tmp_path / 'x.pth'}': head of 10 classes replaced by one of 3"]
+    for name, value in export(model.state_dict()).items():
+        wanted = untouched if name.startswith("fc.") else source.state_dict()
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_init_without_a_head_gets_one(tmp_path: Path) -> None:
+    state = changed(CifarResNet(8, 10).state_dict(), ["fc.weight", "fc.bias"])
+    torch.save(state, tmp_path / "x.pth")
+    model, said = start(tmp_path / "x.pth")
+    assert said[0].endswith("no head in the weights; that of 10 classes is new")
+    assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+def test_init_where_more_than_the_class_count_differs_is_refused(tmp_path: Path) -> None:
+    state = CifarResNet(8, 10).state_dict()
+    for broken, says in (
+        (changed(state, fc__weight=torch.zeros(3, 64)), "'fc.weight: (3, 64)"),  # but 10 biases
+        (changed(state, ["fc.bias"]), "1 missing ('fc.bias')"),
+        (changed(state, fc__weight=torch.zeros(3, 65), fc__bias=torch.zeros(3)), "(3, 65)"),
+        (changed(state, conv1__weight=torch.zeros(3, 3, 3, 3)), "'conv1.weight: (3, 3, 3, 3)"),
+    ):
+        torch.save(broken, tmp_path / "x.pth")
+        assert says in refusal(tmp_path / "x.pth")
+
+
+# ---------------------------------------------------------------------- no file
 
 
 def test_init_of_what_is_no_file_of_weights(weights: tuple[Path, State], tmp_path: Path) -> None:
     path, state = weights
     assert "no such file" in refusal(tmp_path / "absent.safetensors")
-    assert "a folder" in refusal(tmp_path)
+    assert "is no folder of a run" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "named pipe" in refusal(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
@@ -204,7 +308,7 @@ def test_init_of_what_is_no_file_of_weights(weights: tuple[Path, State], tmp_pat
         file.truncate(1 << 40)
     assert "bytes" in refusal(tmp_path / "huge")
     (tmp_path / "empty").touch()
-    assert "no safetensors file" in refusal(tmp_path / "empty")
+    assert "neither a safetensors file" in refusal(tmp_path / "empty")
     of_a_run = {f"model.{k}": v for k, v in state.items()} | {"momentum.x": torch.zeros(1)}
     checkpoint.save(tmp_path / "step", of_a_run, {})
     assert "fap-export" in refusal(tmp_path / "step")

@@ -147,7 +147,7 @@ def validate(rank: int, world: int, port: int, data: Path, weights: Path, out: P
 @pytest.fixture(scope="module")
 def weights(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain weights of a detector that finds something: AP is above zero."""
-    from fap.evaluate.load import export
+    from fap.export.formats import export
 
     folder = tmp_path_factory.mktemp("trained")
     more = ("budget.epochs=30", "budget.milestones=[24]", "optim.lr=1", "optim.clip_norm=5")

@@ -1,0 +1,1 @@
+"""Weights to start from: files, and what torchvision, timm and the Hugging Face Hub publish."""
