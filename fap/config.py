@@ -78,11 +78,8 @@ class Config(Section):
                 f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of "
                 f"method.group_rows = {self.method.group_rows}"
             )
-        if data.mix and self.method.entry.attacked == "copies":
-            raise ValueError(
-                f"data.mix with method.name = {self.method.name!r}: "
-                "its adversarial rows are copies of unmixed clean rows"
-            )
+        if data.mix is not None:
+            self._check_mix()
         self._check_augment_on()
         for field in ("scale", "ratio", "jitter"):
             low, high = getattr(data, field)
@@ -114,6 +111,21 @@ class Config(Section):
             raise ValueError(
                 f"data.augment_on = 'adv' with method.name = {self.method.name!r}: it has no "
                 "adversarial rows; must be 'both' or 'clean'"
+            )
+
+    def _check_mix(self) -> None:
+        mix_on = self.data.mix_on
+        method = self.method
+        if method.entry.attacked == "copies" and mix_on != "both":
+            raise ValueError(
+                f"data.mix with method.name = {method.name!r} and data.mix_on = {mix_on!r}: "
+                "its adversarial rows are copies of unmixed clean rows; "
+                "write data.mix_on=both, which mixes before rows are copied"
+            )
+        if method.entry.attacked == "nothing" and mix_on != "clean":
+            raise ValueError(
+                f"data.mix_on = {mix_on!r} with method.name = {method.name!r}: "
+                "it attacks nothing, so there are clean rows only; leave it out"
             )
 
     def _check_letterbox(self) -> None:

@@ -199,7 +199,19 @@ def test_a_field_of_another_schedule_of_the_rate_is_refused(schedule: str, overr
         (["method.name=vanilla", "method.eps_255=1"], "no meaning"),
         (["method.name=advprop", "method.p_adv=1/5"], "no meaning"),
         (["method.name=decoupled", "method.schedule=fused"], "no meaning"),
-        (["method.name=advprop", "data.mix=mixup"], "unmixed"),
+        (["method.name=advprop", "data.mix=mixup"], "unmixed clean rows; write data.mix_on=both"),
+        (["method.name=advprop", "data.mix=mixup", "data.mix_on=adv"], "mix_on = 'adv': its adv"),
+        (
+            ["method.name=vanilla", "data.mix=mixup", "data.mix_on=both"],
+            "data.mix_on = 'both' with method.name = 'vanilla': it attacks nothing",
+        ),
+        (["data.mix_on=adv"], "data.mix_on = 'adv' without data.mix: nothing is mixed"),
+        (["data.mix_per=row"], "data.mix_per = 'row' without data.mix: nothing is mixed"),
+        (["data.cutmix_alpha=0.5"], "data.cutmix_alpha = 0.5 without data.mix: nothing is mixed"),
+        (
+            ["data.mix=cutmix", "data.cutmix_alpha=0.5"],
+            "data.cutmix_alpha = 0.5 with data.mix = 'cutmix': only 'either' has two; write",
+        ),
         (
             ["run.compile=true", "run.norm_kernel=triton"],
             "run.norm_kernel = 'triton' with run.compile = true",

@@ -48,6 +48,7 @@ BILINEAR = ("data.pipeline=ffcv", "data.filter=bilinear")
 MIX = ("data.mix=mixup",)
 CONSTANT = ("budget.milestones=null", "budget.lr_schedule=constant")
 COSINE = ("budget.milestones=null", "budget.lr_schedule=cosine")
+EITHER = ("data.mix=either",)
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
 WEIGHTS = ("row weights", "weights")
@@ -106,6 +107,15 @@ CASES = {
         "data.mix=cutmix", ("input.mix_lam", "input.mix_box", "input.mix_partner", "weights")
     ),
     "data.mix_alpha": Case("data.mix_alpha=0.1", ("plan.mix_lam", "input.mix_lam", "weights"), MIX),
+    "data.cutmix_alpha": Case(
+        "data.cutmix_alpha=0.1", ("plan.mix_box", "input.mix_box", "weights"), EITHER
+    ),
+    "data.mix_per": Case(
+        "data.mix_per=row", ("plan.mix_lam", "input.mix_lam", "input.mix_box", "weights"), MIX
+    ),
+    "data.mix_on": Case(
+        "data.mix_on=both", ("plan.mix_partner", "input.mix_partner", *ATTACK), MIX
+    ),
     "data.mean": Case("data.mean=[0.1,0.5,0.5]", ("weights", "evaluations")),
     "data.std": Case("data.std=[0.5,0.5,0.1]", ("weights", "evaluations")),
     "data.threads": Case("data.threads=2", ("loaders",), DALI),

@@ -49,7 +49,8 @@ COMMON: dict[str, Any] = {
 REUSE = COMMON | {
     "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
-    "data.mix": "cutmix", "data.mix_alpha": 0.7, "run.amp": "bf16",
+    "data.mix": "either", "data.mix_alpha": 0.7, "data.cutmix_alpha": 0.6, "data.mix_per": "row",
+    "data.mix_on": "both", "run.amp": "bf16",
     "budget.milestones": [2, 3], "budget.gamma": 0.5,
     "data.augment": "randaugment", "data.augment_ops": 3, "data.augment_magnitude": 12,
     "data.color_jitter": [0.4, 0.3, 0.2, 0.1], "data.erase": 0.4, "data.augment_on": "clean",
@@ -139,8 +140,11 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     )
     own: dict[str, Any] = {
         "reuse": {
-            "mix": "cutmix",
+            "mix": "either",
             "mix_alpha": 0.7,
+            "cutmix_alpha": 0.6,
+            "mix_per": "row",
+            "mix_on": "both",
             "augment": AugmentSpec("randaugment", 3, 12, (0.4, 0.3, 0.2, 0.1), 0.4, "clean"),
         },
         "separate": {
@@ -192,8 +196,9 @@ def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> 
     keys = torch.cat([inputs["noise_key"] for inputs in seen.inputs])
     assert len(keys.unique()) == 2 * 7, "every step and group has a noise of its own"
     if mixes:
-        shares = {inputs["mix_lam"].item() for inputs in seen.inputs}
-        assert len(shares) >= 4  # areas of boxes in 8 x 8 pixels
+        for inputs in seen.inputs:
+            assert inputs["mix_lam"].shape == (12,)
+            assert len(inputs["mix_lam"].unique()) >= 4  # areas of boxes in 8 x 8 pixels, shares
 
 
 @pytest.mark.parametrize("name", NO_DEFAULT)

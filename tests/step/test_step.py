@@ -138,6 +138,42 @@ def test_data_options(method: str, option: dict[str, Any]) -> None:
     check(config_of(given, groups=3, **option), steps=3)
 
 
+MIXES = [
+    {"mix": mix, "mix_per": per, "mix_on": on}
+    for mix in ("mixup", "cutmix", "either")
+    for per in ("batch", "row")
+    for on in ("clean", "adv", "both")
+]
+ALL_OF_IT = {"mix": "either", "mix_per": "row", "mix_on": "both"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", MIXES, ids=values_of)
+@pytest.mark.parametrize("method", ["decoupled", *SCHEDULES])
+def test_mixes(method: str, mix: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"name": method}
+    if method in SCHEDULES:
+        given = FAST | {"schedule": method}
+    check(config_of(given, groups=3, **mix), steps=3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_row_mixed_by_draws_of_its_own(schedule: str) -> None:
+    """Also through the carry of `pipelined`, and with smoothed labels."""
+    mix = ALL_OF_IT | {"label_smoothing": 0.1}
+    check(config_of(FAST | {"schedule": schedule}, groups=3, **mix), steps=3)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+@pytest.mark.parametrize("method", ["decoupled", "advprop", "adversarial_training"])
+def test_an_attack_of_its_own_follows_the_mixed_loss(method: str, targeted: bool) -> None:
+    """Copies are those of mixed rows."""
+    given: dict[str, Any] = {"name": method, "attack_steps": 2, "targeted": targeted}
+    if method != "decoupled":
+        given["p_adv"] = None
+    check(config_of(given, groups=2, **ALL_OF_IT), steps=2)
+
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "sync off": {"sync": False},
     "weights 1:1:1": {"weight_clean": 1.0, "weight_noise": 1.0, "weight_adv": 1.0},
@@ -198,6 +234,6 @@ def test_any_combination() -> None:
             "shuffle": pick(["ranks", "groups", "off"]),
             "eps_255": pick([0.5, 1.0, 4.0]),
         }
-        option = {"mix": pick([None, "mixup", "cutmix"]), "label_smoothing": pick([0.0, 0.1])}
+        option = pick([{}, *MIXES]) | {"label_smoothing": pick([0.0, 0.1])}
         print(method, option)
         check(config_of(method, pick([1, 2, 5]), **option), pick([TinyNet, TinyResNet]), steps=2)
