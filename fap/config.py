@@ -81,6 +81,11 @@ class Config(Section):
         if data.mix is not None:
             self._check_mix()
         self._check_augment_on()
+        rows = self.optim.clean_batch + self.loader_adv_rows
+        if data.repeats > rows:
+            raise ValueError(
+                f"data.repeats = {data.repeats} must be at most the {rows} rows that a step loads"
+            )
         for field in ("scale", "ratio", "jitter"):
             low, high = getattr(data, field)
             if low > high or (field == "scale" and high > 1):
@@ -133,6 +138,11 @@ class Config(Section):
             raise ValueError(
                 f"data.crop = 'letterbox' with task = {self.task!r}: "
                 f"it is for {DETECTION}; must be 'random_resized' or 'pad'"
+            )
+        if self.data.sampling != "shuffle":
+            raise ValueError(
+                f"data.sampling = {self.data.sampling!r} with task = {DETECTION!r}: "
+                "an image has boxes of several classes; must be 'shuffle'"
             )
         if self.data.mix is not None:
             raise ValueError(

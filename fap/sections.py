@@ -247,6 +247,12 @@ class DataConfig(Section):
     """What decodes the JPEGs. `gpu`: nvJPEG, by DALI, with any pipeline but reference, and only
     with the bilinear filter; `auto`: that, if it can. Unset: dali decodes on the GPU that trains,
     the others on CPU cores."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """What an epoch shows: every image once, or every class equally often, images of small classes
+    more than once. An epoch has as many steps either way."""
+    repeats: PositiveInt = 1
+    """Repeated augmentation: how often an epoch shows an image, in one step, with draws of its own
+    each time. It shows fewer images, in as many steps."""
     size: CanvasSize = 224
     """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
     width]."""
@@ -360,7 +366,8 @@ class DataConfig(Section):
         """The fields that only the other kind of crop has a meaning for."""
         if self.crop == "letterbox":
             moving = {"augment", "augment_ops", "augment_magnitude", "erase"}
-            return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha", *OF_MIX, *moving}
+            of_classes = {"mix", "mix_alpha", *OF_MIX, "sampling"}
+            return {"resize", "scale", "ratio", "pad", *of_classes, *moving}
         return {"jitter", "most_boxes"}
 
     @property

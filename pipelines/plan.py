@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from pipelines import exchanges, mixing, windows
+from pipelines import exchanges, mixing, order, windows
 from pipelines.augment import draws
 from pipelines.augment.spec import NO_AUGMENT, AugmentSpec
 from pipelines.back_ends import EVAL_FILTERS, FILTERS, EvalFilter, Filter
@@ -24,9 +24,8 @@ from pipelines.sizes import Size, sides_of
 PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its image is all zeros
 
 # The streams of one epoch. Never renumber: every number drawn so far would change.
-ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
+ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX, MIX_ADV = range(7)
 OPERATIONS, COLOURS, ERASING = range(16, 19)  # of the augmentation; between lie those to come
-MIX_ADV = 10
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
 MAX_WINDOW = np.iinfo(np.int16).max  # pixels
@@ -56,6 +55,9 @@ class PlanSpec:
     adv_rows: int = 0
     clean_group_rows: int = 64
     adv_group_rows: int = 16
+    sampling: order.Sampling = "shuffle"
+    repeats: int = 1
+    """How often an epoch shows each image that it shows; other images are left out for it."""
     crop: Literal["random_resized", "pad", "center", "letterbox"] = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -110,7 +112,7 @@ class PlanSpec:
         return groups_of_a_rank % self.shuffle_groups == 0
 
     def __post_init__(self) -> None:
-        minima = {"seed": 0, "clean_rows": 1, "adv_rows": 0, "pad": 0}
+        minima = {"seed": 0, "clean_rows": 1, "adv_rows": 0, "pad": 0, "repeats": 1}
         for name, least in minima.items():
             value = getattr(self, name)
             if value < least:
@@ -126,6 +128,7 @@ class PlanSpec:
         known_mix = self.mix in (None, *get_args(mixing.Mix))
         if not (known_crop and known_mix):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
+        self._check_order()
         self._check_mix()
         if self.filter not in FILTERS:
             raise ValueError(f"filter = {self.filter!r}: must be one of {', '.join(FILTERS)}")
@@ -138,6 +141,15 @@ class PlanSpec:
             raise ValueError(
                 f"scale = {self.scale}, ratio = {self.ratio}: "
                 "must be 0 < low <= high, scale at most 1"
+            )
+
+    def _check_order(self) -> None:
+        if self.sampling not in get_args(order.Sampling):
+            raise ValueError(f"sampling = {self.sampling!r}: must be 'shuffle' or 'balanced'")
+        if self.repeats > self.loaded_rows:
+            raise ValueError(
+                f"repeats = {self.repeats}: a step has only {self.loaded_rows} rows to show an "
+                "image in"
             )
 
     def _check_augment(self) -> None:
@@ -293,12 +305,13 @@ def draw_epoch(
     heights: np.ndarray,  # (N,) pixels
     widths: np.ndarray,  # (N,) pixels
     epoch: int,
+    labels: np.ndarray | None = None,  # integers (N,): for `sampling: balanced`
 ) -> EpochPlan:
     """Draw a training epoch; a partial last batch is dropped.
 
     Raises:
-        ValueError: fewer images than one batch, or an image too large (side > 32767) or too small
-            to crop.
+        ValueError: fewer images than one batch, an image too large (side > 32767) or too small
+            to crop, or no labels where they are needed.
     """
     rows = spec.loaded_rows
     steps = len(heights) // rows
@@ -306,8 +319,8 @@ def draw_epoch(
         raise ValueError(
             f"clean_rows + adv_rows = {rows}: the data hold only {len(heights)} images"
         )
-    order = _stream(spec, epoch, ORDER).permutation(np.arange(len(heights), dtype=np.uint32))
-    index = order[: steps * rows]
+    shown = order.drawn(spec, _stream(spec, epoch, ORDER), len(heights), steps, labels)
+    index = shown.ravel()
     height, width = heights[index], widths[index]
     rng = _stream(spec, epoch, WINDOW)
     place = _whole_canvas(spec)
@@ -322,7 +335,7 @@ def draw_epoch(
             raise ValueError(
                 "crop = 'center': training plans take 'random_resized', 'pad' or 'letterbox'"
             )
-    return _complete(spec, epoch, index.reshape(steps, rows), window, place)
+    return _complete(spec, epoch, shown, window, place)
 
 
 def eval_plan(

@@ -35,6 +35,9 @@ from fap.config import load_config, make_config
         ),
         ("optim.clean_batch=100", "multiple of method.group_rows"),
         ("data.resize=100", "data.resize"),
+        ("data.repeats=0", "data.repeats = 0"),
+        ("data.repeats=321", "data.repeats = 321 must be at most the 320 rows that a step loads"),
+        ("data.sampling=random", "data.sampling = 'random': must be 'shuffle' or 'balanced'"),
         ("data.scale=[1,0.1]", "data.scale"),
         # Sizes.
         ("data.size=0", "data.size = 0: must be the side of a square in pixels such as 224"),
@@ -204,6 +207,10 @@ def test_a_field_of_another_schedule_of_the_rate_is_refused(schedule: str, overr
         (
             ["method.name=vanilla", "data.mix=mixup", "data.mix_on=both"],
             "data.mix_on = 'both' with method.name = 'vanilla': it attacks nothing",
+        ),
+        (
+            ["task=detection", "data.crop=letterbox", "data.size=64", "data.sampling=balanced"],
+            "data.sampling = 'balanced' with task = 'detection': an image has boxes of several",
         ),
         (["data.mix_on=adv"], "data.mix_on = 'adv' without data.mix: nothing is mixed"),
         (["data.mix_per=row"], "data.mix_per = 'row' without data.mix: nothing is mixed"),

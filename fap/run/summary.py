@@ -46,6 +46,8 @@ def describe(
         _passes(step),
         _groups(config, step),
     ]
+    if config.data.sampling != "shuffle" or config.data.repeats > 1:
+        lines.append(_order(config.data))
     if config.data.mix is not None:
         lines.append(_mix(config.data))
     if method.eps_255 is not None:
@@ -91,6 +93,16 @@ def _augmentation(config: Config) -> list[str]:
         return []
     rows = {"both": "all", "clean": "clean", "adv": "adversarial"}[data.augment_on]
     return [f"augment    {', then '.join(parts)}; on {rows} rows"]
+
+
+def _order(data: DataConfig) -> str:
+    """Which images an epoch shows, where it is not simply every one of them."""
+    shown = "every class equally often"
+    if data.sampling == "shuffle":
+        shown = "images in random order"
+    if data.repeats > 1:
+        shown += f", each {data.repeats} times in a step: an epoch shows 1/{data.repeats} of them"
+    return f"sampling   {data.sampling}: {shown}"
 
 
 def _mix(data: DataConfig) -> str:

@@ -90,6 +90,8 @@ CASES = {
     "data.decode": Case("data.decode=gpu", ("error",), BILINEAR, error="data.decode = 'gpu': "),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
     "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
+    "data.sampling": Case("data.sampling=balanced", ("plan.index", "input.images", "weights")),
+    "data.repeats": Case("data.repeats=3", ("plan.index", "input.images", "weights")),
     "data.crop": Case("data.crop=pad", WINDOW),
     "data.filter": Case("data.filter=bilinear", ("input.images", "weights")),
     "data.eval_filter": Case("data.eval_filter=bicubic", ("evaluated",), ("data.resize=13",)),

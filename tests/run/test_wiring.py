@@ -49,6 +49,7 @@ COMMON: dict[str, Any] = {
 REUSE = COMMON | {
     "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
+    "data.sampling": "balanced", "data.repeats": 2,
     "data.mix": "either", "data.mix_alpha": 0.7, "data.cutmix_alpha": 0.6, "data.mix_per": "row",
     "data.mix_on": "both", "run.amp": "bf16",
     "budget.milestones": [2, 3], "budget.gamma": 0.5,
@@ -140,6 +141,8 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     )
     own: dict[str, Any] = {
         "reuse": {
+            "sampling": "balanced",
+            "repeats": 2,
             "mix": "either",
             "mix_alpha": 0.7,
             "cutmix_alpha": 0.6,
@@ -158,7 +161,7 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     assert [plan.epoch for plan in seen.plans] == [0, 1, 2, 3]
     for plan in seen.plans:
         assert plan.spec == expected
-        want = draw_epoch(expected, store.heights, store.widths, plan.epoch)
+        want = draw_epoch(expected, store.heights, store.widths, plan.epoch, store.labels)
         for draw in DRAWS:
             np.testing.assert_array_equal(getattr(plan, draw), getattr(want, draw))
         for draw, values in vars(want.augment).items():
