@@ -23,6 +23,7 @@ from pydantic.functional_validators import (
 from fap.fields import (
     CanvasSize,
     Channels,
+    ClassWeights,
     ColorJitter,
     FilePath,
     NonNegativeFloat,
@@ -460,6 +461,9 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """On every parameter, batch norms included (authors' code)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: ClassWeights = None
+    """Classification: factors of the rows' losses, one for each class in the order of the labels.
+    `balanced`: images / (classes * images of the class), which is 1 on average over the images."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient of all parameters; a longer one is shortened. Unset: any."""
 

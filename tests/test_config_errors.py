@@ -35,6 +35,17 @@ from fap.config import load_config, make_config
         ),
         ("optim.clean_batch=100", "multiple of method.group_rows"),
         ("data.resize=100", "data.resize"),
+        (
+            "optim.class_weights=equal",
+            "optim.class_weights = 'equal': must be 'balanced', or a list",
+        ),
+        (
+            "optim.class_weights=[1]",
+            "optim.class_weights = [1]: must be 'balanced', or a list of 2",
+        ),
+        ("optim.class_weights=[1, 0]", "optim.class_weights = [1, 0]: must be 'balanced'"),
+        ("optim.class_weights=[1, true]", "optim.class_weights = [1, True]: must be"),
+        ("optim.class_weights=3", "optim.class_weights = 3: must be"),
         ("data.repeats=0", "data.repeats = 0"),
         ("data.repeats=321", "data.repeats = 321 must be at most the 320 rows that a step loads"),
         ("data.sampling=random", "data.sampling = 'random': must be 'shuffle' or 'balanced'"),

@@ -9,6 +9,8 @@ Twin: tests/step/reference_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -196,9 +198,26 @@ class Step:
         Of a mixed row a hit is its own target's.
         """
         losses, hits = self.task.losses_and_hits(outputs, aim.targets)
-        losses = aim.mixed(losses, lambda targets: self.task.losses(outputs, targets))
+        losses = self._mixed(losses, aim, lambda targets: self.task.losses(outputs, targets))
         self.metrics.count_rows(kind, losses, hits)
         return losses.sum() * self.weights.of_row[kind]
+
+    def _mixed(
+        self,
+        losses: Tensor,  # (rows,): by the rows' own targets
+        aim: Aim,
+        losses_by: Callable[[Tensor], Tensor],  # targets (rows, ...) -> (rows,)
+    ) -> Tensor:  # (rows,)
+        """Each target's loss times the task's weight of it; of mixed rows that of both targets."""
+
+        def weighted(losses: Tensor, targets: Tensor) -> Tensor:
+            weights = self.task.row_weights(targets)
+            if weights is None:
+                return losses
+            return losses * weights.to(losses.dtype)
+
+        own = weighted(losses, aim.targets)
+        return aim.mixed(own, lambda targets: weighted(losses_by(targets), targets))
 
     # ------------------------------------------------------------------ adversarial rows
 
@@ -264,7 +283,9 @@ class Step:
     def _attack_losses(self, outputs: Tensor, aim: Aim, part: str) -> Tensor:
         """(rows,): mixed as those that are trained."""
         losses = self.task.attack_losses(outputs, aim.targets, part)
-        return aim.mixed(losses, lambda targets: self.task.attack_losses(outputs, targets, part))
+        return self._mixed(
+            losses, aim, lambda targets: self.task.attack_losses(outputs, targets, part)
+        )
 
     def _attack_groups(self) -> list[Group]:
         """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""

@@ -128,6 +128,7 @@ CASES = {
     "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),
     "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
     "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
+    "optim.class_weights": Case("optim.class_weights=[1,2,3,4]", ("weights",)),
     "optim.clip_norm": Case("optim.clip_norm=0.01", ("weights",)),
     "budget.epochs": Case("budget.epochs=8", ("steps",)),
     "budget.warmup_epochs": Case("budget.warmup_epochs=1", ("rates", "weights")),

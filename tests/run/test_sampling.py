@@ -1,4 +1,4 @@
-"""Which images a run shows: classes in balance, images again, and a resume in mid-epoch."""
+"""Classes of unequal size in a run: shown in balance, or weighted; and images shown again."""
 
 from __future__ import annotations
 
@@ -49,3 +49,46 @@ def test_repeats_are_resumed_in_the_middle_of_an_epoch(
     for plan in whole.plans:
         for rows in plan.index:
             assert (np.unique(rows, return_counts=True)[1] % 2 == 0).all()
+
+
+# ---------------------------------------------------------------------- class weights
+
+
+def test_class_weights_are_factors_of_the_losses(rare: dict[str, Path], tmp_path: Path) -> None:
+    """Two for every class doubles every loss, and of nothing else does it ask more."""
+    once = observe(["run.max_steps=1"], rare, tmp_path / "once" / "runs")
+    words = ["run.max_steps=1", "optim.class_weights=[2, 2, 2, 2]"]
+    twice = observe(words, rare, tmp_path / "twice" / "runs")
+    assert "weights    of classes, as given: 2 (0) to 2 (0)" in twice.said
+    assert "weights    of" not in once.said
+    for kind in ("clean", "noise"):
+        assert twice.records[0][f"loss_{kind}"] == 2 * once.records[0][f"loss_{kind}"]
+        assert twice.records[0][f"acc_{kind}"] == once.records[0][f"acc_{kind}"]
+
+
+def test_balanced_weights_are_the_datas_and_are_resumed(
+    rare: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["optim.class_weights=balanced", "method.schedule=pipelined", "run.max_steps=5"]
+    whole = observe(words, rare, tmp_path / "whole" / "runs")
+    assert whole.error == ""
+    assert "weights    of classes, balanced: 0.3333 (0) to 6 (3)" in whole.said
+    half = observe([*words, "run.max_steps=3"], rare, tmp_path / "runs")
+    rest = observe([*words, "resume=auto"], rare, tmp_path / "runs")
+    assert half.error == rest.error == ""
+    assert torch.equal(rest.weights[-1], whole.weights[-1])
+    by_hand = [18, 3, 2, 1]
+    given = [24 / (4 * count) for count in by_hand]
+    same = observe([*words, f"optim.class_weights={given}"], rare, tmp_path / "same" / "runs")
+    assert torch.equal(same.weights[-1], whole.weights[-1])
+    assert whole.run is not None
+    assert "  class_weights: balanced" in (whole.run.folder / "config.yaml").read_text()
+    other = observe(
+        [*words, f"optim.class_weights={given}", "resume=auto"], rare, tmp_path / "runs"
+    )
+    assert "trained with other settings" in other.error
+
+
+def test_weights_are_one_for_each_class(rare: dict[str, Path], tmp_path: Path) -> None:
+    seen = observe(["optim.class_weights=[1, 2]"], rare, tmp_path / "runs")
+    assert seen.error == "optim.class_weights = [1.0, 2.0]: 2 numbers for 4 classes"

@@ -41,6 +41,7 @@ COMMON: dict[str, Any] = {
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
     "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5,
     "budget.epochs": 4, "budget.warmup_epochs": 1.5, "budget.same_budget": False,
+    "optim.class_weights": [0.5, 1.0, 2.0, 1.5, 0.75],
     "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
     "run.compile": True, "run.torch_threads": 2, "run.max_steps": 7, "run.log_every": 3,
     "run.checkpoint_every": 3, "run.keep": 5, "run.keep_best": False, "run.eval_every": 3,

@@ -59,6 +59,7 @@ def make(
     model: str | None = None,
     method: dict[str, Any] | None = None,  # more fields of `method`
     data: dict[str, Any] | None = None,  # more fields of `data`
+    optim: dict[str, Any] | None = None,  # more fields of `optim`
 ) -> Step:
     """A step that is fed with its first input; equal arguments make equal steps."""
     settings = SETTINGS[task]
@@ -70,7 +71,7 @@ def make(
             "model": settings["model"] | names | {"num_classes": CLASSES},
             "method": {"group_rows": GROUP_ROWS} | fields_of(variant) | (method or {}),
             "data": settings["data"] | sizes | (data or {}),
-            "optim": {"clean_batch": CLEAN_ROWS},
+            "optim": {"clean_batch": CLEAN_ROWS} | (optim or {}),
         }
     )
     torch.manual_seed(seed)

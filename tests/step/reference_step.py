@@ -56,6 +56,7 @@ class Rules:
     attack_bn: Literal["batch", "running"] = "batch"
     attack_loss: Literal["total", "cls", "box", "max"] = "total"
     label_smoothing: float = 0.0
+    class_weights: Sequence[float] | None = None  # what a row's loss counts, by its label
     losses: Callable[[Tensor, Tensor, str], Tensor] | None = None
     """(outputs, targets, part of the loss) -> (rows,); None: cross-entropy on labels."""
     clip_norm: float | None = None
@@ -452,10 +453,17 @@ def losses_to(rules: Rules, outputs: Tensor, targets: Tensor, part: str = "total
 
 
 def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
-    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,)."""
+    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,).
+
+    All of it times the weight of the label.
+    """
     log_p = logits.log_softmax(1)
     of_label = log_p[torch.arange(len(labels)), labels]
-    return -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+    losses = -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+    if rules.class_weights is None:
+        return losses
+    weights = [rules.class_weights[label] for label in labels.tolist()]
+    return torch.tensor(weights, dtype=torch.float64) * losses
 
 
 # ---------------------------------------------------------------------- the attack

@@ -133,13 +133,15 @@ OTHER_NORMS = (LayerNorms, GroupNorms, RMSNorms, BatchNorms, MixedNorms)
 
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
     """`groups` groups of clean rows; a third of the rows adversarial unless `method` says else."""
-    smoothing = data.pop("label_smoothing", 0.0)
+    of_losses = {
+        name: data.pop(name) for name in ("label_smoothing", "class_weights") if name in data
+    }
     return make_config(
         {
             "model": {"num_classes": CLASSES},
             "method": {"group_rows": GROUP, "p_adv": "1/3"} | method,
             "data": {"size": SIZE} | data,
-            "optim": {"clean_batch": GROUP * groups, "label_smoothing": smoothing},
+            "optim": {"clean_batch": GROUP * groups} | of_losses,
         }
     )
 
@@ -154,6 +156,7 @@ def rules_of(config: Config) -> Rules:
         "adv_group_rows": m.adv_group_rows,
         "n_adv": config.optim.clean_batch // GROUP * m.adv_group_rows,
         "label_smoothing": config.optim.label_smoothing,
+        "class_weights": config.optim.class_weights,
         "mean": config.data.mean,
         "std": config.data.std,
         "weights": (m.weight_clean or 1.0, m.weight_noise or 0.0, m.weight_adv or 1.0),
