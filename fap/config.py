@@ -78,12 +78,14 @@ class Config(Section):
                 f"optim.clean_batch = {self.optim.clean_batch} must be a multiple of "
                 f"method.group_rows = {self.method.group_rows}"
             )
-        if data.mix and self.method.entry.attacked == "copies":
-            raise ValueError(
-                f"data.mix with method.name = {self.method.name!r}: "
-                "its adversarial rows are copies of unmixed clean rows"
-            )
+        if data.mix is not None:
+            self._check_mix()
         self._check_augment_on()
+        rows = self.optim.clean_batch + self.loader_adv_rows
+        if data.repeats > rows:
+            raise ValueError(
+                f"data.repeats = {data.repeats} must be at most the {rows} rows that a step loads"
+            )
         for field in ("scale", "ratio", "jitter"):
             low, high = getattr(data, field)
             if low > high or (field == "scale" and high > 1):
@@ -116,11 +118,31 @@ class Config(Section):
                 "adversarial rows; must be 'both' or 'clean'"
             )
 
+    def _check_mix(self) -> None:
+        mix_on = self.data.mix_on
+        method = self.method
+        if method.entry.attacked == "copies" and mix_on != "both":
+            raise ValueError(
+                f"data.mix with method.name = {method.name!r} and data.mix_on = {mix_on!r}: "
+                "its adversarial rows are copies of unmixed clean rows; "
+                "write data.mix_on=both, which mixes before rows are copied"
+            )
+        if method.entry.attacked == "nothing" and mix_on != "clean":
+            raise ValueError(
+                f"data.mix_on = {mix_on!r} with method.name = {method.name!r}: "
+                "it attacks nothing, so there are clean rows only; leave it out"
+            )
+
     def _check_letterbox(self) -> None:
         if self.task != DETECTION:
             raise ValueError(
                 f"data.crop = 'letterbox' with task = {self.task!r}: "
                 f"it is for {DETECTION}; must be 'random_resized' or 'pad'"
+            )
+        if self.data.sampling != "shuffle":
+            raise ValueError(
+                f"data.sampling = {self.data.sampling!r} with task = {DETECTION!r}: "
+                "an image has boxes of several classes; must be 'shuffle'"
             )
         if self.data.mix is not None:
             raise ValueError(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -21,6 +21,8 @@ MOST_COUNT = 2**31 - 1  # fits every integer type on the way
 MOST_SEED = 2**32 - 1  # what numpy and torch take
 MOST = 1e30  # of a number, far from what float32 cannot hold
 MOST_DENOMINATOR = 1000  # of a fraction that is given as 0.2
+BALANCED = "balanced"  # of class weights: as the data asks for
+MOST_WEIGHTS = 2000  # of classes in a config, which is a file of limited size
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, not starting with '.'"
 FRACTION = re.compile(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}")
@@ -73,6 +75,23 @@ def canvas_size(value: Any) -> Size:
     return height, width
 
 
+def class_weights(value: Any) -> Any:
+    """A word, a tuple with a number for each class, or None. ValueError for anything else."""
+    if value is None or value == BALANCED:
+        return value
+    weights: Sequence[Any] = ()
+    if isinstance(value, list | tuple):
+        weights = value
+    # `true` is no number, though Python takes it for a 1.
+    are_positive = all(type(weight) in (int, float) and 0 < weight <= MOST for weight in weights)
+    if 2 <= len(weights) <= MOST_WEIGHTS and are_positive:
+        return tuple(float(weight) for weight in weights)
+    raise ValueError(
+        f"must be {BALANCED!r}, or a list of 2 to {MOST_WEIGHTS:,} positive numbers such as"
+        " [1, 2.5], one for each class"
+    )
+
+
 def safe_name(value: str) -> str:
     """The name becomes a folder and part of file names, so it must lead nowhere else."""
     if not SAFE_NAME.fullmatch(value):
@@ -122,6 +141,9 @@ FilePath = Annotated[str, Field(max_length=4096), AfterValidator(full_path)]
 # A tuple may come as a list; what is in it stays strict.
 Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 CanvasSize = Annotated[int | tuple[int, int], BeforeValidator(canvas_size)]
+ClassWeights = Annotated[
+    Literal["balanced"] | tuple[float, ...] | None, BeforeValidator(class_weights)
+]
 Channels = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 ColorJitter = Annotated[
     tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat],

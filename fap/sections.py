@@ -23,6 +23,7 @@ from pydantic.functional_validators import (
 from fap.fields import (
     CanvasSize,
     Channels,
+    ClassWeights,
     ColorJitter,
     FilePath,
     NonNegativeFloat,
@@ -71,6 +72,7 @@ class Magnitude(NamedTuple):
 
 # The policies that have one. A test compares the ranges with those of `pipelines.augment`.
 MAGNITUDES = {"randaugment": Magnitude(0, 30, 9), "augmix": Magnitude(1, 10, 3)}
+OF_MIX = ("mix_per", "mix_on", "cutmix_alpha")  # fields of `data` that only a mix has a meaning for
 
 
 class ModelConfig(Section):
@@ -259,6 +261,12 @@ class DataConfig(Section):
     """What decodes the JPEGs. `gpu`: nvJPEG, by DALI, with any pipeline but reference, and only
     with the bilinear filter; `auto`: that, if it can. Unset: dali decodes on the GPU that trains,
     the others on CPU cores."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """What an epoch shows: every image once, or every class equally often, images of small classes
+    more than once. An epoch has as many steps either way."""
+    repeats: PositiveInt = 1
+    """Repeated augmentation: how often an epoch shows an image, in one step, with draws of its own
+    each time. It shows fewer images, in as many steps."""
     size: CanvasSize = 224
     """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
     width]."""
@@ -300,9 +308,18 @@ class DataConfig(Section):
     augment_on: Literal["both", "clean", "adv"] = "both"
     """The rows that `augment`, `color_jitter` and `erase` change: clean ones, adversarial ones
     before they are attacked, or both. Copies are those of the clean rows."""
-    mix: Literal["mixup", "cutmix"] | None = None
-    """On the clean partition only (Table 6)."""
+    mix: Literal["mixup", "cutmix", "either"] | None = None
+    """Blend images in pairs, and their losses alike. `either`: one of the two, p = 1/2 each."""
     mix_alpha: PositiveFloat = 1.0
+    """Of the beta distribution of the shares; with `either` that of Mixup."""
+    cutmix_alpha: PositiveFloat = 1.0
+    """With `mix: either`: that of CutMix."""
+    mix_per: Literal["batch", "row"] = "batch"
+    """What draws a share and a box of its own, and with `either` which of the two: a step, or each
+    row."""
+    mix_on: Literal["clean", "adv", "both"] = "clean"
+    """Which loaded rows are mixed: the clean ones only (Table 6), those that are attacked, before
+    they are, or both."""
     mean: Channels = (0.5, 0.5, 0.5)
     std: PositiveChannels = (0.5, 0.5, 0.5)
     threads: PositiveInt | None = None
@@ -372,8 +389,17 @@ class DataConfig(Section):
         """The fields that only the other kind of crop has a meaning for."""
         if self.crop == "letterbox":
             moving = {"augment", "augment_ops", "augment_magnitude", "erase"}
-            return {"resize", "scale", "ratio", "pad", "mix", "mix_alpha", *moving}
+            of_classes = {"mix", "mix_alpha", *OF_MIX, "sampling"}
+            return {"resize", "scale", "ratio", "pad", *of_classes, *moving}
         return {"jitter", "most_boxes"}
+
+    @property
+    def mixes_clean(self) -> bool:
+        return self.mix is not None and self.mix_on != "adv"
+
+    @property
+    def mixes_adv(self) -> bool:
+        return self.mix is not None and self.mix_on != "clean"
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -398,6 +424,7 @@ class DataConfig(Section):
                 f"or take another data.{field}"
             )
         self._check_augment()
+        self._check_mix()
         return self
 
     def _check_augment(self) -> None:
@@ -431,6 +458,21 @@ class DataConfig(Section):
                 "set data.augment, data.color_jitter or data.erase, or leave it out"
             )
 
+    def _check_mix(self) -> None:
+        for field in OF_MIX:
+            value = getattr(self, field)
+            if value == type(self).model_fields[field].default:
+                continue
+            if self.mix is None:
+                raise ValueError(
+                    f"data.{field} = {shown(value)} without data.mix: nothing is mixed"
+                )
+            if field == "cutmix_alpha" and self.mix != "either":
+                raise ValueError(
+                    f"data.cutmix_alpha = {value} with data.mix = {self.mix!r}: only 'either' has "
+                    "two; write data.mix_alpha"
+                )
+
 
 class OptimConfig(Section):
     clean_batch: PositiveInt = 256
@@ -441,6 +483,9 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 1e-4
     """On every parameter, batch norms included (authors' code)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: ClassWeights = None
+    """Classification: factors of the rows' losses, one for each class in the order of the labels.
+    `balanced`: images / (classes * images of the class), which is 1 on average over the images."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient of all parameters; a longer one is shortened. Unset: any."""
 

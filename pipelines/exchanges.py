@@ -1,8 +1,6 @@
-"""What rows of a step exchange: places (shuffling BN), or parts of their images (mix)."""
+"""How rows of a step change places: shuffling BN."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 
@@ -29,7 +27,7 @@ def shuffled(
         first_row = first_group * group_rows
         end_row = first_row + of_this_scope * group_rows
         dealt[first_row:end_row] = first_row + _dealt(of_this_scope, group_rows)
-    return _permuted(rng, steps, n_groups, group_rows)[:, dealt]
+    return permuted(rng, steps, n_groups, group_rows)[:, dealt]
 
 
 def _dealt(n_groups: int, group_rows: int) -> np.ndarray:
@@ -45,40 +43,7 @@ def _dealt(n_groups: int, group_rows: int) -> np.ndarray:
     return np.argsort(target, kind="stable")
 
 
-def mixed(
-    rng: np.random.Generator,
-    steps: int,
-    n_groups: int,  # of clean rows
-    group_rows: int,
-    *,
-    mix: Literal["mixup", "cutmix"] | None,
-    alpha: float,
-    size: int,  # pixels a side of the square images
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A plan's mix_lam, mix_box and mix_partner; one lambda and one box per step.
-
-    Mixup is arXiv 1710.09412, CutMix arXiv 1905.04899.
-    """
-    box = np.zeros((steps, 4), np.int32)
-    if mix is None:
-        # Every row is its own partner: mixing changes nothing.
-        n_rows = n_groups * group_rows
-        own = np.broadcast_to(np.arange(n_rows), (steps, n_rows))
-        return np.ones(steps, np.float32), box, own
-    lam = rng.beta(alpha, alpha, steps)
-    if mix == "cutmix":
-        # A box of 1 - lambda of the image's area around a random centre, cut at the image's edge;
-        # lambda is then what is left of the own image.
-        half = (0.5 * np.sqrt(1 - lam) * size).astype(np.int64)[:, None]
-        centre = rng.integers(0, size, (steps, 2))
-        box = np.concatenate([centre - half, centre + half], 1).clip(0, size).astype(np.int32)
-        top, left, bottom, right = box.T
-        lam = 1 - (bottom - top) * (right - left) / size**2
-    partner = _permuted(rng, steps, n_groups, group_rows)
-    return lam.astype(np.float32), box, partner
-
-
-def _permuted(rng: np.random.Generator, steps: int, n_groups: int, group_rows: int) -> np.ndarray:
+def permuted(rng: np.random.Generator, steps: int, n_groups: int, group_rows: int) -> np.ndarray:
     """(steps, n_groups * group_rows): the rows of every group permuted inside it."""
     keys = rng.random((steps, n_groups, group_rows), dtype=np.float32)
     inside = keys.argsort(-1, kind="stable")

@@ -11,11 +11,11 @@ those of all ranks together until `EpochPlan.for_rank` takes a rank's share.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from pipelines import exchanges, windows
+from pipelines import exchanges, mixing, order, windows
 from pipelines.augment import draws
 from pipelines.augment.spec import NO_AUGMENT, AugmentSpec
 from pipelines.back_ends import EVAL_FILTERS, FILTERS, EvalFilter, Filter
@@ -24,7 +24,7 @@ from pipelines.sizes import Size, sides_of
 PADDING = 2**32 - 1  # index of an evaluation row that holds no sample: its image is all zeros
 
 # The streams of one epoch. Never renumber: every number drawn so far would change.
-ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX = range(6)
+ORDER, WINDOW, FLIP, SHUFFLE, NOISE, MIX, MIX_ADV = range(7)
 OPERATIONS, COLOURS, ERASING = range(16, 19)  # of the augmentation; between lie those to come
 
 NOISE_KEYS = 2**31  # keys are int32 and not negative
@@ -55,6 +55,9 @@ class PlanSpec:
     adv_rows: int = 0
     clean_group_rows: int = 64
     adv_group_rows: int = 16
+    sampling: order.Sampling = "shuffle"
+    repeats: int = 1
+    """How often an epoch shows each image that it shows; other images are left out for it."""
     crop: Literal["random_resized", "pad", "center", "letterbox"] = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -65,8 +68,14 @@ class PlanSpec:
     flip: float = 0.5
     augment: AugmentSpec = NO_AUGMENT
     """What is done to the pixels of the canvas; `eval_plan` does nothing."""
-    mix: Literal["mixup", "cutmix"] | None = None
+    mix: mixing.Mix | None = None
     mix_alpha: float = 1.0
+    cutmix_alpha: float = 1.0
+    """`either`: that of CutMix; `mix_alpha` is then that of Mixup."""
+    mix_per: Literal["batch", "row"] = "batch"
+    """What has a lambda and a box of its own."""
+    mix_on: Literal["clean", "adv", "both"] = "clean"
+    """The loaded rows that are mixed. `both` with `adv_are_copies`: the clean ones, then copied."""
     shuffle_groups: int = 0
     """Scope of the shuffle: so many adjacent adversarial groups exchange rows; below 2 none do.
 
@@ -103,7 +112,7 @@ class PlanSpec:
         return groups_of_a_rank % self.shuffle_groups == 0
 
     def __post_init__(self) -> None:
-        minima = {"seed": 0, "clean_rows": 1, "adv_rows": 0, "pad": 0}
+        minima = {"seed": 0, "clean_rows": 1, "adv_rows": 0, "pad": 0, "repeats": 1}
         for name, least in minima.items():
             value = getattr(self, name)
             if value < least:
@@ -116,9 +125,11 @@ class PlanSpec:
                     f"{part}_rows = {rows}: must be a multiple of {part}_group_rows = {group_rows}"
                 )
         known_crop = self.crop in ("random_resized", "pad", "center", "letterbox")
-        known_mix = self.mix in (None, "mixup", "cutmix")
+        known_mix = self.mix in (None, *get_args(mixing.Mix))
         if not (known_crop and known_mix):
             raise ValueError(f"crop = {self.crop!r}, mix = {self.mix!r}: unknown")
+        self._check_order()
+        self._check_mix()
         if self.filter not in FILTERS:
             raise ValueError(f"filter = {self.filter!r}: must be one of {', '.join(FILTERS)}")
         if self.crop == "center" and self.filter not in EVAL_FILTERS:
@@ -132,6 +143,15 @@ class PlanSpec:
                 "must be 0 < low <= high, scale at most 1"
             )
 
+    def _check_order(self) -> None:
+        if self.sampling not in get_args(order.Sampling):
+            raise ValueError(f"sampling = {self.sampling!r}: must be 'shuffle' or 'balanced'")
+        if self.repeats > self.loaded_rows:
+            raise ValueError(
+                f"repeats = {self.repeats}: a step has only {self.loaded_rows} rows to show an "
+                "image in"
+            )
+
     def _check_augment(self) -> None:
         if self.augment.moves and self.crop == "letterbox":
             raise ValueError(
@@ -140,6 +160,20 @@ class PlanSpec:
             )
         if self.augment.on == "adv" and self.loaded_rows == self.clean_rows:
             raise ValueError("augment on 'adv': no adversarial rows are loaded")
+
+    def _check_mix(self) -> None:
+        for name, known in {
+            "mix_per": ("batch", "row"),
+            "mix_on": ("clean", "adv", "both"),
+        }.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(known)}")
+        if self.mix is not None and self.adv_are_copies and self.mix_on != "both":
+            raise ValueError(
+                f"mix_on = {self.mix_on!r} with adv_are_copies: must be 'both', as rows are mixed "
+                "before they are copied"
+            )
 
     def _check_canvas(self) -> None:
         if min(self.sides) < 1 or max(self.sides) > MAX_WINDOW:
@@ -183,11 +217,12 @@ class EpochPlan:
     shuffle: np.ndarray
     # int32 (steps, n_adv_groups), >= 0: seeds the attack's random start of one group.
     noise_key: np.ndarray
-    # float32 (steps,): share of the row's own image; 1 without mix.
+    # float32 (steps,), with `mix_per: row` (steps, B): share of the row's own image; 1 without mix.
     mix_lam: np.ndarray
-    # int32 (steps, 4): top, left, bottom, right in output pixels; empty unless cutmix.
+    # int32 (steps, 4), or (steps, B, 4): top, left, bottom, right in output pixels; empty unless
+    # cutmix.
     mix_box: np.ndarray
-    # int64 (steps, n_clean): row of this plan, inside the same clean group.
+    # int64 (steps, B): row of this plan, inside the same group; the row itself where none is mixed.
     mix_partner: np.ndarray
 
     def __len__(self) -> int:
@@ -199,7 +234,10 @@ class EpochPlan:
 
     @property
     def n_clean(self) -> int:
-        return self.mix_partner.shape[1]
+        n_loaded = self.index.shape[1]
+        if self.spec.adv_are_copies:
+            return n_loaded
+        return n_loaded - self.n_adv
 
     def look_up(self, values: np.ndarray, padding: float) -> np.ndarray:
         """(steps, B, ...): what `values` (N, ...) hold for each row's sample.
@@ -240,6 +278,13 @@ class EpochPlan:
         shuffle = self.shuffle[:, adv]
         if self.spec.shuffles_within_ranks(world):
             shuffle = shuffle - adv.start
+        mix_lam = self.mix_lam
+        mix_box = self.mix_box
+        if mix_lam.ndim == 2:  # one for every row
+            mix_lam = mix_lam[:, rows]
+            mix_box = mix_box[:, rows]
+        own_number = np.zeros(self.index.shape[1], np.int64)
+        own_number[rows] = np.arange(len(rows))
         return replace(
             self,
             index=self.index[:, rows],
@@ -249,7 +294,9 @@ class EpochPlan:
             augment=self.augment.of_rows(rows),
             shuffle=shuffle,
             noise_key=self.noise_key[:, _share(n_adv_groups, rank, world)],
-            mix_partner=self.mix_partner[:, clean] - clean.start,
+            mix_lam=mix_lam,
+            mix_box=mix_box,
+            mix_partner=own_number[self.mix_partner[:, rows]],
         )
 
 
@@ -258,12 +305,13 @@ def draw_epoch(
     heights: np.ndarray,  # (N,) pixels
     widths: np.ndarray,  # (N,) pixels
     epoch: int,
+    labels: np.ndarray | None = None,  # integers (N,): for `sampling: balanced`
 ) -> EpochPlan:
     """Draw a training epoch; a partial last batch is dropped.
 
     Raises:
-        ValueError: fewer images than one batch, or an image too large (side > 32767) or too small
-            to crop.
+        ValueError: fewer images than one batch, an image too large (side > 32767) or too small
+            to crop, or no labels where they are needed.
     """
     rows = spec.loaded_rows
     steps = len(heights) // rows
@@ -271,8 +319,8 @@ def draw_epoch(
         raise ValueError(
             f"clean_rows + adv_rows = {rows}: the data hold only {len(heights)} images"
         )
-    order = _stream(spec, epoch, ORDER).permutation(np.arange(len(heights), dtype=np.uint32))
-    index = order[: steps * rows]
+    shown = order.drawn(spec, _stream(spec, epoch, ORDER), len(heights), steps, labels)
+    index = shown.ravel()
     height, width = heights[index], widths[index]
     rng = _stream(spec, epoch, WINDOW)
     place = _whole_canvas(spec)
@@ -287,7 +335,7 @@ def draw_epoch(
             raise ValueError(
                 "crop = 'center': training plans take 'random_resized', 'pad' or 'letterbox'"
             )
-    return _complete(spec, epoch, index.reshape(steps, rows), window, place)
+    return _complete(spec, epoch, shown, window, place)
 
 
 def eval_plan(
@@ -395,15 +443,7 @@ def _complete(
             f"images with a side above {MAX_WINDOW} pixels: shrink them (fap-convert --max-side)"
         )
     noise_shape = (steps, spec.adv_groups)
-    mix_lam, mix_box, mix_partner = exchanges.mixed(
-        _stream(spec, epoch, MIX),
-        steps,
-        spec.clean_groups,
-        spec.clean_group_rows,
-        mix=spec.mix,
-        alpha=spec.mix_alpha,
-        size=spec.sides[0],
-    )
+    mixes = mixing.mixed(spec, steps, _stream(spec, epoch, MIX), _stream(spec, epoch, MIX_ADV))
     return EpochPlan(
         spec=spec,
         epoch=epoch,
@@ -420,7 +460,7 @@ def _complete(
             spec.shuffle_groups,
         ),
         noise_key=_stream(spec, epoch, NOISE).integers(0, NOISE_KEYS, noise_shape, dtype=np.int32),
-        mix_lam=mix_lam,
-        mix_box=mix_box,
-        mix_partner=mix_partner,
+        mix_lam=mixes.lam,
+        mix_box=mixes.box,
+        mix_partner=mixes.partner,
     )

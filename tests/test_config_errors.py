@@ -35,6 +35,20 @@ from fap.config import load_config, make_config
         ),
         ("optim.clean_batch=100", "multiple of method.group_rows"),
         ("data.resize=100", "data.resize"),
+        (
+            "optim.class_weights=equal",
+            "optim.class_weights = 'equal': must be 'balanced', or a list",
+        ),
+        (
+            "optim.class_weights=[1]",
+            "optim.class_weights = [1]: must be 'balanced', or a list of 2",
+        ),
+        ("optim.class_weights=[1, 0]", "optim.class_weights = [1, 0]: must be 'balanced'"),
+        ("optim.class_weights=[1, true]", "optim.class_weights = [1, True]: must be"),
+        ("optim.class_weights=3", "optim.class_weights = 3: must be"),
+        ("data.repeats=0", "data.repeats = 0"),
+        ("data.repeats=321", "data.repeats = 321 must be at most the 320 rows that a step loads"),
+        ("data.sampling=random", "data.sampling = 'random': must be 'shuffle' or 'balanced'"),
         ("data.scale=[1,0.1]", "data.scale"),
         # Sizes.
         ("data.size=0", "data.size = 0: must be the side of a square in pixels such as 224"),
@@ -199,7 +213,23 @@ def test_a_field_of_another_schedule_of_the_rate_is_refused(schedule: str, overr
         (["method.name=vanilla", "method.eps_255=1"], "no meaning"),
         (["method.name=advprop", "method.p_adv=1/5"], "no meaning"),
         (["method.name=decoupled", "method.schedule=fused"], "no meaning"),
-        (["method.name=advprop", "data.mix=mixup"], "unmixed"),
+        (["method.name=advprop", "data.mix=mixup"], "unmixed clean rows; write data.mix_on=both"),
+        (["method.name=advprop", "data.mix=mixup", "data.mix_on=adv"], "mix_on = 'adv': its adv"),
+        (
+            ["method.name=vanilla", "data.mix=mixup", "data.mix_on=both"],
+            "data.mix_on = 'both' with method.name = 'vanilla': it attacks nothing",
+        ),
+        (
+            ["task=detection", "data.crop=letterbox", "data.size=64", "data.sampling=balanced"],
+            "data.sampling = 'balanced' with task = 'detection': an image has boxes of several",
+        ),
+        (["data.mix_on=adv"], "data.mix_on = 'adv' without data.mix: nothing is mixed"),
+        (["data.mix_per=row"], "data.mix_per = 'row' without data.mix: nothing is mixed"),
+        (["data.cutmix_alpha=0.5"], "data.cutmix_alpha = 0.5 without data.mix: nothing is mixed"),
+        (
+            ["data.mix=cutmix", "data.cutmix_alpha=0.5"],
+            "data.cutmix_alpha = 0.5 with data.mix = 'cutmix': only 'either' has two; write",
+        ),
         (
             ["run.compile=true", "run.norm_kernel=triton"],
             "run.norm_kernel = 'triton' with run.compile = true",

@@ -172,7 +172,14 @@ ANY_CONFIG = st.fixed_dictionaries(
             },
         ),
         "optim": st.fixed_dictionaries(
-            {}, optional={"lr": POSITIVE, "weight_decay": st.floats(0, 1)}
+            {},
+            optional={
+                "lr": POSITIVE,
+                "weight_decay": st.floats(0, 1),
+                "class_weights": st.none()
+                | st.just("balanced")
+                | st.lists(POSITIVE, min_size=2, max_size=9),
+            },
         ),
         "budget": budgets(),
         "run": st.fixed_dictionaries(

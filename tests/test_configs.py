@@ -91,6 +91,7 @@ def test_a_file_is_complete(row: Row) -> None:
             expected = {name for name in expected if getattr(values, name) is not None}
         if section == "data" and config.data.crop == "letterbox":
             expected -= {"resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
+            expected -= {"cutmix_alpha", "mix_per", "mix_on", "sampling"}
         elif section == "data":
             expected -= {"jitter", "most_boxes"}
         assert set(given[section]) == expected

@@ -17,7 +17,9 @@ from pipelines.ahead import run_ahead
 from pipelines.augment.spec import AugmentSpec
 
 # Fields of the config's data that the plan's spec has under the same name.
-AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip", "mix", "mix_alpha"}
+AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip"}
+ORDER = {"sampling", "repeats"}
+MIX = {"mix", "mix_alpha", "cutmix_alpha", "mix_per", "mix_on"}
 # Fields of a plan that the step's inputs have under the same name, a row per step.
 DRAWS = ("shuffle", "noise_key")
 MIX_DRAWS = ("mix_lam", "mix_box", "mix_partner")
@@ -52,7 +54,7 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
         case _:
             shuffle_groups = 0
     return pipelines.PlanSpec(
-        **config.data.model_dump(include=AUGMENTATION),
+        **config.data.model_dump(include=ORDER | AUGMENTATION | MIX),
         augment=augment_spec(config.data),
         filter=config.data.shown_filter,
         seed=config.seed,
@@ -95,7 +97,7 @@ def epochs(
 
     def drawing(number: int) -> Callable[[], pipelines.EpochPlan]:
         def draw() -> pipelines.EpochPlan:
-            return pipelines.draw_epoch(spec, train.heights, train.widths, number)
+            return pipelines.draw_epoch(spec, train.heights, train.widths, number, train.labels)
 
         return draw
 

@@ -18,7 +18,7 @@ from fap.distributed import Ranks
 from fap.nets.weights.find import is_published
 from fap.run.epoch import plan_spec
 from fap.run_meta import RunMeta
-from fap.sections import OF_LR_SCHEDULE
+from fap.sections import OF_LR_SCHEDULE, OF_MIX
 from pipelines.back_ends import GPU_DECODER
 from pipelines.files import shown
 
@@ -167,7 +167,9 @@ def _flat(config: Config) -> dict[str, Any]:
     else:
         meaningless |= {"pad"}
     if config.data.mix is None:
-        meaningless |= {"mix_alpha"}
+        meaningless |= {"mix_alpha", *OF_MIX}
+    elif config.data.mix != "either":
+        meaningless |= {"cutmix_alpha"}
     for field in meaningless:
         tree["data"].pop(field)
     tree["data"]["filter"] = config.data.shown_filter

@@ -24,7 +24,7 @@ from fap.tasks.base import Result, Task
 from fap.versions import versions
 
 # Of the step's state: every rank holds its own rows.
-PER_RANK = {"carry.images_255", "carry.targets"}
+PER_RANK = {"carry.images_255", "carry.targets", "carry.partners", "carry.lam"}
 # Tensors of an earlier version's checkpoints, and what they are called now.
 RENAMED_TENSORS = {"carry.labels": "carry.targets"}
 

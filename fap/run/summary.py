@@ -46,6 +46,10 @@ def describe(
         _passes(step),
         _groups(config, step),
     ]
+    if config.data.sampling != "shuffle" or config.data.repeats > 1:
+        lines.append(_order(config.data))
+    if config.data.mix is not None:
+        lines.append(_mix(config.data))
     if method.eps_255 is not None:
         lines.append(_attack(config, step, method.eps_255))
     if method.shuffle is not None:
@@ -89,6 +93,24 @@ def _augmentation(config: Config) -> list[str]:
         return []
     rows = {"both": "all", "clean": "clean", "adv": "adversarial"}[data.augment_on]
     return [f"augment    {', then '.join(parts)}; on {rows} rows"]
+
+
+def _order(data: DataConfig) -> str:
+    """Which images an epoch shows, where it is not simply every one of them."""
+    shown = "every class equally often"
+    if data.sampling == "shuffle":
+        shown = "images in random order"
+    if data.repeats > 1:
+        shown += f", each {data.repeats} times in a step: an epoch shows 1/{data.repeats} of them"
+    return f"sampling   {data.sampling}: {shown}"
+
+
+def _mix(data: DataConfig) -> str:
+    alpha = f"alpha {data.mix_alpha:g}"
+    if data.mix == "either":
+        alpha = f"Mixup of alpha {data.mix_alpha:g} or CutMix of alpha {data.cutmix_alpha:g}"
+    rows = {"clean": "clean", "adv": "adversarial", "both": "clean and adversarial"}
+    return f"mix        {data.mix}, {alpha}, drawn per {data.mix_per}, of {rows[data.mix_on]} rows"
 
 
 def _passes(step: Step) -> str:

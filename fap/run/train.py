@@ -97,6 +97,7 @@ class Run:
         if config.run.max_steps is not None:
             self.steps = min(self.steps, config.run.max_steps)
         self.task = make_task(config)
+        class_weights = self.task.look_at(self.data.train)
 
         self.model = self._first_model(start.weights)
         self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
@@ -106,7 +107,8 @@ class Run:
         shuffle_groups = plan_spec(config, self.ranks).shuffle_groups
         summary = describe(config, self.budget, self.step, shuffle_groups)
         loader = described(asked.data, config.data)
-        self._say("\n".join([summary, *start.lines, loader, *self.data.lines]))
+        lines = [summary, *start.lines, loader, *self.data.lines, *class_weights]
+        self._say("\n".join(lines))
 
         if self.ranks.first:
             self.run_folder.take(may_go_on=config.resume == "auto")

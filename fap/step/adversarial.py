@@ -28,16 +28,15 @@ class AdversarialRows:
         # pipelined: is there a carry of the step before?
         self.carries = torch.zeros((), dtype=torch.bool, device=order.device)
 
-    def publish(self, images_255: Tensor, targets: Tensor) -> None:
+    def publish(self, crafted: Rows) -> None:
         """Make crafted rows the adversarial ones of the next pass.
 
         With `pipelined` they are those of the next step, which shuffles them.
         """
-        crafted = Rows(images_255, targets)
         if not self.pipelined:
             crafted = self._shuffled(crafted)
-        self.rows.images_255.copy_(crafted.images_255)
-        self.rows.targets.copy_(crafted.targets)
+        for name, value in crafted.named().items():
+            self.rows.named()[name].copy_(value)
         self.carries.fill_(True)
 
     def joined_with(self, noise: Rows, n_groups: int) -> Rows:
@@ -45,21 +44,18 @@ class AdversarialRows:
 
         The first step has no carry yet: its own noise rows stand in.
         """
-        carry = Rows(
-            torch.where(self.carries, self.rows.images_255, noise.images_255),
-            torch.where(self.carries, self.rows.targets, noise.targets),
-        )
+        carry = self.rows.each_with(noise, self._carried)
         return join_by_group(noise, self._shuffled(carry), n_groups)
 
     def state(self) -> dict[str, Tensor]:
         """What the next step depends on: the carry."""
         if not self.pipelined:
             return {}
-        return {
-            "carry.images_255": self.rows.images_255,
-            "carry.targets": self.rows.targets,
-            "carry.filled": self.carries,
-        }
+        state = {f"carry.{name}": value for name, value in self.rows.named().items()}
+        return state | {"carry.filled": self.carries}
+
+    def _carried(self, carry: Tensor, noise: Tensor) -> Tensor:
+        return torch.where(self.carries, carry, noise)
 
     def _shuffled(self, rows: Rows) -> Rows:
         return shuffled(rows, self.order, self.scope, self.ranks)

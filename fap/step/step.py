@@ -9,6 +9,8 @@ Twin: tests/step/reference_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from fap.step.inputs import Inputs, image_buffer
 from fap.step.metrics import Metrics
 from fap.step.network import Network
 from fap.step.passes import Block, BlockKind, Pass, passes_of, rows_of
-from fap.step.rows import Rows, split_by_group
+from fap.step.rows import Aim, Rows, split_aim_by_group, split_by_group
 from fap.step.streams import Streams
 from fap.step.update import Update
 from fap.step.weights import weights_of
@@ -48,7 +50,6 @@ class Step:
         self.network = Network(model, config, amp)
         self.task = task or make_task(config)
         self.method = config.method
-        self.mix = config.data.mix
         self.has_padding = config.data.crop == "letterbox"
 
         n_clean = _clean_rows_per_rank(config, ranks)
@@ -76,10 +77,11 @@ class Step:
         self.pass_input = [
             image_buffer(one.n_rows, sides, self.dtype, self.device) for one in self.passes
         ]
-        buffers = Rows(
-            image_buffer(self.n_adv, sides, self.dtype, self.device),
-            self.task.empty_targets(self.n_adv, self.device),
-        )
+        aim = Aim(self.task.empty_targets(self.n_adv, self.device))
+        if config.data.mixes_adv:
+            partners = self.task.empty_targets(self.n_adv, self.device)
+            aim = Aim(aim.targets, partners, torch.ones(self.n_adv, device=self.device))
+        buffers = Rows(image_buffer(self.n_adv, sides, self.dtype, self.device), aim)
         self.adv = AdversarialRows(buffers, self.method, ranks, self.inputs.shuffle)
         self.streams = Streams(
             flat, self.network.half_dtype, parallel=self.method.schedule == "parallel"
@@ -111,16 +113,17 @@ class Step:
         stats_before = self.network.flat.stats.clone()
 
         rows: dict[BlockKind, Rows] = {"adv": self.adv.rows}
-        rows["clean"] = self.inputs.clean_rows(self.mix, self.dtype)
+        rows["clean"] = self.inputs.clean_rows(self.dtype)
         if self.attack is not None:
             copies = self.method.entry.attacked == "copies"
-            source = self.inputs.attacked_rows(copies, self.dtype)
+            copied = rows["clean"] if copies else None
+            source = self.inputs.attacked_rows(copied, self.dtype)
             pictures = self._pictures(copies)
             started = self.attack.start(source.images_255, self.inputs.noise_key, pictures)
-            rows["noise"] = Rows(started, source.targets)
+            rows["noise"] = Rows(started, source.aim)
             if not self.method.entry.recycles:
                 crafted = self._craft(self.attack, started, source, pictures)
-                self.adv.publish(crafted, source.targets)
+                self.adv.publish(Rows(crafted, source.aim))
 
         for one, x in zip(self.passes, self.pass_input, strict=True):
             if one.joins:
@@ -132,7 +135,7 @@ class Step:
                 crafted = self.attack.advance(
                     started, source.images_255, gradient, self.inputs.noise_key, pictures
                 )
-                self.adv.publish(crafted, source.targets)
+                self.adv.publish(Rows(crafted, source.aim))
         self.streams.join()
         self.update(stats_before, self.metrics)
 
@@ -171,40 +174,50 @@ class Step:
     def _loss(self, one: Pass, outputs: Tensor, rows: dict[BlockKind, Rows]) -> Tensor:
         loss = outputs.new_zeros(())
         for block in one.blocks:
-            loss = loss + self._loss_of_block(block, outputs[block.rows], rows[block.kind].targets)
+            aim = rows[block.kind].aim
+            loss = loss + self._loss_of_block(block, outputs[block.rows], aim)
         return loss
 
     def _loss_of_block(
         self,
         block: Block,
         outputs: Tensor,  # of the block's rows
-        targets: Tensor,  # of all rows of the block's kind
+        aim: Aim,  # of all rows of the block's kind
     ) -> Tensor:
         if block.kind == "joined":
             noise, adv = split_by_group(outputs, self.n_adv_groups)
-            noise_targets, adv_targets = split_by_group(targets, self.n_adv_groups)
-            noise_loss = self._loss_of("noise", noise, noise_targets)
-            return noise_loss + self._loss_of("adv", adv, adv_targets)
-        own = targets[block.start : block.stop]
-        partner = None
-        if block.kind == "clean" and self.mix is not None:
-            partner = targets[self.inputs.mix_partner[block.start : block.stop]]
-        return self._loss_of(block.kind, outputs, own, partner)
+            noise_aim, adv_aim = split_aim_by_group(aim, self.n_adv_groups)
+            noise_loss = self._loss_of("noise", noise, noise_aim)
+            return noise_loss + self._loss_of("adv", adv, adv_aim)
+        own = aim.each(lambda part: part[block.start : block.stop])
+        return self._loss_of(block.kind, outputs, own)
 
-    def _loss_of(
-        self,
-        kind: Kind,
-        outputs: Tensor,
-        targets: Tensor,
-        partner: Tensor | None = None,  # targets of the images that are mixed in
-    ) -> Tensor:
-        """Weighted sum of the rows' losses; also counts their metrics."""
-        losses, hits = self.task.losses_and_hits(outputs, targets)
-        if partner is not None:
-            lam = self.inputs.mix_lam.to(losses.dtype)
-            losses = lam * losses + (1 - lam) * self.task.losses(outputs, partner)
+    def _loss_of(self, kind: Kind, outputs: Tensor, aim: Aim) -> Tensor:
+        """Weighted sum of the rows' losses; also counts their metrics.
+
+        Of a mixed row a hit is its own target's.
+        """
+        losses, hits = self.task.losses_and_hits(outputs, aim.targets)
+        losses = self._mixed(losses, aim, lambda targets: self.task.losses(outputs, targets))
         self.metrics.count_rows(kind, losses, hits)
         return losses.sum() * self.weights.of_row[kind]
+
+    def _mixed(
+        self,
+        losses: Tensor,  # (rows,): by the rows' own targets
+        aim: Aim,
+        losses_by: Callable[[Tensor], Tensor],  # targets (rows, ...) -> (rows,)
+    ) -> Tensor:  # (rows,)
+        """Each target's loss times the task's weight of it; of mixed rows that of both targets."""
+
+        def weighted(losses: Tensor, targets: Tensor) -> Tensor:
+            weights = self.task.row_weights(targets)
+            if weights is None:
+                return losses
+            return losses * weights.to(losses.dtype)
+
+        own = weighted(losses, aim.targets)
+        return aim.mixed(own, lambda targets: weighted(losses_by(targets), targets))
 
     # ------------------------------------------------------------------ adversarial rows
 
@@ -222,23 +235,24 @@ class Step:
         if not self.method.entry.takes_gradients:
             keys = self.inputs.noise_key
             return attack.advance(started, source.images_255, None, keys, pictures)
-        targets = source.targets
+        aimed = source
         if self.method.targeted:
-            targets = self.task.wrong_targets(self.inputs.noise_key, targets)
-        aim = Rows(source.images_255, targets)
+            keys = self.inputs.noise_key
+            wrong = source.aim.retargeted(lambda targets: self.task.wrong_targets(keys, targets))
+            aimed = Rows(source.images_255, wrong)
         if self.method.attack_loss != "max":
             of = self.method.attack_loss or "total"
-            return self._pgd(attack, started, aim, pictures, of)
+            return self._pgd(attack, started, aimed, pictures, of)
 
         # Det-AdvProp (Chen et al., CVPR 2021): an image from each part of the loss; of
         # every row the one with the largest total loss, by its true target, is trained.
         images: Tensor | None = None
         largest: Tensor | None = None
         for part in self.task.loss_parts:
-            crafted = self._pgd(attack, started, aim, pictures, part)
+            crafted = self._pgd(attack, started, aimed, pictures, part)
             with torch.no_grad():
                 outputs = self.network(self._normalised(crafted), self._attack_groups())
-                losses = self.task.attack_losses(outputs, source.targets, "total")
+                losses = self._attack_losses(outputs, source.aim, "total")
             if images is None or largest is None:
                 images, largest = crafted, losses
                 continue
@@ -252,7 +266,7 @@ class Step:
         self,
         attack: Attack,
         current: Tensor,  # (n_adv, 3, H, W) grey levels: where the attack starts
-        aim: Rows,  # the clean images, and the targets away from or towards which it goes
+        aimed: Rows,  # the clean images, and the targets away from or towards which it goes
         pictures: Tensor | None,
         part: str,  # of the loss
     ) -> Tensor:
@@ -260,11 +274,18 @@ class Step:
             leaf = self._normalised(current).requires_grad_()
             # No leaf goes in: see `Network.probing`.
             outputs = self.network(leaf.view_as(leaf), self._attack_groups())
-            loss = self.task.attack_losses(outputs, aim.targets, part).mean()
+            loss = self._attack_losses(outputs, aimed.aim, part).mean()
             (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
             keys = self.inputs.noise_key
-            current = attack.advance(current, aim.images_255, gradient, keys, pictures)
+            current = attack.advance(current, aimed.images_255, gradient, keys, pictures)
         return current
+
+    def _attack_losses(self, outputs: Tensor, aim: Aim, part: str) -> Tensor:
+        """(rows,): mixed as those that are trained."""
+        losses = self.task.attack_losses(outputs, aim.targets, part)
+        return self._mixed(
+            losses, aim, lambda targets: self.task.attack_losses(outputs, targets, part)
+        )
 
     def _attack_groups(self) -> list[Group]:
         """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""

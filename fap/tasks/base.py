@@ -123,6 +123,13 @@ class Task(Protocol):
         """What of training data is not trained: lines for the start of a run."""
         return []
 
+    def look_at(self, store: Store) -> list[str]:
+        """Take from the training data what `row_weights` depends on. Before the first step.
+
+        Returns lines for the start of a run.
+        """
+        return []
+
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:
         """(steps, B, ...): what the rows of a training plan should come to, on the CPU."""
 
@@ -160,6 +167,16 @@ class Task(Protocol):
     ) -> tuple[Tensor, Tensor]:  # (rows,) each
         """Both, for a task that need not do twice what they have in common. Captured."""
         return self.losses(outputs, targets), self.hits(outputs, targets)
+
+    def row_weights(
+        self,
+        targets: Tensor,  # (rows, ...)
+    ) -> Tensor | None:  # (rows,)
+        """What the step multiplies each row's loss by, in training and in attacks; None: by 1.
+
+        Captured.
+        """
+        return None
 
     def attack_losses(
         self,

@@ -15,14 +15,16 @@ from torch import Tensor, distributed, nn
 
 from fap.config import Config
 from fap.draws import random_bits
+from fap.fields import BALANCED
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
 from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
-from pipelines.files import readable
+from pipelines.files import readable, shown
 
+CPU = torch.device("cpu")
 WRONG_LABELS = 0x3C6EF372  # sets these draws apart from others under the same keys
 ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
 
@@ -54,6 +56,16 @@ class Classification(Task):
         self.model_name = config.model.name
         self.size = config.data.size
         self.label_smoothing = config.optim.label_smoothing
+        self.class_weights = config.optim.class_weights
+        # float64 (n_classes,), by device: within a capture nothing may come from the host.
+        self._weights: dict[torch.device, Tensor] = {}
+        if isinstance(self.class_weights, tuple):
+            if len(self.class_weights) != n_classes:
+                raise ValueError(
+                    f"optim.class_weights = {shown(list(self.class_weights))}: "
+                    f"{len(self.class_weights)} numbers for {n_classes} classes"
+                )
+            self._weights[CPU] = torch.tensor(self.class_weights, dtype=torch.float64)
 
     def plain_model(self) -> nn.Module:
         return plain(self.model_name, self.n_classes, self.size)
@@ -66,10 +78,30 @@ class Classification(Task):
             )
         return int(store.labels.min()), int(store.labels.max())
 
+    def look_at(self, store: Store) -> list[str]:
+        """Class weights, where they follow from the data; the least and the greatest are shown."""
+        if self.class_weights is None:
+            return []
+        if self.class_weights == BALANCED:
+            self._weights = {CPU: balanced_weights(store.labels, self.n_classes)}
+        weights = self._weights[CPU]
+        least = int(weights.argmin())
+        most = int(weights.argmax())
+        names = store.classes or range(self.n_classes)
+        how = "as given"
+        if self.class_weights == BALANCED:
+            how = "balanced"
+        return [
+            f"weights    of classes, {how}: {weights[least]:.4g} ({shown(names[least])}) "
+            f"to {weights[most]:.4g} ({shown(names[most])})"
+        ]
+
     def targets(self, store: Store, plan: EpochPlan) -> Tensor:  # int64 (steps, B)
         return torch.from_numpy(plan.look_up(store.labels, padding=PADDING_LABEL))
 
     def empty_targets(self, rows: int, device: torch.device) -> Tensor:  # int64 (rows,)
+        if self.class_weights is not None:
+            self._weights_on(device)
         return torch.zeros(rows, dtype=torch.int64, device=device)
 
     def losses(
@@ -87,6 +119,21 @@ class Classification(Task):
         targets: Tensor,  # int64 (rows,)
     ) -> Tensor:  # bool (rows,)
         return outputs.argmax(1) == targets
+
+    def row_weights(
+        self,
+        targets: Tensor,  # int64 (rows,)
+    ) -> Tensor | None:  # float64 (rows,)
+        """Those of the rows' classes."""
+        if self.class_weights is None:
+            return None
+        return self._weights_on(targets.device)[targets]
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        assert self._weights, "balanced class weights: `look_at` comes first"
+        if device not in self._weights:
+            self._weights[device] = self._weights[CPU].to(device)
+        return self._weights[device]
 
     def wrong_targets(
         self,
@@ -151,6 +198,20 @@ class Classification(Task):
 
     def measured(self, result: Result) -> float:
         return 1 - result["top1"]
+
+
+def balanced_weights(
+    labels: np.ndarray,  # integers (N,)
+    n_classes: int,
+) -> Tensor:  # float64 (n_classes,)
+    """N / (k n_c) of a class with n_c images, where k classes have any: the mean over images is 1.
+
+    1 for a class without images, which only a targeted attack aims at.
+    """
+    counts = torch.from_numpy(np.bincount(labels, minlength=n_classes)).double()
+    there = counts > 0
+    weights = len(labels) / (there.sum() * counts)
+    return torch.where(there, weights, 1.0)
 
 
 class Accuracy:

@@ -27,7 +27,7 @@ from fap.tasks.draw_boxes import Found, drawn
 from fap.tasks.labels import SAME_CLASSES, Matching
 from pipelines import EpochPlan, Store
 from pipelines.boxes import Annotations, canvas_boxes, plan_boxes, source_boxes
-from pipelines.files import readable
+from pipelines.files import readable, shown
 
 SIDE_UNIT = 32  # pixels; torchvision's RetinaNet pads its canvas to multiples
 PADDING = -1  # class of a box that is none, number of an image that is none
@@ -65,6 +65,11 @@ class Detection(Task):
             raise ValueError(
                 f"optim.label_smoothing = {config.optim.label_smoothing}: "
                 "the focal loss of a detector has none, so only 0"
+            )
+        if config.optim.class_weights is not None:
+            raise ValueError(
+                f"optim.class_weights = {shown(config.optim.class_weights)}: "
+                "an image has boxes of several classes; leave it out"
             )
         self.n_classes = n_classes
         self.spec = spec_of(config.model.name)

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import Resize
 from pipelines.plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
 
 SPEC = PlanSpec(seed=1, size=32, clean_rows=128, adv_rows=64, shuffle_groups=4)
+OF_ROWS = ("index", "window", "place", "flip", "mix_lam", "mix_box")
 # The augmentation has a file of its own: augment/test_draws.py.
 ARRAYS = [f.name for f in fields(EpochPlan) if f.name not in ("spec", "epoch", "augment")]
 
@@ -115,18 +116,20 @@ def test_same_key_same_plan_and_other_epochs_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_rank_slices_partition_the_epoch(world: int) -> None:
-    spec = replace(SPEC, clean_rows=256, mix="mixup")
+    spec = replace(SPEC, clean_rows=256, mix="either", mix_per="row", mix_on="both")
     plan = draw_epoch(spec, *sides(1000), epoch=0)
     ranks = [plan.for_rank(r, world) for r in range(world)]
-    for name in ("index", "window", "place", "flip"):
+    for name in ("index", "window", "place", "flip", "mix_lam", "mix_box"):
         clean = np.concatenate([getattr(p, name)[:, : p.n_clean] for p in ranks], 1)
         adv = np.concatenate([getattr(p, name)[:, p.n_clean :] for p in ranks], 1)
         np.testing.assert_array_equal(np.concatenate([clean, adv], 1), getattr(plan, name))
     np.testing.assert_array_equal(np.concatenate([p.noise_key for p in ranks], 1), plan.noise_key)
-    partner = [p.mix_partner + r * p.n_clean for r, p in enumerate(ranks)]
-    np.testing.assert_array_equal(np.concatenate(partner, 1), plan.mix_partner)
+    clean = [p.mix_partner[:, : p.n_clean] + r * p.n_clean for r, p in enumerate(ranks)]
+    np.testing.assert_array_equal(np.concatenate(clean, 1), plan.mix_partner[:, :256])
+    adv = [p.mix_partner[:, p.n_clean :] - p.n_clean + r * p.n_adv for r, p in enumerate(ranks)]
+    np.testing.assert_array_equal(np.concatenate(adv, 1), plan.mix_partner[:, 256:] - 256)
     np.testing.assert_array_equal(np.concatenate([p.shuffle for p in ranks], 1), plan.shuffle)
-    assert all(p.mix_partner.min() >= 0 and p.mix_partner.max() < p.n_clean for p in ranks)
+    assert all(p.mix_partner.min() == 0 and p.mix_partner.max() < p.index.shape[1] for p in ranks)
 
 
 def slow_for_rank(plan: EpochPlan, rank: int, world: int) -> dict[str, list]:
@@ -146,18 +149,23 @@ def slow_for_rank(plan: EpochPlan, rank: int, world: int) -> dict[str, list]:
         for place in range(first_adv, first_adv + spec.adv_rows // world):
             if not spec.adv_are_copies:
                 loaded.append(spec.clean_rows + place)
+                partner = plan.mix_partner[step, spec.clean_rows + place] - spec.clean_rows
+                row["mix_partner"].append(spec.clean_rows // world + partner - first_adv)
             source = plan.shuffle[step, place]
             # All groups are one scope: rows come from all ranks, in their numbers.
             if spec.shuffle_groups != adv_groups:
                 source -= first_adv
             row["shuffle"].append(source)
         for place in loaded:
-            for name in ("index", "window", "place", "flip"):
+            for name in OF_ROWS:
+                if name in ("mix_lam", "mix_box") and spec.mix_per == "batch":
+                    continue
                 row[name].append(getattr(plan, name)[step, place])
         for group in range(adv_groups // world):
             row["noise_key"].append(plan.noise_key[step, rank * (adv_groups // world) + group])
         for name in ARRAYS:
-            whole = name in ("mix_lam", "mix_box")  # the same on every rank
+            # The same on every rank.
+            whole = name in ("mix_lam", "mix_box") and spec.mix_per == "batch"
             own[name].append(getattr(plan, name)[step] if whole else row[name])
     return own
 
@@ -171,6 +179,7 @@ def test_a_rank_gets_all_it_needs_as_in_plain_loops(world: int, scope: str) -> N
     groups = groups_of_a_rank * world
     clean_group_rows = int(rng.integers(1, 6))
     adv_group_rows = int(rng.integers(1, 5))
+    copies = bool(rng.integers(2))
     spec = PlanSpec(
         seed=seed,
         size=32,
@@ -180,8 +189,10 @@ def test_a_rank_gets_all_it_needs_as_in_plain_loops(world: int, scope: str) -> N
         clean_group_rows=clean_group_rows,
         adv_rows=groups * adv_group_rows,
         adv_group_rows=adv_group_rows,
-        adv_are_copies=bool(rng.integers(2)),
-        mix=[None, "mixup", "cutmix"][rng.integers(3)],  # type: ignore[arg-type]
+        adv_are_copies=copies,
+        mix=["mixup", "cutmix", "either"][rng.integers(3)],  # type: ignore[arg-type]
+        mix_per=["batch", "row"][rng.integers(2)],  # type: ignore[arg-type]
+        mix_on="both" if copies else ["clean", "adv", "both"][rng.integers(3)],  # type: ignore[arg-type]
         shuffle_groups={"off": 0, "one rank": groups_of_a_rank, "all ranks": groups}[scope],
     )
     plan = draw_epoch(spec, *sides(3 * spec.loaded_rows), epoch=0)
@@ -243,9 +254,10 @@ def test_shuffle_of_two_groups_of_a_short_block_and_of_none() -> None:
 
 def test_mix_stays_in_its_group_and_lambda_is_the_area_of_the_box() -> None:
     plan = draw_epoch(replace(SPEC, mix="cutmix"), *sides(192 * 40), epoch=0)
-    groups = np.arange(128) // 64
+    groups = GROUPS
     assert (groups[plan.mix_partner] == groups).all()
-    assert (np.sort(plan.mix_partner, 1) == np.arange(128)).all()
+    assert (np.sort(plan.mix_partner, 1) == np.arange(192)).all()
+    assert (plan.mix_partner[:, 128:] == np.arange(128, 192)).all(), "clean rows only"
     top, left, bottom, right = plan.mix_box.T
     assert plan.mix_box.min() >= 0
     assert plan.mix_box.max() <= 32
@@ -253,7 +265,80 @@ def test_mix_stays_in_its_group_and_lambda_is_the_area_of_the_box() -> None:
     assert plan.mix_lam.std() > 0.1
     plain = draw_epoch(SPEC, *sides(192), epoch=0)
     assert (plain.mix_lam == 1).all()
-    assert (plain.mix_partner == np.arange(128)).all()
+    assert (plain.mix_partner == np.arange(192)).all()
+    assert plain.mix_partner.strides[0] == 0, "no memory where nothing is mixed"
+
+
+# Of the rows of SPEC: two clean groups of 64, then four adversarial ones of 16.
+GROUPS = np.concatenate([np.arange(128) // 64, 2 + np.arange(64) // 16])
+
+
+def mixed_plan(mix: str, per: str, on: str, steps: int = 40, **more: float) -> EpochPlan:
+    spec = replace(SPEC, mix=mix, mix_per=per, mix_on=on, **more)  # type: ignore[arg-type]
+    return draw_epoch(spec, *sides(192 * steps), epoch=0)
+
+
+@pytest.mark.parametrize("per", ["batch", "row"])
+@pytest.mark.parametrize("mix", ["mixup", "cutmix", "either"])
+def test_any_partition_is_mixed_in_its_own_groups(mix: str, per: str) -> None:
+    plans = {on: mixed_plan(mix, per, on) for on in ("clean", "adv", "both")}
+    own = np.arange(192)
+    for on, plan in plans.items():
+        moved = (plan.mix_partner != own).any(0)
+        assert moved[:128].all() == (on != "adv")
+        assert moved[128:].all() == (on != "clean")
+        assert moved[:128].any() == (on != "adv")
+        assert moved[128:].any() == (on != "clean")
+        assert (GROUPS[plan.mix_partner] == GROUPS).all()
+        assert (np.sort(plan.mix_partner, 1) == own).all()
+        shape = (40,) if per == "batch" else (40, 192)
+        assert plan.mix_lam.shape == shape
+        assert plan.mix_box.shape == (*shape, 4)
+        if per == "row":
+            still = ~moved
+            assert (plan.mix_lam[:, still] == 1).all()
+            assert not plan.mix_box[:, still].any()
+            assert (plan.mix_lam[:, moved].std(0) > 0.05).all(), "rows have shares of their own"
+    # Mixing the adversarial rows too leaves the clean ones' draws as they are.
+    for name in ("mix_partner", "mix_lam", "mix_box"):
+        if per == "row" or name == "mix_partner":
+            one = getattr(plans["clean"], name)[:, :128]
+            np.testing.assert_array_equal(one, getattr(plans["both"], name)[:, :128])
+            other = getattr(plans["adv"], name)[:, 128:]
+            np.testing.assert_array_equal(other, getattr(plans["both"], name)[:, 128:])
+        else:
+            for on in ("adv", "both"):
+                np.testing.assert_array_equal(
+                    getattr(plans["clean"], name), getattr(plans[on], name)
+                )
+
+
+@pytest.mark.parametrize("per", ["batch", "row"])
+def test_either_is_each_of_the_two_half_of_the_time(per: str) -> None:
+    """With alphas of their own: 100 gives shares near 1/2, 0.02 near 0 or 1."""
+    steps = 2000 if per == "batch" else 20
+    plan = mixed_plan("either", per, "both", steps, mix_alpha=100.0, cutmix_alpha=0.02)
+    box = plan.mix_box.reshape(-1, 4)
+    lam = plan.mix_lam.reshape(-1)
+    top, left, bottom, right = box.T
+    area = (bottom - top) * (right - left) / 32**2
+    near_half = (lam > 0.3) & (lam < 0.7) & (area == 0)
+    assert abs(near_half.mean() - 0.5) < 0.05
+    # CutMix: its share is what the box leaves, 1 where the box is empty.
+    np.testing.assert_allclose(lam[~near_half], 1 - area[~near_half], rtol=1e-6)
+    other = mixed_plan("either", per, "both", steps, mix_alpha=0.02, cutmix_alpha=0.02)
+    of_mixup = other.mix_lam[~other.mix_box.any(-1)]
+    assert (abs(of_mixup - 0.5) < 0.2).mean() < 0.1
+
+
+def test_copies_are_those_of_mixed_rows() -> None:
+    copies = replace(SPEC, adv_rows=128, adv_group_rows=64, adv_are_copies=True)
+    with pytest.raises(ValueError, match="mix_on = 'clean' with adv_are_copies: must be 'both'"):
+        replace(copies, mix="mixup")
+    plan = draw_epoch(replace(copies, mix="mixup", mix_on="both"), *sides(128 * 3), epoch=0)
+    alone = draw_epoch(PlanSpec(1, 32, 128, mix="mixup"), *sides(128 * 3), epoch=0)
+    for name in ("mix_lam", "mix_partner"):
+        np.testing.assert_array_equal(getattr(plan, name), getattr(alone, name))
 
 
 def test_evaluation_sees_every_image_once_in_order() -> None:
@@ -308,6 +393,9 @@ def test_places_that_are_the_whole_canvas_take_no_memory() -> None:
         ({"size": 0}, "size = 0: must be at least 1"),
         ({"scale": (0.5, 1.5)}, "scale = "),
         ({"crop": "middle"}, "crop = 'middle'"),
+        ({"mix": "blend"}, "mix = 'blend': unknown"),
+        ({"mix_per": "group"}, "mix_per = 'group': must be one of batch, row"),
+        ({"mix_on": "noise"}, "mix_on = 'noise': must be one of clean, adv, both"),
         ({"filter": "box"}, "filter = 'box': must be one of area, bilinear, bicubic"),
         (
             {"crop": "center"},

@@ -25,6 +25,10 @@ FAULTS = {
         ("method.group_rows=2",),
         "method.p_adv = 1/3 gives 1.000 adversarial rows per 2 clean ones",
     ),
+    "class weights": (
+        ("optim.class_weights=balanced",),
+        "optim.class_weights = 'balanced': an image has boxes of several classes",
+    ),
     "label smoothing": (("optim.label_smoothing=0.1",), "optim.label_smoothing = 0.1: the focal"),
     "odd sides": (("data.size=[64,65]",), "data.size = [64, 65]: both sides must be multiples"),
     "square crop": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,12 +52,15 @@ class ThreadRanks(Ranks):
         return torch.cat(self.exchange.all_of(self.rank, rows))
 
 
-def ranks_config(shuffle: str, schedule: str) -> Config:
+MIXED = ("data.mix=either", "data.mix_per=row", "data.mix_on=both")
+
+
+def ranks_config(shuffle: str, schedule: str, mix: Sequence[str] = ()) -> Config:
     """8 clean and 8 adversarial groups, of 4 and 2 rows."""
     words = [
         "model.name=cifar_resnet8", "model.num_classes=5", "data.size=8", "data.resize=8",
         "data.crop=pad", "optim.lr=0.8", "optim.clean_batch=32", "method.group_rows=4",
-        "method.p_adv=1/3", f"method.shuffle={shuffle}", f"method.schedule={schedule}",
+        "method.p_adv=1/3", f"method.shuffle={shuffle}", f"method.schedule={schedule}", *mix,
     ]  # fmt: skip
     return load_config(None, words)
 
@@ -97,14 +101,15 @@ def on_two_ranks(config: Config, plan: EpochPlan, model: torch.nn.Module) -> dic
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["fused", "pipelined"])
 @pytest.mark.parametrize("shuffle", ["ranks", "groups"])
+@pytest.mark.parametrize("mix", [(), MIXED], ids=["", "mixed"])
 def test_two_ranks_shuffle_within_their_scope_and_train_like_one(
-    shuffle: str, schedule: str
+    shuffle: str, schedule: str, mix: tuple[str, ...]
 ) -> None:
     """`ranks`: over all groups. `groups`: inside each rank.
 
     One rank that executes the same plan gets the same weights.
     """
-    config = ranks_config(shuffle, schedule)
+    config = ranks_config(shuffle, schedule, mix)
     spec = plan_spec(config, Ranks(0, 2))
     in_reach = {"ranks": 8, "groups": 4}
     assert spec.shuffle_groups == in_reach[shuffle]
@@ -130,7 +135,7 @@ def test_two_ranks_shuffle_within_their_scope_and_train_like_one(
     torch.testing.assert_close(both, adversarial_rows(one[0]), rtol=1e-9, atol=1e-9)
     # Without the shuffle the same step trains otherwise, so the above can tell.
     off: dict[int, Step] = {}
-    train_on(ranks_config("off", schedule), ONE_RANK, plan, copy.deepcopy(model), off)
+    train_on(ranks_config("off", schedule, mix), ONE_RANK, plan, copy.deepcopy(model), off)
     assert (off[0].network.flat.param.data - weights).abs().max() > 1e-6
 
 

@@ -48,6 +48,7 @@ BILINEAR = ("data.pipeline=ffcv", "data.filter=bilinear")
 MIX = ("data.mix=mixup",)
 CONSTANT = ("budget.milestones=null", "budget.lr_schedule=constant")
 COSINE = ("budget.milestones=null", "budget.lr_schedule=cosine")
+EITHER = ("data.mix=either",)
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
 ATTACK = ("adversarial", "weights")
 WEIGHTS = ("row weights", "weights")
@@ -89,6 +90,8 @@ CASES = {
     "data.decode": Case("data.decode=gpu", ("error",), BILINEAR, error="data.decode = 'gpu': "),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
     "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
+    "data.sampling": Case("data.sampling=balanced", ("plan.index", "input.images", "weights")),
+    "data.repeats": Case("data.repeats=3", ("plan.index", "input.images", "weights")),
     "data.crop": Case("data.crop=pad", WINDOW),
     "data.filter": Case("data.filter=bilinear", ("input.images", "weights")),
     "data.eval_filter": Case("data.eval_filter=bicubic", ("evaluated",), ("data.resize=13",)),
@@ -106,6 +109,15 @@ CASES = {
         "data.mix=cutmix", ("input.mix_lam", "input.mix_box", "input.mix_partner", "weights")
     ),
     "data.mix_alpha": Case("data.mix_alpha=0.1", ("plan.mix_lam", "input.mix_lam", "weights"), MIX),
+    "data.cutmix_alpha": Case(
+        "data.cutmix_alpha=0.1", ("plan.mix_box", "input.mix_box", "weights"), EITHER
+    ),
+    "data.mix_per": Case(
+        "data.mix_per=row", ("plan.mix_lam", "input.mix_lam", "input.mix_box", "weights"), MIX
+    ),
+    "data.mix_on": Case(
+        "data.mix_on=both", ("plan.mix_partner", "input.mix_partner", *ATTACK), MIX
+    ),
     "data.mean": Case("data.mean=[0.1,0.5,0.5]", ("weights", "evaluations")),
     "data.std": Case("data.std=[0.5,0.5,0.1]", ("weights", "evaluations")),
     "data.threads": Case("data.threads=2", ("loaders",), DALI),
@@ -116,6 +128,7 @@ CASES = {
     "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),
     "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
     "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
+    "optim.class_weights": Case("optim.class_weights=[1,2,3,4]", ("weights",)),
     "optim.clip_norm": Case("optim.clip_norm=0.01", ("weights",)),
     "budget.epochs": Case("budget.epochs=8", ("steps",)),
     "budget.warmup_epochs": Case("budget.warmup_epochs=1", ("rates", "weights")),

@@ -94,6 +94,12 @@ def test_padding_and_mixing_count_where_they_happen() -> None:
     assert differences(["data.mix=mixup"], ["data.mix=mixup", "data.mix_alpha=2"]) == [
         "data.mix_alpha: 1.0, now 2.0"
     ]
+    assert differences(["data.mix=mixup"], ["data.mix=mixup", "data.mix_per=row"]) == [
+        "data.mix_per: 'batch', now 'row'"
+    ]
+    assert differences(["data.mix=either"], ["data.mix=either", "data.cutmix_alpha=2"]) == [
+        "data.cutmix_alpha: 1.0, now 2.0"
+    ]
     assert differences(["data.crop=pad"], ["data.crop=pad", "data.scale=[0.2, 1]"]) == []
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from fap.budget import budget
 from fap.config import make_config, with_classes
 from fap.nets.build import plain, prepare
-from fap.run.summary import describe
+from fap.run.summary import _mix, describe
 from fap.step.step import Step
 
 IMAGENET = 1_281_167
@@ -51,6 +51,18 @@ def test_every_learning_rate_with_epoch_and_step() -> None:
         in said["budget"]
     )
     assert said["budget"].endswith(", 0.994 x vanilla's")
+
+
+def test_what_is_mixed() -> None:
+    """Nothing is said where nothing is."""
+    assert "mix" not in lines({})
+    config = make_config({"data": {"mix": "cutmix", "mix_alpha": 0.5}})
+    assert _mix(config.data) == "mix        cutmix, alpha 0.5, drawn per batch, of clean rows"
+    either = {"mix": "either", "mix_alpha": 0.2, "mix_per": "row", "mix_on": "both"}
+    assert _mix(make_config({"data": either}).data) == (
+        "mix        either, Mixup of alpha 0.2 or CutMix of alpha 1, drawn per row, "
+        "of clean and adversarial rows"
+    )
 
 
 def test_a_schedule_without_falls() -> None:

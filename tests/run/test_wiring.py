@@ -41,6 +41,7 @@ COMMON: dict[str, Any] = {
     "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
     "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5,
     "budget.epochs": 4, "budget.warmup_epochs": 1.5, "budget.same_budget": False,
+    "optim.class_weights": [0.5, 1.0, 2.0, 1.5, 0.75],
     "run.dir": "{runs}", "run.device": "cpu", "run.graph": "off", "run.norm_kernel": "framework",
     "run.compile": True, "run.torch_threads": 2, "run.max_steps": 7, "run.log_every": 3,
     "run.checkpoint_every": 3, "run.keep": 5, "run.keep_best": False, "run.eval_every": 3,
@@ -49,7 +50,9 @@ COMMON: dict[str, Any] = {
 REUSE = COMMON | {
     "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
-    "data.mix": "cutmix", "data.mix_alpha": 0.7, "run.amp": "bf16",
+    "data.sampling": "balanced", "data.repeats": 2,
+    "data.mix": "either", "data.mix_alpha": 0.7, "data.cutmix_alpha": 0.6, "data.mix_per": "row",
+    "data.mix_on": "both", "run.amp": "bf16",
     "budget.milestones": [2, 3], "budget.gamma": 0.5,
     "data.augment": "randaugment", "data.augment_ops": 3, "data.augment_magnitude": 12,
     "data.color_jitter": [0.4, 0.3, 0.2, 0.1], "data.erase": 0.4, "data.augment_on": "clean",
@@ -139,8 +142,13 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     )
     own: dict[str, Any] = {
         "reuse": {
-            "mix": "cutmix",
+            "sampling": "balanced",
+            "repeats": 2,
+            "mix": "either",
             "mix_alpha": 0.7,
+            "cutmix_alpha": 0.6,
+            "mix_per": "row",
+            "mix_on": "both",
             "augment": AugmentSpec("randaugment", 3, 12, (0.4, 0.3, 0.2, 0.1), 0.4, "clean"),
         },
         "separate": {
@@ -154,7 +162,7 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     assert [plan.epoch for plan in seen.plans] == [0, 1, 2, 3]
     for plan in seen.plans:
         assert plan.spec == expected
-        want = draw_epoch(expected, store.heights, store.widths, plan.epoch)
+        want = draw_epoch(expected, store.heights, store.widths, plan.epoch, store.labels)
         for draw in DRAWS:
             np.testing.assert_array_equal(getattr(plan, draw), getattr(want, draw))
         for draw, values in vars(want.augment).items():
@@ -192,8 +200,9 @@ def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> 
     keys = torch.cat([inputs["noise_key"] for inputs in seen.inputs])
     assert len(keys.unique()) == 2 * 7, "every step and group has a noise of its own"
     if mixes:
-        shares = {inputs["mix_lam"].item() for inputs in seen.inputs}
-        assert len(shares) >= 4  # areas of boxes in 8 x 8 pixels
+        for inputs in seen.inputs:
+            assert inputs["mix_lam"].shape == (12,)
+            assert len(inputs["mix_lam"].unique()) >= 4  # areas of boxes in 8 x 8 pixels, shares
 
 
 @pytest.mark.parametrize("name", NO_DEFAULT)

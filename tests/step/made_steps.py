@@ -59,6 +59,7 @@ def make(
     model: str | None = None,
     method: dict[str, Any] | None = None,  # more fields of `method`
     data: dict[str, Any] | None = None,  # more fields of `data`
+    optim: dict[str, Any] | None = None,  # more fields of `optim`
 ) -> Step:
     """A step that is fed with its first input; equal arguments make equal steps."""
     settings = SETTINGS[task]
@@ -70,7 +71,7 @@ def make(
             "model": settings["model"] | names | {"num_classes": CLASSES},
             "method": {"group_rows": GROUP_ROWS} | fields_of(variant) | (method or {}),
             "data": settings["data"] | sizes | (data or {}),
-            "optim": {"clean_batch": CLEAN_ROWS},
+            "optim": {"clean_batch": CLEAN_ROWS} | (optim or {}),
         }
     )
     torch.manual_seed(seed)
@@ -108,10 +109,10 @@ def feed(step: Step, seed: int) -> None:
         draws["noise_key"] = torch.randint(
             0, 2**31 - 1, (step.n_adv_groups,), dtype=torch.int32, generator=g
         )
-    if step.mix:
-        draws["mix_lam"] = torch.rand((), generator=g)
-        draws["mix_box"] = torch.tensor([1, 2, 5, 7])
-        draws["mix_partner"] = torch.randperm(step.inputs.n_clean, generator=g)
+    if step.inputs.data.mix is not None:
+        draws["mix_lam"] = torch.rand(step.inputs.mix_lam.shape, generator=g)
+        draws["mix_box"] = torch.tensor([1, 2, 5, 7]).expand(step.inputs.mix_box.shape)
+        draws["mix_partner"] = torch.randperm(n_rows, generator=g)
     targets = torch.randint(0, CLASSES, (n_rows,), generator=g)
     if step.has_padding:
         draws["place"] = _places(images, g)

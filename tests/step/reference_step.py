@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,11 +56,22 @@ class Rules:
     attack_bn: Literal["batch", "running"] = "batch"
     attack_loss: Literal["total", "cls", "box", "max"] = "total"
     label_smoothing: float = 0.0
+    class_weights: Sequence[float] | None = None  # what a row's loss counts, by its label
     losses: Callable[[Tensor, Tensor, str], Tensor] | None = None
     """(outputs, targets, part of the loss) -> (rows,); None: cross-entropy on labels."""
     clip_norm: float | None = None
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How one row is mixed."""
+
+    how: Literal["mixup", "cutmix"]
+    partner: int  # the row that it is mixed with
+    lam: float  # weight of its own label
+    box: tuple[int, int, int, int]  # top, left, bottom, right: what CutMix takes from the partner
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,8 @@ class Draws:
     shuffle: Tensor | None = None  # int64 (n_adv,): new rows = rows[shuffle]; None: as they are
     target: Tensor | None = None  # int64 (n_adv,): labels that a targeted attack aims at
     direction: Tensor | None = None  # (n_adv, 3, H, W): random steps go along its sign
-    mix: Literal["mixup", "cutmix"] | None = None
-    lam: float = 1.0  # weight of a clean row's own label
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right: of the partner
-    partner: Tensor | None = None  # int64 (n_clean,)
+    other_target: Tensor | None = None  # as `target`: in place of the labels that are mixed in
+    blends: Sequence[Blend | None] | None = None  # of each row; None: it is shown as it is
 
 
 @dataclass(frozen=True)
@@ -103,10 +112,22 @@ class Rows:
     images: Tensor  # float64 (n, 3, H, W) grey levels
     labels: Tensor  # int64 (n,)
     other_labels: Tensor | None = None  # int64 (n,): of the images that are mixed in
-    lam: float = 1.0  # share of `labels`
+    lam: Tensor | None = None  # float64 (n,): share of `labels`
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def at(self, rows: slice | Tensor) -> Rows:
+        """Some of them."""
+        images = self.images[rows]
+        labels = self.labels[rows]
+        if self.other_labels is None or self.lam is None:
+            return Rows(self.kind, images, labels)
+        return Rows(self.kind, images, labels, self.other_labels[rows], self.lam[rows])
+
+    def turned_into(self, kind: Kind, images: Tensor) -> Rows:
+        """Other images that should come to the same."""
+        return replace(self, kind=kind, images=images)
 
 
 COPIES = ("advprop", "adversarial_training")
@@ -132,8 +153,8 @@ class Twin:
         self.has_aux = rules.method not in SINGLE_NORM and not rules.one_set
         self.seen: list[Statistics] = []
         """`one_set`: of all groups of this step."""
-        self.carry: tuple[Tensor, Tensor] | None = None
-        """`pipelined`: images and labels that the step before has crafted."""
+        self.carry: Rows | None = None
+        """`pipelined`: what the step before has crafted."""
         self.velocity: dict[nn.Parameter, Tensor] = {}
 
     def step(self, draws: Draws) -> Result:
@@ -169,15 +190,16 @@ class Twin:
     def _fast_advprop(self, draws: Draws) -> Tensor:
         """Algorithm 1: one backward of the noise rows trains, and gives the attack its sign."""
         clean = clean_rows(self.rules, draws)
-        x, labels = attacked_rows(self.rules, draws)
-        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", started(x, draws), labels)
+        source = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(source), n_adv=len(source))
+        noise = source.turned_into("noise", started(source.images, draws))
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
         (gradient,) = self._train(self.aux, [noise], self.rules.adv_group_rows)
         direction = direction_of(self.rules, gradient, draws)
-        adversarial = ascend(self.rules, noise.images, x, direction, draws)
-        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
+        adversarial = ascend(self.rules, noise.images, source.images, direction, draws)
+        adv = source.turned_into("adv", adversarial)
+        self._train(self.aux, [shuffled(adv, draws)], self.rules.adv_group_rows)
         return adversarial
 
     def _fast_advprop_pipelined(self, draws: Draws) -> Tensor:
@@ -187,40 +209,43 @@ class Twin:
         its own noise rows stand in.
         """
         clean = clean_rows(self.rules, draws)
-        x, labels = attacked_rows(self.rules, draws)
-        self.weights = weights_of(self.rules, len(clean), n_noise=len(x), n_adv=len(x))
-        noise = Rows("noise", started(x, draws), labels)
-        carried = self.carry or (noise.images, labels)
+        source = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_noise=len(source), n_adv=len(source))
+        noise = source.turned_into("noise", started(source.images, draws))
+        carried = self.carry or noise.turned_into("adv", noise.images)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
-        parts = [noise, shuffled(*carried, draws)]
+        parts = [noise, shuffled(carried, draws)]
         gradient, _ = self._train(self.aux, parts, self.rules.adv_group_rows)
         direction = direction_of(self.rules, gradient, draws)
-        adversarial = ascend(self.rules, noise.images, x, direction, draws)
-        self.carry = (adversarial, labels)
+        adversarial = ascend(self.rules, noise.images, source.images, direction, draws)
+        self.carry = source.turned_into("adv", adversarial)
         return adversarial
 
     def _advprop(self, draws: Draws) -> Tensor:
         """AdvProp, decoupled training, FGSM noise: an attack of its own, then training."""
         clean = clean_rows(self.rules, draws)
-        x, labels = attacked_rows(self.rules, draws)
-        self.weights = weights_of(self.rules, len(clean), n_adv=len(x))
+        source = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, len(clean), n_adv=len(source))
         if self.rules.method in RANDOM:
             direction = direction_of(self.rules, None, draws)
-            adversarial = ascend(self.rules, started(x, draws), x, direction, draws)
+            start = started(source.images, draws)
+            adversarial = ascend(self.rules, start, source.images, direction, draws)
         else:
-            adversarial = pgd(self.rules, self.aux, x, labels, draws)
+            adversarial = pgd(self.rules, self.aux, source, draws)
 
         self._train(self.main, [clean], self.rules.clean_group_rows)
-        self._train(self.aux, [shuffled(adversarial, labels, draws)], self.rules.adv_group_rows)
+        adv = source.turned_into("adv", adversarial)
+        self._train(self.aux, [shuffled(adv, draws)], self.rules.adv_group_rows)
         return adversarial
 
     def _adversarial_training(self, draws: Draws) -> Tensor:
         """Madry et al.: nothing but adversarial rows, through the only norms there are."""
-        x, labels = attacked_rows(self.rules, draws)
-        self.weights = weights_of(self.rules, n_adv=len(x))
-        adversarial = pgd(self.rules, self.main, x, labels, draws)
-        self._train(self.main, [Rows("adv", adversarial, labels)], self.rules.adv_group_rows)
+        source = attacked_rows(self.rules, draws)
+        self.weights = weights_of(self.rules, n_adv=len(source))
+        adversarial = pgd(self.rules, self.main, source, draws)
+        adv = source.turned_into("adv", adversarial)
+        self._train(self.main, [adv], self.rules.adv_group_rows)
         return adversarial
 
     # ------------------------------------------------------------------ what they share
@@ -242,7 +267,7 @@ class Twin:
             seen.append(statistics)
             loss = logits.new_zeros(())
             for part, own_logits in zip(parts, logits.split(group_rows), strict=True):
-                of_rows = losses_of(self.rules, part, rows, own_logits)
+                of_rows = losses_of(self.rules, part.at(rows), own_logits)
                 losses[part.kind].append(of_rows.detach())
                 loss = loss + self.weights.factor[part.kind] * of_rows.sum()
             loss.backward()
@@ -309,28 +334,15 @@ class Twin:
 
 
 def clean_rows(rules: Rules, draws: Draws) -> Rows:
-    """Mixed if the step mixes."""
-    n_clean = n_clean_of(rules, draws)
-    images = draws.images[:n_clean].double()
-    labels = draws.labels[:n_clean]
-    if draws.mix is None:
-        return Rows("clean", images, labels)
-    others = images[draws.partner]
-    if draws.mix == "mixup":
-        mixed = draws.lam * images + (1 - draws.lam) * others
-    else:
-        top, left, bottom, right = draws.box
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-    return Rows("clean", mixed, labels, labels[draws.partner], draws.lam)
+    return loaded_rows(draws, 0, n_clean_of(rules, draws), "clean")
 
 
-def attacked_rows(rules: Rules, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Images and labels of what is attacked: rows of its own, or every clean row, unmixed."""
+def attacked_rows(rules: Rules, draws: Draws) -> Rows:
+    """What is attacked: rows of its own, or every clean row."""
     first = n_clean_of(rules, draws)
     if rules.method in COPIES:
         first = 0
-    return draws.images[first:].double(), draws.labels[first:]
+    return loaded_rows(draws, first, len(draws.images), "adv")
 
 
 def n_clean_of(rules: Rules, draws: Draws) -> int:
@@ -339,11 +351,40 @@ def n_clean_of(rules: Rules, draws: Draws) -> int:
     return len(draws.images) - rules.n_adv
 
 
-def shuffled(images: Tensor, labels: Tensor, draws: Draws) -> Rows:
+def loaded_rows(draws: Draws, first: int, stop: int, kind: Kind) -> Rows:
+    """Some of the rows of a step, each mixed if the step mixes it."""
+    images = draws.images[first:stop].double()
+    labels = draws.labels[first:stop]
+    if draws.blends is None:
+        return Rows(kind, images, labels)
+    mixed = []
+    others = []
+    lam = []
+    for row in range(first, stop):
+        blend = draws.blends[row]
+        image = draws.images[row].double()
+        if blend is None:
+            return Rows(kind, images, labels)
+        mixed.append(blended(image, draws.images[blend.partner].double(), blend))
+        others.append(draws.labels[blend.partner])
+        lam.append(blend.lam)
+    return Rows(kind, torch.stack(mixed), labels, torch.stack(others), torch.tensor(lam).double())
+
+
+def blended(own: Tensor, other: Tensor, blend: Blend) -> Tensor:  # (3, H, W) each
+    if blend.how == "mixup":
+        return blend.lam * own + (1 - blend.lam) * other
+    top, left, bottom, right = blend.box
+    pasted = own.clone()
+    pasted[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    return pasted
+
+
+def shuffled(rows: Rows, draws: Draws) -> Rows:
     """Adversarial rows in the order in which they are trained (shuffling BN)."""
     if draws.shuffle is None:
-        return Rows("adv", images, labels)
-    return Rows("adv", images[draws.shuffle], labels[draws.shuffle])
+        return rows
+    return rows.at(draws.shuffle)
 
 
 # ---------------------------------------------------------------------- weights (section 3.2.2)
@@ -395,13 +436,13 @@ def normalise(rules: Rules, grey: Tensor) -> Tensor:
     return (grey / 255 - mean) / std
 
 
-def losses_of(rules: Rules, part: Rows, rows: slice, logits: Tensor) -> Tensor:
-    """Of some rows of a part, (rows,). Mixed ones count both labels: lam of one, 1 - lam."""
-    losses = losses_to(rules, logits, part.labels[rows])
-    if part.other_labels is None:
+def losses_of(rules: Rules, rows: Rows, outputs: Tensor, part: str = "total") -> Tensor:
+    """(rows,). Mixed ones count both labels: lam of one, 1 - lam of the other."""
+    losses = losses_to(rules, outputs, rows.labels, part)
+    if rows.other_labels is None:
         return losses
-    other_losses = losses_to(rules, logits, part.other_labels[rows])
-    return part.lam * losses + (1 - part.lam) * other_losses
+    other_losses = losses_to(rules, outputs, rows.other_labels, part)
+    return rows.lam * losses + (1 - rows.lam) * other_losses
 
 
 def losses_to(rules: Rules, outputs: Tensor, targets: Tensor, part: str = "total") -> Tensor:
@@ -412,10 +453,17 @@ def losses_to(rules: Rules, outputs: Tensor, targets: Tensor, part: str = "total
 
 
 def cross_entropy(rules: Rules, logits: Tensor, labels: Tensor) -> Tensor:
-    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,)."""
+    """(1 - s) x that of the label + s x its mean over the classes, s the smoothing; (rows,).
+
+    All of it times the weight of the label.
+    """
     log_p = logits.log_softmax(1)
     of_label = log_p[torch.arange(len(labels)), labels]
-    return -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+    losses = -(1 - rules.label_smoothing) * of_label - rules.label_smoothing * log_p.mean(1)
+    if rules.class_weights is None:
+        return losses
+    weights = [rules.class_weights[label] for label in labels.tolist()]
+    return torch.tensor(weights, dtype=torch.float64) * losses
 
 
 # ---------------------------------------------------------------------- the attack
@@ -453,51 +501,56 @@ def ascend(rules: Rules, current: Tensor, x: Tensor, direction: Tensor, draws: D
     return near.clamp(0, 255)
 
 
-def pgd(rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+def pgd(rules: Rules, model: nn.Module, source: Rows, draws: Draws) -> Tensor:
     """The images of an attack of its own.
 
     No parameter gets a gradient, no running statistics move. `attack_loss: max` (Det-AdvProp) makes
     an image from each part of the loss, and keeps the one whose total loss is larger.
     """
     if rules.attack_loss != "max":
-        return pgd_on(rules, model, x, labels, draws, rules.attack_loss)
-    candidates = [pgd_on(rules, model, x, labels, draws, part) for part in ("cls", "box")]
+        return pgd_on(rules, model, source, draws, rules.attack_loss)
+    candidates = [pgd_on(rules, model, source, draws, part) for part in ("cls", "box")]
     with torch.no_grad():
-        losses = [losses_at(rules, model, images, labels, "total") for images in candidates]
+        losses = [
+            losses_at(rules, model, source.turned_into("adv", images), "total")
+            for images in candidates
+        ]
     rows = []
-    for i in range(len(x)):
+    for i in range(len(source)):
         worse = int(losses[1][i] > losses[0][i])
         rows.append(candidates[worse][i])
     return torch.stack(rows)
 
 
-def pgd_on(
-    rules: Rules, model: nn.Module, x: Tensor, labels: Tensor, draws: Draws, part: str
-) -> Tensor:
-    """K projected sign steps away from the label, or towards a target."""
-    current = started(x, draws)
+def pgd_on(rules: Rules, model: nn.Module, source: Rows, draws: Draws, part: str) -> Tensor:
+    """K projected sign steps away from the labels, or towards targets in their place."""
+    current = started(source.images, draws)
+    aim = source
+    away = 1
+    if draws.target is not None:
+        aim = replace(source, labels=draws.target)
+        away = -1
+        if source.other_labels is not None:
+            aim = replace(aim, other_labels=draws.other_target)
     for _ in range(rules.attack_steps):
         leaf = current.clone().requires_grad_()
-        if draws.target is None:
-            loss = losses_at(rules, model, leaf, labels, part).sum()
-            direction = sign(torch.autograd.grad(loss, leaf)[0])
-        else:
-            loss = losses_at(rules, model, leaf, draws.target, part).sum()
-            direction = -sign(torch.autograd.grad(loss, leaf)[0])
-        current = ascend(rules, current, x, direction, draws)
+        loss = losses_at(rules, model, aim.turned_into("adv", leaf), part).sum()
+        direction = away * sign(torch.autograd.grad(loss, leaf)[0])
+        current = ascend(rules, current, source.images, direction, draws)
     return current
 
 
-def losses_at(rules: Rules, model: nn.Module, images: Tensor, labels: Tensor, part: str) -> Tensor:
+def losses_at(rules: Rules, model: nn.Module, rows: Rows, part: str) -> Tensor:
     """Of each row, each group alone; (rows,)."""
     losses = []
     n = rules.adv_group_rows
-    for grey, group_labels in zip(images.split(n), labels.split(n), strict=True):
+    for start in range(0, len(rows), n):
+        group = rows.at(slice(start, start + n))
         if rules.attack_bn == "batch":
-            logits, _ = forward_alone(model, normalise(rules, grey))
+            outputs, _ = forward_alone(model, normalise(rules, group.images))
         else:
-            logits = model.eval()(normalise(rules, grey))
-        losses.append(losses_to(rules, logits, group_labels, part))
+            outputs = model.eval()(normalise(rules, group.images))
+        losses.append(losses_of(rules, group, outputs, part))
     return torch.cat(losses)
 
 

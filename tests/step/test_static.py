@@ -18,8 +18,9 @@ from fap.nets.dual import norms
 from fap.step.half import Amp
 from fap.step.passes import Pass
 from fap.step.step import Step
-from tests.step.made_steps import COPYING, STEPS, feed, make
+from tests.step.made_steps import CLASSES, COPYING, STEPS, feed, make
 
+MIXED = {"mix": "either", "mix_per": "row", "mix_on": "both"}
 every_step = pytest.mark.parametrize(("task", "variant"), STEPS)
 
 
@@ -66,14 +67,25 @@ def test_the_watch_for_host_syncs_sees_them(bad: Callable[[Tensor], Any]) -> Non
     ("task", "variant", "mix"),
     [
         *((*step, None) for step in STEPS),
-        ("classification", "fused", "mixup"),
-        ("classification", "pipelined", "cutmix"),
+        ("classification", "fused", {"mix": "mixup"}),
+        ("classification", "pipelined", {"mix": "cutmix"}),
+        ("classification", "pipelined", MIXED),
+        ("classification", "decoupled", MIXED),
+        ("classification", "advprop", MIXED),
     ],
 )
 def test_the_step_never_asks_the_device_for_a_value(
-    task: str, variant: str, mix: str | None
+    task: str, variant: str, mix: dict[str, Any] | None
 ) -> None:
-    step = make(variant, task=task, amp="bf16", data={"mix": mix})
+    step = make(variant, task=task, amp="bf16", data=mix)
+    with NoHostSync():
+        step()
+    assert step.metrics.take(ONE_RANK)["steps"] == 1
+
+
+def test_class_weights_are_looked_up_on_the_device() -> None:
+    weights = [1.0 + label for label in range(CLASSES)]
+    step = make("pipelined", amp="bf16", data=MIXED, optim={"class_weights": weights})
     with NoHostSync():
         step()
     assert step.metrics.take(ONE_RANK)["steps"] == 1

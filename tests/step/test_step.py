@@ -138,6 +138,60 @@ def test_data_options(method: str, option: dict[str, Any]) -> None:
     check(config_of(given, groups=3, **option), steps=3)
 
 
+CLASS_WEIGHTS = (0.1, 3.0, 1.0, 0.7, 5.0)
+
+
+@pytest.mark.parametrize(
+    "method", ["vanilla", "decoupled", "advprop", "adversarial_training", *SCHEDULES]
+)
+def test_class_weights(method: str) -> None:
+    """Of clean and adversarial rows, and in attacks through the statistics of a batch."""
+    given: dict[str, Any] = {"name": method, "p_adv": None}
+    if method in SCHEDULES:
+        given = FAST | {"schedule": method}
+    if method == "decoupled":
+        given["p_adv"] = "1/3"
+    if method in ("decoupled", "advprop", "adversarial_training"):
+        given |= {"attack_steps": 2, "attack_bn": "batch"}
+    check(config_of(given, groups=2, class_weights=CLASS_WEIGHTS), steps=2)
+
+
+MIXES = [
+    {"mix": mix, "mix_per": per, "mix_on": on}
+    for mix in ("mixup", "cutmix", "either")
+    for per in ("batch", "row")
+    for on in ("clean", "adv", "both")
+]
+ALL_OF_IT = {"mix": "either", "mix_per": "row", "mix_on": "both"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", MIXES, ids=values_of)
+@pytest.mark.parametrize("method", ["decoupled", *SCHEDULES])
+def test_mixes(method: str, mix: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"name": method}
+    if method in SCHEDULES:
+        given = FAST | {"schedule": method}
+    check(config_of(given, groups=3, **mix), steps=3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_row_mixed_by_draws_of_its_own(schedule: str) -> None:
+    """Also through the carry of `pipelined`, with smoothed labels, and classes of other weight."""
+    mix = ALL_OF_IT | {"label_smoothing": 0.1, "class_weights": CLASS_WEIGHTS}
+    check(config_of(FAST | {"schedule": schedule}, groups=3, **mix), steps=3)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+@pytest.mark.parametrize("method", ["decoupled", "advprop", "adversarial_training"])
+def test_an_attack_of_its_own_follows_the_mixed_loss(method: str, targeted: bool) -> None:
+    """Copies are those of mixed rows."""
+    given: dict[str, Any] = {"name": method, "attack_steps": 2, "targeted": targeted}
+    if method != "decoupled":
+        given["p_adv"] = None
+    check(config_of(given, groups=2, **ALL_OF_IT), steps=2)
+
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "sync off": {"sync": False},
     "weights 1:1:1": {"weight_clean": 1.0, "weight_noise": 1.0, "weight_adv": 1.0},
@@ -198,6 +252,9 @@ def test_any_combination() -> None:
             "shuffle": pick(["ranks", "groups", "off"]),
             "eps_255": pick([0.5, 1.0, 4.0]),
         }
-        option = {"mix": pick([None, "mixup", "cutmix"]), "label_smoothing": pick([0.0, 0.1])}
+        option = pick([{}, *MIXES]) | {
+            "label_smoothing": pick([0.0, 0.1]),
+            "class_weights": pick([None, CLASS_WEIGHTS]),
+        }
         print(method, option)
         check(config_of(method, pick([1, 2, 5]), **option), pick([TinyNet, TinyResNet]), steps=2)

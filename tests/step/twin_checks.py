@@ -21,7 +21,7 @@ from fap.step.attack import DIRECTION
 from fap.step.step import Step
 from fap.tasks import make_task
 from pipelines.sizes import Size
-from tests.step.reference_step import NORMS, Draws, Result, Rules, Twin
+from tests.step.reference_step import NORMS, Blend, Draws, Result, Rules, Twin
 
 SIZE = 16
 CLASSES = 5
@@ -133,13 +133,15 @@ OTHER_NORMS = (LayerNorms, GroupNorms, RMSNorms, BatchNorms, MixedNorms)
 
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
     """`groups` groups of clean rows; a third of the rows adversarial unless `method` says else."""
-    smoothing = data.pop("label_smoothing", 0.0)
+    of_losses = {
+        name: data.pop(name) for name in ("label_smoothing", "class_weights") if name in data
+    }
     return make_config(
         {
             "model": {"num_classes": CLASSES},
             "method": {"group_rows": GROUP, "p_adv": "1/3"} | method,
             "data": {"size": SIZE} | data,
-            "optim": {"clean_batch": GROUP * groups, "label_smoothing": smoothing},
+            "optim": {"clean_batch": GROUP * groups} | of_losses,
         }
     )
 
@@ -154,6 +156,7 @@ def rules_of(config: Config) -> Rules:
         "adv_group_rows": m.adv_group_rows,
         "n_adv": config.optim.clean_batch // GROUP * m.adv_group_rows,
         "label_smoothing": config.optim.label_smoothing,
+        "class_weights": config.optim.class_weights,
         "mean": config.data.mean,
         "std": config.data.std,
         "weights": (m.weight_clean or 1.0, m.weight_noise or 0.0, m.weight_adv or 1.0),
@@ -236,26 +239,62 @@ def draw(config: Config) -> tuple[dict[str, Any], Draws]:
             attacked = labels if m.entry.attacked == "copies" else labels[n_clean:]
             twin["target"] = make_task(config).wrong_targets(key, attacked)
     if config.data.mix is not None:
-        more_feed, more_twin = draw_mix(config, n_groups)
+        more_feed, blends = draw_mix(config, n_loaded)
         feed |= more_feed
-        twin |= more_twin
+        twin["blends"] = blends
+        if m.targeted and config.data.mixes_adv:
+            others = labels[more_feed["mix_partner"]]
+            attacked = others if m.entry.attacked == "copies" else others[n_clean:]
+            twin["other_target"] = make_task(config).wrong_targets(key, attacked)
     return feed, Draws(**twin)
 
 
-def draw_mix(config: Config, n_groups: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Partners stay inside their group."""
-    top = 3
-    left = 5
-    bottom = top + random.randrange(1, 12)
+def draw_mix(config: Config, n_loaded: int) -> tuple[dict[str, Any], list[Blend | None]]:
+    """Partners stay inside their group; what is not mixed is its own."""
+    n_clean = config.optim.clean_batch
+    data = config.data
+    lam = torch.ones(n_loaded)
+    box = torch.zeros(n_loaded, 4, dtype=torch.int64)
+    partner = torch.arange(n_loaded)
+    blends: list[Blend | None] = []
+    drawn = draw_share(data.mix)
+    for row in range(n_loaded):
+        is_clean = row < n_clean
+        first = row // GROUP * GROUP
+        n_rows = GROUP
+        if not is_clean:
+            n_rows = config.method.adv_group_rows
+            first = n_clean + (row - n_clean) // n_rows * n_rows
+        if not (data.mixes_clean if is_clean else data.mixes_adv):
+            blends.append(None)
+            continue
+        if data.mix_per == "row":
+            drawn = draw_share(data.mix)
+        how, share, corners = drawn
+        # Not a permutation, as the plan's are: what is mixed with whom does not matter to a step.
+        partner[row] = first + random.randrange(n_rows)
+        lam[row] = share
+        box[row] = torch.tensor(corners)
+        blends.append(Blend(how, int(partner[row]), lam[row].item(), corners))
+    if data.mix_per == "batch":
+        _, share, corners = drawn
+        lam = torch.tensor(share)
+        box = torch.tensor(corners)
+    return {"mix_lam": lam, "mix_box": box, "mix_partner": partner}, blends
+
+
+def draw_share(mix: str | None) -> tuple[Any, float, tuple[int, int, int, int]]:
+    """Which of the two, the share of the own image, the box that is pasted (none for Mixup)."""
+    how = mix
+    if mix == "either":
+        how = random.choice(["mixup", "cutmix"])
+    if how == "mixup":
+        return how, random.random(), (0, 0, 0, 0)
+    top = random.randrange(6)
+    left = random.randrange(6)
+    bottom = top + random.randrange(10)  # an empty box too
     right = left + random.randrange(1, 10)
-    lam = torch.rand(())
-    if config.data.mix == "cutmix":
-        lam = 1 - torch.tensor((bottom - top) * (right - left)) / SIZE**2
-    partner = torch.cat([group * GROUP + torch.randperm(GROUP) for group in range(n_groups)])
-    box = (top, left, bottom, right)
-    feed = {"mix_lam": lam, "mix_box": torch.tensor(box), "mix_partner": partner}
-    twin = {"mix": config.data.mix, "lam": lam.item(), "box": box, "partner": partner}
-    return feed, twin
+    return how, 1 - (bottom - top) * (right - left) / SIZE**2, (top, left, bottom, right)
 
 
 def close(fast: Tensor, slow: Tensor, what: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ CPU = torch.device("cpu")
 N_CLASSES = 7
 
 
-def config(n_classes: int | None = N_CLASSES, label_smoothing: float = 0.0) -> Config:
+def config(n_classes: int | None = N_CLASSES, **optim: Any) -> Config:
     return make_config({
         "name": "tiny",
         "model": {"name": "cifar_resnet8", "num_classes": n_classes},
-        "optim": {"label_smoothing": label_smoothing},
+        "optim": optim,
     })  # fmt: skip
 
 
@@ -42,9 +43,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Labelled:
-    """All that `targets` looks at of a store."""
+    """All that `targets` and `look_at` look at of a store."""
 
     labels: np.ndarray
+    classes: tuple[str, ...] | None = None
 
 
 def test_targets_are_the_labels_of_the_plans_rows_and_minus_one_for_padding() -> None:
@@ -66,6 +68,42 @@ def test_empty_targets_are_valid_ones_of_the_same_type() -> None:
     assert empty.shape == targets.shape
     assert empty.dtype == targets.dtype
     assert task.losses(outputs, empty).isfinite().all()
+
+
+def test_class_weights_are_looked_up_by_label() -> None:
+    weights = [0.5 + label for label in range(N_CLASSES)]
+    task = Classification(config(class_weights=weights))
+    said = ["weights    of classes, as given: 0.5 (0) to 6.5 (6)"]
+    assert task.look_at(Labelled(np.zeros(3, int))) == said  # type: ignore[arg-type]
+    found = task.row_weights(torch.tensor([3, 0, 6, 3]))
+    assert found is not None
+    assert found.tolist() == [3.5, 0.5, 6.5, 3.5]
+    plain = Classification(config())
+    assert plain.row_weights(torch.tensor([3])) is None
+    assert plain.look_at(Labelled(np.zeros(3, int))) == []  # type: ignore[arg-type]
+
+
+def test_balanced_class_weights_are_those_of_the_data() -> None:
+    """Each class weighs as much as any other, and an image 1 on average."""
+    labels = np.random.default_rng().permutation([0] * 12 + [2] * 3 + [3] * 4 + [6])
+    names = tuple("abcdefg")
+    task = Classification(config(class_weights="balanced"))
+    said = task.look_at(Labelled(labels, names))  # type: ignore[arg-type]
+    found = task.row_weights(torch.arange(N_CLASSES))
+    assert found is not None
+    of_images = [found[label].item() for label in labels]
+    assert np.mean(of_images) == pytest.approx(1)
+    for label in (0, 2, 3, 6):
+        total = sum(weight for weight, own in zip(of_images, labels, strict=True) if own == label)
+        assert total == pytest.approx(20 / 4)
+    assert found[[1, 4, 5]].tolist() == [1, 1, 1]  # of no images
+    assert said == ["weights    of classes, balanced: 0.4167 ('a') to 5 ('g')"]
+
+
+def test_class_weights_must_be_one_for_each_class() -> None:
+    says = r"optim.class_weights = \[1.0, 2.0\]: 2 numbers for 7 classes"
+    with pytest.raises(ValueError, match=says):
+        Classification(config(class_weights=[1, 2]))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

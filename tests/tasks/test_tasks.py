@@ -21,6 +21,7 @@ LENT = {
     *("loss_parts", "fewest_classes", "references", "losses_and_hits", "attack_losses"),
     *("eval_batch", "notes", "pictures", "class_counter"),
     *("prediction_columns", "predictions"),
+    *("look_at", "row_weights"),
 }
 
 
@@ -81,6 +82,7 @@ def test_the_contract_is_seen_whole() -> None:
         *("losses", "hits", "losses_and_hits", "attack_losses", "wrong_targets"),
         *("evaluator", "class_counter", "check_metrics", "measured"),
         *("prediction_columns", "predictions"),
+        *("look_at", "row_weights"),
     }
 
 
