@@ -71,18 +71,22 @@ def test_a_row_shows_what_torchvision_makes_of_it(name: str, store: Store) -> No
     plan = draw(store, spec)
     before = images("reference", store, plain(plan))
     after = images("reference", store, plan)
-    wrong = 0
     for step in range(len(plan)):
         for row in range(12):
             image = torch.from_numpy(before[step, row])
             wanted = by_torchvision(image, spec, plan.augment, step, row).numpy()
             difference = np.abs(after[step, row].astype(int) - wanted)
-            # By rounding alone: see test_pixels. An operation may make more of one grey level:
-            # a threshold, or the bins of a histogram.
-            wrong += (difference > 1).mean() > 0.05
-            assert (difference > 0).mean() < 0.5, (step, row, SEED)
-    assert wrong <= 0.05 * len(plan) * 12, SEED
-    assert (before != after).mean() > 0.2 * spec.erase + 0.2 * (spec != SPECS["erase"])
+            # By rounding alone: see test_pixels. The next operation may make more of one grey
+            # level: a threshold, or the bins of a histogram. In 2,304 rows it was 0.6% of the
+            # values at most, and 5.5% had that one grey level.
+            assert (difference > 1).mean() < 0.03, (step, row, SEED)
+            assert (difference > 0).mean() < 0.15, (step, row, SEED)
+    changed = (before != after).any((2, 3, 4))
+    if spec.policy or spec.color_jitter:
+        assert changed.mean() > 0.5, SEED
+    else:
+        top, left, bottom, right = np.moveaxis(plan.augment.erase_box, 2, 0)
+        assert_array_equal(changed, (bottom > top) & (right > left))
 
 
 @pytest.mark.parametrize("name", EXACT)
