@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,11 +21,14 @@ from fap.cli.output import told
 from fap.evaluate import report
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.results import Results
+from fap.evaluate.validated import check_validated_on, part_of, validated_on
 from fap.evaluate.work import carry_out, look
 from fap.run.torch_setup import limit_threads
+from pipelines import Store
 from pipelines.corrupt import NAMES, QUICK, SMALL, definitions
 from pipelines.names import names_in
 from pipelines.sources import accepted
+from pipelines.subset import SubsetStore
 from pipelines.workers import Workers
 
 DESCRIPTION = (
@@ -66,6 +70,10 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
             if given is not None:
                 parser.error(f"{option} is about the sets of --corrupt, which is not given")
+    if args.data is None and args.val_share is not None:
+        parser.error("--val-share is about --data, which is not given")
+    if args.data is None and args.plain is not None:
+        parser.error("--plain: give --data, as weights do not say what to evaluate them on")
     if args.classes is not None and args.plain is None:
         parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
     if args.best and args.plain is not None:
@@ -93,7 +101,16 @@ def _add_image_sets(parser: ArgumentParser) -> None:
         " torchvision's evaluation, such as data.resize=232 or model.num_classes=10",
     )
     add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
-    add("--data", required=True, help=f"clean images: {accepted()}")
+    add(
+        "--data",
+        help=f"clean images: {accepted()}; of a run's folder by default what it validated on",
+    )
+    add(
+        "--val-share",
+        type=float,
+        metavar="F",
+        help="of --data only what data.val_share=F holds out of training",
+    )
     add(
         "--corrupt",
         nargs="*",
@@ -153,8 +170,10 @@ def evaluate(args: Namespace) -> int:
     out = _path(args.out)
     results = Results(out / "results", say)
     many = _everything(args)
-    with closing(pipelines.open_store(wanted.data)) as data, Workers(say=say) as workers:
-        works = [look(path, wanted, data, workers, results) for path in _checkpoints(args)]
+    checkpoints = _checkpoints(args)
+    with closing(_data(args, checkpoints)) as data, Workers(say=say) as workers:
+        wanted = replace(wanted, data=data.path, part=_part(data))
+        works = [look(path, wanted, data, workers, results) for path in checkpoints]
         for work in works:
             say(report.plan(work))
             many = many or max(work.config.data.sides) > SMALL
@@ -181,6 +200,22 @@ def _checkpoints(args: Namespace) -> list[Path]:
     return [checkpoint_at(path, best=args.best) for path in paths]
 
 
+def _data(args: Namespace, checkpoints: Sequence[Path]) -> Store:
+    """The clean images: those of --data, or what the runs validated on."""
+    if args.data is not None:
+        store = pipelines.open_store(args.data)
+        return store if args.val_share is None else part_of(store, args.val_share)
+    store = validated_on(_path(args.checkpoints[0]), checkpoints[0])
+    for path in checkpoints[1:]:
+        check_validated_on(path, store)
+    return store
+
+
+def _part(store: Store) -> str:
+    """What of the data is evaluated, for the report, where it is not all of it."""
+    return "the part held out of training" if isinstance(store, SubsetStore) else ""
+
+
 def wishes(args: Namespace) -> Wanted:
     """The arguments as `fap.evaluate.benchmarks.Wanted`. Raises ValueError."""
     if args.batch is not None and args.batch < 1:
@@ -192,7 +227,7 @@ def wishes(args: Namespace) -> Wanted:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     return Wanted(
-        data=_path(args.data),
+        data=_path(args.data or ""),
         computed=_corruptions(args),
         keep=_optional(args.keep),
         imagenet_c=_optional(args.imagenet_c),

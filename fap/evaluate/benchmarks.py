@@ -18,6 +18,8 @@ class Wanted:
 
     data: Path
     """Clean images: a `.beton` or a folder."""
+    part: str = ""
+    """Which part of `data`, in words; empty: all of it."""
     computed: tuple[tuple[str, int], ...] = ()
     """(corruption, severity) of `data`, computed here."""
     keep: Path | None = None

@@ -175,7 +175,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         paper={str(name): number for name, number in work.config.paper.items()},
         small=max(work.config.data.sides) <= SMALL,
         settings={
-            "data": str(wanted.data),
+            "data": f"{wanted.data}, {wanted.part}" if wanted.part else str(wanted.data),
             "bn": wanted.bn,
             "seed": wanted.seed,
             "batch": wanted.batch or work.task.eval_batch,
