@@ -15,7 +15,6 @@ from torch import Tensor, distributed, nn
 
 from fap.config import Config
 from fap.draws import random_bits
-from fap.fields import BALANCED
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
 from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter
@@ -82,14 +81,14 @@ class Classification(Task):
         """Class weights, where they follow from the data; the least and the greatest are shown."""
         if self.class_weights is None:
             return []
-        if self.class_weights == BALANCED:
+        if self.class_weights == "balanced":
             self._weights = {CPU: balanced_weights(store.labels, self.n_classes)}
         weights = self._weights[CPU]
         least = int(weights.argmin())
         most = int(weights.argmax())
         names = store.classes or range(self.n_classes)
         how = "as given"
-        if self.class_weights == BALANCED:
+        if self.class_weights == "balanced":
             how = "balanced"
         return [
             f"weights    of classes, {how}: {weights[least]:.4g} ({shown(names[least])}) "
