@@ -350,6 +350,8 @@ def _model_words(text: str) -> list[tuple[str, str]]:
     match library:
         case "timm":
             return [("name", f"timm/{architecture}"), ("init", text)]
+        case "torchvision" if architecture.endswith("_Weights"):  # which says whose they are
+            return [("init", text)]
         case "torchvision":
             return [("name", architecture), ("init", text)]
         case "hf-hub":

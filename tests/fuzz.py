@@ -6,12 +6,12 @@
 It prints `start N`, then `ok N` and what happened, or `bad N` and why.
 
 A seed is one input: a `.beton` (of two fields, of many, of planes), its sidecar, an image folder
-(used directly, or converted), images in an archive, boxes of images, a checkpoint or a config, or
-what is whole and hostile: false metadata, folders full of traps, odd images, what is no file. What
-may happen: an error of a known type that names the file and the sample; or the data, where every
-sample whose bytes are intact is delivered as ever, and a damaged one never shows another sample's
-pixels. Where there are checksums, damage is always an error. Seeds below zero test the tester: a
-crash, a hang, another sample's pixels.
+(used directly, or converted), images in an archive, boxes of images, a checkpoint, a file of
+weights or a config, or what is whole and hostile: false metadata, folders full of traps, odd
+images, what is no file. What may happen: an error of a known type that names the file and the
+sample; or the data, where every sample whose bytes are intact is delivered as ever, and a damaged
+one never shows another sample's pixels. Where there are checksums, damage is always an error. Seeds
+below zero test the tester: a crash, a hang, another sample's pixels.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from tests.fuzzing.configs import fuzz_config
 from tests.fuzzing.folders import fuzz_convert, fuzz_folder, fuzz_tree
 from tests.fuzzing.images import fuzz_images
 from tests.fuzzing.no_file import fuzz_no_file
+from tests.fuzzing.weights import fuzz_weights
 
 GROWTH_MB = 400  # of one input, the first of which also loads what loaders need
 # Memory beyond reason is an error, not a full machine; a pool of threads alone may reserve 2 GiB
@@ -77,6 +78,7 @@ TARGETS = [
     fuzz_annotations,
     fuzz_archive,
     fuzz_archive,
+    fuzz_weights,
 ]
 SELF_TESTS = {-1: crash, -2: hang, -3: exchange}
 

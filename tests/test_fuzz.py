@@ -33,6 +33,7 @@ TARGETS = {
     "no_file",
     "annotations",
     "archive",
+    "weights",
 }
 
 

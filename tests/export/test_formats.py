@@ -215,7 +215,7 @@ def test_timm_loads_the_folder_of_a_model_of_its_own(tmp_path: Path, capsys: Cap
         want = load_model(path).model(images)
         torch.testing.assert_close(model(images), want, rtol=1e-4, atol=1e-5)
     data = timm.data.resolve_model_data_config(model)
-    assert data["input_size"] == (3, 64, 64)
+    assert list(data["input_size"]) == [3, 64, 64]
     assert (data["mean"], data["std"], data["interpolation"]) == (list(MEAN), list(STD), "bicubic")
     transforms = timm.data.create_transform(**data, is_training=False).transforms
     assert (transforms[0].size, transforms[1].size) == (68, (64, 64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -40,10 +41,9 @@ def tensors_in(content: bytes) -> tuple[dict[str, Tensor], list[str]]:
             warnings.simplefilter("ignore")  # of storages that are untyped now
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a garbled pickle may raise anything
-        reason = one_line(error).partition("WeightsUnpickler error: ")
         raise ValueError(
-            "no file of tensors alone, so it is not read: unpickling can run any code "
-            f"({(reason[2] or reason[0])[:200]})"
+            f"no file of tensors alone ({_reason(error)}); it is not read any further, because "
+            "unpickling can run any code"
         ) from None
     state, notes = _state_dict(found)
     for name, tensor in state.items():
@@ -55,6 +55,17 @@ def tensors_in(content: bytes) -> tuple[dict[str, Tensor], list[str]]:
                 f"its tensor {shown(name)} of shape {shown(tuple(tensor.shape))} is larger than it"
             )
     return state, notes
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to load the file all the same."""
+    text = str(error)
+    asked = re.search(r"GLOBAL (\S+)", text)
+    if asked:
+        return f"it asks for {shown(asked[1], 100)}"
+    if not text or "weights_only" in text:
+        return "a garbled pickle, or one that asks for more"
+    return one_line(error, 150)
 
 
 def _refuse_compression(content: bytes) -> None:
