@@ -76,7 +76,8 @@ def make(
     )
     torch.manual_seed(seed)
     plain = make_task(config).plain_model()
-    network = prepare(plain, aux=config.method.has_aux, size=config.data.size)
+    of_norms = {"aux": config.method.has_aux, "any_norm": config.method.any_norm}
+    network = prepare(plain, size=config.data.size, **of_norms)
     step = Step(network.to(device), config, amp=amp)
     feed(step, 0)
     return step

@@ -91,6 +91,28 @@ def test_class_weights_are_looked_up_on_the_device() -> None:
     assert step.metrics.take(ONE_RANK)["steps"] == 1
 
 
+@pytest.mark.parametrize(
+    ("variant", "aux"),
+    [
+        ("vanilla", "auto"),
+        ("fused", "auto"),
+        ("fused", "none"),
+        ("pipelined", "auto"),
+        ("decoupled", "auto"),
+    ],
+)
+@pytest.mark.parametrize("model", ["timm/test_convnext", "timm/test_nfnet"])
+def test_neither_does_that_of_a_model_with_other_norms_or_none(
+    model: str, variant: str, aux: str
+) -> None:
+    step = make(variant, amp="bf16", model=model, size=32, method={"aux": aux})
+    before = {name: tensor.data_ptr() for name, tensor in step.state().items()}
+    with NoHostSync():
+        step()
+    assert step.metrics.take(ONE_RANK)["steps"] == 1
+    assert {name: tensor.data_ptr() for name, tensor in step.state().items()} == before
+
+
 @every_step
 def test_every_tensor_of_the_state_and_input_stays_where_it_is(task: str, variant: str) -> None:
     step = make(variant, task=task)
