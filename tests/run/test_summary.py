@@ -152,6 +152,37 @@ def test_rates_that_fall_with_every_step_show_a_few(
 
 
 @pytest.mark.parametrize(
+    ("sizes", "max_steps", "said", "more"),
+    [
+        (
+            [[0, 16], [35, 24], [70, 32]],
+            None,
+            "0.604 x the pixels of 32 px; 16 px; 24 px from epoch 29 (step 116,087); 32 px from"
+            " epoch 58 (step 232,174)",
+            None,
+        ),
+        (
+            [[0, 16], [35, 24], [70, 32]],
+            232_174,
+            "0.604 x the pixels of 32 px; 16 px; 24 px from epoch 29 (step 116,087)",
+            "WITHOUT EFFECT, run.max_steps = 232,174 ends the run before: 32 px from epoch 58"
+            " (step 232,174)",
+        ),
+        ([[0, 48]], None, "2.250 x the pixels of 32 px; 48 px", None),
+    ],
+)
+def test_sizes_are_told_with_their_epochs_and_what_they_save(
+    sizes: list[list[int]], max_steps: int | None, said: str, more: str | None
+) -> None:
+    constant = {"lr_schedule": "constant"}
+    tree = {"data": {"sizes": sizes}, "run": {"max_steps": max_steps}, "budget": constant}
+    found = lines(tree)
+    assert found["sizes"] == said
+    assert found.get("more") == more
+    assert "sizes" not in lines({})
+
+
+@pytest.mark.parametrize(
     ("method", "groups"),
     [
         ("vanilla", "4 main of 64 rows"),
