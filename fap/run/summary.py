@@ -224,9 +224,12 @@ def _sizes(config: Config, budget: Budget) -> list[str]:
     (_, first), *later = budget.sizes
     told = [f"{share:.3f} x the pixels of {size_in_words(config.data.size)} px", f"{first} px"]
     changes = []
-    for epoch, size in later:
+    for number, (epoch, size) in enumerate(later):
         step = epoch * budget.steps_per_epoch
-        changes.append((epoch, f"{size} px from epoch {epoch} (step {step:,})"))
+        said = f"{size} px from epoch {epoch} (step {step:,})"
+        if (epoch, size) != later[-1] and later[number + 1][0] == epoch:
+            said += ", WITHOUT EFFECT: the next one begins there too"
+        changes.append((epoch, said))
     return _in_time(
         "sizes", told, changes, budget.epochs, budget.steps_per_epoch, config.run.max_steps
     )

@@ -39,7 +39,7 @@ from fap.run.stopwatch import Stopwatch
 from fap.run.summary import describe
 from fap.run.torch_setup import limit_threads, norm_kernel, precision, set_up_torch, settled
 from fap.run.validation import Validation, in_words
-from fap.step.graph import runner
+from fap.step.graph import give_memory_back, runner
 from fap.step.metrics import rates
 from fap.step.step import Step
 from fap.tasks import make_task
@@ -165,7 +165,7 @@ class Run:
         """Train to the end of the budget. Can be called once.
 
         The result is also written to `result.json`. Raises Interrupted, NonFinite, NotSaved, and
-        before the first step `fap.step.graph.FreshProcessNeeded`.
+        before the first step of a size `fap.step.graph.FreshProcessNeeded`.
         """
         try:
             n_epochs = math.ceil(self.steps / self.budget.steps_per_epoch)
@@ -176,6 +176,7 @@ class Run:
                     loader = open_loader(self.config, self.data.train, self.device, size)
                 with closing(loader, self._say):
                     self._train(loader, size, numbers)
+                give_memory_back()  # of a graph of this size
             return self._finish()
         finally:
             if self.log is not None:

@@ -21,6 +21,7 @@ from fap.nets.build import prepare
 from fap.run import train, validation
 from fap.run.epoch import epochs
 from fap.run.train import Run
+from fap.step import graph
 from fap.step.step import Step
 from fap.tasks import make_task
 from fap.tasks.classification import Classification
@@ -78,6 +79,25 @@ def test_stopping_in_any_epoch_and_resuming_gives_the_same_weights(
         run(tiny_beton, tmp_path / "parts", *method, f"run.max_steps={stop}", "resume=auto")
     parts, _ = run(tiny_beton, tmp_path / "parts", *method, "resume=auto")
     assert_same(final_state(whole), final_state(parts))
+
+
+@pytest.mark.gpu
+def test_every_size_is_captured_by_a_graph_of_its_own(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[int] = []
+    capture = graph.Graphed.__init__
+
+    def noted(graphed: graph.Graphed, step: Step) -> None:
+        capture(graphed, step)
+        captured.append(step.inputs.images.shape[-1])
+
+    monkeypatch.setattr(graph.Graphed, "__init__", noted)
+    more = ("run.device=cuda", "run.graph=on", "run.amp=off", "method.schedule=pipelined")
+    folder, result = run(tiny_beton, tmp_path, SIZES, *more)
+    assert captured == [16, 24, 32]
+    assert result["steps"] == 20
+    assert all(torch.isfinite(v).all() for v in final_state(folder).values())
 
 
 # ---------------------------------------------------------------------- the twin

@@ -182,6 +182,21 @@ def test_sizes_are_told_with_their_epochs_and_what_they_save(
     assert "sizes" not in lines({})
 
 
+def test_sizes_that_meet_or_never_come_are_named() -> None:
+    """At cost 7: 34 and 35 of 105 epochs become 5 of 15, and 104 the end."""
+    sizes = [[0, 32], [34, 16], [35, 32], [104, 48]]
+    constant = {"lr_schedule": "constant"}
+    method = {"name": "advprop"}
+    found = lines({"data": {"sizes": sizes}, "budget": constant, "method": method})
+    assert found["sizes"] == (
+        "1.000 x the pixels of 32 px; 32 px; 16 px from epoch 5 (step 25,020), WITHOUT EFFECT: the"
+        " next one begins there too; 32 px from epoch 5 (step 25,020)"
+    )
+    assert found["more"] == (
+        "WITHOUT EFFECT, the run ends after 15 epochs: 48 px from epoch 15 (step 75,060)"
+    )
+
+
 @pytest.mark.parametrize(
     ("method", "groups"),
     [
