@@ -11,6 +11,7 @@ from typing import Any
 from fap.config import Config
 from fap.rates import Rates
 from fap.sections import MethodConfig, exact, nearest
+from pipelines.sizes import Size
 
 LR_ROWS = 256  # clean rows for which `optim.lr` is given (section 4.1)
 
@@ -36,6 +37,7 @@ class Budget:
     steps_per_epoch: int  # full batches; a partial last batch is dropped
     image_passes_per_step: int  # over all ranks
     rates: Rates
+    sizes: tuple[tuple[int, Size], ...]  # epochs, ascending from 0: what is trained from each on
 
     @property
     def steps(self) -> int:
@@ -44,6 +46,27 @@ class Budget:
     @property
     def image_passes(self) -> int:
         return self.steps * self.image_passes_per_step
+
+    def size_in(self, epoch: int) -> Size:
+        """What is trained in an epoch, counted from 0; after the run as in its last one.
+
+        Of sizes that meet in one epoch the last one holds.
+        """
+        epoch = min(epoch, self.epochs - 1)
+        held = [size for first, size in self.sizes if first <= epoch]
+        return held[-1]
+
+    def size_at(self, step: int) -> Size:
+        """What is trained in a step, counted from 0 over the whole run."""
+        return self.size_in(step // self.steps_per_epoch)
+
+    def stretches(self, epochs: range) -> list[tuple[Size, range]]:
+        """`epochs` in parts of one size; at least one part, which may be empty."""
+        changes = [first for first, _ in self.sizes if epochs.start < first < epochs.stop]
+        starts = sorted({epochs.start, *changes})
+        ends = [*starts[1:], epochs.stop]
+        parts = zip(starts, ends, strict=True)
+        return [(self.size_in(start), range(start, end)) for start, end in parts]
 
 
 def budget(config: Config, n_images: int) -> Budget:
@@ -73,7 +96,15 @@ def budget(config: Config, n_images: int) -> Budget:
         steps_per_epoch=steps_per_epoch,
         image_passes_per_step=int(loaded_rows * cost),
         rates=_rates(config, divisor, epochs, steps_per_epoch),
+        sizes=_sizes(config, divisor),
     )
+
+
+def _sizes(config: Config, divisor: Fraction) -> tuple[tuple[int, Size], ...]:
+    if config.data.sizes is None:
+        return ((0, config.data.size),)
+    first, *later = config.data.sizes
+    return (first, *((divided(epoch, divisor), size) for epoch, size in later))
 
 
 def _rates(config: Config, divisor: Fraction, epochs: int, steps_per_epoch: int) -> Rates:

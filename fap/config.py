@@ -155,6 +155,10 @@ class Config(Section):
                     f"data.{field} = {value!r} with data.crop = 'letterbox': boxes do not follow "
                     f"it; leave it out (data.color_jitter is allowed)"
                 )
+        if self.data.sizes is not None:
+            raise ValueError(
+                "data.sizes with data.crop = 'letterbox': a canvas keeps its size; must be null"
+            )
 
     def _check_square(self) -> None:
         data = self.data
@@ -172,6 +176,11 @@ class Config(Section):
             raise ValueError(
                 f"data.jitter = {list(data.jitter)} with data.crop = {data.crop!r}: "
                 "only 'letterbox' has it; leave it out"
+            )
+        if data.sizes is not None and data.sizes[-1][0] >= self.budget.epochs:
+            raise ValueError(
+                f"data.sizes: epoch {data.sizes[-1][0]} must be below "
+                f"budget.epochs = {self.budget.epochs}"
             )
         # The weights of `model.init` may bring a smaller size; then the settled config is checked.
         may_change = self.model.init is not None and "size" not in data.model_fields_set

@@ -140,6 +140,11 @@ SafeName = Annotated[str, AfterValidator(safe_name)]
 FilePath = Annotated[str, Field(max_length=4096), AfterValidator(full_path)]
 # A tuple may come as a list; what is in it stays strict.
 Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
+# [[0, 128], [6, 160]]: from which epoch on which side, in pixels.
+Sides = Annotated[
+    tuple[Annotated[tuple[NonNegativeInt, PositiveInt], Field(strict=False)], ...],
+    Field(strict=False, min_length=1, max_length=100),
+]
 CanvasSize = Annotated[int | tuple[int, int], BeforeValidator(canvas_size)]
 ClassWeights = Annotated[
     Literal["balanced"] | tuple[float, ...] | None, BeforeValidator(class_weights)

@@ -35,6 +35,7 @@ from fap.fields import (
     Ratio,
     Section,
     Share,
+    Sides,
     SmallerPart,
     Text,
     key_of,
@@ -270,6 +271,10 @@ class DataConfig(Section):
     size: CanvasSize = 224
     """Pixels of what the model sees: the side of a square, or with `crop: letterbox` [height,
     width]."""
+    sizes: Sides | None = None
+    """Progressive resizing: [[0, 128], [6, 160], ...], from which epoch of vanilla training on
+    images of which side are trained; divided by the cost like `budget.milestones`. `size` remains
+    what evaluation sees. Unset: `size` throughout."""
     resize: Annotated[PositiveInt, Field(validate_default=True)] = UNSET
     """Evaluation: shorter side before the centre crop of `size` pixels. Unset: 256, or 8/7 of a
     `size` above 224, as torchvision has it."""
@@ -390,7 +395,7 @@ class DataConfig(Section):
         if self.crop == "letterbox":
             moving = {"augment", "augment_ops", "augment_magnitude", "erase"}
             of_classes = {"mix", "mix_alpha", *OF_MIX, "sampling"}
-            return {"resize", "scale", "ratio", "pad", *of_classes, *moving}
+            return {"sizes", "resize", "scale", "ratio", "pad", *of_classes, *moving}
         return {"jitter", "most_boxes"}
 
     @property
@@ -408,6 +413,7 @@ class DataConfig(Section):
                 f"data.val_share = {self.val_share:g} with data.val = {shown(self.val)}: "
                 "a part of data.train, or other data: set one of the two to null"
             )
+        self._check_sizes()
         if self.decode == "gpu" and self.pipeline == "reference":
             raise ValueError(
                 "data.decode = 'gpu' with data.pipeline = 'reference': the plain twin decodes with"
@@ -472,6 +478,16 @@ class DataConfig(Section):
                     f"data.cutmix_alpha = {value} with data.mix = {self.mix!r}: only 'either' has "
                     "two; write data.mix_alpha"
                 )
+
+    def _check_sizes(self) -> None:
+        if self.sizes is None:
+            return
+        epochs = [epoch for epoch, _ in self.sizes]
+        if epochs[0] != 0 or any(a >= b for a, b in pairwise(epochs)):
+            raise ValueError(
+                f"data.sizes = {shown([list(pair) for pair in self.sizes])}: must be pairs "
+                "[epoch, pixels] whose epochs begin with 0 and ascend, such as [[0, 128], [6, 160]]"
+            )
 
 
 class OptimConfig(Section):

@@ -144,6 +144,54 @@ def test_a_warm_up_is_measured_by_the_epochs_of_vanilla_training() -> None:
         budget_of(method={"name": "advprop"}, budget={"warmup_epochs": 105})
 
 
+# ---------------------------------------------------------------------- sizes
+
+FOUR = [[0, 128], [30, 160], [60, 192], [90, 224]]
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        ("vanilla", ((0, 128), (30, 160), (60, 192), (90, 224))),
+        ("fast_advprop", ((0, 128), (25, 160), (50, 192), (75, 224))),
+        ("advprop", ((0, 128), (4, 160), (9, 192), (13, 224))),
+    ],
+)
+def test_sizes_change_where_the_milestones_would(
+    method: str, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    found = budget_of(method={"name": method}, data={"sizes": FOUR})
+    assert found.sizes == sizes
+    same = {"same_budget": False}
+    whole = budget_of(method={"name": method}, data={"sizes": FOUR}, budget=same)
+    assert list(map(list, whole.sizes)) == FOUR
+    assert budget_of(method={"name": method}).sizes == ((0, 224),)
+    assert found.image_passes == budget_of(method={"name": method}).image_passes
+
+
+def test_every_epoch_and_step_has_the_size_of_the_last_change_before_it() -> None:
+    sizes = [[0, 8], [1, 16], [3, 24], [4, 32], [29, 40]]
+    found = budget_of(10 * 256, method=ADVPROP, data={"sizes": sizes}, budget={"epochs": 30})
+    # 30 / 7 epochs: 4; the changes divided come to 1, 1, 1 and 4, which is the end.
+    assert found.sizes == ((0, 8), (1, 16), (1, 24), (1, 32), (4, 40))
+    assert [found.size_in(epoch) for epoch in range(6)] == [8, 32, 32, 32, 32, 32]
+    assert [found.size_at(step) for step in (0, 9, 10, 39, 40)] == [8, 8, 32, 32, 32]
+
+
+def test_stretches_are_the_epochs_left_in_parts_of_one_size() -> None:
+    vanilla = {"name": "vanilla"}
+    found = budget_of(method=vanilla, data={"sizes": FOUR})
+    assert found.stretches(range(105)) == [
+        (128, range(30)), (160, range(30, 60)), (192, range(60, 90)), (224, range(90, 105)),
+    ]  # fmt: skip
+    assert found.stretches(range(60, 61)) == [(192, range(60, 61))]
+    assert found.stretches(range(59, 95)) == [
+        (160, range(59, 60)), (192, range(60, 90)), (224, range(90, 95)),
+    ]  # fmt: skip
+    assert found.stretches(range(105, 105)) == [(224, range(105, 105))], "nothing is left"
+    assert budget_of(method=vanilla).stretches(range(3, 105)) == [(224, range(3, 105))]
+
+
 def test_too_few_images_for_a_batch() -> None:
     with pytest.raises(ValueError, match=r"319 images.*320"):
         budget_of(319)

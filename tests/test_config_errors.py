@@ -174,6 +174,13 @@ from fap.config import load_config, make_config
             "below budget.epochs; null means the paper's, scaled: [30, 60, 90, 100]",
         ),
         ("budget.milestones=30,60", "must be a list"),
+        # Sizes of training.
+        ("data.sizes=[[1, 128]]", "data.sizes = [[1, 128]]: must be pairs [epoch, pixels] whose"),
+        ("data.sizes=[[0, 128], [5, 160], [5, 192]]", "begin with 0 and ascend"),
+        ("data.sizes=[[0, 0]]", "data.sizes.0.1 = 0"),
+        ("data.sizes=[]", "data.sizes = []"),
+        ("data.sizes=[0, 128]", "data.sizes.0 = 0: must be a list"),
+        ("data.sizes=[[0, 128], [105, 160]]", "epoch 105 must be below budget.epochs = 105"),
         # The schedule of the rate.
         ("budget.lr_schedule=steps", "must be 'milestones', 'cosine', 'linear' or 'constant'"),
         (
@@ -188,6 +195,12 @@ def test_users_mistakes_name_field_value_and_remedy(override: str, says: str) ->
     with pytest.raises(ValueError) as raised:
         load_config(None, [override])
     assert says in str(raised.value)
+
+
+def test_a_canvas_has_one_size() -> None:
+    letterbox = ["task=detection", "data.crop=letterbox", "data.size=[80, 128]"]
+    with pytest.raises(ValueError, match=r"^data\.sizes with data\.crop = 'letterbox': .* null"):
+        load_config(None, [*letterbox, "data.sizes=[[0, 64]]"])
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def test_text_arrives_from_the_command_line_as_it_stands(key: str, text: str) ->
         ("model.num_classes=null", None),
         ("run.max_steps=1e5", 100_000),
         ("budget.milestones=[]", ()),
+        ("data.sizes=[[0, 128], [6, 1.6e2]]", ((0, 128), (6, 160))),
         ("budget.milestones=null", (30, 60, 90, 100)),
         ("seed=4294967295", 4294967295),
     ],
@@ -169,6 +170,7 @@ ANY_CONFIG = st.fixed_dictionaries(
                 "std": st.lists(POSITIVE, min_size=3, max_size=3),
                 "threads": COUNT | st.none(),
                 "most_boxes": COUNT,
+                "sizes": st.just([[0, 128]]) | st.none(),
             },
         ),
         "optim": st.fixed_dictionaries(

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import timm
@@ -175,3 +175,21 @@ def _refuse_tag(name: str, architecture: str, tag: str) -> None:
         f"but a name alone gives random weights; write model.name={known}, "
         f"and model.init={readable(init.rstrip('.'))} (or a file) to start from weights"
     )
+
+
+def check_model_sizes(model: nn.Module, sizes: Collection[int]) -> None:
+    """Raise ValueError unless the model takes squares of these sides, in pixels.
+
+    The forward of one image in evaluation mode says it.
+    """
+    like = next(model.parameters())
+    for size in sorted(set(sizes)):
+        try:
+            with torch.no_grad():
+                model.eval()(like.new_zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"data.sizes: the model does not accept images of {size} px: {error}"
+            ) from None
+        finally:
+            model.train()

@@ -15,6 +15,7 @@ from fap.run.back_end import loader_name
 from fap.tasks import task_class
 from fap.tasks.labels import SAME_CLASSES, Matching, match_classes
 from pipelines.files import readable, shown
+from pipelines.sizes import Size
 from pipelines.sources import accepted
 from pipelines.subset import held_out
 
@@ -55,12 +56,17 @@ def open_data(config: Config) -> RunData:
     return RunData(train, val, train.identity(), val.identity(), n_classes, matching, lines)
 
 
-def open_loader(config: Config, store: pipelines.Store, device: torch.device) -> pipelines.Loader:
+def open_loader(
+    config: Config,
+    store: pipelines.Store,
+    device: torch.device,
+    size: Size | None = None,  # where it is not data.size
+) -> pipelines.Loader:
     """The settled config's back end for `store`. ImportError if its package is missing."""
     data = config.data
     name = loader_name(data)
     options = data.model_dump(include=pipelines.loader_options(name))
-    return pipelines.open_loader(name, store, size=data.size, device=device, **options)
+    return pipelines.open_loader(name, store, size=size or data.size, device=device, **options)
 
 
 @contextmanager

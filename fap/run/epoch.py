@@ -15,6 +15,7 @@ from fap.sections import DataConfig
 from fap.tasks.base import Task
 from pipelines.ahead import run_ahead
 from pipelines.augment.spec import AugmentSpec
+from pipelines.sizes import Size
 
 # Fields of the config's data that the plan's spec has under the same name.
 AUGMENTATION = {"size", "crop", "scale", "ratio", "pad", "jitter", "flip"}
@@ -39,7 +40,11 @@ def augment_spec(data: DataConfig) -> AugmentSpec:
     )
 
 
-def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
+def plan_spec(
+    config: Config,
+    ranks: Ranks = ONE_RANK,
+    size: Size | None = None,  # of training, where it is not data.size
+) -> pipelines.PlanSpec:
     """The plan of a run: rows of one step over all ranks, groups, augmentation, shuffle."""
     method = config.method
     clean_rows = config.optim.clean_batch
@@ -53,8 +58,11 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
             shuffle_groups = n_groups // ranks.world
         case _:
             shuffle_groups = 0
+    of_data = config.data.model_dump(include=ORDER | AUGMENTATION | MIX)
+    if size is not None:
+        of_data["size"] = size
     return pipelines.PlanSpec(
-        **config.data.model_dump(include=ORDER | AUGMENTATION | MIX),
+        **of_data,
         augment=augment_spec(config.data),
         filter=config.data.shown_filter,
         seed=config.seed,
@@ -65,6 +73,15 @@ def plan_spec(config: Config, ranks: Ranks = ONE_RANK) -> pipelines.PlanSpec:
         adv_are_copies=method.entry.attacked == "copies",
         shuffle_groups=shuffle_groups,
     )
+
+
+def check_sizes(config: Config, ranks: Ranks) -> None:
+    """Raise ValueError for a size of training that no plan takes, before one is drawn."""
+    for _, size in config.data.sizes or ():
+        try:
+            plan_spec(config, ranks, size)
+        except ValueError as error:
+            raise ValueError(f"data.sizes: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -91,9 +108,10 @@ def epochs(
     task: Task,
     device: torch.device,
     numbers: range,
+    size: Size | None = None,  # of training, where it is not data.size
 ) -> Iterator[Epoch]:
     """This rank's epochs of these numbers. The next one's plan is drawn while one is trained."""
-    spec = plan_spec(config, ranks)
+    spec = plan_spec(config, ranks, size)
 
     def drawing(number: int) -> Callable[[], pipelines.EpochPlan]:
         def draw() -> pipelines.EpochPlan:

@@ -22,6 +22,7 @@ from fap.step.metrics import METRICS, OF_ROWS
 from fap.step.step import Step
 from fap.tasks.base import Result, Task
 from fap.versions import versions
+from pipelines.sizes import Size
 
 # Of the step's state: every rank holds its own rows.
 PER_RANK = {"carry.images_255", "carry.targets", "carry.partners", "carry.lam"}
@@ -160,9 +161,10 @@ class Saving:
 
     # ------------------------------------------------------------------ resuming
 
-    def resume(self, task: Task, last_step: int) -> Progress | None:
+    def resume(self, task: Task, last_step: int, size_at: Callable[[int], Size]) -> Progress | None:
         """Put the newest checkpoint's state into the step; None where there is no checkpoint.
 
+        `size_at` says which size of images a step has; that of the next one is the carry's.
         Raises DamagedCheckpoint, and ValueError for a checkpoint of another run.
         """
         found = self.checkpoints.newest()
@@ -171,6 +173,7 @@ class Saving:
         path, tensors, written = found
         meta = run_meta(path, written)
         self._check(path, meta, task, last_step)
+        self.step.resize(size_at(meta.step))
         self.step.load_state(self._own_part(tensors))
         self.resumed = path
         self.saved = meta.step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
 from fap.nets.dual import counted, norms, undivided
@@ -9,7 +11,7 @@ from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
 from fap.sections import MAGNITUDES, DataConfig
 from fap.step.step import Step
-from pipelines.sizes import size_in_words
+from pipelines.sizes import sides_of, size_in_words
 
 # Of `method.attack_loss`, where it is not the loss that is trained.
 PARTIAL_LOSSES = {
@@ -54,6 +56,8 @@ def describe(
         lines.append(_attack(config, step, method.eps_255))
     if method.shuffle is not None:
         lines.append(_shuffle(config, step, shuffle_groups))
+    if config.data.sizes is not None:
+        lines += _sizes(config, budget)
     lines.append(_budget(config, budget))
     lines += _rate(budget.rates, config.run.max_steps)
     return "\n".join(lines)
@@ -212,6 +216,25 @@ def _budget(config: Config, budget: Budget) -> str:
     )
 
 
+def _sizes(config: Config, budget: Budget) -> list[str]:
+    """Sizes of training and from where each holds; image passes are counted whatever their size."""
+    whole = math.prod(config.data.sides)
+    trained = [math.prod(sides_of(budget.size_in(epoch))) for epoch in range(budget.epochs)]
+    share = sum(trained) / (whole * budget.epochs)
+    (_, first), *later = budget.sizes
+    told = [f"{share:.3f} x the pixels of {size_in_words(config.data.size)} px", f"{first} px"]
+    changes = []
+    for number, (epoch, size) in enumerate(later):
+        step = epoch * budget.steps_per_epoch
+        said = f"{size} px from epoch {epoch} (step {step:,})"
+        if (epoch, size) != later[-1] and later[number + 1][0] == epoch:
+            said += ", WITHOUT EFFECT: the next one begins there too"
+        changes.append((epoch, said))
+    return _in_time(
+        "sizes", told, changes, budget.epochs, budget.steps_per_epoch, config.run.max_steps
+    )
+
+
 def _rate(rates: Rates, max_steps: int | None) -> list[str]:
     """Learning rates and from where each holds, counted from 0; then those that never come."""
     match rates.schedule:
@@ -225,24 +248,39 @@ def _rate(rates: Rates, max_steps: int | None) -> list[str]:
 
 
 def _falls(rates: Rates, max_steps: int | None) -> list[str]:
-    told = [_first_rate(rates, max_steps)]
-    after_the_end = []
-    after_max_steps = []
+    changes = []
     for fall in rates.falls:
         rate = f"{fall.lr:g} from epoch {fall.epoch} (step {fall.step:,})"
         if fall.milestones > 1:
             rate += f", {fall.milestones} falls at once"
         if fall.step < rates.warmup_steps:
             rate += ", within the warm-up"
-        if fall.step >= rates.steps:
-            after_the_end.append(rate)
-        elif max_steps is not None and fall.step >= max_steps:
-            after_max_steps.append(rate)
+        changes.append((fall.epoch, rate))
+    n_epochs = rates.steps // rates.steps_per_epoch
+    first = _first_rate(rates, max_steps)
+    return _in_time("rate", [first], changes, n_epochs, rates.steps_per_epoch, max_steps)
+
+
+def _in_time(
+    word: str,
+    told: list[str],
+    changes: list[tuple[int, str]],  # the epoch in which each would come, counted from 0
+    n_epochs: int,
+    steps_per_epoch: int,
+    max_steps: int | None,
+) -> list[str]:
+    """A line of what is told and of the changes that come; lines of those that never do."""
+    after_the_end = []
+    after_max_steps = []
+    for epoch, change in changes:
+        if epoch >= n_epochs:
+            after_the_end.append(change)
+        elif max_steps is not None and epoch * steps_per_epoch >= max_steps:
+            after_max_steps.append(change)
         else:
-            told.append(rate)
-    lines = [f"rate       {'; '.join(told)}"]
+            told.append(change)
+    lines = [f"{word:10} {'; '.join(told)}"]
     if after_the_end:
-        n_epochs = rates.steps // rates.steps_per_epoch
         lines.append(
             f"           WITHOUT EFFECT, the run ends after {n_epochs} epochs: "
             f"{'; '.join(after_the_end)}"

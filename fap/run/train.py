@@ -20,14 +20,14 @@ from fap.budget import budget
 from fap.config import Config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.draws import dropout_seed, has_drawn
-from fap.nets.build import prepare
+from fap.nets.build import check_model_sizes, prepare
 from fap.nets.dual import has_aux
 from fap.nets.pretrained import load_init
 from fap.nets.weights.about import Weights
 from fap.nets.weights.settle import Start, start_of
 from fap.run.back_end import described, settle
 from fap.run.data import closing, open_data, open_loader
-from fap.run.epoch import Epoch, epochs, plan_spec
+from fap.run.epoch import Epoch, check_sizes, epochs, plan_spec
 from fap.run.folder import RunFolder
 from fap.run.log import Log
 from fap.run.monitor import check_finite, leak, skipped_steps
@@ -39,12 +39,13 @@ from fap.run.stopwatch import Stopwatch
 from fap.run.summary import describe
 from fap.run.torch_setup import limit_threads, norm_kernel, precision, set_up_torch, settled
 from fap.run.validation import Validation, in_words
-from fap.step.graph import runner
+from fap.step.graph import give_memory_back, runner
 from fap.step.metrics import rates
 from fap.step.step import Step
 from fap.tasks import make_task
 from fap.versions import versions
 from pipelines.files import shown
+from pipelines.sizes import Size, size_in_words
 
 
 class Run:
@@ -99,9 +100,11 @@ class Run:
         self.task = make_task(config)
         class_weights = self.task.look_at(self.data.train)
 
+        check_sizes(config, self.ranks)
         self.model = self._first_model(start.weights)
         self.step = Step(self.model, config, self.ranks, amp=self.amp, task=self.task)
         self.step.network.norm_state.kernel = kernel
+        self.step.resize(self.budget.size_in(0))
         if config.run.compile:
             self.step.network.forward = torch.compile(self.model)
         shuffle_groups = plan_spec(config, self.ranks).shuffle_groups
@@ -122,7 +125,8 @@ class Run:
         )
         self.progress = Progress(self.started, best={self.task.primary: -1.0, "epoch": 0})
         if config.resume == "auto":
-            self.progress = self.saving.resume(self.task, self.steps) or self.progress
+            resumed = self.saving.resume(self.task, self.steps, self.budget.size_at)
+            self.progress = resumed or self.progress
 
     def _first_model(self, weights: Weights | None) -> nn.Module:
         """The converted model on the device: random weights of the seed, or those of model.init."""
@@ -140,6 +144,8 @@ class Run:
                 f"method.aux = 'norms': model.name = {shown(config.model.name)} has no norm that "
                 "can have an auxiliary twin; 'auto' trains without any"
             )
+        if config.data.sizes is not None:
+            check_model_sizes(model, [size for _, size in config.data.sizes])
         if weights is not None:
             load_init(model, weights, config.model.classes, self._say)
         self.first_weights = "of the only rank"
@@ -159,29 +165,37 @@ class Run:
         """Train to the end of the budget. Can be called once.
 
         The result is also written to `result.json`. Raises Interrupted, NonFinite, NotSaved, and
-        before the first step `fap.step.graph.FreshProcessNeeded`.
+        before the first step of a size `fap.step.graph.FreshProcessNeeded`.
         """
         try:
-            with self.ranks.together():
-                loader = open_loader(self.config, self.data.train, self.device)
-            with closing(loader, self._say):
-                self._train(loader)
-                return self._finish()
+            n_epochs = math.ceil(self.steps / self.budget.steps_per_epoch)
+            todo = range(self.progress.closed, n_epochs)
+            # One part, unless images change their size: then loader and step begin anew.
+            for size, numbers in self.budget.stretches(todo):
+                with self.ranks.together():
+                    loader = open_loader(self.config, self.data.train, self.device, size)
+                with closing(loader, self._say):
+                    self._train(loader, size, numbers)
+                give_memory_back()  # of a graph of this size
+            return self._finish()
         finally:
             if self.log is not None:
                 self.log.close()
             self.run_folder.release()
 
-    def _train(self, loader: pipelines.Loader) -> None:
+    def _train(self, loader: pipelines.Loader, size: Size, numbers: range) -> None:
+        """The epochs of these numbers, whose images have one size."""
         run = self.config.run
         progress = self.progress
+        self.step.resize(size)
         run_step, how = runner(self.step, run.graph)
+        end = min(numbers.stop * self.budget.steps_per_epoch, self.steps)
         self._say(
-            f"training from step {progress.step} to {self.steps}, {how}, "
+            f"training from step {progress.step} to {end}, {size_in_words(size)} px, {how}, "
             f"AMP {self.amp}, on {self.device}"
         )
         self.stop.run_begins()
-        for epoch in self._epochs():
+        for epoch in self._epochs(size, numbers):
             first = epoch.number * self.budget.steps_per_epoch
             todo = range(progress.step, min(first + self.budget.steps_per_epoch, self.steps))
             waiting = Stopwatch()
@@ -210,11 +224,9 @@ class Run:
                     self.saving.save(progress)
             self._close_epoch()
 
-    def _epochs(self) -> Iterator[Epoch]:
-        """Those that are not closed."""
-        n_epochs = math.ceil(self.steps / self.budget.steps_per_epoch)
-        numbers = range(self.progress.closed, n_epochs)
-        return epochs(self.config, self.ranks, self.data.train, self.task, self.device, numbers)
+    def _epochs(self, size: Size, numbers: range) -> Iterator[Epoch]:
+        train = self.data.train
+        return epochs(self.config, self.ranks, train, self.task, self.device, numbers, size)
 
     def _close_epoch(self) -> None:
         """Evaluate, compare adversarial with clean training accuracy, save."""
@@ -241,6 +253,8 @@ class Run:
         if not steps_of_next:  # max_steps may end a run inside an epoch, which then stays open
             progress.closed = epoch
             progress.totals = no_totals()
+        # Before it is saved: what a checkpoint holds is what the next step begins with.
+        self.step.resize(self.budget.size_at(progress.step))
         if not self.saving.save(progress):
             progress.best_step = former_best  # what has not been saved cannot be kept
 

@@ -28,6 +28,11 @@ class AdversarialRows:
         # pipelined: is there a carry of the step before?
         self.carries = torch.zeros((), dtype=torch.bool, device=order.device)
 
+    def restart(self, images_255: Tensor) -> None:
+        """Fill another buffer from here on, of images of another size; there is no carry yet."""
+        self.rows = self.rows._replace(images_255=images_255)
+        self.carries.fill_(False)
+
     def publish(self, crafted: Rows) -> None:
         """Make crafted rows the adversarial ones of the next pass.
 

@@ -101,7 +101,7 @@ def runner(step: Step, mode: Literal["auto", "on", "off"]) -> tuple[Callable[[],
         if norm:  # where the kernel failed, it would only fail again
             settings.append("run.norm_kernel=framework")
         raise FreshProcessNeeded(reason, *settings)
-    _give_memory_back()
+    give_memory_back()
     warnings.warn(f"{reason}, so it runs eagerly", stacklevel=2)
     return step, f"eager{norm}"
 
@@ -124,7 +124,7 @@ def _settle_the_norm(step: Step) -> None:
     # activations.
     if not answers(step):
         raise FreshProcessNeeded(reason, "run.norm_kernel=framework")
-    _give_memory_back()
+    give_memory_back()
     choice.kernel = "framework"
     try:
         warm_up(step)
@@ -203,7 +203,7 @@ def describe(error: Exception) -> str:
     return textwrap.shorten(text, LONGEST_MESSAGE, placeholder=" ...")
 
 
-def _give_memory_back() -> None:
-    """What a failed attempt held must not be missing from the next one."""
+def give_memory_back() -> None:
+    """What a failed attempt, or a graph that has gone, held must not be missing from the next."""
     gc.collect()
     torch.cuda.empty_cache()

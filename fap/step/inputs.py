@@ -70,6 +70,13 @@ class Inputs:
             pixels=torch.arange(sides[0], device=device),
         )
 
+    def resize(self, sides: tuple[int, int]) -> None:
+        """Take images of another size, each of which fills its canvas."""
+        n, device = len(self.images), self.images.device
+        self.images = image_buffer(n, sides, torch.uint8, device)
+        self.place = torch.tensor([0, 0, *sides], device=device).repeat(n, 1)
+        self.pixels = torch.arange(sides[0], device=device)
+
     def clean_rows(self, dtype: torch.dtype) -> Rows:
         """Mixed with their partners if the run mixes them: `data.mix_on`."""
         return self._rows(slice(0, self.n_clean), self.data.mixes_clean, dtype)

@@ -32,6 +32,7 @@ from fap.step.update import Update
 from fap.step.weights import weights_of
 from fap.tasks import make_task
 from fap.tasks.base import Task
+from pipelines.sizes import Size, sides_of
 
 
 class Step:
@@ -93,6 +94,21 @@ class Step:
         self.update = Update(
             flat, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
         )
+
+    def resize(self, size: Size) -> None:
+        """Take images of another size from here on.
+
+        The buffers are new, so a graph of the step must be captured anew; and as before the first
+        step of all, nothing is carried to the next one.
+        """
+        sides = sides_of(size)
+        if self.inputs.images.shape[-2:] == sides:
+            return
+        self.inputs.resize(sides)
+        self.pass_input = [
+            image_buffer(one.n_rows, sides, self.dtype, self.device) for one in self.passes
+        ]
+        self.adv.restart(image_buffer(self.n_adv, sides, self.dtype, self.device))
 
     def feed(self, images: Tensor, targets: Tensor, lr: float, **draws: Tensor) -> None:
         """Fill the static inputs: a batch of the loader, its targets, and the plan's draws for this

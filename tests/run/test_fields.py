@@ -89,6 +89,7 @@ CASES = {
     "data.pipeline": Case("data.pipeline=dali", ("loaders",)),
     "data.decode": Case("data.decode=gpu", ("error",), BILINEAR, error="data.decode = 'gpu': "),
     "data.size": Case("data.size=9", ("input.images", "evaluated")),
+    "data.sizes": Case("data.sizes=[[0,6],[3,8]]", ("loaders", "input.images", "weights")),
     "data.resize": Case("data.resize=13", ("eval.place", "evaluated")),
     "data.sampling": Case("data.sampling=balanced", ("plan.index", "input.images", "weights")),
     "data.repeats": Case("data.repeats=3", ("plan.index", "input.images", "weights")),

@@ -57,6 +57,7 @@ def test_where_a_run_runs_and_how_often_it_reports_may_change(word: str) -> None
         ("data.mix=mixup", "data.mix: None, now 'mixup'"),
         ("data.augment=autoaugment", "data.augment: None, now 'autoaugment'"),
         ("data.erase=0.1", "data.erase: 0.0, now 0.1"),
+        ("data.sizes=[[0, 128], [6, 160]]", "data.sizes: None, now [[0, 128], [6, 160]]"),
         ("optim.weight_decay=0.1", "optim.weight_decay: 0.0001, now 0.1"),
         ("budget.milestones=[30, 60]", "budget.milestones: [30, 60, 90, 100], now [30, 60]"),
         ("run.amp=off", "run.amp: 'auto', now 'off'"),

@@ -152,6 +152,52 @@ def test_rates_that_fall_with_every_step_show_a_few(
 
 
 @pytest.mark.parametrize(
+    ("sizes", "max_steps", "said", "more"),
+    [
+        (
+            [[0, 16], [35, 24], [70, 32]],
+            None,
+            "0.604 x the pixels of 32 px; 16 px; 24 px from epoch 29 (step 116,087); 32 px from"
+            " epoch 58 (step 232,174)",
+            None,
+        ),
+        (
+            [[0, 16], [35, 24], [70, 32]],
+            232_174,
+            "0.604 x the pixels of 32 px; 16 px; 24 px from epoch 29 (step 116,087)",
+            "WITHOUT EFFECT, run.max_steps = 232,174 ends the run before: 32 px from epoch 58"
+            " (step 232,174)",
+        ),
+        ([[0, 48]], None, "2.250 x the pixels of 32 px; 48 px", None),
+    ],
+)
+def test_sizes_are_told_with_their_epochs_and_what_they_save(
+    sizes: list[list[int]], max_steps: int | None, said: str, more: str | None
+) -> None:
+    constant = {"lr_schedule": "constant"}
+    tree = {"data": {"sizes": sizes}, "run": {"max_steps": max_steps}, "budget": constant}
+    found = lines(tree)
+    assert found["sizes"] == said
+    assert found.get("more") == more
+    assert "sizes" not in lines({})
+
+
+def test_sizes_that_meet_or_never_come_are_named() -> None:
+    """At cost 7: 34 and 35 of 105 epochs become 5 of 15, and 104 the end."""
+    sizes = [[0, 32], [34, 16], [35, 32], [104, 48]]
+    constant = {"lr_schedule": "constant"}
+    method = {"name": "advprop"}
+    found = lines({"data": {"sizes": sizes}, "budget": constant, "method": method})
+    assert found["sizes"] == (
+        "1.000 x the pixels of 32 px; 32 px; 16 px from epoch 5 (step 25,020), WITHOUT EFFECT: the"
+        " next one begins there too; 32 px from epoch 5 (step 25,020)"
+    )
+    assert found["more"] == (
+        "WITHOUT EFFECT, the run ends after 15 epochs: 48 px from epoch 15 (step 75,060)"
+    )
+
+
+@pytest.mark.parametrize(
     ("method", "groups"),
     [
         ("vanilla", "4 main of 64 rows"),

@@ -50,16 +50,22 @@ def test_a_run_leaves_everything_that_is_needed_to_understand_it(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+COSINE = ("budget.milestones=null", "budget.lr_schedule=cosine", "budget.warmup_epochs=1.5")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["fused", "pipelined"])
+@pytest.mark.parametrize(
+    "more",
+    [("method.schedule=fused",), ("method.schedule=pipelined",), COSINE],
+    ids=["fused", "pipelined", "cosine"],
+)
 def test_stopping_anywhere_and_resuming_gives_the_same_weights(
-    tiny_beton: Path, tmp_path: Path, schedule: str
+    tiny_beton: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    method = f"method.schedule={schedule}"
-    whole, _ = run(tiny_beton, tmp_path / "whole", method)
+    whole, _ = run(tiny_beton, tmp_path / "whole", *more)
     for stop in sorted(random.sample(range(1, STEPS), 3)):
-        run(tiny_beton, tmp_path / "parts", method, f"run.max_steps={stop}", "resume=auto")
-    parts, _ = run(tiny_beton, tmp_path / "parts", method, "resume=auto")
+        run(tiny_beton, tmp_path / "parts", *more, f"run.max_steps={stop}", "resume=auto")
+    parts, _ = run(tiny_beton, tmp_path / "parts", *more, "resume=auto")
     assert_same(final_state(whole), final_state(parts))
     losses = [[r["loss_adv"] for r in steps_recorded(folder)] for folder in (whole, parts)]
     assert losses[0] == losses[1]

@@ -23,7 +23,7 @@ from fap.config import Config, load_config
 from fap.draws import dropout_seed
 from fap.nets.build import plain
 from pipelines.augment.spec import AugmentSpec
-from pipelines.plan import PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
 from tests.run.wiring import DRAWS, FIELDS, IMAGES, OF_DETECTION, Seen, beton, observe, written
 
 COMMON: dict[str, Any] = {
@@ -60,7 +60,7 @@ REUSE = COMMON | {
 SEPARATE = COMMON | {
     "method.name": "decoupled", "method.attack_steps": 3, "method.targeted": False,
     "method.attack_bn": "batch", "method.sync": True, "method.shuffle": "groups",
-    "data.crop": "pad", "data.pad": 2, "run.amp": "off",
+    "data.crop": "pad", "data.pad": 2, "run.amp": "off", "data.sizes": [[0, 6], [2, 8]],
     "budget.lr_schedule": "linear", "budget.final_lr": 0.25,
     "data.augment": "augmix", "data.augment_ops": None, "data.augment_magnitude": 2,
     "data.color_jitter": [0.0, 0.5, 0.0, 0.0], "data.erase": 0.8, "data.augment_on": "adv",
@@ -99,6 +99,11 @@ def everything(
         return made[name]
 
     return run
+
+
+def size_in(name: str, epoch: int) -> int:
+    """That of training, with data.sizes of the run called `separate`."""
+    return 6 if name == "separate" and epoch < 2 else 8
 
 
 def settled(seen: Seen) -> Config:
@@ -161,8 +166,9 @@ def test_what_reaches_the_plan(name: str, everything: Callable[[str], Seen]) -> 
     store = pipelines.open_store(seen.config.data.train or "")
     assert [plan.epoch for plan in seen.plans] == [0, 1, 2, 3]
     for plan in seen.plans:
-        assert plan.spec == expected
-        want = draw_epoch(expected, store.heights, store.widths, plan.epoch, store.labels)
+        of_epoch = replace(expected, size=size_in(name, plan.epoch))
+        assert plan.spec == of_epoch
+        want = draw_epoch(of_epoch, store.heights, store.widths, plan.epoch, store.labels)
         for draw in DRAWS:
             np.testing.assert_array_equal(getattr(plan, draw), getattr(want, draw))
         for draw, values in vars(want.augment).items():
@@ -181,8 +187,11 @@ def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> 
     if mixes:
         draws += MIX_DRAWS
     store = pipelines.open_store(seen.config.data.train or "")
-    loader = pipelines.open_loader("reference", store, size=8)
-    steps = [(plan, batch) for plan in seen.plans for batch in loader.load(plan)]
+    steps: list[tuple[EpochPlan, pipelines.Batch]] = []
+    for plan in seen.plans:
+        size = size_in(name, plan.epoch)
+        loader = pipelines.open_loader("reference", store, size=size)
+        steps += [(plan, batch) for batch in loader.load(plan)]
     for k, (inputs, (plan, batch)) in enumerate(zip(seen.inputs, steps, strict=False)):
         row = k % 2
         assert inputs.keys() == {"images", "targets", *draws}
@@ -238,8 +247,10 @@ def test_what_reaches_loader_and_evaluation(name: str, everything: Callable[[str
     seen = everything(name)
     options: dict[str, Any] = {"size": 8, "threads": 2, "prefetch": 5, "hw_decoder_load": 0.25}
     options["device"] = torch.device("cpu")
-    opened = ("five.beton", "other_five.beton", "other_five.beton")
-    assert seen.loaders == [("dali", data, options) for data in opened]
+    opened = [("five.beton", 8), ("other_five.beton", 8), ("other_five.beton", 8)]
+    if name == "separate":
+        opened.insert(0, ("five.beton", 6))
+    assert seen.loaders == [("dali", data, options | {"size": size}) for data, size in opened]
     assert len(seen.evaluations) == 2  # after epoch 3, and at the end
     for evaluation in seen.evaluations:
         assert evaluation["mean"] == (0.4, 0.5, 0.6)
