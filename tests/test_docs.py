@@ -46,7 +46,7 @@ PAGES = [
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 # Files that a user or a run has, not we.
-NOT_OURS = {"a.yaml", "b.yaml", "config.yaml", "table.md"}
+NOT_OURS = {"a.yaml", "b.yaml", "config.yaml", "report.md", "table.md"}
 OUR_SUFFIXES = (".py", ".md", ".sh", ".yaml", ".toml", ".txt")
 
 

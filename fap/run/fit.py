@@ -17,6 +17,7 @@ from fap.run.data import open_data
 from fap.sections import MethodConfig
 
 LEAST_STEPS = 8  # of an epoch, where there are enough images
+FEWEST_STEPS = 4  # of an epoch, below which even a step of two groups is too much
 STEPS = 1000  # of a run, that epochs are chosen for
 EPOCHS = (10, 50)  # the least and the most of them
 MOST_ROWS = 128  # clean rows of a step
@@ -54,10 +55,10 @@ def fit(
     given: Mapping[str, int | float],  # what stays, by the names of `Fitted`
     world: int = 1,  # ranks; each has whole groups
 ) -> Fitted:
-    """As many rows as leave LEAST_STEPS steps an epoch; two groups of them or more.
+    """As many rows as leave LEAST_STEPS steps an epoch, in two groups or more.
 
-    One auxiliary group alone could not be shuffled. With few images there are fewer steps, but
-    never groups in which p_adv makes less than two adversarial rows.
+    One auxiliary group alone could not be shuffled. With few images there are fewer steps, then one
+    group, but never groups in which p_adv makes less than two adversarial rows.
     """
     entry = method.entry
     per_clean = entry.adv_per_clean(method.p_adv)
@@ -69,6 +70,8 @@ def fit(
     if not clean_batch:
         of_a_rank = int(given.get("group_rows", least))
         clean_batch = of_a_rank * world
+        if world == 1 and n_images >= FEWEST_STEPS * 2 * clean_batch * loaded:
+            clean_batch *= 2  # so that there is a second group to shuffle with
         while 2 * clean_batch <= MOST_ROWS and n_images >= LEAST_STEPS * 2 * clean_batch * loaded:
             clean_batch *= 2
     group_rows = int(given.get("group_rows", 0))

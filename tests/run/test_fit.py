@@ -42,7 +42,8 @@ def with_fitted(config: Config, fitted: Fitted) -> Config:
 @pytest.mark.parametrize(
     ("n_images", "expected"),
     [
-        (64, (8, 8, 50)),  # five folders of 16 to train on: 6 steps an epoch
+        (64, (8, 8, 50)),  # 6 steps an epoch; of two groups there would be 3
+        (80, (16, 8, 50)),  # 4 steps
         (160, (16, 8, 50)),
         (500, (32, 16, 50)),
         (2_000, (128, 64, 50)),
@@ -74,7 +75,8 @@ def test_every_fit_is_a_run(n_images: int, config: Config, world: int) -> None:
         return
     spent = budget(run, n_images)
     fewest = fit(40, config.method, "sgd", {}, world)
-    assert spent.steps_per_epoch >= 8 or fitted.clean_batch == fewest.clean_batch
+    enough = 8 if fitted.clean_batch > 2 * fewest.clean_batch else 4
+    assert spent.steps_per_epoch >= enough or fitted.clean_batch == fewest.clean_batch
     if fitted.clean_batch > fewest.clean_batch or world > 1:
         assert fitted.clean_batch // fitted.group_rows >= 2, "shuffling needs two groups"
 
