@@ -18,6 +18,7 @@ from fap.nets.fuse import fuse_blocks
 from fap.nets.norm import IMAGE_DIMENSIONS
 from fap.nets.row_order import lengths_seen, names_of, needs_proof, out_of_order
 from fap.nets.stem import install_stem
+from fap.nets.strided import mend_strided
 from fap.nets.weights.names import TIMM, TORCHVISION, current_name, spelt, torchvision_names
 from pipelines.files import one_line, readable, shown
 from pipelines.sizes import Size, sides_of, size_in_words
@@ -49,6 +50,7 @@ def prepare(
     fuse_blocks(model)
     with lengths_seen(model) as lengths:
         install_stem(model, size)
+    mend_strided(model)
     if needs_proof(model, lengths):
         _prove_order(model, size, any_norm)
     return channels_last(model)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fap.nets import stem
 from fap.nets.dual import norms
 from fap.nets.norm import DualBatchNorm, DualBatchNorm2d, DualNorm
 from pipelines.sizes import Size, sides_of
@@ -50,11 +51,11 @@ def divided(model: nn.Module) -> list[DualNorm]:
 
 def needs_proof(
     model: nn.Module,
-    lengths: set[int],  # first dimensions that its batch norms saw, of a batch of one image
+    lengths: set[int],  # first dimensions that its batch norms saw while the stem was installed
 ) -> bool:
     """A batch norm of (B, C, H, W) whose first dimension is the batch has the rows in order."""
     only_images = all(isinstance(norm, DualBatchNorm2d) for norm in divided(model))
-    return not (only_images and lengths <= {1})
+    return not (only_images and lengths <= {stem.N_IMAGES})
 
 
 @torch.no_grad()

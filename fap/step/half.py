@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fap.nets.stem import StemConv2d
+from fap.nets.strided import StridedConv2d
 from fap.step.flat import Flat
 
 Amp = Literal["off", "fp16", "bf16"]
@@ -29,6 +30,7 @@ PLAIN = (
     nn.Conv3d.forward,
     nn.Linear.forward,
     StemConv2d.forward,
+    StridedConv2d.forward,
 )
 
 
@@ -40,7 +42,7 @@ def castable(model: nn.Module) -> set[nn.Parameter]:
     cast: set[nn.Parameter] = set()
     read_otherwise: set[nn.Parameter] = set()
     for module in model.modules():
-        full_precision = isinstance(module, StemConv2d) and module.full_precision
+        full_precision = isinstance(module, StemConv2d) and module.stem.full_precision
         for name, parameter in module.named_parameters(recurse=False):
             if type(module).forward in PLAIN and name in ("weight", "bias") and not full_precision:
                 cast.add(parameter)

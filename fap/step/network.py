@@ -92,9 +92,5 @@ class Network:
             # A model's hooks on its input work on no leaf under autograd.grad.
             yield leaf.view_as(leaf), leaf
             return
-        self.stem.probe = x[rows].detach().requires_grad_()
-        self.stem.first = rows.start
-        try:
-            yield x, self.stem.probe
-        finally:
-            self.stem.probe = None
+        with self.stem.probing(x, rows) as input_and_leaf:
+            yield input_and_leaf

@@ -13,7 +13,7 @@ from fap.nets.build import build, plain
 from fap.nets.cifar import CifarResNet
 from fap.nets.dual import export
 from fap.nets.pretrained import load_plain
-from fap.nets.stem import StemConv2d, stem_of
+from fap.nets.stem import stem_of
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from fap.nets.stem import StemConv2d, stem_of
 def test_build(name: str) -> None:
     model = build(name, 7, size=32)
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
-    assert isinstance(stem_of(model), StemConv2d)
+    assert stem_of(model) is not None
     filters = [p for p in model.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
     # A reader of the checkpoint sees the plain names, whatever class the stem has.

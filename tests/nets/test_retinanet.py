@@ -21,7 +21,7 @@ from fap.nets.dual import export, norms
 from fap.nets.fuse import FusedBasicBlock, FusedBottleneck
 from fap.nets.pretrained import load_init
 from fap.nets.retinanet import SPECS, RetinaNet, Spec, anchors, anchors_per_level, spec_of
-from fap.nets.stem import StemConv2d, stem_of
+from fap.nets.stem import stem_of
 from fap.nets.weights.find import find_weights
 from fap.tasks.boxes_out import detections
 from tests.nets.conftest import randomise_norms
@@ -86,8 +86,10 @@ def test_a_prepared_detector_has_a_stem_and_fused_blocks() -> None:
         plain = RetinaNet(spec, N_CLASSES)
         randomise_norms(plain)
         model = prepare(copy.deepcopy(plain), size=64)
-        assert stem_of(model) is model.backbone.body["conv1"]
-        assert type(stem_of(model)) is StemConv2d
+        stem = stem_of(model)
+        assert stem is model.backbone.body["conv1"].stem
+        assert stem is not None
+        assert stem.direct
         n_blocks = sum(type(m) is block.__mro__[1] for m in plain.modules())
         assert sum(isinstance(m, block) for m in model.modules()) == n_blocks >= 3
         assert all(norm.relu for k, norm in model.named_modules() if k.endswith("body.bn1"))

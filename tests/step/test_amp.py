@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fap.distributed import ONE_RANK
-from fap.nets.stem import StemConv2d, stem_of
+from fap.nets.stem import stem_of
 from fap.step.half import HALF, Amp, grey_level_survives_bf16
 from tests.step.made_steps import IMAGENET, make, poison
 
@@ -114,7 +114,7 @@ def test_the_stem_follows_the_config_of_the_step_that_owns_it(
     amp: Amp, data: dict[str, Any], full: bool
 ) -> None:
     stem = stem_of(make("fused", amp=amp, data=data).network.model)
-    assert isinstance(stem, StemConv2d)
+    assert stem is not None
     assert stem.full_precision is full
 
 

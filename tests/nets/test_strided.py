@@ -1,0 +1,116 @@
+"""1x1 convolutions with a stride: equal to the plain ones, and no heap is corrupted."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fap.nets.strided import StridedConv2d, corrupts_the_heap, mend_strided
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_equal_to_the_plain_convolution(stride: int, bias: bool, channels: int) -> None:
+    twin = nn.Conv2d(channels, 5, 1, stride, bias=bias).double()
+    model = nn.Sequential(copy.deepcopy(twin))
+    mend_strided(model)
+    assert type(model[0]) is StridedConv2d
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(4, channels, 9, 12, dtype=torch.float64)
+    leaf = x.clone(memory_format=torch.channels_last).requires_grad_()
+    whole = x.clone().requires_grad_()
+    want = twin(whole)
+    gy = torch.randn_like(want)
+    want.backward(gy)
+    out = model(leaf)
+    out.backward(gy)
+    gradients = [p.grad for p in (leaf, *model.parameters())]
+    expected = [p.grad for p in (whole, *twin.parameters())]
+    for fast, slow in zip([out, *gradients], [want, *expected], strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(8, 4, 1, stride=2),  # a ResNet's shortcuts have 64 channels and more
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(3, 4, 1, stride=2, padding=1),
+        nn.Conv2d(6, 4, 1, stride=2, groups=2),
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay_as_they_are(conv: nn.Conv2d) -> None:
+    assert not corrupts_the_heap(conv)
+    mend_strided(nn.Sequential(conv))
+    assert type(conv) is nn.Conv2d
+
+
+# A corrupt heap ends the process when somebody frees or asks for memory later: many do here.
+TRAIN = """
+import torch
+from fap.nets.build import plain, prepare
+{before}
+
+class Shortcut(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d({channels})
+        self.conv = torch.nn.Conv2d({channels}, 48, 1, stride={stride})
+    def forward(self, x):
+        return self.conv(self.bn(x[:, :1].expand(-1, {channels}, -1, -1)))
+
+torch.set_num_threads(1)
+size = {size}
+plain_model = Shortcut() if "{name}" == "shortcut" else plain("{name}", 5)
+model = prepare(plain_model, size=size)
+for _ in range(3):
+    x = torch.randn(4, 3, size, size).to(memory_format=torch.channels_last)
+    model(x).square().mean().backward()
+    pieces = [torch.randn(1000 + 17 * i) for i in range(200)]
+    del pieces
+print("trained")
+"""
+
+
+def train(name: str, size: int, *, channels: int = 3, stride: int = 2, before: str = "") -> int:
+    """The exit code of a process that trains a model for three steps; 0 only if it got to the end.
+
+    glibc looks at its heap more often than it does by itself.
+    """
+    code = TRAIN.format(name=name, size=size, channels=channels, stride=stride, before=before)
+    debug = {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "165"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | debug | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) is (done.stdout == "trained\n"), done.stderr
+    return done.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm/repvgg_a0", "timm/mobileone_s0", "timm/fastvit_t8"])
+def test_families_with_such_a_stem_train(name: str) -> None:
+    assert train(name, 96) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("channels", "stride"), [(1, 2), (2, 3), (5, 2), (7, (1, 2)), (8, 2)])
+def test_no_such_convolution_corrupts_the_heap(channels: int, stride: int) -> None:
+    """Also where it does not read the image."""
+    assert train("shortcut", 32, channels=channels, stride=stride) == 0
