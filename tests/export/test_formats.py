@@ -218,7 +218,7 @@ def test_timm_loads_the_folder_of_a_model_of_its_own(tmp_path: Path, capsys: Cap
     assert list(data["input_size"]) == [3, 64, 64]
     assert (data["mean"], data["std"], data["interpolation"]) == (list(MEAN), list(STD), "bicubic")
     transforms = timm.data.create_transform(**data, is_training=False).transforms
-    assert (transforms[0].size, transforms[1].size) == (68, (64, 64))
+    assert (transforms[0].size, list(transforms[1].size)) == (68, [64, 64])
     assert model.pretrained_cfg["label_names"] == CLASSES
     # And so do we, with all that it says.
     about = find_weights(str(out)).about

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
+from huggingface_hub import constants
 
 from fap.config import load_config
 from fap.distributed import Ranks
@@ -125,3 +127,39 @@ def test_one_rank_downloads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks.in_turns(lambda met=met: met.append("work") or "done") == "done"
         assert met.index("work") == turn
         assert met.count("together") == 3
+
+
+@pytest.mark.slow
+def test_a_transformer_of_one_size_starts_at_another(
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the name of its weights alone: the model, its positions resampled, a new head."""
+    source = timm.create_model("test_vit")
+    folder = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    file = folder / "snapshots" / "0123" / "model.safetensors"
+    safetensors.torch.save_file(dict(source.state_dict()), file)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    unset = ("model.name=", "data.resize=")
+    words = [word for word in BASE if not word.startswith(unset)]
+    words += ["model.init=timm:test_vit", "data.size=32", "run.max_steps=1"]
+    run = Run(load_config(None, [w.format(**files, runs=tmp_path / "runs") for w in words]))
+    said = capsys.readouterr().out
+    assert run.config.model.name == "timm/test_vit"
+    assert (run.config.data.size, run.config.data.resize) == (32, 33)  # the weights' 160 and 168
+    for part in (
+        "these are test_vit.r160_in1k", "model.name = timm/test_vit", "data.eval_filter = bicubic",
+        "was trained with 160 px, but data.size = 32",
+        f"head of 1,000 classes replaced by one of {CLASSES}",
+    ):  # fmt: skip
+        assert part in said
+    state = run.model.state_dict()
+    assert state["pos_embed"].shape == (1, 1 + 4, 64)
+    assert torch.equal(state["blocks.0.attn.qkv.weight"], source.blocks[0].attn.qkv.weight)
+    assert run.train()["steps"] == 1
