@@ -11,7 +11,8 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError
 from pydantic.functional_validators import AfterValidator, model_validator
@@ -395,7 +396,9 @@ def _types_of(key: str) -> set[Any]:
     if name not in fields:
         return set()
     annotation = fields[name].annotation
-    choices = {annotation, *get_args(annotation)}
+    choices = {annotation}
+    if get_origin(annotation) in (Union, UnionType):  # the arguments of a list are no choices
+        choices |= {*get_args(annotation)}
     # Annotated[str, ...] is a str.
     return {getattr(choice, "__origin__", choice) for choice in choices}
 

@@ -133,6 +133,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SmallerPart = Annotated[float, Field(gt=0, lt=0.5)]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of an exponential average: what it keeps each step
 Percent = Annotated[float, Field(ge=0, le=100)]
 Ratio = Annotated[Fraction, BeforeValidator(fraction)]
 Text = Annotated[str, Field(min_length=1, max_length=200)]

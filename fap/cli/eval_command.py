@@ -74,6 +74,8 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         parser.error("--val-share is about --data, which is not given")
     if args.data is None and args.plain is not None:
         parser.error("--plain: give --data, as weights do not say what to evaluate them on")
+    if args.weights is not None and args.plain is not None:
+        parser.error("--weights is about checkpoints; a file of --plain holds one set of weights")
     if args.classes is not None and args.plain is None:
         parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
     if args.best and args.plain is not None:
@@ -143,6 +145,11 @@ def _add_settings(parser: ArgumentParser) -> None:
         "where only the checkpoint or only the data has class names",
     )
     add("--bn", choices=("main", "aux"), default="main")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with optim.ema: the average (default), or the raw ones",
+    )
     add(
         "--pipeline",
         choices=list(pipelines.BACK_ENDS),
@@ -239,6 +246,7 @@ def wishes(args: Namespace) -> Wanted:
         device=args.device,
         seed=args.seed,
         bn=args.bn,
+        weights=args.weights,
         pictures=_path(args.out) / "pictures",
         by_position=args.labels_by_position,
         plain=None if args.plain is None else tuple(args.plain),

@@ -28,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="of NAME.onnx: mean and std inside, so that it takes RGB in 0..1",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with optim.ema: the average (default), or the raw ones",
+    )
     args = parser.parse_args(argv)
     with importing("fap-export"):
         from fap.checkpoint import DamagedCheckpoint, checkpoint_at
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with raising_stopped():
             path = checkpoint_at(os.path.expanduser(args.checkpoint), best=args.best)
-            lines = export(path, out, normalise=args.normalise)
+            lines = export(path, out, normalise=args.normalise, weights=args.weights)
     except Stopped as stopped:
         return end("fap-export", stopped)
     except (ValueError, OSError, ImportError, DamagedCheckpoint) as error:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from fap.tasks.base import Task
 from pipelines.back_ends import EVAL_FILTERS
 from pipelines.files import one_line, read_regular, shown
 
+WhichWeights = Literal["ema", "raw"]
+"""Of a checkpoint: the exponential average, or what the optimiser holds."""
+
 NOT_IN_NAMES = r"[^A-Za-z0-9._-]"  # in those of results
 MOST_NAME = 60
 
@@ -57,21 +60,34 @@ class Trained:
     step: int  # optimiser steps done; 0 of plain weights, whose file does not say it
     content: str  # what it is: the file's checksum and size, and of plain weights their config
     notes: tuple[str, ...] = ()  # on plain weights: one line each
+    weights: WhichWeights = "raw"  # which of a checkpoint's
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> Trained:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", weights: WhichWeights | None = None
+) -> Trained:
     """The converted model of a run's checkpoint, in evaluation mode.
 
-    Raises DamagedCheckpoint, OSError, or ValueError for a checkpoint that is not of a training run.
+    `weights`: the exponential average of a run with `optim.ema`, or the raw ones; None: the average
+    if there is one. Raises DamagedCheckpoint, OSError, or ValueError for a checkpoint that is not
+    of a training run, or has no average that was asked for.
     """
-    read = _read(path)
+    read = _read(path, weights)
     task = make_task(read.config)
     model = _converted(task, read.state)
     model.load_state_dict(read.state)
     model.to(device)
     channels_last(model)
     meta = read.meta
-    return Trained(model.eval(), task, read.config, meta.train.classes, meta.step, read.content)
+    return Trained(
+        model.eval(),
+        task,
+        read.config,
+        meta.train.classes,
+        meta.step,
+        read.content,
+        weights=read.weights,
+    )
 
 
 def load_weights(
@@ -181,20 +197,21 @@ class Plain:
     weights: dict[str, Tensor]
     config: Config
     meta: RunMeta
+    which: WhichWeights = "raw"
 
 
-def load_plain_model(path: str | Path) -> Plain:
+def load_plain_model(path: str | Path, which: WhichWeights | None = None) -> Plain:
     """The plain weights of a run's checkpoint, which its plain model loads with strict=True.
 
-    Raises as `load_model`.
+    `which`, and what is raised, as `load_model`.
     """
-    read = _read(path)
+    read = _read(path, which)
     task = make_task(read.config)
     weights = dual.export(read.state, read.meta.step)
     with warnings.catch_warnings(), _WithoutStorage():
         warnings.simplefilter("ignore")  # of tensors that are not copied
         _load_strictly(task.plain_model(), weights, path)
-    return Plain(task, weights, read.config, read.meta)
+    return Plain(task, weights, read.config, read.meta, read.weights)
 
 
 def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -212,16 +229,29 @@ class _Read(NamedTuple):
     state: dict[str, Tensor]  # of the model, main and auxiliary norms
     meta: RunMeta
     config: Config
-    content: str  # the file's checksum and size
+    content: str  # the file's checksum and size, and which weights where it has two
+    weights: WhichWeights
 
 
-def _read(path: str | Path) -> _Read:
+def _read(path: str | Path, weights: WhichWeights | None = None) -> _Read:
     tensors, tree, content = checkpoint.load_with_content(path)
     meta = run_meta(path, tree)
     config = meta.config
     state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    averages = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+    if not averages:
+        if weights == "ema":
+            raise ValueError(
+                f"{path}: it has no average of its weights (optim.ema); only 'raw' is there"
+            )
+        weights = "raw"
+    else:
+        weights = weights or "ema"
+        content = f"{content}-{weights}"
+    if weights == "ema":
+        state |= averages  # counters have none
     _check_model(path, config, state)
-    return _Read(state, meta, config, content)
+    return _Read(state, meta, config, content, weights)
 
 
 class _WithoutStorage(TorchFunctionMode):

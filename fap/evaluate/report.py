@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fap.evaluate import by_class
+from fap.evaluate.load import WhichWeights
 from fap.evaluate.table import Number, Table, capped, table_of
 from fap.evaluate.work import Item, Report, Work
 from fap.tasks.class_counts import ClassCounts
@@ -35,8 +36,8 @@ def plan(work: Work) -> str:
     else:
         classes += f" ({_some(work.classes)})"
     lines = [
-        f"{work.path}: {config.name}, seed {config.seed}, step {work.step}: "
-        f"{config.model.name}, {classes}"
+        f"{work.path}: {config.name}, seed {config.seed}, "
+        f"step {work.step}{_of_average(work.weights)}: {config.model.name}, {classes}"
     ]
     lines += [f"  {work.path}: {note}" for note in work.notes]
     for benchmark, items in groupby(work.items, key=_benchmark):
@@ -127,7 +128,12 @@ def _classes(reports: Sequence[Report]) -> list[str]:
 
 def head(report: Report) -> str:
     """A checkpoint's name in tables and plot."""
-    return f"{report.name}, seed {report.seed}, step {report.step}"
+    step = f"step {report.step}{_of_average(report.weights)}"
+    return f"{report.name}, seed {report.seed}, {step}"
+
+
+def _of_average(weights: WhichWeights) -> str:
+    return ", EMA" if weights == "ema" else ""
 
 
 def _all_rows(tables: Sequence[Table]) -> list[str]:

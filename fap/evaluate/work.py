@@ -18,7 +18,7 @@ from fap.config import Config
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
-from fap.evaluate.load import Trained, load_model, load_weights
+from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
@@ -65,6 +65,7 @@ class Work:
     classes: tuple[str, ...] | None
     items: list[Item]
     unused: list[str]  # what belongs to no set in the benchmarks' folders
+    weights: WhichWeights
     notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
@@ -85,6 +86,7 @@ class Report:
     results: dict[str, Result]  # by set
     names: tuple[str, ...] | None = None  # of the model's classes
     counts: ClassCounts | None = None  # by class, of the clean images
+    weights: WhichWeights = "raw"
 
     def tree(self) -> dict[str, Any]:
         """As JSON; the checkpoint says which task it is of, and other files have the counts."""
@@ -130,6 +132,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         items=items,
         unused=unused,
         notes=trained.notes,
+        weights=trained.weights,
     )
 
 
@@ -185,6 +188,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         results={item.set.key: found[item.set.key].result for item in work.items},
         names=clean.names,
         counts=found[CLEAN].counts,
+        weights=work.weights,
     )
 
 
@@ -215,7 +219,7 @@ def _stopping(workers: Workers) -> Iterator[None]:
 
 def _load(path: Path, wanted: Wanted, device: str = "cpu") -> Trained:
     if wanted.plain is None:
-        return load_model(path, device)
+        return load_model(path, device, wanted.weights)
     return load_weights(path, wanted.plain, wanted.classes, device)
 
 

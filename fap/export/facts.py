@@ -48,9 +48,12 @@ def summary(plain: Plain) -> tuple[str, ...]:
     config = plain.config
     data = config.data
     name = spelt(config.model.name).removeprefix(TIMM)
+    average = ""
+    if plain.which == "ema":
+        average = ", the average of its weights (--weights raw: the others)"
     lines = [
         f"{name}, {config.model.classes} classes, after {plain.meta.step} steps of run "
-        f"{config.name}",
+        f"{config.name}{average}",
         f"input: RGB in 0..1, {size_in_words(data.size)} px, minus mean {list(data.mean)}, "
         f"divided by std {list(data.std)}",
     ]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fap.evaluate.load import Plain, load_plain_model
+from fap.evaluate.load import Plain, WhichWeights, load_plain_model
 from fap.export.facts import Written, summary
 from fap.export.hub_folder import write_hub_folder
 from fap.export.onnx_file import write_onnx
@@ -21,7 +21,13 @@ SUFFIXES: dict[str, Callable[[Plain, Path], Written]] = {
 KINDS = "NAME.safetensors, NAME.pth, NAME.onnx, or NAME/ for a folder of the Hugging Face Hub"
 
 
-def export(path: str | Path, out: str | Path, *, normalise: bool = False) -> list[str]:
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    normalise: bool = False,
+    weights: WhichWeights | None = None,  # None: the average of a run that has one
+) -> list[str]:
     """Write the plain model of a run's checkpoint to `out`, wholly or not at all; lines to print.
 
     What is written was read again, or run, and compared before this function returns. Raises as
@@ -34,7 +40,7 @@ def export(path: str | Path, out: str | Path, *, normalise: bool = False) -> lis
         raise ValueError(f"{place} exists; choose another name or remove it first")
     if not place.parent.is_dir():
         raise ValueError(f"{place.parent}: no such folder; make it first")
-    plain = load_plain_model(path)
+    plain = load_plain_model(path, weights)
     try:
         written = write(plain, place)
     except FileExistsError:  # made by someone else in the meantime

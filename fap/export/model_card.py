@@ -78,6 +78,10 @@ def _rows(plain: Plain) -> list[tuple[str, str]]:
         rows.append(
             ("evaluation", f"shorter side {data.resize} px, {data.eval_filter}, centre cut out")
         )
+    if plain.which == "ema":
+        rows.append(("weights", f"exponential average of training's, decay {config.optim.ema:g}"))
+    elif config.optim.ema is not None:
+        rows.append(("weights", "those of the last step; the numbers are of their average"))
     for name, words in plain.task.percents.items():
         if name in meta.last:
             on = f"{meta.val.count:,} images of validation"

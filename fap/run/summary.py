@@ -9,7 +9,9 @@ from fap.config import Config
 from fap.nets.dual import counted, norms, undivided
 from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
-from fap.sections import MAGNITUDES, DataConfig
+from fap.sections import MAGNITUDES, DataConfig, OptimConfig
+from fap.step.flat import Flat
+from fap.step.passes import passes_of
 from fap.step.step import Step
 from pipelines.sizes import sides_of, size_in_words
 
@@ -45,6 +47,8 @@ def describe(
         *_augmentation(config),
         f"parameters shared {shared:,}, main {word} {main:,}, aux {word} {aux:,}",
         _norms(config, step),
+        _optimiser(config.optim),
+        *_settings(step.network.flat),
         _passes(step),
         _groups(config, step),
     ]
@@ -117,14 +121,60 @@ def _mix(data: DataConfig) -> str:
     return f"mix        {data.mix}, {alpha}, drawn per {data.mix_per}, of {rows[data.mix_on]} rows"
 
 
+def _optimiser(optim: OptimConfig) -> str:
+    match optim.name:
+        case "sgd":
+            kind = "Nesterov momentum" if optim.nesterov else "momentum"
+            parts = [f"SGD, {kind} {optim.momentum:g}"]
+        case _:
+            assert optim.betas is not None
+            first, second = optim.betas
+            words = {"adamw": "AdamW", "lamb": "LAMB"}
+            parts = [f"{words[optim.name]}, betas {first:g} and {second:g}, eps {optim.eps:g}"]
+    on = "all parameters"
+    if optim.decay_on == "weights":
+        on = "weights, none on norms and biases"
+    parts.append(f"decay {optim.weight_decay:g} on {on}")
+    if optim.clip_norm is not None:
+        parts.append(f"gradient clipped at {optim.clip_norm:g}")
+    if optim.ema is not None:
+        parts.append(f"EMA {optim.ema:g} of the weights, which is what is evaluated")
+    return f"optimiser  {', '.join(parts)}"
+
+
+def _settings(flat: Flat) -> list[str]:
+    """Rates of parts, and what is frozen, where not all parameters are trained alike."""
+    lines = []
+    n_values: dict[float, int] = {}
+    n_frozen = 0
+    for name, setting in flat.settings.items():
+        n = flat.parameters[name].numel()
+        if setting.trained:
+            n_values[setting.lr_scale] = n_values.get(setting.lr_scale, 0) + n
+        else:
+            n_frozen += n
+    if n_values.keys() != {1.0}:
+        scales = [f"x {scale:.3g} on {n_values[scale]:,}" for scale in sorted(n_values)]
+        lines.append(f"rates      {', '.join(scales)} values")
+    if n_frozen:
+        lines.append(f"frozen     {n_frozen:,} of {sum(flat.counts):,} values")
+    return lines
+
+
 def _passes(step: Step) -> str:
+    """Before they are divided into parts."""
     shown = []
-    for one in step.passes:
+    for one in passes_of(step.method, step.inputs.n_clean):
         shown.append(" + ".join(f"{block.kind} {block.n_rows}" for block in one.blocks))
     passes = "pass"
     if len(shown) > 1:
         passes = "passes"
-    return f"step       {len(shown)} {passes} per device: {' | '.join(shown)}"
+    parts = ""
+    if step.accumulate > 1:
+        parts = f", in {step.accumulate} parts"
+        if len(shown) > 1:
+            parts = f", each in {step.accumulate} parts"
+    return f"step       {len(shown)} {passes} per device{parts}: {' | '.join(shown)}"
 
 
 def _dual(step: Step) -> list[DualNorm]:

@@ -43,6 +43,7 @@ from fap.step.graph import give_memory_back, runner
 from fap.step.metrics import rates
 from fap.step.step import Step
 from fap.tasks import make_task
+from fap.tasks.base import Result
 from fap.versions import versions
 from pipelines.files import shown
 from pipelines.sizes import Size, size_in_words
@@ -241,14 +242,13 @@ class Run:
             record["leak"] = 1.0
             self._say(warning)
         if progress.step == self.steps or epoch % self.config.run.eval_every == 0:
-            found = self.validate(self.model, self._leave_if_asked)
-            record |= {f"val_{name}": value for name, value in found.items()}
+            found = self._evaluate(record)
             progress.last = found
             reached = found[self.task.primary]
             if reached > progress.best[self.task.primary]:
                 progress.best = {self.task.primary: reached, "epoch": epoch}
                 progress.best_step = progress.step
-            self._say(f"epoch {epoch}: {in_words(found, self.task)}")
+            self._say(f"epoch {epoch}: {self._in_words(found, record)}")
         log.record(progress.step, record | {"epoch": epoch})
         if not steps_of_next:  # max_steps may end a run inside an epoch, which then stays open
             progress.closed = epoch
@@ -257,6 +257,28 @@ class Run:
         self.step.resize(self.budget.size_at(progress.step))
         if not self.saving.save(progress):
             progress.best_step = former_best  # what has not been saved cannot be kept
+
+    def _evaluate(self, record: dict[str, float]) -> Result:
+        """The result of the weights as they are, or with `optim.ema` that of their average.
+
+        It is what counts for the best epoch. `record` gets both.
+        """
+        found = self.validate(self.model, self._leave_if_asked)
+        average = self.step.update.ema
+        if average is not None:
+            record |= {f"val_raw_{name}": value for name, value in found.items()}
+            with average.in_model():
+                found = self.validate(self.model, self._leave_if_asked)
+        record |= {f"val_{name}": value for name, value in found.items()}
+        return found
+
+    def _in_words(self, found: Result, record: dict[str, float]) -> str:
+        words = in_words(found, self.task)
+        primary = self.task.primary
+        raw = record.get(f"val_raw_{primary}")
+        if raw is not None:
+            words += f" of the average; of the raw weights {in_words({primary: raw}, self.task)}"
+        return words
 
     def _finish(self) -> dict[str, Any]:
         self.votes.drain()

@@ -2,15 +2,17 @@
 
 The order is shared | main | aux. So the update-speed synchronisation is two slice multiplications,
 the reduction over ranks one all-reduce, the optimiser one kernel, and restoring the running
-statistics of a skipped step one `where`.
+statistics of a skipped step one `where`. Within each part parameters of equal settings lie
+together, so that the optimiser gets few tensors; if all are equal, it is the whole buffer.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fap.nets.dual import norms, statistics
+from fap.step.parameters import Setting
 
 ALIGN = 64  # elements; keeps every view as aligned as a fresh allocation
 
@@ -21,12 +23,20 @@ class Flat:
     The model must already be on its device: moving it afterwards would undo the views.
     """
 
-    def __init__(self, model: nn.Module, first: Collection[nn.Parameter] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mapping[str, Setting] | None = None,  # of every parameter; None: all are equal
+        first: Collection[nn.Parameter] = (),
+    ) -> None:
         """`first`: shared parameters to lie together at the very front.
 
         `fap.step.half` copies those as one slice.
         """
         self.parameters = dict(model.named_parameters())
+        self.settings = settings or dict.fromkeys(self.parameters, Setting(1.0, 0.0))
+        self.trained = [name for name in self.parameters if self.settings[name].trained]
+        """Those that are not frozen: the order of a pass's gradients."""
         self.slices: dict[str, slice] = {}
         """Where each parameter lies in the buffers, by its name."""
 
@@ -50,11 +60,15 @@ class Flat:
         self.param = nn.Parameter(next(model.parameters()).new_zeros(self.aux.stop))
         self.grad = torch.zeros_like(self.param)
         self.param.grad = self.grad
+        self.stretches = self._stretches()
         values = self.named(self.param.data)
         gradients = self.named(self.grad)
         for name, parameter in self.parameters.items():
             parameter.data = values[name].copy_(parameter.data)
-            parameter.grad = gradients[name]
+            if self.settings[name].trained:
+                parameter.grad = gradients[name]
+            else:
+                parameter.requires_grad_(False)
 
         # Counters of batches are integers and stay where they are.
         buffers = statistics(model)
@@ -66,13 +80,36 @@ class Flat:
             buffer.data = view.view_as(buffer)
 
     def _place(self, part: Collection[nn.Parameter], start: int) -> slice:
-        """Give the parameters of a part their places from `start` on, in the model's order."""
+        """Give the parameters of a part their places from `start` on.
+
+        They lie setting after setting, and within one in the model's order.
+        """
+        names = [name for name, parameter in self.parameters.items() if parameter in part]
+        names.sort(key=lambda name: self.settings[name], reverse=True)  # stable
         end = start
-        for name, parameter in self.parameters.items():
-            if parameter in part:
-                self.slices[name] = slice(end, end + parameter.numel())
-                end = _aligned(end + parameter.numel())
+        for name in names:
+            n_values = self.parameters[name].numel()
+            self.slices[name] = slice(end, end + n_values)
+            end = _aligned(end + n_values)
         return slice(start, end)
+
+    def _stretches(self) -> dict[Setting, list[slice]]:
+        """The stretches of the buffers that each setting holds, without the frozen ones.
+
+        The gaps behind parameters are theirs: they hold zeros.
+        """
+        runs: dict[Setting, list[slice]] = {}
+        before: Setting | None = None
+        for name in sorted(self.slices, key=lambda name: self.slices[name].start):
+            setting = self.settings[name]
+            place = self.slices[name]
+            end = _aligned(place.stop)
+            places = runs.setdefault(setting, [])
+            if setting == before:
+                place = places.pop()
+            places.append(slice(place.start, end))
+            before = setting
+        return {setting: places for setting, places in runs.items() if setting.trained}
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat buffer under the parameters' names and shapes.
@@ -110,15 +147,15 @@ class GradientSum:
     ) -> None:
         """Gradients of `half_dtype` may only come for the parameters of `flat.first`."""
         self.total = total
-        self.strides = [parameter.stride() for parameter in flat.parameters.values()]
-        self.targets = [total[flat.slices[name]] for name in flat.parameters]
+        self.strides = [flat.parameters[name].stride() for name in flat.trained]
+        self.targets = [total[flat.slices[name]] for name in flat.trained]
         self.front = total[flat.first]
         self.half: Tensor | None = None
         if half_dtype is not None:
             # Static, and zero between the parameters: what lies there is added too.
             self.half = torch.zeros_like(self.front, dtype=half_dtype)
         self.half_targets: list[Tensor | None] = []
-        for name in flat.parameters:
+        for name in flat.trained:
             place = flat.slices[name]
             if self.half is not None and place.stop <= flat.first.stop:
                 self.half_targets.append(self.half[place])
@@ -127,7 +164,7 @@ class GradientSum:
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one pass's gradients, in the order of `flat.parameters`.
+        """Add one pass's gradients, in the order of `flat.trained`.
 
         None stands where the pass did not use the parameter.
         """

@@ -77,9 +77,10 @@ class HalfWeights:
             if parameter in parameters:
                 values = self.values[flat.slices[name]]
                 view = values.as_strided(parameter.shape, parameter.stride())
-                copies[parameter] = nn.Parameter(view)
-        self.leaves: list[Tensor] = [copies.get(p, p) for p in flat.parameters.values()]
-        """What a pass differentiates, in the order of `flat.parameters`.
+                copies[parameter] = nn.Parameter(view, requires_grad=parameter.requires_grad)
+        trained = [flat.parameters[name] for name in flat.trained]
+        self.leaves: list[Tensor] = [copies.get(p, p) for p in trained]
+        """What a pass differentiates, in the order of `flat.trained`.
 
         That is the copy, or the parameter itself where it has none.
         """

@@ -14,6 +14,7 @@ from fap.nets.norm import Group
 from fap.nets.stem import stem_of
 from fap.step.flat import Flat
 from fap.step.half import HALF, Amp, HalfWeights, castable, grey_level_survives_bf16
+from fap.step.parameters import settings_of
 
 
 class Network:
@@ -23,7 +24,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, config: Config, amp: Amp) -> None:
-        """Raises ValueError for a model that is not prepared."""
+        """Raises ValueError for a model that is not prepared, or that `optim` does not suit."""
         self.norm_state = norm_state(model)  # first of all: no other model can be trained
         self.model = model.train()
         self.forward: Callable[[Tensor], Tensor] = model
@@ -35,7 +36,7 @@ class Network:
             self.stem.full_precision = amp == "bf16" and not survives
         # After the stem's precision is known: its weights are cast only if it runs in half.
         cast = castable(model)
-        self.flat = Flat(model, first=cast)
+        self.flat = Flat(model, settings_of(model, config.optim), first=cast)
         self.mean_255 = self._per_channel(config.data.mean).mul_(255)
         self.std_255 = self._per_channel(config.data.std).mul_(255)
         self.half_dtype = HALF.get(amp)
@@ -57,10 +58,10 @@ class Network:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What a pass differentiates, in the order of `flat.parameters`."""
+        """What a pass differentiates, in the order of `flat.trained`."""
         if self.half is not None:
             return self.half.leaves
-        return [*self.flat.parameters.values()]
+        return [self.flat.parameters[name] for name in self.flat.trained]
 
     def refresh(self) -> None:
         """Once per step: the half-precision weights follow the parameters."""

@@ -10,6 +10,9 @@ nothing but their passes and weights:
     fast_advprop, parallel    the same, [clean] on a second stream beside [noise] -> adv  [adv]
     fast_advprop, fused       [clean A, noise] -> adv  [clean B, adv]  two equally large passes
     fast_advprop, pipelined   [clean, noise joined with adv of the step before]  -> adv of the next
+
+`optim.accumulate` divides every pass into parts of whole groups, passes of their own that follow
+each other: the same rows, groups and weights, and the activations of one part at a time.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class Pass(NamedTuple):
     blocks: tuple[Block, ...]
     crafting: Block | None
     """The block whose input gradient makes adversarial rows."""
+    crafts_last: bool
+    """Is it the last of those rows? Only then are adversarial rows made, of all noise rows."""
 
     @property
     def n_rows(self) -> int:
@@ -81,9 +86,49 @@ def rows_of(method: MethodConfig, n_clean: int) -> dict[Kind, int]:
     return {kind: n_rows[kind] if kind in method.entry.norms else 0 for kind in KINDS}
 
 
-def passes_of(method: MethodConfig, n_clean: int) -> list[Pass]:
-    """The passes of a step on one device with `n_clean` clean rows, whole groups of them."""
-    return _numbered(_spans(method, n_clean), method)
+def passes_of(method: MethodConfig, n_clean: int, accumulate: int = 1) -> list[Pass]:
+    """The passes of a step on one device with `n_clean` clean rows, whole groups of them.
+
+    Each is divided into `accumulate` parts. Raises ValueError unless that divides the groups.
+    """
+    n_groups = n_clean // method.group_rows
+    if n_groups % accumulate:
+        possible = [str(parts) for parts in range(1, n_groups + 1) if n_groups % parts == 0]
+        raise ValueError(
+            f"optim.accumulate = {accumulate}: a device has {n_groups} groups of "
+            f"{method.group_rows} clean rows, which do not divide into so many equal parts; "
+            f"must be {_or(possible)}"
+        )
+    parts: list[list[_Span]] = []
+    for spans in _spans(method, n_clean):
+        parts += _divided(spans, method, accumulate)
+    return _numbered(parts, method)
+
+
+def _divided(spans: Sequence[_Span], method: MethodConfig, n_parts: int) -> list[list[_Span]]:
+    """A pass as `n_parts` passes, with as many whole groups of each of its blocks.
+
+    Only the halves of the clean groups that `fused` makes may not divide: then some parts have one
+    group more.
+    """
+    parts: list[list[_Span]] = []
+    for part in range(n_parts):
+        own: list[_Span] = []
+        for kind, start, stop in spans:
+            group_rows = _group_rows(kind, method)
+            n_groups = (stop - start) // group_rows
+            first = start + n_groups * part // n_parts * group_rows
+            end = start + n_groups * (part + 1) // n_parts * group_rows
+            if first < end:
+                own.append(_Span(kind, first, end))
+        parts.append(own)
+    return parts
+
+
+def _or(values: Sequence[str]) -> str:
+    """`1, 2 or 4`."""
+    *rest, last = values
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def _spans(method: MethodConfig, n_clean: int) -> list[list[_Span]]:
@@ -118,8 +163,10 @@ def _numbered(passes: Sequence[Sequence[_Span]], method: MethodConfig) -> list[P
     """
     n_seen: dict[BlockKind, int] = {}
     n_all: dict[BlockKind, int] = {}
+    n_rows: dict[BlockKind, int] = {}
     for spans in passes:
         for span in spans:
+            n_rows[span.kind] = span.stop  # the last one's: they follow each other
             n_groups = (span.stop - span.start) // _group_rows(span.kind, method)
             average = _average(span.kind, method)
             n_all[average] = n_all.get(average, 0) + n_groups
@@ -143,7 +190,8 @@ def _numbered(passes: Sequence[Sequence[_Span]], method: MethodConfig) -> list[P
             first_row += block.n_rows
             if kind in ("noise", "joined"):
                 crafting = block
-        numbered.append(Pass(tuple(blocks), crafting))
+        crafts_last = crafting is not None and crafting.stop == n_rows[crafting.kind]
+        numbered.append(Pass(tuple(blocks), crafting, crafts_last))
     return numbered
 
 

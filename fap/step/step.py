@@ -9,7 +9,8 @@ Twin: tests/step/reference_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
 from fap.methods import Kind
+from fap.nets.dual import counted, undivided
 from fap.nets.norm import Group
 from fap.step.adversarial import AdversarialRows
 from fap.step.attack import Attack, picture_mask
@@ -47,7 +49,9 @@ class Step:
         amp: Amp = "off",
         task: Task | None = None,  # None: the config's
     ) -> None:
-        """Raises ValueError for another model, and for rows that give no whole groups."""
+        """Raises ValueError for another model, for rows that give no whole groups, and for settings
+        of `optim` that do not suit the model.
+        """
         self.network = Network(model, config, amp)
         self.task = task or make_task(config)
         self.method = config.method
@@ -55,7 +59,10 @@ class Step:
 
         n_clean = _clean_rows_per_rank(config, ranks)
         n_rows = rows_of(self.method, n_clean)
-        self.passes = passes_of(self.method, n_clean)
+        self.passes = passes_of(self.method, n_clean, config.optim.accumulate)
+        self.accumulate = config.optim.accumulate
+        if self.accumulate > 1:
+            _check_divisible(model, config)
         self.weights = weights_of(self.method, n_rows, ranks.world)
         self.n_adv = n_rows["adv"]
         self.n_adv_groups = 0
@@ -92,7 +99,7 @@ class Step:
         if self.n_adv:
             self.attack = Attack(self.method, self.metrics)
         self.update = Update(
-            flat, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
+            flat, model, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
         )
 
     def resize(self, size: Size) -> None:
@@ -141,13 +148,17 @@ class Step:
                 crafted = self._craft(self.attack, started, source, pictures)
                 self.adv.publish(Rows(crafted, source.aim))
 
+        input_gradients: list[Tensor] = []  # of the noise rows, part by part
         for one, x in zip(self.passes, self.pass_input, strict=True):
-            if one.joins:
+            if one.joins and "joined" not in rows:
                 rows["joined"] = self.adv.joined_with(rows["noise"], self.n_adv_groups)
             with self.streams.of(one) as gradients:
                 gradient = self._run(one, x, rows, gradients)
-            if one.crafting is not None:
+            if gradient is not None:
+                input_gradients.append(gradient)
+            if one.crafts_last:
                 assert self.attack is not None
+                gradient = joined_parts(input_gradients)
                 crafted = self.attack.advance(
                     started, source.images_255, gradient, self.inputs.noise_key, pictures
                 )
@@ -184,7 +195,7 @@ class Step:
         if len(gradient) == len(x):  # the whole input's: there is no stem that takes fewer rows
             gradient = gradient[one.crafting.rows]
         if one.joins:
-            gradient, _ = split_by_group(gradient, self.n_adv_groups)
+            gradient, _ = split_by_group(gradient, len(one.crafting.groups))
         return gradient
 
     def _loss(self, one: Pass, outputs: Tensor, rows: dict[BlockKind, Rows]) -> Tensor:
@@ -200,12 +211,12 @@ class Step:
         outputs: Tensor,  # of the block's rows
         aim: Aim,  # of all rows of the block's kind
     ) -> Tensor:
+        own = aim.each(lambda part: part[block.start : block.stop])
         if block.kind == "joined":
-            noise, adv = split_by_group(outputs, self.n_adv_groups)
-            noise_aim, adv_aim = split_aim_by_group(aim, self.n_adv_groups)
+            noise, adv = split_by_group(outputs, len(block.groups))
+            noise_aim, adv_aim = split_aim_by_group(own, len(block.groups))
             noise_loss = self._loss_of("noise", noise, noise_aim)
             return noise_loss + self._loss_of("adv", adv, adv_aim)
-        own = aim.each(lambda part: part[block.start : block.stop])
         return self._loss_of(block.kind, outputs, own)
 
     def _loss_of(self, kind: Kind, outputs: Tensor, aim: Aim) -> Tensor:
@@ -256,19 +267,40 @@ class Step:
             keys = self.inputs.noise_key
             wrong = source.aim.retargeted(lambda targets: self.task.wrong_targets(keys, targets))
             aimed = Rows(source.images_255, wrong)
+        crafted: list[Tensor] = []
+        for part in self._attack_parts():
+            rows = AttackedRows(
+                started[part.rows],
+                aimed.each(part.own),
+                source.aim.each(part.own),
+                self.inputs.noise_key[part.groups],
+                None if pictures is None else part.own(pictures),
+            )
+            crafted.append(self._craft_part(attack, rows))
+        return joined_parts(crafted)
+
+    def _attack_parts(self) -> list[AttackPart]:
+        """The rows of an attack that go through the network at once: whole groups of them."""
+        n_groups = self.n_adv_groups // self.accumulate
+        n_rows = n_groups * self.method.adv_group_rows
+        return [
+            AttackPart(slice(i * n_rows, (i + 1) * n_rows), slice(i * n_groups, (i + 1) * n_groups))
+            for i in range(self.accumulate)
+        ]
+
+    def _craft_part(self, attack: Attack, rows: AttackedRows) -> Tensor:
         if self.method.attack_loss != "max":
-            of = self.method.attack_loss or "total"
-            return self._pgd(attack, started, aimed, pictures, of)
+            return self._pgd(attack, rows, self.method.attack_loss or "total")
 
         # Det-AdvProp (Chen et al., CVPR 2021): an image from each part of the loss; of
         # every row the one with the largest total loss, by its true target, is trained.
         images: Tensor | None = None
         largest: Tensor | None = None
         for part in self.task.loss_parts:
-            crafted = self._pgd(attack, started, aimed, pictures, part)
+            crafted = self._pgd(attack, rows, part)
             with torch.no_grad():
-                outputs = self.network(self._normalised(crafted), self._attack_groups())
-                losses = self._attack_losses(outputs, source.aim, "total")
+                outputs = self.network(self._normalised(crafted), self._attack_groups(len(crafted)))
+                losses = self._attack_losses(outputs, rows.true_aim, "total")
             if images is None or largest is None:
                 images, largest = crafted, losses
                 continue
@@ -278,22 +310,19 @@ class Step:
         assert images is not None
         return images
 
-    def _pgd(
-        self,
-        attack: Attack,
-        current: Tensor,  # (n_adv, 3, H, W) grey levels: where the attack starts
-        aimed: Rows,  # the clean images, and the targets away from or towards which it goes
-        pictures: Tensor | None,
-        part: str,  # of the loss
-    ) -> Tensor:
+    def _pgd(self, attack: Attack, rows: AttackedRows, part: str) -> Tensor:
+        """K steps away from or towards `rows.aimed`, by a part of the loss."""
+        current = rows.started
         for _ in range(attack.n_steps):
             leaf = self._normalised(current).requires_grad_()
             # No leaf goes in: see `Network.probing`.
-            outputs = self.network(leaf.view_as(leaf), self._attack_groups())
-            loss = self._attack_losses(outputs, aimed.aim, part).mean()
+            outputs = self.network(leaf.view_as(leaf), self._attack_groups(len(leaf)))
+            loss = self._attack_losses(outputs, rows.aimed.aim, part).mean()
+            if self.accumulate > 1:
+                loss = loss / self.accumulate  # the mean is that over all rows
             (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
-            keys = self.inputs.noise_key
-            current = attack.advance(current, aimed.images_255, gradient, keys, pictures)
+            clean = rows.aimed.images_255
+            current = attack.advance(current, clean, gradient, rows.keys, rows.pictures)
         return current
 
     def _attack_losses(self, outputs: Tensor, aim: Aim, part: str) -> Tensor:
@@ -303,12 +332,13 @@ class Step:
             losses, aim, lambda targets: self.task.attack_losses(outputs, targets, part)
         )
 
-    def _attack_groups(self) -> list[Group]:
+    def _attack_groups(self, n_rows: int) -> list[Group]:
         """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""
         bn = self.method.norms["adv"]
         if self.method.attack_bn == "running":
-            return [Group(bn, self.n_adv, running=True)]
-        return [Group(bn, self.method.adv_group_rows)] * self.n_adv_groups
+            return [Group(bn, n_rows, running=True)]
+        n_groups = n_rows // self.method.adv_group_rows
+        return [Group(bn, self.method.adv_group_rows)] * n_groups
 
     def _normalised(self, images_255: Tensor) -> Tensor:
         x = torch.empty_like(images_255, memory_format=torch.channels_last)
@@ -322,11 +352,8 @@ class Step:
 
         Live static tensors, to be cloned or copied into.
         """
-        momentum = self.network.flat.named(self.update.momentum)
         state = {f"model.{name}": v for name, v in self.network.model.state_dict().items()}
-        state |= {f"momentum.{name}": v for name, v in momentum.items()}
-        state["scale"] = self.update.scale
-        state["growth"] = self.update.growth
+        state |= self.update.state()
         state["metrics"] = self.metrics.sums
         state |= self.adv.state()
         return state
@@ -344,6 +371,45 @@ class Step:
             raise ValueError(f"checkpoint does not fit the run: {', '.join(odd[:3])}")
         for name, tensor in state.items():
             tensor.copy_(saved[name])
+
+
+class AttackPart(NamedTuple):
+    """Rows of a separate attack that are attacked together."""
+
+    rows: slice
+    groups: slice
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Its rows of a tensor of all rows."""
+        return tensor[self.rows]
+
+
+class AttackedRows(NamedTuple):
+    """What such a part is attacked with."""
+
+    started: Tensor  # (n, 3, H, W) grey levels: where the attack starts
+    aimed: Rows  # the clean images, and the targets away from or towards which it goes
+    true_aim: Aim
+    keys: Tensor  # int32 (groups,)
+    pictures: Tensor | None
+
+
+def joined_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Rows that were computed in parts, together; one part is taken as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(list(parts))
+    return joined.contiguous(memory_format=torch.channels_last)
+
+
+def _check_divisible(model: nn.Module, config: Config) -> None:
+    """Raises ValueError for a model with norms to which the parts of a pass are other batches."""
+    whole = undivided(model)
+    if whole:
+        raise ValueError(
+            f"optim.accumulate = {config.optim.accumulate}: the model has {counted(whole)} that "
+            "see a whole pass as one batch, so its parts would train otherwise; must be 1"
+        )
 
 
 def _clean_rows_per_rank(config: Config, ranks: Ranks) -> int:

@@ -12,10 +12,10 @@ from fap.step.passes import Pass
 
 
 class Streams:
-    """One after the other, or with the clean pass beside the others on a second CUDA stream.
+    """One after the other, or with the clean passes beside the others on a second CUDA stream.
 
-    The clean pass then has gradients of its own, since two streams must not add to the same ones.
-    On a CPU there are no streams; the sums are the same.
+    The clean passes then have gradients of their own, since two streams must not add to the same
+    ones. On a CPU there are no streams; the sums are the same.
     """
 
     def __init__(self, flat: Flat, half_dtype: torch.dtype | None, *, parallel: bool) -> None:
@@ -37,7 +37,8 @@ class Streams:
         if self.clean_stream is not None:
             self.clean_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.clean_stream):
-            self.clean_gradients.total.zero_()
+            if one.blocks[0].start == 0:  # of the clean passes the first one
+                self.clean_gradients.total.zero_()
             yield self.clean_gradients
 
     def join(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fap.distributed import Ranks
 from fap.sections import OptimConfig
+from fap.step.ema import Ema
 from fap.step.flat import Flat
 from fap.step.metrics import Metrics
+from fap.step.optimisers import Optimiser
 from fap.step.weights import Weights
 
 # Dynamic loss scaling as torch.amp.GradScaler does it by default.
@@ -19,15 +21,16 @@ STEPS_TO_GROWTH = 2000
 
 
 class Update:
-    """SGD with momentum on flat buffers, with dynamic loss scaling for fp16.
+    """The optimiser on flat buffers, with dynamic loss scaling for fp16, and the average of it.
 
     Unlike torch.amp.GradScaler it leaves the verdict on the device, for the step to read: if a
-    gradient is not finite on any rank, weights and statistics stay as they were.
+    gradient is not finite on any rank, weights, statistics and averages stay as they were.
     """
 
     def __init__(
         self,
         flat: Flat,
+        model: nn.Module,  # whose parameters `flat` holds
         lr: Tensor,  # float32 (), which the step is fed with
         config: OptimConfig,
         weights: Weights,
@@ -40,24 +43,23 @@ class Update:
         self.ranks = ranks
         self.scaled = scaled
         device = flat.param.device
-        self.optimizer = torch.optim.SGD(
-            [flat.param],
-            lr=lr if device.type == "cuda" else 0.0,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimiser = Optimiser(flat, lr, config)
         self.clip_norm = config.clip_norm
-        self.momentum = torch.zeros_like(flat.param)
-        # Allocated here: a first step that is skipped would leave an uninitialised buffer behind.
-        self.optimizer.state[flat.param]["momentum_buffer"] = self.momentum
+        self.ema: Ema | None = None
+        if config.ema is not None:
+            self.ema = Ema(flat, model, config.ema)
         self.scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
 
     def set_lr(self, lr: float) -> None:
-        """On a CPU, where fused SGD takes no tensor; on a GPU it reads the tensor."""
-        if self.flat.param.device.type == "cpu":
-            self.optimizer.param_groups[0]["lr"] = lr
+        self.optimiser.set_lr(lr)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on: live tensors by name."""
+        state = self.optimiser.state() | {"scale": self.scale, "growth": self.growth}
+        if self.ema is not None:
+            state |= self.ema.state()
+        return state
 
     def __call__(self, stats_before: Tensor, metrics: Metrics) -> None:
         """Spend the gradients in `flat.grad`; `stats_before` are the running statistics before the
@@ -78,14 +80,14 @@ class Update:
         if self.clip_norm is not None:
             # Gradients are still multiplied by the loss scale; so is the longest allowed.
             norm = torch.linalg.vector_norm(flat.grad)
-            flat.grad.mul_((self.clip_norm * self.scale / norm).clamp(max=1))
-        # Attributes by which torch's fused optimisers divide by the scale, and skip.
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = self.scale if self.scaled else None  # type: ignore[attr-defined]
-        self.optimizer.step()
+            longest = self.clip_norm * self.scale.to(norm.dtype)
+            flat.grad.mul_((longest / norm).clamp(max=1))
+        self.optimiser(found_inf, self.scale if self.scaled else None)
         if self.scaled:
             torch._amp_update_scale_(
                 self.scale, self.growth, found_inf, GROWTH, BACKOFF, STEPS_TO_GROWTH
             )
         torch.where(found_inf.bool(), stats_before, flat.stats, out=flat.stats)
+        if self.ema is not None:
+            self.ema.update(found_inf)
         metrics.count_step(found_inf)

@@ -50,6 +50,8 @@ CONSTANT = ("budget.milestones=null", "budget.lr_schedule=constant")
 COSINE = ("budget.milestones=null", "budget.lr_schedule=cosine")
 EITHER = ("data.mix=either",)
 DIVERGES = ("optim.lr=1e30", "run.max_skipped=4")
+ADAMW = ("optim.name=adamw",)
+LAYERS = ("model.name=timm/test_resnet", "data.size=32", "data.resize=32", "run.max_steps=2")
 ATTACK = ("adversarial", "weights")
 WEIGHTS = ("row weights", "weights")
 WINDOW = ("plan.window", "input.images")
@@ -125,9 +127,19 @@ CASES = {
     "data.prefetch": Case("data.prefetch=1", ("loaders",), DALI),
     "data.hw_decoder_load": Case("data.hw_decoder_load=0", ("loaders",), DALI),
     "optim.clean_batch": Case("optim.clean_batch=16", ("steps", "rates", "passes", "input.images")),
+    "optim.name": Case("optim.name=adamw", ("optimiser", "rates", "weights")),
+    "optim.accumulate": Case("optim.accumulate=2", ("passes",)),
     "optim.lr": Case("optim.lr=0.2", ("rates", "weights")),
     "optim.momentum": Case("optim.momentum=0.5", ("optimiser", "weights")),
+    "optim.nesterov": Case("optim.nesterov=true", ("optimiser", "weights")),
+    "optim.betas": Case("optim.betas=[0.5,0.9]", ("optimiser", "weights"), ADAMW),
+    "optim.eps": Case("optim.eps=0.01", ("optimiser", "weights"), ADAMW),
     "optim.weight_decay": Case("optim.weight_decay=0.1", ("optimiser", "weights")),
+    "optim.decay_on": Case("optim.decay_on=weights", ("optimiser", "weights")),
+    "optim.head_lr_scale": Case("optim.head_lr_scale=10", ("optimiser", "weights")),
+    "optim.layer_decay": Case("optim.layer_decay=0.5", ("optimiser", "weights"), LAYERS),
+    "optim.freeze": Case("optim.freeze=[conv1]", ("optimiser", "weights")),
+    "optim.ema": Case("optim.ema=0.9", ("evaluations", "accuracy", "kept")),
     "optim.label_smoothing": Case("optim.label_smoothing=0.2", ("weights",)),
     "optim.class_weights": Case("optim.class_weights=[1,2,3,4]", ("weights",)),
     "optim.clip_norm": Case("optim.clip_norm=0.01", ("weights",)),

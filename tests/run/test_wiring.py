@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 import pipelines
 from fap.config import Config, load_config
@@ -24,7 +25,17 @@ from fap.draws import dropout_seed
 from fap.nets.build import plain
 from pipelines.augment.spec import AugmentSpec
 from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
-from tests.run.wiring import DRAWS, FIELDS, IMAGES, OF_DETECTION, Seen, beton, observe, written
+from tests.run.wiring import (
+    DRAWS,
+    FIELDS,
+    IMAGES,
+    OF_DETECTION,
+    OF_LAYERS,
+    Seen,
+    beton,
+    observe,
+    written,
+)
 
 COMMON: dict[str, Any] = {
     "name": "every_field", "seed": 11, "resume": "auto", "paper": {"top1": 12.5}, "task": "doubled",
@@ -38,7 +49,9 @@ COMMON: dict[str, Any] = {
     "data.prefetch": 5, "data.filter": "bilinear", "data.eval_filter": "bicubic",
     "data.hw_decoder_load": 0.25,
     "data.decode": "auto",
-    "optim.clean_batch": 8, "optim.lr": 0.8, "optim.momentum": 0.6, "optim.weight_decay": 0.02,
+    "optim.clean_batch": 8, "optim.lr": 0.8, "optim.weight_decay": 0.02,
+    "optim.accumulate": 2, "optim.decay_on": "weights", "optim.head_lr_scale": 2.0,
+    "optim.freeze": ["conv1"], "optim.ema": 0.75,
     "optim.label_smoothing": 0.1, "optim.clip_norm": 0.5,
     "budget.epochs": 4, "budget.warmup_epochs": 1.5, "budget.same_budget": False,
     "optim.class_weights": [0.5, 1.0, 2.0, 1.5, 0.75],
@@ -48,6 +61,7 @@ COMMON: dict[str, Any] = {
     "run.eval_batch": 10, "run.max_skipped": 7,
 }  # fmt: skip
 REUSE = COMMON | {
+    "optim.momentum": 0.6, "optim.nesterov": True,
     "method.name": "noise", "method.schedule": "pipelined", "method.weight_noise": 0.75,
     "method.sync": False, "method.combine": "mean", "method.shuffle": "groups",
     "data.sampling": "balanced", "data.repeats": 2,
@@ -58,6 +72,7 @@ REUSE = COMMON | {
     "data.color_jitter": [0.4, 0.3, 0.2, 0.1], "data.erase": 0.4, "data.augment_on": "clean",
 }  # fmt: skip
 SEPARATE = COMMON | {
+    "optim.name": "adamw", "optim.betas": [0.7, 0.9], "optim.eps": 1e-3,
     "method.name": "decoupled", "method.attack_steps": 3, "method.targeted": False,
     "method.attack_bn": "batch", "method.sync": True, "method.shuffle": "groups",
     "data.crop": "pad", "data.pad": 2, "run.amp": "off", "data.sizes": [[0, 6], [2, 8]],
@@ -116,7 +131,8 @@ def test_the_two_runs_have_no_field_at_its_default() -> None:
     """The generic part: a field that is new, or whose default becomes a value used here, fails."""
     given = REUSE | SEPARATE
     missing = "add the new field to a run, and to what is compared below"
-    assert set(given) | OF_DETECTION | IN_PLACE_OF_ANOTHER == set(FIELDS), missing
+    elsewhere = OF_DETECTION | OF_LAYERS | IN_PLACE_OF_ANOTHER
+    assert set(given) | elsewhere == set(FIELDS), missing
     for runs in NO_DEFAULT.values():
         for name, value in runs.items():
             default = UNSET.get(name, FIELDS[name])
@@ -214,11 +230,29 @@ def test_what_reaches_the_step(name: str, everything: Callable[[str], Seen]) -> 
             assert len(inputs["mix_lam"].unique()) >= 4  # areas of boxes in 8 x 8 pixels, shares
 
 
+def nesterov(
+    before: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor, state: dict[str, Tensor], _: int
+) -> Tensor:
+    gradient = gradient + decay * before
+    state["v"] = 0.6 * state.get("v", torch.zeros_like(before)) + gradient
+    return before - rate * (gradient + 0.6 * state["v"])
+
+
+def adamw(
+    before: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor, state: dict[str, Tensor], t: int
+) -> Tensor:
+    state["m"] = 0.7 * state.get("m", torch.zeros_like(before)) + 0.3 * gradient
+    state["v"] = 0.9 * state.get("v", torch.zeros_like(before)) + 0.1 * gradient**2
+    root = (state["v"] / (1 - 0.9**t)).sqrt() + 1e-3
+    return before * (1 - rate * decay) - rate * state["m"] / (1 - 0.7**t) / root
+
+
 @pytest.mark.parametrize("name", NO_DEFAULT)
 def test_what_reaches_the_optimiser(name: str, everything: Callable[[str], Seen]) -> None:
     """The rates of the schedule, and the weights' movement: momentum and decay act."""
     seen = everything(name)
-    assert seen.optimiser == {"lr": 0.0, "momentum": 0.6, "weight_decay": 0.02}
+    assert seen.run is not None
+    flat = seen.run.step.network.flat
     base = 0.8 * 8 / 256
     warm_up = [base * k / 3 for k in (1, 2, 3)]  # 1.5 epochs of 2 steps
     after = {
@@ -226,17 +260,25 @@ def test_what_reaches_the_optimiser(name: str, everything: Callable[[str], Seen]
         "separate": [1, 0.85, 0.7, 0.55],  # 5 steps from 1 to 1 / 4, of which max_steps leaves 4
     }[name]
     assert seen.rates == pytest.approx([*warm_up, *(base * share for share in after)], rel=1e-6)
-    velocity = torch.zeros_like(seen.weights[0])
-    for before, after, gradient, rate in zip(
-        seen.weights, seen.weights[1:], seen.gradients, seen.rates, strict=False
-    ):
-        velocity = 0.6 * velocity + gradient + 0.02 * before
-        torch.testing.assert_close(after, before - rate * velocity, rtol=1e-5, atol=1e-7)
+    scale = torch.zeros_like(seen.weights[0])
+    decay = torch.zeros_like(scale)
+    for parameter, place in flat.slices.items():
+        if parameter != "conv1.weight":
+            scale[place] = 2.0 if parameter.startswith("fc.") else 1.0
+            decay[place] = 0.02 if flat.parameters[parameter].ndim > 1 else 0.0
+    assert seen.optimiser["kind"] == {"reuse": "SGD", "separate": "AdamW"}[name]
+    update = nesterov if name == "reuse" else adamw
+    state: dict[str, Tensor] = {}
+    for i, rate in enumerate(seen.rates):
+        before = seen.weights[i]
+        expected = update(before, seen.gradients[i], rate * scale, decay, state, i + 1)
+        torch.testing.assert_close(seen.weights[i + 1], expected, rtol=1e-5, atol=1e-6)
+    frozen = flat.slices["conv1.weight"]
+    assert torch.equal(seen.weights[-1][frozen], seen.weights[0][frozen])
     norms = [gradient.norm() for gradient in seen.gradients]
     assert max(norms).item() == pytest.approx(0.5, rel=1e-5), (
         "all are longer than clip_norm at first"
     )
-    assert seen.run is not None
     start = safetensors.torch.load_file(seen.config.model.init or "")
     first = seen.run.step.network.flat.named(seen.weights[0])
     assert all(torch.equal(v, start[k.replace(".aux.", ".")]) for k, v in first.items())
@@ -247,11 +289,12 @@ def test_what_reaches_loader_and_evaluation(name: str, everything: Callable[[str
     seen = everything(name)
     options: dict[str, Any] = {"size": 8, "threads": 2, "prefetch": 5, "hw_decoder_load": 0.25}
     options["device"] = torch.device("cpu")
-    opened = [("five.beton", 8), ("other_five.beton", 8), ("other_five.beton", 8)]
+    opened = [("five.beton", 8), *[("other_five.beton", 8)] * 4]
     if name == "separate":
         opened.insert(0, ("five.beton", 6))
     assert seen.loaders == [("dali", data, options | {"size": size}) for data, size in opened]
-    assert len(seen.evaluations) == 2  # after epoch 3, and at the end
+    # After epoch 3, and at the end: the raw weights, then their average.
+    assert len(seen.evaluations) == 4
     for evaluation in seen.evaluations:
         assert evaluation["mean"] == (0.4, 0.5, 0.6)
         assert evaluation["std"] == (0.2, 0.3, 0.4)

@@ -73,6 +73,7 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 FIELDS = fields_of(Config)
 # Those that have a meaning for detection only: test_detection.py.
+OF_LAYERS = {"optim.layer_decay"}  # only models of timm are divided into layers: test_fields.py
 OF_DETECTION = {"data.jitter", "data.most_boxes", "method.attack_loss"}
 
 
@@ -186,6 +187,7 @@ class Seen:
         checkpoints = (run.folder / "checkpoints").glob("*")
         return {
             "model": {name: tuple(v.shape) for name, v in step.network.model.state_dict().items()},
+            "kept": sorted({name.partition(".")[0] for name in step.state()}),
             "passes": [[tuple(block) for block in one.blocks] for one in step.passes],
             "row weights": row_weights(step),
             "kernel": step.network.norm_state.kernel,
@@ -208,7 +210,20 @@ def row_weights(step: Step) -> tuple[Any, ...]:
 
 
 def rate_of(step: Step) -> float:
-    return float(step.update.optimizer.param_groups[0]["lr"])
+    """The step's own, without the factor of any part."""
+    optimiser = step.update.optimiser
+    return float(optimiser.torch.param_groups[0]["lr"]) / optimiser.scales[0]
+
+
+def settings_of(step: Step) -> dict[str, Any]:
+    """What the optimiser was made with, and how each parameter is trained."""
+    optimiser = step.update.optimiser.torch
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimiser.param_groups
+    ]
+    parameters = {name: tuple(setting) for name, setting in step.network.flat.settings.items()}
+    return {"kind": type(optimiser).__name__, "groups": groups, "parameters": parameters}
 
 
 # ---------------------------------------------------------------------- the spies
@@ -262,6 +277,7 @@ def _watch_steps(seen: Seen, patch: pytest.MonkeyPatch) -> None:
 
     def stepped(step: Step) -> None:
         if not seen.weights:
+            seen.optimiser = settings_of(step)
             seen.weights.append(step.network.flat.param.detach().clone())
         seen.seeds.append(torch.initial_seed())
         call(step)
@@ -297,17 +313,10 @@ def _watch_evaluations(seen: Seen, patch: pytest.MonkeyPatch) -> None:
 
 
 def _watch_torch(seen: Seen, patch: pytest.MonkeyPatch) -> None:
-    sgd = torch.optim.SGD
-
-    def optimiser(*args: Any, **options: Any) -> torch.optim.Optimizer:
-        seen.optimiser = {name: float(v) for name, v in options.items() if name != "fused"}
-        return sgd(*args, **options)
-
     def compiled(model: torch.nn.Module) -> torch.nn.Module:
         seen.compiled += 1
         return model
 
-    patch.setattr(torch.optim, "SGD", optimiser)
     patch.setattr(torch, "compile", compiled)
     patch.setattr(torch, "set_num_threads", seen.threads.append)
 

@@ -300,9 +300,11 @@ def forward_and_backward(step: Step, one: Pass) -> None:
         torch.autograd.grad(loss, [*step.network.leaves, probe], allow_unused=True)
 
 
-def n_beside_the_network(variant: str, model: str, amp: Amp) -> int:
+def n_beside_the_network(
+    variant: str, model: str, amp: Amp, optim: dict[str, Any] | None = None
+) -> int:
     """Operators of a step that are not its passes' forwards and backwards."""
-    step = make(variant, amp=amp, model=model)
+    step = make(variant, amp=amp, model=model, optim=optim)
     n_whole = n_operators(step)
     n_network = sum(n_operators(forward_and_backward, step, one) for one in step.passes)
     return n_whole - n_network

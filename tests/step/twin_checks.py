@@ -136,12 +136,13 @@ def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
     of_losses = {
         name: data.pop(name) for name in ("label_smoothing", "class_weights") if name in data
     }
+    optim = data.pop("optim", {})
     return make_config(
         {
             "model": {"num_classes": CLASSES},
             "method": {"group_rows": GROUP, "p_adv": "1/3"} | method,
             "data": {"size": SIZE} | data,
-            "optim": {"clean_batch": GROUP * groups} | of_losses,
+            "optim": {"clean_batch": GROUP * groups} | of_losses | optim,
         }
     )
 
