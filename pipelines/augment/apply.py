@@ -17,6 +17,8 @@ from pipelines.augment.spec import AugmentSpec
 # AugMix of torchvision moves images with the bilinear filter, its other policies take the nearest.
 BILINEAR: tuple[Policy, ...] = ("augmix",)
 CONTRAST, HUE = 1, 3  # of the four adjustments of the colours
+# At once on a CPU: what operations make on their way stays in the caches. A GPU takes all rows.
+PIXELS_AT_A_TIME = 1 << 18
 ADJUSTMENTS = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 
 
@@ -28,15 +30,24 @@ def augment(
     place: np.ndarray | None = None,  # (B, 4): where on the canvas pictures are; None: everywhere
 ) -> None:
     """Operations, colours, erasing. Rows of which the plan says nothing stay as they are."""
-    if spec.policy == "augmix":
-        _mix_chains(images, draws, step)
-    elif spec.policy is not None:
-        for op, level in zip(draws.op[step].T, draws.level[step].T, strict=True):
-            _operate(images, spec.policy, op, level)
-    if spec.color_jitter is not None:
-        _adjust_colours(images, draws.colour[step], draws.colour_order[step], place)
-    if spec.erase:
-        _erase(images, draws.erase_box[step], draws.erase_key[step, :, 0])
+    n_rows, height, width, _ = images.shape
+    n_each = n_rows
+    if images.device.type == "cpu":
+        n_each = max(1, PIXELS_AT_A_TIME // (height * width))
+    for first in range(0, n_rows, n_each):
+        rows = slice(first, first + n_each)
+        some = images[rows]
+        op, level = draws.op[step, rows], draws.level[step, rows]
+        if spec.policy == "augmix":
+            _mix_chains(some, op, level, draws.share[step, rows])
+        elif spec.policy is not None:
+            for slot in range(op.shape[1]):
+                _operate(some, spec.policy, op[:, slot], level[:, slot])
+        if spec.color_jitter is not None:
+            where = None if place is None else place[rows]
+            _adjust_colours(some, draws.colour[step, rows], draws.colour_order[step, rows], where)
+        if spec.erase:
+            _erase(some, draws.erase_box[step, rows], draws.erase_key[step, rows, 0])
 
 
 def _operate(
@@ -72,22 +83,26 @@ def _operate(
         images.index_copy_(0, rows[part], shown.permute(0, 2, 3, 1))
 
 
-def _mix_chains(images: Tensor, draws: AugmentDraws, step: int) -> None:
+def _mix_chains(
+    images: Tensor,  # uint8 (n, H, W, 3): changed in place
+    ops: np.ndarray,  # (n, CHAINS * CHAIN_DEPTH)
+    levels: np.ndarray,  # the same
+    shares: np.ndarray,  # float32 (n, 1 + CHAINS)
+) -> None:
     """AugMix: a weighted mean of each image and what chains of operations make of it."""
-    op = draws.op[step].reshape(-1, CHAINS, CHAIN_DEPTH)
-    level = draws.level[step].reshape(op.shape)
-    changed = np.flatnonzero(op.any((1, 2)))
+    changed = np.flatnonzero(ops.any(1))
     if not len(changed):
         return
+    op = ops[changed].reshape(-1, CHAINS, CHAIN_DEPTH)
+    level = levels[changed].reshape(op.shape)
     rows = _on(images.device, torch.from_numpy(changed))
-    share = _on(images.device, torch.from_numpy(draws.share[step, changed]))
-    share = share[:, :, None, None, None]
+    share = _on(images.device, torch.from_numpy(shares[changed]))[:, :, None, None, None]
     chosen = images.index_select(0, rows)
     mixed = chosen * share[:, 0]
     for chain in range(CHAINS):
         of_chain = chosen.clone()
-        for place in range(CHAIN_DEPTH):
-            _operate(of_chain, "augmix", op[changed, chain, place], level[changed, chain, place])
+        for slot in range(CHAIN_DEPTH):
+            _operate(of_chain, "augmix", op[:, chain, slot], level[:, chain, slot])
         mixed += of_chain * share[:, 1 + chain]
     images.index_copy_(0, rows, mixed.clamp_(0, pixels.WHITE).to(torch.uint8))
 

@@ -115,6 +115,18 @@ def test_ranks_see_the_pixels_of_one_process(name: str, store: Store) -> None:
         assert_array_equal(part[:, 4:], whole[:, 8 + 2 * rank : 10 + 2 * rank])
 
 
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_how_many_rows_go_at_once_changes_nothing(
+    n_rows: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spec in SPECS.values():
+        plan = draw(store, spec)
+        whole = images("reference", store, plan)
+        with monkeypatch.context() as patch:
+            patch.setattr("pipelines.augment.apply.PIXELS_AT_A_TIME", n_rows * 32 * 32)
+            assert_array_equal(images("reference", store, plan), whole)
+
+
 @pytest.mark.parametrize("on", ["clean", "adv"])
 def test_only_the_chosen_partition_changes(on: str, store: Store) -> None:
     for spec in SPECS.values():
