@@ -347,14 +347,9 @@ def _model_words(text: str) -> list[tuple[str, str]]:
     """What `model=...` is short for: fields of the section, and their values.
 
     `timm:NAME.TAG` and `torchvision:NAME` are a library's published weights and their model, so
-    both fields follow; `hf-hub:...` says itself which model it is. Other names are those of models
-    with random weights.
+    both fields follow; `hf-hub:...` and a file of weights say themselves which model it is. Other
+    names are those of models with random weights.
     """
-    if text.endswith(OF_WEIGHTS):
-        raise ValueError(
-            f"model = {shown(text)}: a file of weights does not say which model it is of: write "
-            "model.name=NAME and model.init=FILE"
-        )
     library, _, rest = text.partition(":")
     architecture, _, _ = rest.partition(".")
     match library:
@@ -365,6 +360,8 @@ def _model_words(text: str) -> list[tuple[str, str]]:
         case "torchvision":
             return [("name", architecture), ("init", text)]
         case "hf-hub":
+            return [("init", text)]
+        case _ if text.endswith(OF_WEIGHTS):
             return [("init", text)]
         case _:
             return [("name", text)]

@@ -219,6 +219,7 @@ def test_recipes_are_part_of_the_package() -> None:
             "torchvision:resnet50.IMAGENET1K_V2",
         ),
         ("model=hf-hub:timm/resnet18.a1_in1k", "resnet50", "hf-hub:timm/resnet18.a1_in1k"),
+        ("model=mine/weights.safetensors", "resnet50", "mine/weights.safetensors"),
     ],
 )
 def test_model_is_short_for_name_and_weights(word: str, name: str, init: str | None) -> None:
@@ -227,8 +228,3 @@ def test_model_is_short_for_name_and_weights(word: str, name: str, init: str | N
     assert config.model.init == init
     later = load_config(None, [word, "model.name=resnet18"])
     assert later.model.name == "resnet18"
-
-
-def test_a_file_of_weights_is_no_model() -> None:
-    with pytest.raises(ValueError, match=r"model = 'x\.safetensors': .* model\.name=NAME"):
-        load_config(None, ["model=x.safetensors"])
