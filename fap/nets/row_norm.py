@@ -67,9 +67,11 @@ class RowNorm(DualNorm):
         )
 
     def _through(self, bn: Bn, x: Tensor) -> Tensor:
-        forward = super().forward if bn == "main" else self.branch(bn)
-        out: Tensor = forward(x)
-        return out
+        if bn == "aux":
+            auxiliary: Tensor = self.branch("aux")(x)
+            return auxiliary
+        main: Tensor = super().forward(x)
+        return main
 
     def _runs(self, n: int) -> list[_Run]:
         """Neighbouring groups of one part are one run, so that as little as possible is divided."""
