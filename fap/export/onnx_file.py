@@ -20,7 +20,7 @@ from pipelines.files import one_line, write_whole
 
 OPSET = 18
 INPUT = "images"
-OUTPUT = "logits"
+OUTPUTS = {"classification": "logits"}  # of other tasks: "outputs"
 MOST_BYTES = 2**31 - 1  # of one protobuf message
 BATCHES = (2, 1, 3)  # images: the first is exported, the others show that the batch is free
 # Of the outputs' own size: another order of sums, in convolutions and softmax.
@@ -47,7 +47,7 @@ class Normalised(nn.Module):
 
 
 def write_onnx(plain: Plain, out: Path, normalise: bool) -> Written:
-    """`images` float32 (batch, 3, H, W) to `logits`; the batch is free.
+    """`images` float32 (batch, 3, H, W) to `logits`, of a detector `outputs`; the batch is free.
 
     With `normalise` images are RGB in 0..1, else mean and std are the caller's work. Raises
     ImportError that names the extra, ValueError for a model that cannot be exported or computes
@@ -65,7 +65,8 @@ def write_onnx(plain: Plain, out: Path, normalise: bool) -> Written:
     model.eval()
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(n, 3, *data.sides, generator=generator) for n in BATCHES]
-    proto = _exported(model, batches[0])
+    output = OUTPUTS.get(plain.config.task, "outputs")
+    proto = _exported(model, batches[0], output)
     images = "RGB in 0..1" if normalise else "RGB in 0..1, minus mean, divided by std"
     told = header(plain.config, plain.meta) | {"input": images}
     for name, text in told.items():
@@ -81,17 +82,17 @@ def write_onnx(plain: Plain, out: Path, normalise: bool) -> Written:
     write_whole(out, [content], overwrite=False)
     shape = f"float32 (batch, 3, {data.sides[0]}, {data.sides[1]})"
     return Written(
-        f"ONNX, opset {OPSET}: {INPUT} {shape}, {images} -> {OUTPUT}; "
+        f"ONNX, opset {OPSET}: {INPUT} {shape}, {images} -> {output}; "
         f"onnxruntime {onnxruntime.__version__} and torch differ by {difference:.1e} of the "
         "outputs' size on random images",
         (
             f"session = onnxruntime.InferenceSession({str(out)!r})",
-            f"({OUTPUT},) = session.run(None, {{{INPUT!r}: images}})",
+            f"({output},) = session.run(None, {{{INPUT!r}: images}})",
         ),
     )
 
 
-def _exported(model: nn.Module, images: Tensor) -> Any:
+def _exported(model: nn.Module, images: Tensor, output: str) -> Any:
     """onnx's ModelProto. ValueError for what torch cannot export."""
     batch = torch.export.Dim("batch", min=1)
     try:
@@ -102,7 +103,7 @@ def _exported(model: nn.Module, images: Tensor) -> Any:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output],
                 dynamic_shapes=({0: batch},),
                 verbose=False,
             )

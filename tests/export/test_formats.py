@@ -173,9 +173,9 @@ def test_onnx_that_computes_something_else_is_not_written(
     path = checkpoint(tmp_path)
     exported = onnx_file._exported
 
-    def wrong(model: nn.Module, images: Tensor) -> Any:
+    def wrong(model: nn.Module, images: Tensor, output: str) -> Any:
         with torch.no_grad():
-            proto = exported(model, images)
+            proto = exported(model, images, output)
             for parameter in model.parameters():
                 parameter.mul_(1.01)
         return proto
@@ -196,7 +196,7 @@ def test_a_model_that_cannot_be_traced_is_one_line(tmp_path: Path) -> None:
             return x + 1
 
     with pytest.raises(ValueError, match="cannot be exported to ONNX") as error:
-        onnx_file._exported(Odd(), torch.rand(2, 3, 4, 4))
+        onnx_file._exported(Odd(), torch.rand(2, 3, 4, 4), "logits")
     assert "\n" not in str(error.value)
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 from torch import Tensor
 
 from fap.config import Config, load_config
@@ -200,6 +201,17 @@ def test_weights_of_timm_that_are_not_there(caches: Path) -> None:
     message = refusal("timm:test_resnet")
     folder = caches / "hub" / "models--timm--test_resnet.r160_in1k"
     for part in ("cannot be fetched", "timm/test_resnet.r160_in1k", str(folder), "hf download"):
+        assert part in message
+
+
+def test_a_network_that_refuses_is_one_line(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only offline mode, which asks nobody."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # it tries often
+    close_session()  # the next one is made with the fixture's proxy
+    message = refusal("timm:test_resnet")
+    close_session()
+    for part in ("cannot be fetched from", "refused", "hf download timm/test_resnet.r160_in1k"):
         assert part in message
 
 

@@ -114,18 +114,30 @@ def _not_in_the_hub(asked: str, what: str, error: Exception) -> str:
     fetch = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     return (
         f"{what} of {repository} cannot be fetched from {constants.ENDPOINT} "
-        f"({one_line(error, 150)}), and {readable(cached)} does not hold them; where there is a "
-        f"network:  {fetch}  and copy that folder here, or set HF_HOME to a shared one"
+        f"({one_line(_root(error), 150)}), and {readable(cached)} does not hold them; where there "
+        f"is a network:  {fetch}  and copy that folder here, or set HF_HOME to a shared one"
     )
 
 
-def _is_of_the_network(error: BaseException | None) -> bool:
+def _origins(error: BaseException) -> list[BaseException]:
+    """An error, what it came of, what that came of ..."""
+    found = [error]
+    while found[-1].__cause__ is not None or found[-1].__context__ is not None:
+        cause = found[-1].__cause__ or found[-1].__context__
+        if cause is None or cause in found:
+            break
+        found.append(cause)
+    return found
+
+
+def _is_of_the_network(error: Exception) -> bool:
     """Is it, or what it came of, about a connection, or a file that is not in the cache?"""
-    while error is not None:
-        if isinstance(error, OSError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(one, OSError) for one in _origins(error))
+
+
+def _root(error: Exception) -> Exception:
+    """What it came of first, such as a refused connection."""
+    return next(one for one in reversed(_origins(error)) if isinstance(one, Exception))
 
 
 def _not_fetched(url: str, error: Exception) -> str:
