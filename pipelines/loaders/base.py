@@ -27,7 +27,7 @@ class Batch:
     Valid until the next one is asked for. What the rows should come to is looked up by the plan.
     """
 
-    # uint8 (B, 3, H, W), channels_last, on the training device; one shape for the whole run.
+    # uint8 (B, 3, H, W), channels_last, on the training device; one shape of a loader.
     images: Tensor
     step: int  # row of the plan
 

@@ -180,6 +180,19 @@ def test_the_best_epoch_is_kept_through_a_resume(
     }
 
 
+def test_a_best_epoch_at_the_end_is_linked_by_the_next_process(
+    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the one that saved it was killed before it could."""
+    scored(monkeypatch, 0.1, 0.5, 0.3, 0.5, 0.2)
+    folder, _ = run(tiny_beton, tmp_path, "run.max_steps=8")
+    checkpoint_at(folder, best=True).unlink()
+    _, result = run(tiny_beton, tmp_path, "run.max_steps=8", "resume=auto")
+    best = checkpoint_at(folder, best=True)
+    assert best.samefile(checkpoint_at(folder))
+    assert result["checkpoints"]["best"] == "checkpoints/best.safetensors"
+
+
 def test_a_best_epoch_that_found_no_room_leaves_the_former_one(
     tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
