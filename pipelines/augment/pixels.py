@@ -34,7 +34,8 @@ def blend(
 def grey(images: Tensor) -> Tensor:  # float32 (n, 1, H, W), whole numbers
     """The brightness of every pixel, the fraction dropped: 0.2989 R + 0.587 G + 0.114 B."""
     red, green, blue = images.to(torch.float32).unbind(1)
-    # In ten-thousandths, so that the sum is exact.
+    # In ten-thousandths, so that the sum is exact. So is what the fraction is dropped of, also on
+    # a GPU, which multiplies by the inverse: as float32 that is a little above 1 / 10000.
     total = red * 2989 + green * 5870 + blue * 1140
     return total.div_(10000).floor_()[:, None]
 

@@ -98,6 +98,23 @@ def test_a_row_has_the_same_pixels_in_every_batch(op: Op) -> None:
         assert torch.equal(pixels.shown(op, planes, parameters, mode), together), (mode, SEED)
 
 
+@pytest.mark.parametrize("divide", ["by ten thousand", "by its inverse"])
+def test_grey_is_exact_however_a_device_divides(
+    divide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every sum that three values can have, and that is near a whole number."""
+    if divide == "by its inverse":  # as a GPU does it
+        inverse = torch.tensor(1 / 10000)
+        monkeypatch.setattr(Tensor, "div_", lambda total, _: total.mul_(inverse))
+    values = torch.arange(256, dtype=torch.uint8)
+    for red in (0, 1, 77, 128, 254, 255):
+        images = torch.stack(torch.meshgrid(values[red : red + 1], values, values, indexing="ij"))
+        whole = torch.tensor([2989, 5870, 1140])[:, None, None, None] * images.long()
+        wanted = whole.sum(0) // 10000
+        found = pixels.grey(images.permute(1, 0, 2, 3))
+        assert torch.equal(found[:, 0].long(), wanted)
+
+
 def test_contrast_of_a_letterbox_is_that_of_the_picture() -> None:
     """What is zero around it neither counts nor changes."""
     picture = pictures(3, 20, 30)
