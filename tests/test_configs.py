@@ -90,7 +90,7 @@ def test_a_file_is_complete(row: Row) -> None:
         if section in ("method", "budget"):
             expected = {name for name in expected if getattr(values, name) is not None}
         if section == "data" and config.data.crop == "letterbox":
-            expected -= {"resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
+            expected -= {"sizes", "resize", "scale", "ratio", "pad", "mix", "mix_alpha"}
             expected -= {"cutmix_alpha", "mix_per", "mix_on", "sampling"}
             expected -= {"augment", "augment_ops", "augment_magnitude", "erase"}
         elif section == "data":
