@@ -90,6 +90,9 @@ class ModelConfig(Section):
     norms begin as copies of the main ones; where the classes are others, the head is new. What the
     weights say of their model, and of data.mean, data.std, data.size and data.resize, holds where
     these are unset."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Stochastic depth: how often a row skips the last residual branch, and the others less often
+    in proportion to their depth. Unset: the model's own, which timm's begin without."""
 
     @property
     def classes(self) -> int:

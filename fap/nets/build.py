@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from fap.nets.cifar import CifarResNet, cifar_resnet18
+from fap.nets.drop_path import rates_of, rescale
 from fap.nets.dual import convert, norm_state
 from fap.nets.fuse import fuse_blocks
 from fap.nets.norm import IMAGE_DIMENSIONS
@@ -80,12 +81,34 @@ def _prove_order(model: nn.Module, size: Size, any_norm: bool) -> None:
     norm_state(model).multiples = True
 
 
-def plain(name: str, num_classes: int, size: Size | None = None) -> nn.Module:
+def plain(
+    name: str, num_classes: int, size: Size | None = None, drop_path: float | None = None
+) -> nn.Module:
     """An unconverted, randomly initialised model; for images of `size` if it is made for one size.
 
-    Raises ValueError for a name that nobody knows, for one that asks for pretrained weights, and
-    for a size that cannot be.
+    `drop_path` is the rate of stochastic depth in its last block; None: the model's own. Raises
+    ValueError for a name that nobody knows, for one that asks for pretrained weights, for a size
+    that cannot be, and for a rate where there is nothing to drop.
     """
+    if drop_path is None:
+        return _plain(name, num_classes, size, {})
+    of_timm = {"drop_path_rate": drop_path}
+    try:
+        model = _plain(name, num_classes, size, of_timm)
+    except TypeError as error:  # of a model of timm that takes no such argument
+        if "drop_path_rate" not in str(error):
+            raise
+        model = _plain(name, num_classes, size, {})
+    rescale(model, drop_path)
+    if drop_path and not any(rates_of(model)):
+        raise ValueError(
+            f"model.drop_path = {drop_path:g}: {shown(name)} has no stochastic depth; leave it out"
+        )
+    return model
+
+
+def _plain(name: str, num_classes: int, size: Size | None, of_timm: Mapping[str, Any]) -> nn.Module:
+    """`plain`; `of_timm` are more arguments for timm."""
     if name == "cifar_resnet18":
         return cifar_resnet18(num_classes)
     cifar = _CIFAR_RESNET.fullmatch(name)
@@ -100,7 +123,7 @@ def plain(name: str, num_classes: int, size: Size | None = None) -> nn.Module:
     if dot:
         _refuse_tag(name, architecture, tag)
     if timm.is_model(architecture) and not name.startswith(TORCHVISION):
-        options = _timm_options(architecture, size)
+        options = _timm_options(architecture, size) | dict(of_timm)
         with _refused_sizes(options, size):
             return timm.create_model(architecture, num_classes=num_classes, **options)
     near = near_names(name)

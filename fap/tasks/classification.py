@@ -54,6 +54,7 @@ class Classification(Task):
         self.output_rows = n_classes
         self.model_name = config.model.name
         self.size = config.data.size
+        self.drop_path = config.model.drop_path
         self.label_smoothing = config.optim.label_smoothing
         self.class_weights = config.optim.class_weights
         # float64 (n_classes,), by device: within a capture nothing may come from the host.
@@ -67,7 +68,7 @@ class Classification(Task):
             self._weights[CPU] = torch.tensor(self.class_weights, dtype=torch.float64)
 
     def plain_model(self) -> nn.Module:
-        return plain(self.model_name, self.n_classes, self.size)
+        return plain(self.model_name, self.n_classes, self.size, self.drop_path)
 
     @staticmethod
     def labels(store: Store) -> tuple[int, int]:

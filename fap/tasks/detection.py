@@ -71,6 +71,11 @@ class Detection(Task):
                 f"optim.class_weights = {shown(config.optim.class_weights)}: "
                 "an image has boxes of several classes; leave it out"
             )
+        if config.model.drop_path is not None:
+            raise ValueError(
+                f"model.drop_path = {config.model.drop_path:g}: a RetinaNet has no stochastic depth"
+                "; leave it out"
+            )
         self.n_classes = n_classes
         self.spec = spec_of(config.model.name)
         self.sides = config.data.sides

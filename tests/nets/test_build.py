@@ -11,6 +11,7 @@ from torch import nn
 from fap.evaluate.load import _WithoutStorage
 from fap.nets.build import build, plain
 from fap.nets.cifar import CifarResNet
+from fap.nets.drop_path import rates_of
 from fap.nets.dual import export
 from fap.nets.pretrained import load_plain
 from fap.nets.stem import stem_of
@@ -149,3 +150,32 @@ def test_a_model_of_one_size_is_made_for_the_size_of_the_images() -> None:
         assert model.eval()(images.to("meta")).shape == (1, 3)
     with pytest.raises(ValueError, match=r"data\.size = 65: the model cannot be made for images"):
         plain("vit_b_16", 3, 65)
+
+
+# ------------------------------------------------------------------ stochastic depth
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet", "efficientnet_v2_s"])
+def test_drop_path_is_the_rate_of_the_last_block(name: str) -> None:
+    """torchvision's own grow with depth, as timm's do; it names a model's largest rate."""
+    rates = rates_of(plain(name, 5, None, 0.5))
+    assert rates == sorted(rates)
+    steps = len(set(rates))
+    assert rates[-1] == pytest.approx(0.5, rel=1 / steps)  # torchvision's last one lies below
+    assert not any(rates_of(plain(name, 5, None, 0.0)))
+
+
+def test_rows_skip_branches_in_training_only() -> None:
+    torch.manual_seed(0)
+    model = plain("timm/test_vit", 5, None, 0.9)
+    images = torch.randn(1, 3, *model.patch_embed.img_size).expand(64, -1, -1, -1)
+    assert len(model.train()(images).unique(dim=0)) > 8
+    outputs = model.eval()(images)
+    torch.testing.assert_close(outputs, outputs[:1].expand_as(outputs))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "timm/vgg11"])
+def test_a_model_without_stochastic_depth_refuses_a_rate(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model.drop_path = 0.1: '{name}' has no stochastic"):
+        plain(name, 5, None, 0.1)
+    plain(name, 5, None, 0.0)

@@ -63,6 +63,9 @@ CASES = {
     "task": Case("task=doubled", ("task", "weights")),
     "model.name": Case("model.name=cifar_resnet14", ("model",)),
     "model.num_classes": Case("model.num_classes=4", ("error",), FIVE, error="num_classes"),
+    "model.drop_path": Case(
+        "model.drop_path=0.9", ("weights",), (*LAYERS, "model.name=timm/resnet10t")
+    ),
     "model.init": Case("model.init={weights}", ("start", "weights")),
     "method.name": Case("method.name=noise", ATTACK),
     "method.group_rows": Case("method.group_rows=8", ("plan.noise_key", *ATTACK)),

@@ -40,6 +40,7 @@ from tests.run.wiring import (
 COMMON: dict[str, Any] = {
     "name": "every_field", "seed": 11, "resume": "auto", "paper": {"top1": 12.5}, "task": "doubled",
     "model.name": "cifar_resnet14", "model.num_classes": 5, "model.init": "{init}",
+    "model.drop_path": 0.0,
     "method.group_rows": 4, "method.p_adv": "1/3", "method.eps_255": 3.0, "method.step_255": 2.0,
     "method.random_start": False, "method.weight_clean": 2.0, "method.weight_adv": 0.25,
     "method.aux": "norms",
