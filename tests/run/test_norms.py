@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fap import checkpoint
 from fap.cli import eval as eval_cli
-from fap.evaluate.load import export, load_model
+from fap.evaluate.load import load_model
+from fap.export.formats import export
 from fap.nets.build import plain
 from fap.nets.dual import evaluate_with, has_aux, norms
 from tests.run.wiring import CLASSES, Seen, observe
@@ -112,8 +114,8 @@ def test_norms_that_nothing_divides_train_vanilla_only(
     class Foreign(torch.nn.BatchNorm2d):
         pass
 
-    def with_foreign(name: str, num_classes: int) -> torch.nn.Module:
-        model = plain(name, num_classes)
+    def with_foreign(*arguments: Any) -> torch.nn.Module:
+        model = plain(*arguments)
         model.bn1.__class__ = Foreign  # type: ignore[union-attr]
         return model
 
@@ -178,7 +180,7 @@ def test_checkpoints_are_loaded_evaluated_and_exported(
         assert not torch.allclose(auxiliary[0], main[0])
     file = tmp_path / "plain.safetensors"
     export(newest(seen), file)
-    model = plain("timm/test_convnext", CLASSES)
+    model = plain("timm/test_convnext", CLASSES, 32)
     model.load_state_dict(safetensors.torch.load_file(file), strict=True)
     torch.testing.assert_close(model.eval()(x), main[0])
     # And back: the auxiliary norms begin as copies of the main ones.
