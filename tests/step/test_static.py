@@ -18,7 +18,7 @@ from fap.nets.dual import norms
 from fap.step.half import Amp
 from fap.step.passes import Pass
 from fap.step.step import Step
-from tests.step.made_steps import CLASSES, COPYING, STEPS, feed, make
+from tests.step.made_steps import CLASSES, COPYING, IMAGENET, STEPS, feed, make
 
 MIXED = {"mix": "either", "mix_per": "row", "mix_on": "both"}
 every_step = pytest.mark.parametrize(("task", "variant"), STEPS)
@@ -111,6 +111,35 @@ def test_neither_does_that_of_a_model_with_other_norms_or_none(
         step()
     assert step.metrics.take(ONE_RANK)["steps"] == 1
     assert {name: tensor.data_ptr() for name, tensor in step.state().items()} == before
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("model", ["cifar_resnet8", "timm/test_nfnet", "timm/test_efficientnet"])
+def test_a_step_with_a_stem_of_another_kind_asks_for_no_value_either(model: str, amp: Amp) -> None:
+    """The first one tied, then one that computes rows apart, then one that pads as TensorFlow."""
+    step = make("fused", model=model, amp=amp, size=32, data=IMAGENET)
+    assert step.network.stem is not None
+    step.network.stem.direct = model != "cifar_resnet8"
+    with NoHostSync():
+        step()
+    assert step.metrics.take(ONE_RANK)["steps"] == 1
+
+
+@pytest.mark.parametrize("variant", ["sequential", "fused", "pipelined", "parallel"])
+def test_a_tied_stem_gives_the_step_of_a_direct_one(variant: str) -> None:
+    direct = make(variant)
+    tied = make(variant)
+    for step in (direct, tied):
+        assert step.network.stem is not None
+        assert step.network.stem.direct
+    assert tied.network.stem is not None
+    tied.network.stem.direct = False
+    for seed in range(3):
+        for step in (direct, tied):
+            feed(step, seed)
+            step()
+    for name, value in tied.state().items():
+        assert torch.equal(value, direct.state()[name]), name
 
 
 @every_step

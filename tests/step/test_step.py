@@ -15,9 +15,20 @@ from fap.budget import cost_per_image
 from fap.distributed import ONE_RANK
 from fap.methods import ATTACK, METHODS, Method
 from fap.nets.dual import convert
+from fap.nets.stem import stem_of
 from fap.step.step import Step
 from tests.step.made_steps import SCHEDULES
-from tests.step.twin_checks import TinyNet, TinyResNet, check, config_of, draw, models
+from tests.step.twin_checks import (
+    BranchedNet,
+    PaddedNet,
+    StandardisedNet,
+    TinyNet,
+    TinyResNet,
+    check,
+    config_of,
+    draw,
+    models,
+)
 
 FAST = {"name": "fast_advprop"}
 
@@ -33,6 +44,17 @@ def values_of(fields: dict[str, Any]) -> str:
 @pytest.mark.parametrize("shuffle", ["off", "ranks"])
 def test_fast_advprop(net: type[nn.Module], schedule: str, groups: int, shuffle: str) -> None:
     check(config_of(FAST | {"schedule": schedule, "shuffle": shuffle}, groups), net)
+
+
+@pytest.mark.parametrize("net", [PaddedNet, StandardisedNet, BranchedNet])
+@pytest.mark.parametrize(
+    "method",
+    [*({"schedule": schedule} for schedule in SCHEDULES), {"name": "decoupled"}],
+    ids=values_of,
+)
+def test_every_kind_of_stem(net: type[nn.Module], method: dict[str, Any]) -> None:
+    assert stem_of(models(net)[0]) is not None
+    check(config_of(FAST | method, 3), net, steps=2)
 
 
 SEPARATE: list[dict[str, Any]] = [

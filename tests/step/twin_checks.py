@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import torch
-from timm.layers import GroupNormAct, LayerNorm2d
+from timm.layers import Conv2dSame, GroupNormAct, LayerNorm2d, ScaledStdConv2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -129,6 +129,40 @@ class MixedNorms(TinyTokens):
 
 
 OTHER_NORMS = (LayerNorms, GroupNorms, RMSNorms, BatchNorms, MixedNorms)
+
+
+class PaddedNet(TinyResNet):
+    """A stem whose sides decide how much is padded, as in TensorFlow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Conv2dSame(3, 8, 3, stride=2, bias=False)
+
+
+class StandardisedNet(TinyResNet):
+    """A stem that is no plain convolution, so it computes the attacked rows by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ScaledStdConv2d(3, 8, 3, padding=1)
+
+
+class BranchedNet(TinyResNet):
+    """Two convolutions read the image, one of them its smaller copy: a stem that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Branches()
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 8, 1, stride=2, bias=False)
+        self.coarse = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fine(x) + self.coarse(nn.functional.avg_pool2d(x, 2))
 
 
 def config_of(method: dict[str, Any], groups: int = 4, **data: Any) -> Config:
