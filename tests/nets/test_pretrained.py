@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fap import checkpoint
+from fap.config import make_config
 from fap.nets.build import build
 from fap.nets.cifar import CifarResNet
 from fap.nets.dual import convert, export
 from fap.nets.pretrained import load_init, load_plain
 from fap.nets.weights.find import find_weights
 from fap.nets.weights.torch_file import is_torch_file
+from tests.hostile_meta import valid_meta
 from tests.nets.conftest import randomise_norms
 
 State = dict[str, Tensor]
@@ -156,6 +158,25 @@ def test_init_with_an_empty_header(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + blob[end:])
     with contextlib.suppress(ValueError):  # one short message is as good
         assert torch.equal(start(tmp_path / "x")[0].state_dict()["fc.bias"], state["fc.bias"])
+
+
+def test_init_from_a_runs_checkpoint_takes_its_average(tmp_path: Path) -> None:
+    """As fap-export does, where the run kept one."""
+    config = make_config({"name": "r", "model": {"name": "cifar_resnet8", "num_classes": 10}})
+    model = build("cifar_resnet8", 10, size=16).state_dict()
+    state = {f"model.{name}": tensor for name, tensor in model.items()}
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    file = folder / "step_00000007.safetensors"
+    for average, says in (({}, "main norms ("), ({"ema.fc.bias": torch.ones(10)}, "the average")):
+        checkpoint.save(file, state | average, valid_meta(config, step=7))
+        for path in (tmp_path / "run", folder, file):
+            started, said = start(path)
+            assert "step 7 of run r, its main norms" in said[0]
+            assert says in said[0]
+            want = average.get("ema.fc.bias", model["fc.bias"])
+            assert torch.equal(started.state_dict()["fc.bias"], want)
+            assert torch.equal(started.state_dict()["conv1.weight"], model["conv1.weight"])
 
 
 # ---------------------------------------------------------------------- files of torch.save

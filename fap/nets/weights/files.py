@@ -31,6 +31,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
 NO_META = "{}"  # of what fap-export writes
 OF_A_RUN = "model."  # a checkpoint has more than the model: momentum, counters
+AVERAGE = "ema."  # of the weights of a run with optim.ema; counters have none
 # Arguments of a model's constructor that `model.name`, `model.num_classes`, `data.size` express.
 KNOWN_ARGUMENTS = {"img_size", "num_classes", "in_chans"}
 
@@ -124,12 +125,16 @@ def _is_of_a_run(content: bytes) -> bool:
 
 
 def _of_run(path: Path) -> Weights:
-    """What fap-export would write: the main norms' weights."""
+    """What fap-export would write: the main norms' weights, their average if the run has one."""
     tensors, tree = checkpoint.load(path)
     meta = run_meta(path, tree)
     model = {k.removeprefix(OF_A_RUN): v for k, v in tensors.items() if k.startswith(OF_A_RUN)}
-    note = f"step {meta.step:,} of run {meta.config.name}, its main norms ({readable(path)})"
-    return Weights(str(path), export(model, meta.step), about_run(meta), (note,))
+    average = {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
+    what = "its main norms"
+    if average:
+        what += ", the average of its weights"
+    note = f"step {meta.step:,} of run {meta.config.name}, {what} ({readable(path)})"
+    return Weights(str(path), export(model | average, meta.step), about_run(meta), (note,))
 
 
 def about_run(meta: RunMeta) -> About:
