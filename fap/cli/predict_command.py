@@ -65,6 +65,11 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         help="a run's folder, or a step_*.safetensors of it; with --plain a file of plain weights",
     )
     add("--best", action="store_true", help="of a run's folder: the best epoch, not the newest")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with optim.ema: the average (default), or the raw ones",
+    )
     add("images", nargs="+", metavar="IMAGES", help=f"{ACCEPTED}; class folders need not be there")
     add(
         "--out",
@@ -89,6 +94,8 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
     if args.best and args.plain is not None:
         parser.error("--best is about a run's checkpoints; --plain takes a file")
+    if args.weights is not None and args.plain is not None:
+        parser.error("--weights is about checkpoints; a file of --plain holds one set of weights")
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: must be at least 1")
     return args
@@ -129,7 +136,7 @@ def predict(args: Namespace) -> int:
 def _trained(args: Namespace, device: str) -> Trained:
     path = _path(args.checkpoint)
     if args.plain is None:
-        return load_model(checkpoint_at(path, best=args.best), device)
+        return load_model(checkpoint_at(path, best=args.best), device, args.weights)
     classes = None if args.classes is None else names_in(_path(args.classes))
     return load_weights(path, args.plain, classes, device)
 

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 
 from fap.checkpoint import Checkpoints
+from fap.cli import eval as eval_cli
 from fap.cli import export as export_cli
+from fap.cli import predict_command
 from fap.evaluate.load import load_model
 from fap.export.formats import export
 from fap.nets.weights.files import weights_in
@@ -103,6 +105,20 @@ def test_the_average_is_what_is_evaluated_and_exported(
     assert "the average of its weights (--weights raw: the others)" in capsys.readouterr().out
 
 
+def test_the_commands_say_which_weights_they_use(
+    tiny_beton: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run(tiny_beton, tmp_path, "optim.ema=0.9", "run.max_steps=2")
+    for words, name in (((), "step 2, EMA |"), (("--weights", "raw"), "step 2 |")):
+        to = ("--device", "cpu", "--pipeline", "reference", "--out", str(tmp_path / "eval"))
+        assert eval_cli.main([str(folder), "--data", str(tiny_beton), *to, *words]) == 0
+        assert name in capsys.readouterr().out
+    assert len(list((tmp_path / "eval" / "results").iterdir())) == 2, "neither is the other's"
+    for words, weights in (((), "ema"), (("--weights", "raw"), "raw")):
+        args = predict_command.arguments([str(folder), str(tiny_beton), *words])
+        assert predict_command._trained(args, "cpu").weights == weights
+
+
 def test_an_average_that_is_not_there_is_refused(tiny_beton: Path, tmp_path: Path) -> None:
     folder, _ = run(tiny_beton, tmp_path, "run.max_steps=1")
     path = Checkpoints(folder / "checkpoints").paths()[-1]
@@ -116,7 +132,7 @@ def test_a_checkpoint_of_any_optimiser_is_no_plain_weights(
 ) -> None:
     folder, _ = run(tiny_beton, tmp_path, "optim.name=adamw", "run.max_steps=1")
     path = Checkpoints(folder / "checkpoints").paths()[-1]
-    with pytest.raises(ValueError, match="a run's checkpoint; fap-export"):
+    with pytest.raises(ValueError, match="a run's checkpoint, no plain weights"):
         weights_in(path.read_bytes(), path)
 
 
