@@ -60,7 +60,7 @@ class Budget:
         """What is trained in a step, counted from 0 over the whole run."""
         return self.size_in(step // self.steps_per_epoch)
 
-    def stretches(self, epochs: range) -> list[tuple[Size, range]]:
+    def by_size(self, epochs: range) -> list[tuple[Size, range]]:
         """`epochs` in parts of one size; at least one part, which may be empty."""
         changes = [first for first, _ in self.sizes if epochs.start < first < epochs.stop]
         starts = sorted({epochs.start, *changes})

@@ -178,18 +178,18 @@ def test_every_epoch_and_step_has_the_size_of_the_last_change_before_it() -> Non
     assert [found.size_at(step) for step in (0, 9, 10, 39, 40)] == [8, 8, 32, 32, 32]
 
 
-def test_stretches_are_the_epochs_left_in_parts_of_one_size() -> None:
+def test_the_epochs_left_come_in_parts_of_one_size() -> None:
     vanilla = {"name": "vanilla"}
     found = budget_of(method=vanilla, data={"sizes": FOUR})
-    assert found.stretches(range(105)) == [
+    assert found.by_size(range(105)) == [
         (128, range(30)), (160, range(30, 60)), (192, range(60, 90)), (224, range(90, 105)),
     ]  # fmt: skip
-    assert found.stretches(range(60, 61)) == [(192, range(60, 61))]
-    assert found.stretches(range(59, 95)) == [
+    assert found.by_size(range(60, 61)) == [(192, range(60, 61))]
+    assert found.by_size(range(59, 95)) == [
         (160, range(59, 60)), (192, range(60, 90)), (224, range(90, 95)),
     ]  # fmt: skip
-    assert found.stretches(range(105, 105)) == [(224, range(105, 105))], "nothing is left"
-    assert budget_of(method=vanilla).stretches(range(3, 105)) == [(224, range(3, 105))]
+    assert found.by_size(range(105, 105)) == [(224, range(105, 105))], "nothing is left"
+    assert budget_of(method=vanilla).by_size(range(3, 105)) == [(224, range(3, 105))]
 
 
 def test_too_few_images_for_a_batch() -> None:

@@ -172,7 +172,7 @@ class Run:
             n_epochs = math.ceil(self.steps / self.budget.steps_per_epoch)
             todo = range(self.progress.closed, n_epochs)
             # One part, unless images change their size: then loader and step begin anew.
-            for size, numbers in self.budget.stretches(todo):
+            for size, numbers in self.budget.by_size(todo):
                 with self.ranks.together():
                     loader = open_loader(self.config, self.data.train, self.device, size)
                 with closing(loader, self._say):
