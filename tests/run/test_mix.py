@@ -62,3 +62,18 @@ def test_copies_of_mixed_rows_are_attacked(files: dict[str, Path], tmp_path: Pat
     eps = 4
     assert (plain.adversarial[0] - loaded).abs().max() <= eps
     assert (mixed.adversarial[0] - loaded).abs().max() > eps
+
+
+def test_boxes_are_those_of_an_epochs_size(files: dict[str, Path], tmp_path: Path) -> None:
+    words = ["data.sizes=[[0,6],[3,8]]", "data.mix=cutmix", "data.mix_per=row", "run.max_steps=6"]
+    seen = observe([*words, "method.schedule=pipelined"], files, tmp_path / "runs")
+    assert seen.error == ""
+    sizes = [inputs["images"].shape[-1] for inputs in seen.inputs]
+    assert sizes == [6, 6, 6, 6, 8, 8]
+    largest: dict[int, int] = {}
+    for size, inputs in zip(sizes, seen.inputs, strict=True):
+        top, left, bottom, right = inputs["mix_box"].T
+        area = (bottom - top) * (right - left)
+        torch.testing.assert_close(inputs["mix_lam"], 1 - area / size**2)
+        largest[size] = max(largest.get(size, 0), int(inputs["mix_box"].max()))
+    assert largest == {6: 6, 8: 8}

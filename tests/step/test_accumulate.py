@@ -67,6 +67,15 @@ def test_a_step_in_parts_is_the_twin_s(method: dict[str, Any]) -> None:
     check(config_of(method, 4, optim={"accumulate": 2}, **option), steps=2)
 
 
+@pytest.mark.parametrize("method", ["fused", "pipelined", "decoupled", "advprop"])
+def test_mixed_rows_take_their_partners_and_weights_into_a_part(method: str) -> None:
+    mix = {"mix": "either", "mix_per": "row", "mix_on": "both"}
+    weights = (0.1, 3.0, 1.0, 0.7, 5.0)
+    optim = {"accumulate": 2}
+    config = config_of(METHODS_HERE[method], 2, optim=optim, class_weights=weights, **mix)
+    check(config, steps=2)
+
+
 @pytest.mark.slow
 def test_parts_of_every_loss_of_a_detector() -> None:
     """Det-AdvProp's attack, boxes, padding; float32, so the least that could differ is compared."""
