@@ -81,6 +81,11 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         help="CHECKPOINT is a file of plain weights, as for fap-eval; after the images",
     )
     add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run with optim.ema: the average (default), or the raw ones",
+    )
     add("--pipeline", choices=list(pipelines.BACK_ENDS), help="as for fap-eval")
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +94,8 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
     if args.best and args.plain is not None:
         parser.error("--best is about a run's checkpoints; --plain takes a file")
+    if args.weights is not None and args.plain is not None:
+        parser.error("--weights is about a run's checkpoints; --plain takes a file")
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: must be at least 1")
     return args
@@ -129,7 +136,7 @@ def predict(args: Namespace) -> int:
 def _trained(args: Namespace, device: str) -> Trained:
     path = _path(args.checkpoint)
     if args.plain is None:
-        return load_model(checkpoint_at(path, best=args.best), device)
+        return load_model(checkpoint_at(path, best=args.best), device, args.weights)
     classes = None if args.classes is None else names_in(_path(args.classes))
     return load_weights(path, args.plain, classes, device)
 
