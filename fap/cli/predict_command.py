@@ -95,7 +95,7 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     if args.best and args.plain is not None:
         parser.error("--best is about a run's checkpoints; --plain takes a file")
     if args.weights is not None and args.plain is not None:
-        parser.error("--weights is about checkpoints; a file of --plain holds one set of weights")
+        parser.error("--weights is about a run's checkpoints; --plain takes a file")
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: must be at least 1")
     return args

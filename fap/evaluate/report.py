@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -110,20 +110,20 @@ def markdown(reports: Sequence[Report]) -> str:
     notes = dict.fromkeys(note for table in tables for note in table.notes)
     if notes:
         lines += ["", *(f"- {_plain(note)}" for note in notes)]
-    lines += _classes(reports)
+    lines += _classes(reports, after=notes)
     return "\n".join(lines) + "\n"
 
 
-def _classes(reports: Sequence[Report]) -> list[str]:
-    """Below the table: the classes that each checkpoint finds hardest."""
+def _classes(reports: Sequence[Report], after: Collection[str]) -> list[str]:
+    """Below the notes: the classes that each checkpoint finds hardest."""
     lines: list[str] = []
     for report in reports:
         if report.counts is None:
             continue
         of_whom = f" of {_plain(head(report))}" if len(reports) > 1 else ""
         found = by_class.hardest(report.counts, report.names)
-        lines += ["", *(f"- {title}{of_whom}: {_plain(what)}" for title, what in found)]
-    return lines
+        lines += [f"- {title}{of_whom}: {_plain(what)}" for title, what in found]
+    return lines if after or not lines else ["", *lines]
 
 
 def head(report: Report) -> str:

@@ -147,7 +147,7 @@ def fitted_config(file: Path, words: Sequence[str], world: int = 1) -> tuple[Con
     n_images = len(data.train)
     data.train.close()
     data.val.close()
-    fitted = fit(n_images, config.method, "sgd", given, world)
+    fitted = fit(n_images, config.method, config.optim.name, given, world)
     more = [f"{FIELDS[name]}={value}" for name, value in fitted._asdict().items()]
     return load_config(file, [*more, *words]), described(n_images, fitted, given)
 

@@ -29,6 +29,7 @@ from fap.tasks.classification import Accuracy, Classification
 from tests.conftest import wait_until_it_listens
 from tests.evaluate.detection import world as detection
 from tests.evaluate.world import CHECKPOINT, WNIDS, run
+from tests.run.runs import run as run_of
 
 PIXELS = ("--device", "cpu", "--batch", "4", "--pipeline", "reference")
 
@@ -159,6 +160,23 @@ def test_a_detector_gives_a_line_for_each_box(tmp_path: Path) -> None:
         assert edges == pytest.approx(box, abs=0.02)
 
 
+@pytest.mark.slow
+def test_a_runs_average_is_asked_and_on_request_its_raw_weights(
+    tiny_beton: Path, tmp_path: Path
+) -> None:
+    """Of a run's folder, the newest checkpoint or the best one."""
+    folder, _ = run_of(tiny_beton, tmp_path / "runs", "optim.ema=0.9", "run.max_steps=4")
+    found = {}
+    for which in ([], ["--weights", "ema"], ["--weights", "raw"], ["--best"]):
+        out = tmp_path / "p.csv"
+        words = [str(folder), str(tiny_beton), "--out", str(out), *PIXELS, *which]
+        assert cli.main(words) == 0
+        found[" ".join(which)] = out.read_text()
+    assert len(lines_of(found[""])) == 96
+    assert found["--weights ema"] == found["--best"] == found[""]
+    assert found["--weights raw"] != found[""]
+
+
 # ------------------------------------------------------------------ damage and mistakes
 
 
@@ -224,7 +242,12 @@ def test_mistakes_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([val, "--best"], "is no folder"),
     ):
         assert message in failed(capsys, world, "--out", str(tmp_path / "p.csv"), *words)
-    for words in (["--batch", "0"], ["--classes", "x"], ["--best", "--plain"]):
+    for words in (
+        ["--batch", "0"],
+        ["--classes", "x"],
+        ["--best", "--plain"],
+        ["--weights", "raw", "--plain"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             cli.main([str(world / CHECKPOINT), val, *words])
     assert os.listdir(tmp_path / "empty") == []

@@ -75,6 +75,7 @@ def test_the_json_holds_results_summary_and_notes(tmp_path: Path) -> None:
         "labels",
         "unused",
         "results",
+        "weights",
         "summary",
         "notes",
     ]

@@ -15,8 +15,9 @@ from fap import recipes
 from fap.budget import budget
 from fap.cli import train_command
 from fap.config import Config, load_config, make_config
-from fap.run.fit import FIELDS, LEAST_GROUP, Fitted, fit, fitted_config
+from fap.run.fit import FIELDS, LEAST_GROUP, RATES, Fitted, fit, fitted_config
 from fap.run.train import Run
+from fap.sections import OPTIMISERS
 from tests.run.test_data import image_folder
 
 FINETUNE = recipes.file_of("finetune")
@@ -83,6 +84,7 @@ def test_every_fit_is_a_run(n_images: int, config: Config, world: int) -> None:
 
 def test_the_rate_follows_the_rows_as_the_optimiser_wants_it() -> None:
     """SGD's linearly, so that `optim.lr` is one number; Adam's by the root."""
+    assert RATES.keys() == OPTIMISERS.keys()
     few, many = 64, 10_000
     rates = {}
     for name in ("sgd", "adamw"):
