@@ -60,6 +60,7 @@ def make(
     method: dict[str, Any] | None = None,  # more fields of `method`
     data: dict[str, Any] | None = None,  # more fields of `data`
     optim: dict[str, Any] | None = None,  # more fields of `optim`
+    dtype: torch.dtype = torch.float32,
 ) -> Step:
     """A step that is fed with its first input; equal arguments make equal steps."""
     settings = SETTINGS[task]
@@ -78,7 +79,7 @@ def make(
     plain = make_task(config).plain_model()
     of_norms = {"aux": config.method.has_aux, "any_norm": config.method.any_norm}
     network = prepare(plain, size=config.data.size, **of_norms)
-    step = Step(network.to(device), config, amp=amp)
+    step = Step(network.to(device, dtype), config, amp=amp)
     feed(step, 0)
     return step
 

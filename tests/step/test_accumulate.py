@@ -14,7 +14,7 @@ from fap.methods import METHODS
 from fap.sections import MethodConfig
 from fap.step.passes import passes_of
 from fap.step.step import Step
-from tests.step.made_steps import SCHEDULES, make
+from tests.step.made_steps import SCHEDULES, feed, make
 from tests.step.test_passes import any_method
 from tests.step.twin_checks import TinyNet, TinyResNet, check, close, config_of, draw, models
 
@@ -74,6 +74,38 @@ def test_mixed_rows_take_their_partners_and_weights_into_a_part(method: str) -> 
     optim = {"accumulate": 2}
     config = config_of(METHODS_HERE[method], 2, optim=optim, class_weights=weights, **mix)
     check(config, steps=2)
+
+
+@pytest.mark.parametrize("variant", ["fused", "decoupled"])
+def test_layer_norms_in_parts_with_all_that_fine_tuning_asks_for(variant: str) -> None:
+    """A ConvNeXt of timm: AdamW, layers of their own rates, decay on weights, an average."""
+    recipe = {
+        "name": "adamw",
+        "eps": 1e-3,
+        "layer_decay": 0.7,
+        "decay_on": "weights",
+        "head_lr_scale": 2.0,
+        "clip_norm": 1.0,
+        "ema": 0.9,
+        "freeze": ["stem"],
+    }
+    steps = []
+    for accumulate in (1, 2):
+        optim = recipe | {"accumulate": accumulate}
+        step = make(variant, model="timm/test_convnext", size=32, optim=optim, dtype=torch.float64)
+        for seed in (1, 2):
+            feed(step, seed)
+            step()
+        steps.append(step)
+    whole, parts = steps
+    assert torch.equal(whole.adv.rows.images_255, parts.adv.rows.images_255)
+    expected = whole.state()
+    for name, value in parts.state().items():
+        if value.is_floating_point():
+            close(value, expected[name], name)
+    scales = {setting.lr_scale for setting in whole.network.flat.stretches}
+    assert len(scales) >= 4
+    assert not torch.equal(expected["ema.head.fc.weight"], expected["model.head.fc.weight"])
 
 
 @pytest.mark.slow
