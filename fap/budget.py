@@ -10,7 +10,8 @@ from typing import Any
 
 from fap.config import Config
 from fap.rates import Rates
-from fap.sections import MethodConfig, exact, nearest
+from fap.sections import MethodConfig
+from fap.sections.budget import exact, nearest
 from pipelines.sizes import Size
 
 LR_ROWS = 256  # clean rows for which `optim.lr` is given (section 4.1)

@@ -2,7 +2,7 @@
 
 Every field is used; an unknown key, a wrong type or a combination without meaning is a `ValueError`
 that names the field, the value and what is allowed. A saved config is complete, so
-`diff a.yaml b.yaml` is the ablation. sections.py has the fields.
+`diff a.yaml b.yaml` is the ablation. `fap.sections` has the fields.
 """
 
 from __future__ import annotations
@@ -18,18 +18,10 @@ from pydantic import Field, ValidationError
 from pydantic.functional_validators import AfterValidator, model_validator
 
 from fap import strict_yaml
-from fap.fields import NAME_RULE, SAFE_NAME, Percent, SafeName, Section, Seed, key_of
+from fap.fields import NAME_RULE, SAFE_NAME, UNSET, Percent, SafeName, Section, Seed, key_of
 from fap.methods import DEFAULT_METHOD, METHODS
-from fap.sections import (
-    UNSET,
-    BudgetConfig,
-    DataConfig,
-    MethodConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    exact,
-)
+from fap.sections import BudgetConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from fap.sections.budget import exact
 from fap.tasks import TASKS
 from pipelines.files import read_regular, readable, shown
 

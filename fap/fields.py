@@ -17,6 +17,7 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from pipelines.sizes import Size
 
+UNSET: Any = None  # a default that a validator replaces
 MOST_COUNT = 2**31 - 1  # fits every integer type on the way
 MOST_SEED = 2**32 - 1  # what numpy and torch take
 MOST = 1e30  # of a number, far from what float32 cannot hold

@@ -10,7 +10,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from fap.sections import LrSchedule
+from fap.sections.budget import LrSchedule
 
 
 @dataclass(frozen=True)

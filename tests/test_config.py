@@ -20,7 +20,8 @@ from fap.config import (
     with_classes,
     with_current_names,
 )
-from fap.sections import MethodConfig, paper_milestones
+from fap.sections import MethodConfig
+from fap.sections.budget import paper_milestones
 
 # ---------------------------------------------------------------------- unset fields
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from fap.budget import budget
 from fap.config import make_config
 from fap.rates import Rates
-from fap.sections import LrSchedule
+from fap.sections.budget import LrSchedule
 
 PEAK = 0.4
 

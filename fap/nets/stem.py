@@ -32,6 +32,8 @@ N_IMAGES = 2  # by which `install_stem` looks: enough to see whether rows are mi
 class Stem:
     """What the layers of one model that read the image share."""
 
+    direct: bool
+
     def __init__(self, *, direct: bool) -> None:
         self.direct = direct  # they read the very image, and nothing else does
         self.full_precision = False

@@ -18,7 +18,8 @@ from fap.distributed import Ranks
 from fap.nets.weights.find import is_published
 from fap.run.epoch import plan_spec
 from fap.run_meta import RunMeta
-from fap.sections import OF_LR_SCHEDULE, OF_MIX
+from fap.sections.budget import OF_LR_SCHEDULE
+from fap.sections.data import OF_MIX
 from pipelines.back_ends import GPU_DECODER
 from pipelines.files import shown
 

@@ -9,7 +9,8 @@ from fap.config import Config
 from fap.nets.dual import counted, norms, undivided
 from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
-from fap.sections import MAGNITUDES, DataConfig, OptimConfig
+from fap.sections import DataConfig, OptimConfig
+from fap.sections.data import MAGNITUDES
 from fap.step.flat import Flat
 from fap.step.passes import passes_of
 from fap.step.step import Step

@@ -10,7 +10,7 @@ import torch
 
 from fap.config import load_config
 from fap.run.epoch import augment_spec
-from fap.sections import MAGNITUDES
+from fap.sections.data import MAGNITUDES
 from pipelines.augment.policies import POLICIES
 from pipelines.augment.spec import magnitude_range
 from tests.run.detections import DETECTION

@@ -17,7 +17,7 @@ from fap.cli import train_command
 from fap.config import Config, load_config, make_config
 from fap.run.fit import FIELDS, LEAST_GROUP, RATES, Fitted, fit, fitted_config
 from fap.run.train import Run
-from fap.sections import OPTIMISERS
+from fap.sections.optim import OPTIMISERS
 from tests.run.test_data import image_folder
 
 FINETUNE = recipes.file_of("finetune")
