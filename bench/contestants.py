@@ -19,7 +19,6 @@ from fap.config import Config, make_config
 from fap.nets.build import prepare
 from fap.nets.dual import norm_state
 from fap.nets.retinanet import SPECS
-from fap.nets.stem import stem_of
 from fap.run.epoch import plan_spec, step_draws
 from fap.run.stopwatch import Stopwatch
 from fap.run.torch_setup import set_up_torch
@@ -238,13 +237,12 @@ class Contestant:
 
     def _made_step(self, amp: Any, without: str) -> Step:
         """The step of the model, `without` one of what belongs to the step or to the model."""
-        stem = stem_of(self.model)
-        if without == "stem function" and stem is not None:
-            stem.__class__ = torch.nn.Conv2d  # then the whole batch gets an input gradient
         layout = torch.channels_last
         if without == "channels_last":
             layout = torch.contiguous_format
         step = Step(self.model.to(DEVICE, memory_format=layout), self.config, amp=amp)
+        if without == "stem function":
+            step.network.stem = None  # then the whole batch gets an input gradient
         step.pass_input = [x.contiguous(memory_format=layout) for x in step.pass_input]
         if without == "half-precision copy":
             step.network.half = None  # then autocast casts every weight in every pass

@@ -15,6 +15,7 @@ from pydantic.functional_validators import (
 )
 
 from fap.fields import (
+    MOST_COUNT,
     UNSET,
     CanvasSize,
     Channels,
@@ -57,7 +58,7 @@ def usual_resize(size: Size) -> int:
     """256 for 224 px and less, the same ratio for more; a canvas of two sides is not cut out."""
     if not isinstance(size, int):
         return USUAL_RESIZE
-    return max(USUAL_RESIZE, math.ceil(size * USUAL_RESIZE / USUAL_SIZE))
+    return min(max(USUAL_RESIZE, math.ceil(size * USUAL_RESIZE / USUAL_SIZE)), MOST_COUNT)
 
 
 class DataConfig(Section):

@@ -40,6 +40,7 @@ def test_both_arms_cost_the_same(size: demo_detection.Size, tmp_path: Path) -> N
     assert differ == [
         f"name={EQUAL_COST}",
         f"method.name={EQUAL_COST}",
+        f"budget.warmup_epochs={demo_detection.WARMUP_EPOCHS[EQUAL_COST]}",
         f"method.eps_255={demo_detection.EPS_255}",
     ]
 

@@ -128,7 +128,7 @@ def test_a_very_long_path_is_cut(name: str, capsys: pytest.CaptureFixture[str]) 
 def test_no_memory_for_a_checkpoint_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(formats, "export", full)

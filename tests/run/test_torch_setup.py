@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fap.config import load_config
-from fap.nets.dual import DualBatchNorm2d
+from fap.nets.norm import DualBatchNorm2d
 from fap.run import torch_setup
 from fap.run.train import Run
 from tests.run.runs import run, words

@@ -108,7 +108,7 @@ NO_GPU_KERNEL = "run.norm_kernel = 'triton': it needs a GPU; use 'auto' or 'fram
         ("model.num_classes=5", "labels 0 to 9"),
         ("optim.clean_batch=512", "fewer than one batch"),
         ("model.name=resnet1000", "neither torchvision nor timm"),
-        ("model.name=vit_b_16", "no batch norm"),
+        ("model.name=timm/test_nfnet method.aux=norms", "has no norm that can have an auxiliary"),
         ("model.name=inception_v3", "does not accept images of 32 px"),
         ("run.graph=on", "need a GPU"),
         ("run.norm_kernel=triton", NO_GPU_KERNEL),
@@ -119,7 +119,7 @@ def test_mistakes_are_one_clear_error(
     tiny_beton: Path, tmp_path: Path, override: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        run(tiny_beton, tmp_path, override)
+        run(tiny_beton, tmp_path, *override.split())
 
 
 def test_a_single_rank_computes_no_checksum_that_nobody_compares(
