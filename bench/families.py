@@ -16,6 +16,7 @@ Memory per row is counted, not timed: the bytes that autograd keeps for the back
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ def measure(name: str, sides: Sequence[int] = SIDES) -> dict[str, Any]:
             model = prepare(plain(name, CLASSES, side), size=side)
         except Exception as error:  # the next size may be accepted
             found = {"side": side, "error": _said(error)}
+            gc.collect()  # a large one that was refused must not be there beside the next
             if "data.size" in str(error):
                 continue
             return found
