@@ -167,6 +167,11 @@ def is_converted(model: nn.Module) -> bool:
     return any(STATE in module.__dict__ for module in model.modules())
 
 
+def divides_statistics(model: nn.Module) -> bool:
+    """Has a converted model statistics of groups? Only batch norms take any."""
+    return any(isinstance(norm, DualBatchNorm) and not norm.whole_batch for norm in norms(model))
+
+
 def norm_state(model: nn.Module) -> NormState:
     """The one `NormState` of a converted model. Raises ValueError for any other model."""
     found = norms(model)

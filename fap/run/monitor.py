@@ -34,11 +34,19 @@ def check_finite(metrics: Mapping[str, float], step: int, most: int, last_good: 
     )
 
 
-def leak(rates: Mapping[str, float], config: Config, epoch: int) -> str:
+def leak(
+    rates: Mapping[str, float],
+    config: Config,
+    epoch: int,
+    *,
+    statistics: bool,  # do rows of a group share any: see `fap.nets.dual.divides_statistics`
+) -> str:
     """A warning if an epoch's adversarial rows were easier than its clean ones (section 4.3).
 
     Then the network tells labels by the statistics that rows of one group share. "" if not.
     """
+    if not statistics:
+        return ""
     if config.data.mix is not None:
         # Mixed clean rows are scored on the first of two labels, so their accuracy is no measure.
         return ""

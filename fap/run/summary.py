@@ -6,7 +6,7 @@ import math
 
 from fap.budget import Budget, cost_per_image
 from fap.config import Config
-from fap.nets.dual import counted, norms, undivided
+from fap.nets.dual import counted, divides_statistics, norms, undivided
 from fap.nets.norm import DualBatchNorm, DualNorm
 from fap.rates import Rates
 from fap.sections import DataConfig, OptimConfig
@@ -182,11 +182,6 @@ def _dual(step: Step) -> list[DualNorm]:
     return norms(step.network.model)
 
 
-def _divides_statistics(step: Step) -> bool:
-    """Are there statistics of groups? Only batch norms have any."""
-    return any(isinstance(norm, DualBatchNorm) and not norm.whole_batch for norm in _dual(step))
-
-
 def _norms(config: Config, step: Step) -> str:
     """How many of each class, whether they have auxiliary twins, and what sees a whole pass."""
     dual = [norm for norm in _dual(step) if not norm.whole_batch]
@@ -221,7 +216,7 @@ def _groups(config: Config, step: Step) -> str:
         through = words[method.norms["adv"]]
         parts.append(f"{n_groups} {through}of {method.adv_group_rows} rows")
     said = ", ".join(parts)
-    if not _divides_statistics(step):
+    if not divides_statistics(step.network.model):
         return f"groups     {said}; no statistics of a group are taken"
     return f"BN groups  {said}"
 
@@ -238,7 +233,7 @@ def _attack(config: Config, step: Step, eps_255: float) -> str:
         if method.targeted:
             aim = "towards a random wrong label"
         steps += f", {aim}"
-        if _divides_statistics(step):
+        if divides_statistics(step.network.model):
             steps += f", through {method.attack_bn} statistics"
     if method.attack_loss in PARTIAL_LOSSES:
         steps += f", {PARTIAL_LOSSES[method.attack_loss]}"
@@ -250,7 +245,7 @@ def _shuffle(config: Config, step: Step, shuffle_groups: int) -> str:
     if scope == "off":
         return "shuffle    off"
     effect = f"adversarial rows change places among {shuffle_groups} groups"
-    if not _divides_statistics(step):
+    if not divides_statistics(step.network.model):
         effect = "WITHOUT EFFECT but for the order of rows: there are no statistics of groups"
     elif shuffle_groups < 2:
         effect = "WITHOUT EFFECT: one group in reach; statistics may leak labels (section 4.3)"

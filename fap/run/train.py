@@ -21,7 +21,7 @@ from fap.config import Config, with_classes
 from fap.distributed import ONE_RANK, Ranks, Votes
 from fap.draws import dropout_seed, has_drawn
 from fap.nets.build import check_model_sizes, prepare
-from fap.nets.dual import has_aux
+from fap.nets.dual import divides_statistics, has_aux
 from fap.nets.pretrained import load_init
 from fap.nets.weights.about import Weights
 from fap.nets.weights.settle import Start, start_of
@@ -237,7 +237,8 @@ class Run:
         trained = rates(progress.totals)
         record = {f"epoch_{name}": value for name, value in trained.items()}
         former_best = progress.best_step
-        warning = leak(trained, self.config, epoch)
+        statistics = divides_statistics(self.model)
+        warning = leak(trained, self.config, epoch, statistics=statistics)
         if warning:
             record["leak"] = 1.0
             self._say(warning)

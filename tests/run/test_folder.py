@@ -45,7 +45,7 @@ def test_what_is_no_file_in_a_run_folder_is_an_error_at_once(
 
 STARTS_THAT_FAIL = {
     "data": (["data.val=/nowhere.beton"], None, ValueError),
-    "model": (["model.name=vit_b_16"], None, ValueError),
+    "model": (["model.name=inception_v3"], None, ValueError),
     "batch": (["optim.clean_batch=512"], None, ValueError),
     "package": ([], fail_without_the_package, ImportError),
     "memory": ([], fail_in_the_first_step, torch.cuda.OutOfMemoryError),

@@ -37,10 +37,10 @@ def test_the_rows_that_were_not_finite_are_named() -> None:
 
 def test_a_leak_is_a_higher_accuracy_of_adversarial_rows() -> None:
     config = load_config()
-    assert leak({"acc_clean": 0.5, "acc_adv": 0.5}, config, 3) == ""
-    assert leak({"acc_clean": 0.5}, config, 3) == ""  # vanilla training
-    assert leak({}, config, 3) == ""  # an epoch that was resumed at its end
-    warning = leak({"acc_clean": 0.5, "acc_adv": 0.75}, config, 3)
+    assert leak({"acc_clean": 0.5, "acc_adv": 0.5}, config, 3, statistics=True) == ""
+    assert leak({"acc_clean": 0.5}, config, 3, statistics=True) == ""  # vanilla training
+    assert leak({}, config, 3, statistics=True) == ""  # an epoch that was resumed at its end
+    warning = leak({"acc_clean": 0.5, "acc_adv": 0.75}, config, 3, statistics=True)
     assert warning.startswith("warning: epoch 3: training accuracy of adversarial rows (75.0%)")
 
 
@@ -57,6 +57,17 @@ def test_the_leak_is_reported(
     folder, _ = run(tiny_beton, tmp_path, "run.max_steps=4")
     assert "leak labels" in capsys.readouterr().out
     assert any("leak" in record for record in records(folder))
+
+
+def test_without_statistics_of_groups_nothing_leaks(
+    tiny_beton: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "rates", lambda _: {"acc_clean": 0.5, "acc_adv": 0.9})
+    run(tiny_beton, tmp_path, "run.max_steps=4", "model.name=timm/test_vit", "data.size=32")
+    assert "leak labels" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mix", [None, "mixup", "cutmix"])
