@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fap.distributed import ONE_RANK
 from fap.nets.stem import stem_of
 from fap.step.half import HALF, Amp, grey_level_survives_bf16
+from fap.step.rows import Rows
 from tests.step.made_steps import IMAGENET, make, poison
 
 
@@ -45,9 +46,9 @@ def perturbation(amp: Amp, data: dict[str, Any]) -> tuple[Tensor, Tensor, torch.
     asked: list[Tensor] = []
     publish = step.adv.publish
 
-    def watched(images_255: Tensor, targets: Tensor) -> None:
-        asked.append((images_255 - images[step.inputs.n_clean :].float()).clone())
-        publish(images_255, targets)
+    def watched(rows: Rows) -> None:
+        asked.append((rows.images_255 - images[step.inputs.n_clean :].float()).clone())
+        publish(rows)
 
     step.adv.publish = watched  # type: ignore[method-assign]
     with Received() as received:
