@@ -26,7 +26,7 @@ from fap.nets.build import build, plain
 from fap.run import session
 from fap.run.epoch import plan_spec, step_draws
 from fap.run.train import Run
-from fap.step.rows import Rows, shuffled
+from fap.step.rows import Aim, Rows, shuffled
 from fap.step.step import Step
 from tests.conftest import noise_beton
 from tests.run.runs import RUN, environment, records, wait_for_a_record
@@ -135,8 +135,8 @@ def exchange(rank: int, world: int, port: int, out: Path) -> None:
     number = torch.arange(rank * ADV, (rank + 1) * ADV)  # a group each
     images = number.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     images = images.contiguous(memory_format=torch.channels_last)
-    found = shuffled(Rows(images, number), shuffle, "ranks", ranks)
-    torch.save(tuple(found), out / f"{rank}.pt")
+    found = shuffled(Rows(images, Aim(number)), shuffle, "ranks", ranks)
+    torch.save((found.images_255, found.aim.targets), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 

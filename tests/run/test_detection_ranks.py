@@ -19,7 +19,7 @@ from fap.distributed import ONE_RANK, connect
 from fap.nets.build import prepare
 from fap.run.epoch import epochs, plan_spec
 from fap.run.train import Run
-from fap.step.rows import Rows, shuffled
+from fap.step.rows import Aim, Rows, shuffled
 from fap.step.step import Step
 from fap.tasks import make_task
 from tests.run.detections import DETECTION, write_boxes
@@ -106,8 +106,8 @@ def exchange(rank: int, world: int, port: int, data: Path, out: Path) -> None:
     images = number.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     images = images.contiguous(memory_format=torch.channels_last)
     targets = number.view(-1, 1, 1).repeat(1, c.data.most_boxes, 5)
-    found = shuffled(Rows(images, targets), shuffle, "ranks", ranks)
-    torch.save(tuple(found), out / f"{rank}.pt")
+    found = shuffled(Rows(images, Aim(targets)), shuffle, "ranks", ranks)
+    torch.save((found.images_255, found.aim.targets), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
