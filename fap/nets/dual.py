@@ -167,6 +167,17 @@ def is_converted(model: nn.Module) -> bool:
     return any(STATE in module.__dict__ for module in model.modules())
 
 
+def names_of_main(model: nn.Module) -> dict[str, str]:
+    """Names of the auxiliary norms' tensors -> those of the main norms' that they begin as."""
+    names: dict[str, str] = {}
+    dual = set(norms(model))
+    for path, module in model.named_modules():
+        if module in dual and module.aux is not None:
+            prefix = f"{path}." if path else ""
+            names |= {f"{prefix}aux.{k}": f"{prefix}{k}" for k in module.aux.state_dict()}
+    return names
+
+
 def divides_statistics(model: nn.Module) -> bool:
     """Has a converted model statistics of groups? Only batch norms take any."""
     return any(isinstance(norm, DualBatchNorm) and not norm.whole_batch for norm in norms(model))

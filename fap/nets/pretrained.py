@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn, zeros_like
 from torchvision.models import vision_transformer
 
-from fap.nets.dual import export, norms
+from fap.nets.dual import export, names_of_main
 from fap.nets.head import head_parameters
 from fap.nets.retinanet import RetinaNet
 from fap.nets.weights.about import Weights
@@ -38,7 +38,7 @@ def load_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     anything is copied, if a name or a shape differs.
     """
     own = model.state_dict()
-    main_names = _main_names(model)
+    main_names = names_of_main(model)
     counters = [k for k in own if k.endswith(COUNTER) and k not in main_names]
     state = {k: zeros_like(own[k]) for k in counters} | dict(state)
     wrong = {
@@ -51,17 +51,6 @@ def load_plain(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit the model: tensors: {'; '.join(found)}")
     copies = {aux: state[main] for aux, main in main_names.items()}
     model.load_state_dict({**state, **copies})
-
-
-def _main_names(model: nn.Module) -> dict[str, str]:
-    """Names of the auxiliary norms' tensors -> those of the main norms' that they begin as."""
-    names: dict[str, str] = {}
-    dual = set(norms(model))
-    for path, module in model.named_modules():
-        if module in dual and module.aux is not None:
-            prefix = f"{path}." if path else ""
-            names |= {f"{prefix}aux.{k}": f"{prefix}{k}" for k in module.aux.state_dict()}
-    return names
 
 
 def _differences(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from fap.nets.dual import norms
+from fap.nets.dual import names_of_main
 from fap.nets.head import head_parameters
 from fap.sections import OptimConfig
 from pipelines.files import shown
@@ -43,7 +43,7 @@ def settings_of(model: nn.Module, config: OptimConfig) -> dict[str, Setting]:
     Raises ValueError for patterns that match nothing, or leave nothing to train, and for a model
     that timm does not divide into layers.
     """
-    main_names = _main_names(model)
+    main_names = names_of_main(model)
     parameters = {
         name: parameter for name, parameter in model.named_parameters() if name not in main_names
     }
@@ -68,19 +68,8 @@ def settings_of(model: nn.Module, config: OptimConfig) -> dict[str, Setting]:
     for name in parameters:
         decay = 0.0 if name in without_decay else config.weight_decay
         settings[name] = FROZEN if name in frozen else Setting(scales[name], decay)
-    return settings | {aux: settings[main] for aux, main in main_names.items()}
-
-
-def _main_names(model: nn.Module) -> dict[str, str]:
-    """Names of the auxiliary norms' parameters -> those of their main norms'."""
-    names: dict[str, str] = {}
-    dual = set(norms(model))
-    for path, module in model.named_modules():
-        if module in dual and module.aux is not None:
-            prefix = f"{path}." if path else ""
-            for name, _ in module.aux.named_parameters():
-                names[f"{prefix}aux.{name}"] = f"{prefix}{name}"
-    return names
+    # Their running statistics are no parameters.
+    return settings | {aux: settings[m] for aux, m in main_names.items() if m in settings}
 
 
 def _frozen(parameters: Mapping[str, nn.Parameter], patterns: tuple[str, ...]) -> set[str]:
