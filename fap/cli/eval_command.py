@@ -20,6 +20,7 @@ from fap.checkpoint import DamagedCheckpoint, checkpoint_at
 from fap.cli.output import told
 from fap.evaluate import report
 from fap.evaluate.benchmarks import Wanted
+from fap.evaluate.images import usable_device
 from fap.evaluate.results import Results
 from fap.evaluate.validated import check_validated_on, part_of, validated_on
 from fap.evaluate.work import carry_out, look
@@ -229,10 +230,7 @@ def wishes(args: Namespace) -> Wanted:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be at least 0")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    usable_device(args.device)
     return Wanted(
         data=_path(args.data or ""),
         computed=_corruptions(args),

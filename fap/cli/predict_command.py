@@ -20,9 +20,9 @@ import pipelines
 from fap.checkpoint import DamagedCheckpoint, checkpoint_at
 from fap.cli.output import told
 from fap.cli.signals import ENDED_BY_SIGNAL
-from fap.evaluate.images import Reading
+from fap.evaluate.images import Reading, usable_device
 from fap.evaluate.load import Trained, load_model, load_weights
-from fap.evaluate.predict import Predictor, csv_bytes, on
+from fap.evaluate.predict import Predictor, csv_bytes
 from fap.run.torch_setup import limit_threads
 from fap.step.graph import out_of_memory
 from pipelines import Store
@@ -119,7 +119,7 @@ class Done:
 def predict(args: Namespace) -> int:
     limit_threads()
     done = Done()
-    trained = _trained(args, on(args.device))
+    trained = _trained(args, usable_device(args.device))
     predictor = _predictor(args, trained, done.skip if args.skip_bad else None)
     header = predictor.columns()
     _try_to_write(args.out)
@@ -142,14 +142,10 @@ def _trained(args: Namespace, device: str) -> Trained:
 
 
 def _predictor(args: Namespace, trained: Trained, skip: Callable[[str], None] | None) -> Predictor:
-    data = trained.config.data
-    reading = Reading(
-        task=trained.task,
-        size=data.size,
-        resize=data.resize,
-        crop=data.eval_crop,
-        filter=data.eval_filter,
-        batch=args.batch or trained.task.eval_batch,
+    reading = Reading.of(
+        trained.task,
+        trained.config.data,
+        batch=args.batch,
         device=args.device,
         back_end=args.pipeline,
     )

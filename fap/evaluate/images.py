@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import pipelines
+from fap.sections import DataConfig
 from fap.tasks.base import Task
 from pipelines import Batch, EpochPlan, Store
 from pipelines.back_ends import EvalFilter
@@ -53,6 +54,28 @@ class Reading:
     device: str
     back_end: BackEnd | None  # None: the one that suits the data
 
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        data: DataConfig,
+        *,
+        batch: int | None,  # None: what suits the task
+        device: str,
+        back_end: BackEnd | None,
+    ) -> Reading:
+        """As a checkpoint's own validation reads them: its task, its config's `data`."""
+        return cls(
+            task=task,
+            size=data.size,
+            resize=data.resize,
+            crop=data.eval_crop,
+            filter=data.eval_filter,
+            batch=batch or task.eval_batch,
+            device=device,
+            back_end=back_end,
+        )
+
     def back_end_for(self, path: Path) -> BackEnd:
         """The back end that reads the data at `path`."""
         if self.back_end is not None:
@@ -77,6 +100,15 @@ class Reading:
         """What an image goes through, as a part of an identity."""
         field = "crop" if self.crop == "letterbox" else "resize"
         return {"size": self.size, field: self.fitted, "filter": self.filter}
+
+
+def usable_device(device: str) -> str:
+    """`device` if torch can use it. Raises ValueError."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 @cache

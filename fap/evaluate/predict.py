@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import pipelines
 from fap.evaluate.exact import evaluating, forward
@@ -140,12 +139,3 @@ def csv_bytes(lines: Sequence[Sequence[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue().encode(errors="backslashreplace")
-
-
-def on(device: str) -> str:
-    """`device` if torch can use it. Raises ValueError."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return device

@@ -106,13 +106,10 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
             f"--bn aux: {path} was trained without auxiliary norms; only main is there"
         )
     config = trained.config
-    reading = Reading(
-        task=trained.task,
-        size=config.data.size,
-        resize=config.data.resize,
-        crop=config.data.eval_crop,
-        filter=config.data.eval_filter,
-        batch=wanted.batch or trained.task.eval_batch,
+    reading = Reading.of(
+        trained.task,
+        config.data,
+        batch=wanted.batch,
         device=wanted.device,
         back_end=wanted.back_end,
     )
