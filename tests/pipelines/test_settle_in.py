@@ -316,7 +316,7 @@ def test_a_user_without_account_in_a_read_only_tree(
     assert sorted(path.name for path in run.iterdir()) == ["data", "runs"]
     caches = tmp_path / "tmp" / "fap-54321"
     kernels = [path.name.partition(".")[0] for path in caches.rglob("*.nbc")]
-    assert {"area", "bilinear"} <= set(kernels)
+    assert {"area", "antialiased"} <= set(kernels)
     assert len(kernels) == len(set(kernels)), "each is compiled once"
 
     told = inside("doctor", ".").stdout
