@@ -54,9 +54,11 @@ and then run this again"
         fi
     fi
     say "installing them (about 700 MB on a bare system)"
-    "${root[@]}" apt-get update -q || die "'apt-get update' failed; its message is above"
+    # A fresh machine often updates itself in the background: wait for its lock, up to five minutes.
+    lock=(-o DPkg::Lock::Timeout=300)
+    "${root[@]}" apt-get update -q "${lock[@]}" || die "'apt-get update' failed; its message is above"
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -q -y --no-install-recommends "${need[@]}" \
+        apt-get install -q -y "${lock[@]}" --no-install-recommends "${need[@]}" \
         || die "'apt-get install ${need[*]}' failed; its message is above"
 fi
 
