@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -141,6 +141,14 @@ def shuffled(
     if scope == "ranks":
         rows = rows.each(ranks.gather_rows)
     return rows.each(lambda part: part[order])
+
+
+def in_one(parts: Sequence[Tensor]) -> Tensor:
+    """Images that were made in parts, together; one part is taken as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(list(parts))
+    return joined.contiguous(memory_format=torch.channels_last)
 
 
 def join_by_group(first: Rows, second: Rows, n_groups: int) -> Rows:

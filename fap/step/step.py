@@ -9,26 +9,23 @@ Twin: tests/step/reference_step.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from fap.config import Config
 from fap.distributed import ONE_RANK, Ranks
-from fap.methods import Kind
 from fap.nets.dual import counted, undivided
-from fap.nets.norm import Group
 from fap.step.adversarial import AdversarialRows
 from fap.step.attack import Attack, picture_mask
 from fap.step.flat import GradientSum
 from fap.step.half import Amp
 from fap.step.inputs import Inputs, image_buffer
+from fap.step.losses import Losses
 from fap.step.metrics import Metrics
 from fap.step.network import Network
-from fap.step.passes import Block, BlockKind, Pass, passes_of, rows_of
-from fap.step.rows import Aim, Rows, split_aim_by_group, split_by_group
+from fap.step.passes import BlockKind, Pass, passes_of, rows_of
+from fap.step.rows import Aim, Rows, in_one, split_by_group
+from fap.step.separate import SeparateAttack
 from fap.step.streams import Streams
 from fap.step.update import Update
 from fap.step.weights import weights_of
@@ -95,12 +92,24 @@ class Step:
             flat, self.network.half_dtype, parallel=self.method.schedule == "parallel"
         )
         self.metrics = Metrics(self.device)
-        self.attack: Attack | None = None
-        if self.n_adv:
-            self.attack = Attack(self.method, self.metrics)
+        self.losses = Losses(self.task, self.weights, self.metrics)
         self.update = Update(
             flat, model, self.inputs.lr, config.optim, self.weights, ranks, scaled=amp == "fp16"
         )
+        self.attack: Attack | None = None
+        self.separate: SeparateAttack | None = None
+        if self.n_adv:
+            self.attack = Attack(self.method, self.metrics)
+            if not self.method.entry.recycles:
+                self.separate = SeparateAttack(
+                    self.attack,
+                    self.network,
+                    self.task,
+                    self.losses,
+                    self.method,
+                    self.update.scale,
+                    self.accumulate,
+                )
 
     def resize(self, size: Size) -> None:
         """Take images of another size from here on.
@@ -144,8 +153,8 @@ class Step:
             pictures = self._pictures(copies)
             started = self.attack.start(source.images_255, self.inputs.noise_key, pictures)
             rows["noise"] = Rows(started, source.aim)
-            if not self.method.entry.recycles:
-                crafted = self._craft(self.attack, started, source, pictures)
+            if self.separate is not None:
+                crafted = self.separate.craft(started, source, self.inputs.noise_key, pictures)
                 self.adv.publish(Rows(crafted, source.aim))
 
         input_gradients: list[Tensor] = []  # of the noise rows, part by part
@@ -158,7 +167,7 @@ class Step:
                 input_gradients.append(gradient)
             if one.crafts_last:
                 assert self.attack is not None
-                gradient = joined_parts(input_gradients)
+                gradient = in_one(input_gradients)
                 crafted = self.attack.advance(
                     started, source.images_255, gradient, self.inputs.noise_key, pictures
                 )
@@ -183,13 +192,13 @@ class Step:
         leaves = self.network.leaves
         if one.crafting is None:
             outputs = self.network(x, one.groups)
-            loss = self._loss(one, outputs, rows) * self.update.scale
+            loss = self.losses.of_pass(one, outputs, rows) * self.update.scale
             gradients.add(torch.autograd.grad(loss, leaves, allow_unused=True))
             return None
 
         with self.network.probing(x, one.crafting.rows) as (x_in, probe):
             outputs = self.network(x_in, one.groups)
-            loss = self._loss(one, outputs, rows) * self.update.scale
+            loss = self.losses.of_pass(one, outputs, rows) * self.update.scale
             *found, gradient = torch.autograd.grad(loss, [*leaves, probe], allow_unused=True)
         gradients.add(found)
         if len(gradient) == len(x):  # the whole input's: there is no stem that takes fewer rows
@@ -198,152 +207,12 @@ class Step:
             gradient, _ = split_by_group(gradient, len(one.crafting.groups))
         return gradient
 
-    def _loss(self, one: Pass, outputs: Tensor, rows: dict[BlockKind, Rows]) -> Tensor:
-        loss = outputs.new_zeros(())
-        for block in one.blocks:
-            aim = rows[block.kind].aim
-            loss = loss + self._loss_of_block(block, outputs[block.rows], aim)
-        return loss
-
-    def _loss_of_block(
-        self,
-        block: Block,
-        outputs: Tensor,  # of the block's rows
-        aim: Aim,  # of all rows of the block's kind
-    ) -> Tensor:
-        own = aim.each(lambda part: part[block.start : block.stop])
-        if block.kind == "joined":
-            noise, adv = split_by_group(outputs, len(block.groups))
-            noise_aim, adv_aim = split_aim_by_group(own, len(block.groups))
-            noise_loss = self._loss_of("noise", noise, noise_aim)
-            return noise_loss + self._loss_of("adv", adv, adv_aim)
-        return self._loss_of(block.kind, outputs, own)
-
-    def _loss_of(self, kind: Kind, outputs: Tensor, aim: Aim) -> Tensor:
-        """Weighted sum of the rows' losses; also counts their metrics.
-
-        Of a mixed row a hit is its own target's.
-        """
-        losses, hits = self.task.losses_and_hits(outputs, aim.targets)
-        losses = self._mixed(losses, aim, lambda targets: self.task.losses(outputs, targets))
-        self.metrics.count_rows(kind, losses, hits)
-        return losses.sum() * self.weights.of_row[kind]
-
-    def _mixed(
-        self,
-        losses: Tensor,  # (rows,): by the rows' own targets
-        aim: Aim,
-        losses_by: Callable[[Tensor], Tensor],  # targets (rows, ...) -> (rows,)
-    ) -> Tensor:  # (rows,)
-        """Each target's loss times the task's weight of it; of mixed rows that of both targets."""
-
-        def weighted(losses: Tensor, targets: Tensor) -> Tensor:
-            weights = self.task.row_weights(targets)
-            if weights is None:
-                return losses
-            return losses * weights.to(losses.dtype)
-
-        own = weighted(losses, aim.targets)
-        return aim.mixed(own, lambda targets: weighted(losses_by(targets), targets))
-
-    # ------------------------------------------------------------------ adversarial rows
-
     def _pictures(self, copies: bool) -> Tensor | None:
         """Which pixels of the attacked images may change: all, or those that are no padding."""
         if not self.has_padding:
             return None
         sides = self.inputs.images.shape[-2:]
         return picture_mask(self.inputs.attacked_places(copies), (sides[0], sides[1]))
-
-    def _craft(
-        self, attack: Attack, started: Tensor, source: Rows, pictures: Tensor | None
-    ) -> Tensor:
-        """The images of a separate attack: K steps of PGD, with input gradients only."""
-        if not self.method.entry.takes_gradients:
-            keys = self.inputs.noise_key
-            return attack.advance(started, source.images_255, None, keys, pictures)
-        aimed = source
-        if self.method.targeted:
-            keys = self.inputs.noise_key
-            wrong = source.aim.retargeted(lambda targets: self.task.wrong_targets(keys, targets))
-            aimed = Rows(source.images_255, wrong)
-        crafted: list[Tensor] = []
-        for part in self._attack_parts():
-            rows = AttackedRows(
-                started[part.rows],
-                aimed.each(part.own),
-                source.aim.each(part.own),
-                self.inputs.noise_key[part.groups],
-                None if pictures is None else part.own(pictures),
-            )
-            crafted.append(self._craft_part(attack, rows))
-        return joined_parts(crafted)
-
-    def _attack_parts(self) -> list[AttackPart]:
-        """The rows of an attack that go through the network at once: whole groups of them."""
-        n_groups = self.n_adv_groups // self.accumulate
-        n_rows = n_groups * self.method.adv_group_rows
-        return [
-            AttackPart(slice(i * n_rows, (i + 1) * n_rows), slice(i * n_groups, (i + 1) * n_groups))
-            for i in range(self.accumulate)
-        ]
-
-    def _craft_part(self, attack: Attack, rows: AttackedRows) -> Tensor:
-        if self.method.attack_loss != "max":
-            return self._pgd(attack, rows, self.method.attack_loss or "total")
-
-        # Det-AdvProp (Chen et al., CVPR 2021): an image from each part of the loss; of
-        # every row the one with the largest total loss, by its true target, is trained.
-        images: Tensor | None = None
-        largest: Tensor | None = None
-        for part in self.task.loss_parts:
-            crafted = self._pgd(attack, rows, part)
-            with torch.no_grad():
-                outputs = self.network(self._normalised(crafted), self._attack_groups(len(crafted)))
-                losses = self._attack_losses(outputs, rows.true_aim, "total")
-            if images is None or largest is None:
-                images, largest = crafted, losses
-                continue
-            worse = losses > largest
-            images = torch.where(worse.view(-1, 1, 1, 1), crafted, images)
-            largest = torch.where(worse, losses, largest)
-        assert images is not None
-        return images
-
-    def _pgd(self, attack: Attack, rows: AttackedRows, part: str) -> Tensor:
-        """K steps away from or towards `rows.aimed`, by a part of the loss."""
-        current = rows.started
-        for _ in range(attack.n_steps):
-            leaf = self._normalised(current).requires_grad_()
-            # No leaf goes in: see `Network.probing`.
-            outputs = self.network(leaf.view_as(leaf), self._attack_groups(len(leaf)))
-            loss = self._attack_losses(outputs, rows.aimed.aim, part).mean()
-            if self.accumulate > 1:
-                loss = loss / self.accumulate  # the mean is that over all rows
-            (gradient,) = torch.autograd.grad(loss * self.update.scale, leaf)
-            clean = rows.aimed.images_255
-            current = attack.advance(current, clean, gradient, rows.keys, rows.pictures)
-        return current
-
-    def _attack_losses(self, outputs: Tensor, aim: Aim, part: str) -> Tensor:
-        """(rows,): mixed as those that are trained."""
-        losses = self.task.attack_losses(outputs, aim.targets, part)
-        return self._mixed(
-            losses, aim, lambda targets: self.task.attack_losses(outputs, targets, part)
-        )
-
-    def _attack_groups(self, n_rows: int) -> list[Group]:
-        """Calls of no average: an attack crafts, it does not train, so it moves no statistics."""
-        bn = self.method.norms["adv"]
-        if self.method.attack_bn == "running":
-            return [Group(bn, n_rows, running=True)]
-        n_groups = n_rows // self.method.adv_group_rows
-        return [Group(bn, self.method.adv_group_rows)] * n_groups
-
-    def _normalised(self, images_255: Tensor) -> Tensor:
-        x = torch.empty_like(images_255, memory_format=torch.channels_last)
-        self.network.normalise(images_255, out=x)
-        return x
 
     # ------------------------------------------------------------------ the state
 
@@ -371,35 +240,6 @@ class Step:
             raise ValueError(f"checkpoint does not fit the run: {', '.join(odd[:3])}")
         for name, tensor in state.items():
             tensor.copy_(saved[name])
-
-
-class AttackPart(NamedTuple):
-    """Rows of a separate attack that are attacked together."""
-
-    rows: slice
-    groups: slice
-
-    def own(self, tensor: Tensor) -> Tensor:
-        """Its rows of a tensor of all rows."""
-        return tensor[self.rows]
-
-
-class AttackedRows(NamedTuple):
-    """What such a part is attacked with."""
-
-    started: Tensor  # (n, 3, H, W) grey levels: where the attack starts
-    aimed: Rows  # the clean images, and the targets away from or towards which it goes
-    true_aim: Aim
-    keys: Tensor  # int32 (groups,)
-    pictures: Tensor | None
-
-
-def joined_parts(parts: Sequence[Tensor]) -> Tensor:
-    """Rows that were computed in parts, together; one part is taken as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = torch.cat(list(parts))
-    return joined.contiguous(memory_format=torch.channels_last)
 
 
 def _check_divisible(model: nn.Module, config: Config) -> None:

@@ -72,15 +72,17 @@ def test_an_attack_crafts_and_moves_no_statistics(
     """After the attack alone the model is as it was: weights, statistics, counters."""
     config = config_of(method_of(name) | {"attack_bn": attack_bn, "attack_steps": 5})
     step = Step(models(TinyResNet)[0], config)
+    assert step.separate is not None
+    craft = step.separate.craft
     seen: list[set[str]] = []
 
     def attack_and_look(*args: Any) -> Tensor:
         before = {k: v.clone() for k, v in step.network.model.state_dict().items()}
-        made = Step._craft(step, *args)
+        made = craft(*args)
         seen.append(changed(before, step.network.model.state_dict()))
         return made
 
-    monkeypatch.setattr(step, "_craft", attack_and_look)
+    monkeypatch.setattr(step.separate, "craft", attack_and_look)
     step.feed(lr=0.1, **draw(config)[0])
     step()
     assert seen == [set()]
