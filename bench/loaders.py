@@ -31,9 +31,9 @@ from tqdm import tqdm
 from bench.common import ROOT, alternate, options, ratio, report, settings_of, spread
 from bench.jpegs import make
 from pipelines import BACK_ENDS, PlanSpec, draw_epoch, open_loader, open_store
+from pipelines.back_ends import Filter
 from pipelines.convert_images import convert_images
 from pipelines.machine import usable_cores
-from pipelines.plan import Filter
 from pipelines.planes import encode_planes
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.store import PLANES

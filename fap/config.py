@@ -7,32 +7,36 @@ that names the field, the value and what is allowed. A saved config is complete,
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic.functional_validators import AfterValidator, model_validator
 
 from fap import strict_yaml
-from fap.fields import NAME_RULE, SAFE_NAME, UNSET, Percent, SafeName, Section, Seed, key_of
+from fap.config_errors import describe
+from fap.fields import (
+    NAME_RULE,
+    SAFE_NAME,
+    UNSET,
+    Percent,
+    SafeName,
+    Section,
+    Seed,
+    key_of,
+    sections_of,
+)
 from fap.methods import DEFAULT_METHOD, METHODS
+from fap.overrides import override
 from fap.sections import BudgetConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
-from fap.sections.budget import exact
 from fap.tasks import TASKS
 from pipelines.files import read_regular, readable, shown
 
 MOST_BYTES = 1 << 16  # of a YAML file; a complete config has 2,000
 MOST_LINES = 10  # of one error
-MOST_KEY = 60  # characters of a key in an error
 
-# Fields that were called otherwise once: a user is told the new name, a checkpoint is read by it.
-RENAMED = {"method.group": "method.group_rows", "optim.warmup_epochs": "budget.warmup_epochs"}
-
-OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")  # how files of weights end
 DETECTION = "detection"  # the task whose images keep their aspect ratio
 
 PaperNumber = Literal["top1", "imagenet_c", "imagenet_r", "stylized", "map", "coco_c"]
@@ -195,11 +199,7 @@ class Config(Section):
         return strict_yaml.dump(self.model_dump(mode="json"))
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
+SECTIONS = sections_of(Config)
 
 
 # ---------------------------------------------------------------------- making one
@@ -217,7 +217,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         tree = _read(file)
     method_of_file = _method_of(tree)
     for item in overrides:
-        _override(tree, item)
+        override(tree, item, Config)
     if file is not None and tree.get("name") is None and _method_of(tree) == method_of_file:
         tree["name"] = _stem(file)
     return make_config(tree)
@@ -229,7 +229,7 @@ def make_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as e:
         errors = e.errors(include_url=False)
-        lines = [_describe(error) for error in errors[:MOST_LINES]]
+        lines = [describe(error, Config) for error in errors[:MOST_LINES]]
         if len(errors) > MOST_LINES:
             lines.append(f"... and {len(errors) - MOST_LINES:,} more")
         raise ValueError("\n".join(lines)) from None
@@ -240,35 +240,6 @@ def with_classes(config: Config, n: int) -> Config:
     tree = config.model_dump()
     tree["model"]["num_classes"] = n
     return make_config(tree)
-
-
-def with_current_names(tree: Any) -> Any:
-    """A copy of a config that an earlier version wrote, with the names that its fields have now.
-
-    A warm-up was in epochs of the run once; it is now in those of vanilla training, as all epochs
-    are.
-    """
-    if not isinstance(tree, dict):
-        return tree
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for old, new in RENAMED.items():
-        section, _, old_field = old.partition(".")
-        new_section, _, new_field = new.partition(".")
-        fields = tree.get(section)
-        if isinstance(fields, dict) and old_field in fields:
-            value = fields.pop(old_field)
-            if old == "optim.warmup_epochs":
-                value = _of_vanilla_training(value, tree)
-            tree.setdefault(new_section, {})[new_field] = value
-    return tree
-
-
-def _of_vanilla_training(epochs: float, tree: dict[str, Any]) -> float:
-    """Epochs of the run that a tree describes, in those of vanilla training."""
-    if not tree.get("budget", {}).get("same_budget", True):
-        return epochs
-    method = MethodConfig.model_validate(tree.get("method", {}))
-    return float(exact(epochs) * method.cost_per_image)
 
 
 def _read(file: str | Path) -> dict[str, Any]:
@@ -308,130 +279,3 @@ def _method_of(tree: dict[str, Any]) -> str:
         if isinstance(name, str) and name in METHODS:
             return name
     return DEFAULT_METHOD
-
-
-# ---------------------------------------------------------------------- key=value
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    """Put `key=value` into the tree."""
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{shown(item)}: expected key=value, for example optim.lr=0.2")
-    *parents, leaf = key.split(".")
-    if len(parents) > 1:
-        raise ValueError(
-            f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2"
-        )
-    if key == "model" and text[:1].isalpha():
-        for field, value in _model_words(text):
-            _override(tree, f"model.{field}={value}")
-        return
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ValueError(f"{shown(key)}: {shown(parent)} is not a section")
-    node[leaf] = _override_value(key, text)
-
-
-def _model_words(text: str) -> list[tuple[str, str]]:
-    """What `model=...` is short for: fields of the section, and their values.
-
-    `timm:NAME.TAG` and `torchvision:NAME` are a library's published weights and their model, so
-    both fields follow; `hf-hub:...` and a file of weights say themselves which model it is. Other
-    names are those of models with random weights.
-    """
-    library, _, rest = text.partition(":")
-    architecture, _, _ = rest.partition(".")
-    match library:
-        case "timm":
-            return [("name", f"timm/{architecture}"), ("init", text)]
-        case "torchvision" if architecture.endswith("_Weights"):  # which says whose they are
-            return [("init", text)]
-        case "torchvision":
-            return [("name", architecture), ("init", text)]
-        case "hf-hub":
-            return [("init", text)]
-        case _ if text.endswith(OF_WEIGHTS):
-            return [("init", text)]
-        case _:
-            return [("name", text)]
-
-
-def _override_value(key: str, text: str) -> Any:
-    said = f"{readable(key, MOST_KEY)} = {shown(text)}"
-    if key in SECTIONS:
-        fields = ", ".join(SECTIONS[key].model_fields)
-        raise ValueError(f"{said}: {key} is a section; set its fields: {fields}")
-    types = _types_of(key)
-    if str in types:
-        if text == "null" and type(None) in types:
-            return None
-        return text
-    if not text.strip():
-        raise ValueError(f"{said}: no value; null means unset")
-    if "#" in text:
-        raise ValueError(f"{said}: '#' begins no comment here; leave it out")
-    return strict_yaml.load(text, said)
-
-
-def _types_of(key: str) -> set[Any]:
-    """The types that a field's value may have: {str, NoneType} for `model.init`; else none."""
-    section, _, name = key.rpartition(".")
-    if section and section not in SECTIONS:
-        return set()
-    fields = SECTIONS[section].model_fields if section else Config.model_fields
-    if name not in fields:
-        return set()
-    annotation = fields[name].annotation
-    choices = {annotation}
-    if get_origin(annotation) in (Union, UnionType):  # the arguments of a list are no choices
-        choices |= {*get_args(annotation)}
-    # Annotated[str, ...] is a str.
-    return {getattr(choice, "__origin__", choice) for choice in choices}
-
-
-# ---------------------------------------------------------------------- errors
-
-# What pydantic says, in the words of a config.
-MESSAGES = {
-    "int_type": "must be a whole number such as 10; no quotes, no leading zeros",
-    "float_type": "must be a number such as 0.1 or 1e-4; no quotes, no leading zeros",
-    "bool_type": "must be true or false",
-    "string_type": "must be text; put quotes around what looks like a number or a truth value",
-    "string_unicode": "must be text that UTF-8 can express",
-    "tuple_type": "must be a list such as [1, 2]",
-    "dict_type": "must be a section, key: value",
-    "model_type": "must be a section, key: value",
-}
-
-
-def _describe(error: Any) -> str:
-    """One of pydantic's findings as a line: the field, the value, what is allowed."""
-    place = [str(part) for part in error["loc"] if part != "[key]"]
-    field = ".".join(readable(part, MOST_KEY) for part in place)
-    if field in RENAMED:
-        return f"{field}: is now called {RENAMED[field]}"
-    if error["type"] == "extra_forbidden":
-        return f"{field}: unknown key; {_known_keys(place)}"
-    message = MESSAGES.get(error["type"])
-    if message is None:
-        message = error["msg"].removeprefix("Value error, ")
-        message = message.replace("Input should be", "must be")
-    if error["type"] == "value_error" and "." in message.split(" ")[0]:
-        return str(message)  # of a check of ours, which names the field itself
-    try:
-        value = shown(error["input"])
-    except (RecursionError, ValueError):  # ValueError: an integer of more than 4,300 digits
-        value = "a value too large to show"
-    return f"{field or 'the config'} = {value}: {message}"
-
-
-def _known_keys(place: Sequence[str]) -> str:
-    *parents, key = place
-    section = SECTIONS[parents[0]] if parents else Config
-    near = difflib.get_close_matches(readable(key, MOST_KEY), section.model_fields, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(section.model_fields)}"

@@ -26,6 +26,7 @@ BALANCED = "balanced"  # of class weights: as the data asks for
 MOST_WEIGHTS = 2000  # of classes in a config, which is a file of limited size
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 100, not starting with '.'"
+MOST_KEY = 60  # characters of a key in an error
 FRACTION = re.compile(r"[1-9][0-9]{0,8}/[1-9][0-9]{0,8}")
 
 
@@ -33,6 +34,15 @@ class Section(BaseModel):
     """A part of the config. Unknown keys are errors, values are not changed once they are there."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def sections_of(schema: type[Section]) -> dict[str, type[Section]]:
+    """The sections that a config has, by name."""
+    return {
+        name: field.annotation
+        for name, field in schema.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
 
 
 def whole(value: Any) -> Any:

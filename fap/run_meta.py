@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fap.checkpoint import DamagedCheckpoint
-from fap.config import Config, make_config, with_current_names
+from fap.config import Config, make_config
+from fap.renamed import with_current_names
 from pipelines.files import one_line, shown
 from pipelines.names import checked_names
 

@@ -7,7 +7,8 @@ from pipelines.back_ends import BACK_ENDS
 from pipelines.loaders import best_loader, imports, loader_options, open_loader
 from pipelines.loaders.base import Batch, Loader
 from pipelines.machine import settle_in
-from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import EpochPlan, draw_epoch, eval_plan
+from pipelines.plan_spec import PlanSpec
 from pipelines.sizes import Size, sides_of
 from pipelines.sources import source_of
 from pipelines.store import DamagedData, Store

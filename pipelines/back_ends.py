@@ -5,7 +5,7 @@ To add a loader, see `pipelines.loaders.base.Loader`.
 
 from typing import Literal, NamedTuple, get_args
 
-# What resizes an image; `pipelines.plan.PlanSpec` says what each one is.
+# What resizes an image; `pipelines.plan_spec.PlanSpec` says what each one is.
 Filter = Literal["area", "bilinear", "bicubic"]
 EvalFilter = Literal["bilinear", "bicubic"]
 FILTERS: tuple[Filter, ...] = get_args(Filter)

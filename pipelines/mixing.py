@@ -12,7 +12,7 @@ import numpy as np
 from pipelines import exchanges
 
 if TYPE_CHECKING:
-    from pipelines.plan import PlanSpec
+    from pipelines.plan_spec import PlanSpec
 
 Mix = Literal["mixup", "cutmix", "either"]
 """`either`: one of the two, each drawn with p = 1/2."""

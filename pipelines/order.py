@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from pipelines.plan import PlanSpec
+    from pipelines.plan_spec import PlanSpec
 
 Sampling = Literal["shuffle", "balanced"]
 

@@ -11,15 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fap.config import (
-    RENAMED,
-    SECTIONS,
-    Config,
-    load_config,
-    make_config,
-    with_classes,
-    with_current_names,
-)
+from fap.config import SECTIONS, Config, load_config, make_config, with_classes
+from fap.renamed import RENAMED, with_current_names
 from fap.sections import MethodConfig
 from fap.sections.budget import paper_milestones
 

@@ -25,25 +25,30 @@ LEAVES = {
 }
 
 # The settings of a run as data: they know no room.
-SETTINGS = {"strict_yaml", "methods", "fields", "sections", "config", "rates", "budget"}
+SETTINGS = {
+    "strict_yaml",
+    "methods",
+    "fields",
+    "sections",
+    "renamed",
+    "overrides",
+    "config_errors",
+    "config",
+    "rates",
+    "budget",
+}
 BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "run_meta", "tasks"}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
     "versions": set[str](),
     "recipes": set[str](),
-    "strict_yaml": SETTINGS,
-    "methods": SETTINGS,
-    "fields": SETTINGS,
-    "sections": SETTINGS,
-    "config": SETTINGS,
-    "rates": SETTINGS,
-    "budget": SETTINGS,
+    **dict.fromkeys(SETTINGS, SETTINGS),
     "draws": set[str](),
     "layout": set[str](),
     "distributed": {"layout"},
     "checkpoint": set[str](),
-    "run_meta": {"config", "checkpoint"},
+    "run_meta": {"config", "renamed", "checkpoint"},
     "nets": {"config", "checkpoint", "run_meta"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "layout", "sections", "methods", "nets", "tasks", "distributed", "draws"},

@@ -13,7 +13,8 @@ from pipelines.augment.apply import augment
 from pipelines.back_ends import FILTERS, Filter
 from pipelines.files import readable
 from pipelines.machine import usable_cores
-from pipelines.plan import PADDING, EpochPlan, PlanSpec
+from pipelines.plan import PADDING, EpochPlan
+from pipelines.plan_spec import PlanSpec
 from pipelines.sizes import Size, sides_of
 from pipelines.store import PLANES, Store
 

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import chisquare
 
 from pipelines import order
-from pipelines.plan import ORDER, EpochPlan, PlanSpec, draw_epoch
+from pipelines.plan import ORDER, EpochPlan, draw_epoch
+from pipelines.plan_spec import PlanSpec
 
 SPEC = PlanSpec(seed=3, size=8, clean_rows=24, clean_group_rows=6, adv_rows=12, adv_group_rows=3)
 # Of the rows of SPEC: four clean groups of 6, four adversarial ones of 3.

@@ -15,7 +15,8 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import Resize
 
-from pipelines.plan import PADDING, EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import PADDING, EpochPlan, draw_epoch, eval_plan
+from pipelines.plan_spec import PlanSpec
 
 SPEC = PlanSpec(seed=1, size=32, clean_rows=128, adv_rows=64, shuffle_groups=4)
 OF_ROWS = ("index", "window", "place", "flip", "mix_lam", "mix_box")

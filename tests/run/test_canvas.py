@@ -12,7 +12,8 @@ import torch
 import pipelines
 from fap.cli import eval as eval_cli
 from fap.tasks import TASKS
-from pipelines.plan import PlanSpec, eval_plan
+from pipelines.plan import eval_plan
+from pipelines.plan_spec import PlanSpec
 from tests.run.wiring import Seen, observe
 
 SIDES = (8, 12)

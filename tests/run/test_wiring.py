@@ -24,7 +24,8 @@ from fap.config import Config, load_config
 from fap.draws import dropout_seed
 from fap.nets.build import plain
 from pipelines.augment.spec import AugmentSpec
-from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import EpochPlan, draw_epoch, eval_plan
+from pipelines.plan_spec import PlanSpec
 from tests.run.wiring import (
     DRAWS,
     FIELDS,

@@ -14,7 +14,8 @@ from torchvision.transforms import ColorJitter, RandomErasing
 from pipelines.augment.draws import AugmentDraws
 from pipelines.augment.policies import CHAIN_DEPTH, CHAINS, SIGNED, SPACES, Op, Policy, magnitudes
 from pipelines.augment.spec import AugmentSpec, magnitude_range
-from pipelines.plan import EpochPlan, PlanSpec, draw_epoch, eval_plan
+from pipelines.plan import EpochPlan, draw_epoch, eval_plan
+from pipelines.plan_spec import PlanSpec
 from tests.pipelines.augment.twin import SEED, TORCHVISION, name_of
 
 ROWS = 3000
