@@ -57,10 +57,6 @@ class Budget:
         held = [size for first, size in self.sizes if first <= epoch]
         return held[-1]
 
-    def size_at(self, step: int) -> Size:
-        """What is trained in a step, counted from 0 over the whole run."""
-        return self.size_in(step // self.steps_per_epoch)
-
     def by_size(self, epochs: range) -> list[tuple[Size, range]]:
         """`epochs` in parts of one size; at least one part, which may be empty."""
         changes = [first for first, _ in self.sizes if epochs.start < first < epochs.stop]

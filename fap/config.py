@@ -18,6 +18,7 @@ from pydantic.functional_validators import AfterValidator, model_validator
 from fap import strict_yaml
 from fap.config_errors import describe
 from fap.fields import (
+    BALANCED,
     NAME_RULE,
     SAFE_NAME,
     UNSET,
@@ -78,6 +79,11 @@ class Config(Section):
         if data.mix is not None:
             self._check_mix()
         self._check_augment_on()
+        if data.sampling == BALANCED and self.optim.class_weights == BALANCED:
+            raise ValueError(
+                "optim.class_weights = 'balanced' with data.sampling = 'balanced': either one "
+                "balances the classes, both do it twice; leave one out"
+            )
         rows = self.optim.clean_batch + self.loader_adv_rows
         if data.repeats > rows:
             raise ValueError(
@@ -212,6 +218,11 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
     (`null` unsets one that may be unset); any other field takes it as a YAML value.
     Raises ValueError.
     """
+    return make_config(config_tree(file, overrides))
+
+
+def config_tree(file: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_config` makes a config of: nested, and with what was given alone."""
     tree: dict[str, Any] = {}
     if file is not None:
         tree = _read(file)
@@ -220,7 +231,7 @@ def load_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -
         override(tree, item, Config)
     if file is not None and tree.get("name") is None and _method_of(tree) == method_of_file:
         tree["name"] = _stem(file)
-    return make_config(tree)
+    return tree
 
 
 def make_config(tree: dict[str, Any]) -> Config:

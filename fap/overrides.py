@@ -25,7 +25,7 @@ def override(tree: dict[str, Any], item: str, schema: type[Section]) -> None:
         raise ValueError(
             f"{shown(key)}: expected FIELD=value or SECTION.FIELD=value, for example optim.lr=0.2"
         )
-    if key == "model" and text[:1].isalpha():
+    if key == "model" and (text[:1].isalpha() or text.endswith(OF_WEIGHTS)):
         for field, value in _model_words(text):
             override(tree, f"model.{field}={value}", schema)
         return

@@ -60,6 +60,8 @@ class RunMeta(_Strict):
     version wrote this."""
     last: _Numbers
     """The newest evaluation."""
+    last_step: _Count | None = None
+    """Of which step it is. None: nothing has been evaluated, or an earlier version wrote this."""
     seconds: Annotated[float, Field(ge=0, le=1e12)]
     """Of all processes of the run."""
     world: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -84,6 +86,8 @@ class RunMeta(_Strict):
             raise ValueError(f"closed = {self.closed} epochs in step = {self.step} steps")
         if self.best_step is not None and self.best_step > self.step:
             raise ValueError(f"best_step = {self.best_step} after step = {self.step}")
+        if self.last_step is not None and self.last_step > self.step:
+            raise ValueError(f"last_step = {self.last_step} after step = {self.step}")
         if "epoch" not in self.best or len(self.best) != 2:
             raise ValueError("best must hold one metric and epoch")
         n_classes = self.config.model.num_classes

@@ -175,7 +175,6 @@ def test_every_epoch_and_step_has_the_size_of_the_last_change_before_it() -> Non
     # 30 / 7 epochs: 4; the changes divided come to 1, 1, 1 and 4, which is the end.
     assert found.sizes == ((0, 8), (1, 16), (1, 24), (1, 32), (4, 40))
     assert [found.size_in(epoch) for epoch in range(6)] == [8, 32, 32, 32, 32, 32]
-    assert [found.size_at(step) for step in (0, 9, 10, 39, 40)] == [8, 8, 32, 32, 32]
 
 
 def test_the_epochs_left_come_in_parts_of_one_size() -> None:

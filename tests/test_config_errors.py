@@ -236,6 +236,10 @@ def test_a_field_of_another_schedule_of_the_rate_is_refused(schedule: str, overr
             ["task=detection", "data.crop=letterbox", "data.size=64", "data.sampling=balanced"],
             "data.sampling = 'balanced' with task = 'detection': an image has boxes of several",
         ),
+        (
+            ["optim.class_weights=balanced", "data.sampling=balanced"],
+            "optim.class_weights = 'balanced' with data.sampling = 'balanced': either one bal",
+        ),
         (["data.mix_on=adv"], "data.mix_on = 'adv' without data.mix: nothing is mixed"),
         (["data.mix_per=row"], "data.mix_per = 'row' without data.mix: nothing is mixed"),
         (["data.cutmix_alpha=0.5"], "data.cutmix_alpha = 0.5 without data.mix: nothing is mixed"),

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "distributed": {"layout"},
     "checkpoint": set[str](),
     "run_meta": {"config", "renamed", "checkpoint"},
-    "nets": {"config", "checkpoint", "run_meta"},
+    "nets": {"config", "sections", "checkpoint", "run_meta"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "layout", "sections", "methods", "nets", "tasks", "distributed", "draws"},
     "evaluate": {*BELOW_STEP, "step", "versions"},

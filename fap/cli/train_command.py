@@ -110,10 +110,11 @@ def wanted(args: argparse.Namespace, world: int = 1) -> tuple[Config, str]:
     if not files:
         return load_config(None, overrides), ""
     (file,) = files
-    if os.path.lexists(os.path.expanduser(file)):
-        return load_config(file, overrides), ""
     recipe = recipes.file_of(file)
-    if recipe is not None:
+    there = os.path.expanduser(file)
+    if os.path.lexists(there) and not (recipe is not None and os.path.isdir(there)):
+        return load_config(file, overrides), ""
+    if recipe is not None:  # also beside a folder of that name, such as that of the runs
         return fitted_config(recipe, overrides, world)
     if not file.endswith(YAML):
         raise ValueError(

@@ -34,7 +34,7 @@ from fap.run_meta import RunMeta, run_meta
 from fap.tasks import make_task
 from fap.tasks.base import Task
 from pipelines.back_ends import EVAL_FILTERS
-from pipelines.files import one_line, read_regular, shown
+from pipelines.files import one_line, read_regular, readable, shown
 
 WhichWeights = Literal["ema", "raw"]
 """Of a checkpoint: the exponential average, or what the optimiser holds."""
@@ -106,6 +106,12 @@ def load_weights(
     """
     weights, checksum = _plain_weights(str(source), words)
     config = load_config(None, _words_of_weights(weights, words, classes))
+    n_classes = config.model.classes
+    if classes is not None and len(classes) != n_classes:
+        raise ValueError(
+            f"--classes: {len(classes):,} names, but {readable(source)} has {n_classes:,} classes; "
+            "must be one name for each, in the order of the labels"
+        )
     try:
         task = make_task(config)
         model = dual.convert(task.plain_model(), aux=False, any_norm=True)

@@ -10,6 +10,7 @@ import timm
 
 from fap.config import Config
 from fap.evaluate.load import Plain
+from fap.nets.build import torchvision_options
 from fap.nets.weights.names import TIMM, TORCHVISION, spelt, torchvision_names
 from fap.run_meta import RunMeta
 from pipelines.sizes import size_in_words
@@ -89,10 +90,9 @@ def constructor(config: Config) -> str:
                 size = f", img_size={list(config.data.sides)}"
             return f"timm.create_model({name!r}, num_classes={classes}{size})"
         case "torchvision":
-            size = ""
-            if name.startswith("vit_"):
-                size = f", image_size={config.data.size}"
-            return f"torchvision.models.get_model({name!r}, num_classes={classes}{size})"
+            options = torchvision_options(name, config.data.size)
+            given = "".join(f", {option}={value!r}" for option, value in options.items())
+            return f"torchvision.models.get_model({name!r}, num_classes={classes}{given})"
     if config.task == "classification":
         return f"fap.nets.build.plain({name!r}, {classes})"
     return f"fap.nets.retinanet.RetinaNet(fap.nets.retinanet.spec_of({name!r}), {classes})"

@@ -85,6 +85,10 @@ def _rows(plain: Plain) -> list[tuple[str, str]]:
     for name, words in plain.task.percents.items():
         if name in meta.last:
             on = f"{meta.val.count:,} images of validation"
+            if meta.last_step is None:
+                on += ", when it was last evaluated"
+            elif meta.last_step != meta.step:
+                on += f", after step {meta.last_step:,}"
             rows.append((words, f"{meta.last[name]:.2%} on {on}"))
     rows.append(("versions", _versions(plain)))
     return [(name, _cell(value)) for name, value in rows]

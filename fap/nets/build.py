@@ -26,6 +26,7 @@ from pipelines.sizes import Size, sides_of, size_in_words
 
 CIFAR_RESNETS = ("cifar_resnet18", "cifar_resnet20", "cifar_resnet56")  # those that a hint names
 _CIFAR_RESNET = re.compile(r"cifar_resnet([0-9]{1,4})")
+DROP_PATH = "drop_path_rate"  # an argument that not all models of timm take
 SIZED = {"image_size", "img_size"}  # arguments of models that are made for one size of images
 _ALIKE = 0.7  # from 0 to 1 (equal); names less alike than this are no hint
 
@@ -92,11 +93,11 @@ def plain(
     """
     if drop_path is None:
         return _plain(name, num_classes, size, {})
-    of_timm = {"drop_path_rate": drop_path}
+    of_timm = {DROP_PATH: drop_path}
     try:
         model = _plain(name, num_classes, size, of_timm)
     except TypeError as error:  # of a model of timm that takes no such argument
-        if "drop_path_rate" not in str(error):
+        if DROP_PATH not in str(error):
             raise
         model = _plain(name, num_classes, size, {})
     rescale(model, drop_path)
@@ -116,7 +117,7 @@ def _plain(name: str, num_classes: int, size: Size | None, of_timm: Mapping[str,
         return CifarResNet(int(cifar[1]), num_classes)
     wanted = spelt(name)
     if wanted in torchvision_names():
-        options = _torchvision_options(wanted, size)
+        options = torchvision_options(wanted, size)
         with _refused_sizes(options, size):
             return torchvision.models.get_model(wanted, num_classes=num_classes, **options)
     architecture, dot, tag = current_name(wanted.removeprefix(TIMM)).partition(".")
@@ -140,7 +141,7 @@ def _refused_sizes(options: Mapping[str, Any], size: Size | None) -> Iterator[No
     try:
         yield
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        if size is None or not options.keys() & SIZED:
+        if size is None or not options.keys() & SIZED or DROP_PATH in str(error):
             raise
         raise ValueError(
             f"data.size = {shown(size)}: the model cannot be made for images of "
@@ -164,7 +165,7 @@ def near_names(name: str) -> list[str]:
     return [prefix + other for other in near]
 
 
-def _torchvision_options(name: str, size: Size | None) -> dict[str, Any]:
+def torchvision_options(name: str, size: Size | None) -> dict[str, Any]:
     """What a model needs so that it is randomly initialised and has one output, its logits."""
     if name in ("googlenet", "inception_v3"):
         return {"init_weights": True, "aux_logits": False}

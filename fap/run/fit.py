@@ -12,14 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from fap.config import Config, load_config
+from fap.config import Config, config_tree, load_config
+from fap.fields import fraction
+from fap.methods import DEFAULT_METHOD, METHODS, Method
 from fap.run.data import open_data
-from fap.sections import MethodConfig
 
 LEAST_STEPS = 8  # of an epoch, where there are enough images
 FEWEST_STEPS = 4  # of an epoch, below which even a step of two groups is too much
 STEPS = 1000  # of a run, that epochs are chosen for
 EPOCHS = (10, 50)  # the least and the most of them
+MANY_IMAGES = 1_000_000_000  # for which the most rows are chosen
 MOST_ROWS = 128  # clean rows of a step
 LEAST_GROUP = 8  # clean rows that are normalised together: fewer give poor statistics
 MOST_GROUP = 64  # as in the paper
@@ -50,7 +52,8 @@ FIELDS = {
 
 def fit(
     n_images: int,  # to train on
-    method: MethodConfig,  # its group_rows does not count
+    method: Method,
+    p_adv: Fraction | None,  # the method's field
     optimiser: str,  # a key of RATES
     given: Mapping[str, int | float],  # what stays, by the names of `Fitted`
     world: int = 1,  # ranks; each has whole groups
@@ -60,11 +63,10 @@ def fit(
     One auxiliary group alone could not be shuffled. With few images there are fewer steps, then one
     group, but never groups in which p_adv makes less than two adversarial rows.
     """
-    entry = method.entry
-    per_clean = entry.adv_per_clean(method.p_adv)
+    per_clean = method.adv_per_clean(p_adv)
     least = _least_group(per_clean)
     loaded = Fraction(1)  # rows per clean row
-    if entry.attacked == "own rows":
+    if method.attacked == "own rows":
         loaded += per_clean
     clean_batch = int(given.get("clean_batch", 0))
     if not clean_batch:
@@ -141,15 +143,39 @@ def fitted_config(file: Path, words: Sequence[str], world: int = 1) -> tuple[Con
         )
     words = [*_in_place_of_a_part(words), *words]
     given = _given(words)
-    others = [word for word in words if _fitted_field(word) not in given]
-    config = load_config(file, others)
+    config = _before_fitting(file, words, given, world)
     data = open_data(config)
     n_images = len(data.train)
     data.train.close()
     data.val.close()
-    fitted = fit(n_images, config.method, config.optim.name, given, world)
-    more = [f"{FIELDS[name]}={value}" for name, value in fitted._asdict().items()]
-    return load_config(file, [*more, *words]), described(n_images, fitted, given)
+    fitted = fit(
+        n_images, config.method.entry, config.method.p_adv, config.optim.name, given, world
+    )
+    return load_config(file, [*_words_of(fitted), *words]), described(n_images, fitted, given)
+
+
+def _before_fitting(
+    file: Path, words: Sequence[str], given: Mapping[str, int | float], world: int
+) -> Config:
+    """The config with the most rows and epochs that are ever fitted, to open the data with.
+
+    What a user's words contradict here, they contradict whatever the number of images.
+    """
+    method = config_tree(file, words).get("method", {})
+    try:
+        entry = METHODS[method.get("name", DEFAULT_METHOD)]
+        p_adv = method.get("p_adv", entry.defaults.get("p_adv"))
+        share = None if p_adv is None else fraction(p_adv)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return load_config(file, words)  # which says what is wrong with them
+    fitted = fit(MANY_IMAGES, entry, share, "adamw", given, world)
+    if "epochs" not in given:
+        fitted = fitted._replace(epochs=EPOCHS[1])
+    return load_config(file, [*_words_of(fitted), *words])
+
+
+def _words_of(fitted: Fitted) -> list[str]:
+    return [f"{FIELDS[name]}={value}" for name, value in fitted._asdict().items()]
 
 
 def _in_place_of_a_part(words: Sequence[str]) -> list[str]:

@@ -52,6 +52,7 @@ class Progress:
     closed: int = 0  # epochs evaluated and logged
     totals: dict[str, float] = field(default_factory=no_totals)  # of the epoch so far, by METRICS
     last: Result = field(default_factory=dict)  # the newest evaluation
+    last_step: int | None = None  # of which step it is
     dropout: bool | None = None  # does a step draw from torch's generator? None: not known
 
     @property
@@ -116,6 +117,7 @@ class Saving:
             "best": progress.best,
             "best_step": progress.best_step,
             "last": progress.last,
+            "last_step": progress.last_step,
             "seconds": progress.seconds,
             "world": self.ranks.world,
             "dropout": progress.dropout,
@@ -161,10 +163,11 @@ class Saving:
 
     # ------------------------------------------------------------------ resuming
 
-    def resume(self, task: Task, last_step: int, size_at: Callable[[int], Size]) -> Progress | None:
+    def resume(self, task: Task, last_step: int, size_in: Callable[[int], Size]) -> Progress | None:
         """Put the newest checkpoint's state into the step; None where there is no checkpoint.
 
-        `size_at` says which size of images a step has; that of the next one is the carry's.
+        `size_in` says which size of images an epoch has. The open one's is the carry's: also when
+        the run was stopped after the epoch's last step, while it was evaluated.
         Raises DamagedCheckpoint, and ValueError for a checkpoint of another run.
         """
         found = self.checkpoints.newest()
@@ -173,7 +176,7 @@ class Saving:
         path, tensors, written = found
         meta = run_meta(path, written)
         self._check(path, meta, task, last_step)
-        self.step.resize(size_at(meta.step))
+        self.step.resize(size_in(meta.closed))
         self.step.load_state(self._own_part(tensors))
         self.resumed = path
         self.saved = meta.step
@@ -189,6 +192,7 @@ class Saving:
             closed=meta.closed,
             totals=meta.totals,
             last=meta.last,
+            last_step=meta.last_step,
             dropout=meta.dropout,
         )
 

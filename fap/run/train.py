@@ -5,10 +5,11 @@ The loop is `Run._train`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Run:
         )
         self.progress = Progress(self.started, best={self.task.primary: -1.0, "epoch": 0})
         if config.resume == "auto":
-            resumed = self.saving.resume(self.task, self.steps, self.budget.size_at)
+            resumed = self.saving.resume(self.task, self.steps, self.budget.size_in)
             self.progress = resumed or self.progress
 
     def _first_model(self, weights: Weights | None) -> nn.Module:
@@ -186,48 +187,55 @@ class Run:
 
     def _train(self, loader: pipelines.Loader, size: Size, numbers: range) -> None:
         """The epochs of these numbers, whose images have one size."""
-        run = self.config.run
-        progress = self.progress
         self.step.resize(size)
-        run_step, how = runner(self.step, run.graph)
+        run_step, how = runner(self.step, self.config.run.graph)
         end = min(numbers.stop * self.budget.steps_per_epoch, self.steps)
         self._say(
-            f"training from step {progress.step} to {end}, {size_in_words(size)} px, {how}, "
+            f"training from step {self.progress.step} to {end}, {size_in_words(size)} px, {how}, "
             f"AMP {self.amp}, on {self.device}"
         )
         self.stop.run_begins()
-        for epoch in self._epochs(size, numbers):
-            first = epoch.number * self.budget.steps_per_epoch
-            todo = range(progress.step, min(first + self.budget.steps_per_epoch, self.steps))
-            waiting = Stopwatch()
-            batches = waiting.on(loader.load(epoch.plan, progress.step - first))
-            # `todo` first: after its last step, which may come early, no batch is waited for.
-            for step, batch in zip(todo, batches, strict=False):
-                # Dropout draws by the number of the step, so that a resumed run repeats it.
-                seed = dropout_seed(self.config.seed, step, self.ranks.rank)
-                torch.manual_seed(seed)
-                lr = self.budget.rates.at(step)
-                targets = epoch.targets[batch.step]
-                self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
-                run_step()
-                if self.log is None:  # once: the first step of this process
-                    progress.dropout = has_drawn(seed, self.device)
-
-                log = self._begun()
-                progress.step = step + 1
-                log.advance(progress.step)
-                is_last = progress.step == todo.stop
-                if is_last or progress.step % run.log_every == 0:
-                    self._log_step(log, lr, waiting)
-                self._leave_if_asked()
-                # An epoch's last step is saved once it has been evaluated.
-                if not is_last and progress.step % run.checkpoint_every == 0:
-                    self.saving.save(progress)
-            self._close_epoch()
+        with self._saved_if_asked_to_leave():
+            for epoch in self._epochs(size, numbers):
+                self._train_epoch(epoch, loader, run_step)
+                self._close_epoch()
 
     def _epochs(self, size: Size, numbers: range) -> Iterator[Epoch]:
         train = self.data.train
         return epochs(self.config, self.ranks, train, self.task, self.device, numbers, size)
+
+    def _train_epoch(
+        self, epoch: Epoch, loader: pipelines.Loader, run_step: Callable[[], object]
+    ) -> None:
+        """Those of its steps that are not done yet."""
+        run = self.config.run
+        progress = self.progress
+        first = epoch.number * self.budget.steps_per_epoch
+        todo = range(progress.step, min(first + self.budget.steps_per_epoch, self.steps))
+        waiting = Stopwatch()
+        batches = waiting.on(loader.load(epoch.plan, progress.step - first))
+        # `todo` first: after its last step, which may come early, no batch is waited for.
+        for step, batch in zip(todo, batches, strict=False):
+            # Dropout draws by the number of the step, so that a resumed run repeats it.
+            seed = dropout_seed(self.config.seed, step, self.ranks.rank)
+            torch.manual_seed(seed)
+            lr = self.budget.rates.at(step)
+            targets = epoch.targets[batch.step]
+            self.step.feed(batch.images, targets, lr, **epoch.draws_of(batch.step))
+            run_step()
+            if self.log is None:  # once: the first step of this process
+                progress.dropout = has_drawn(seed, self.device)
+
+            log = self._begun()
+            progress.step = step + 1
+            log.advance(progress.step)
+            is_last = progress.step == todo.stop
+            if is_last or progress.step % run.log_every == 0:
+                self._log_step(log, lr, waiting)
+            self._leave_if_asked()
+            # An epoch's last step is saved once it has been evaluated.
+            if not is_last and progress.step % run.checkpoint_every == 0:
+                self.saving.save(progress)
 
     def _close_epoch(self) -> None:
         """Evaluate, compare adversarial with clean training accuracy, save."""
@@ -236,7 +244,7 @@ class Run:
         epoch, steps_of_next = divmod(progress.step, self.budget.steps_per_epoch)
         trained = rates(progress.totals)
         record = {f"epoch_{name}": value for name, value in trained.items()}
-        former_best = progress.best_step
+        former_best = (progress.best, progress.best_step)
         statistics = divides_statistics(self.model)
         warning = leak(trained, self.config, epoch, statistics=statistics)
         if warning:
@@ -245,6 +253,7 @@ class Run:
         if progress.step == self.steps or epoch % self.config.run.eval_every == 0:
             found = self._evaluate(record)
             progress.last = found
+            progress.last_step = progress.step
             reached = found[self.task.primary]
             if reached > progress.best[self.task.primary]:
                 progress.best = {self.task.primary: reached, "epoch": epoch}
@@ -255,9 +264,10 @@ class Run:
             progress.closed = epoch
             progress.totals = no_totals()
         # Before it is saved: what a checkpoint holds is what the next step begins with.
-        self.step.resize(self.budget.size_at(progress.step))
+        self.step.resize(self.budget.size_in(progress.closed))
         if not self.saving.save(progress):
-            progress.best_step = former_best  # what has not been saved cannot be kept
+            # What has not been saved cannot be kept; a later epoch may be the best that is.
+            progress.best, progress.best_step = former_best
 
     def _evaluate(self, record: dict[str, float]) -> Result:
         """The result of the weights as they are, or with `optim.ema` that of their average.
@@ -342,17 +352,29 @@ class Run:
     # ------------------------------------------------------------------ leaving
 
     def _leave_if_asked(self) -> None:
-        """Called as often on every rank, so that all leave after the same step or batch."""
+        """Called as often on every rank, so that all leave after the same step or batch.
+
+        Raises Interrupted, also from within an evaluation; `_saved_if_asked_to_leave` saves.
+        """
         self.stop.beat()
         number = self.votes.cast(self.stop.number or 0)
-        if not number:
-            return
-        self.votes.drain()
-        stopped = Interrupted(number)
-        step = self.progress.step
-        if not self.saving.save(self.progress):
-            raise NotSaved(
-                f"{stopped}, and step {step} could not be saved; {self.saving.last_good()}"
-            )
-        self._say(f"saved at step {step}; continue with resume=auto")
-        raise stopped
+        if number:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def _saved_if_asked_to_leave(self) -> Iterator[None]:
+        """Around the steps and what lends the model other weights: an evaluation of the average.
+
+        So what is saved are the weights that the next step begins with.
+        """
+        try:
+            yield
+        except Interrupted as stopped:
+            self.votes.drain()
+            step = self.progress.step
+            if not self.saving.save(self.progress):
+                raise NotSaved(
+                    f"{stopped}, and step {step} could not be saved; {self.saving.last_good()}"
+                ) from None
+            self._say(f"saved at step {step}; continue with resume=auto")
+            raise

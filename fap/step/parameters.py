@@ -61,7 +61,7 @@ def settings_of(model: nn.Module, config: OptimConfig) -> dict[str, Setting]:
                 f"optim.head_lr_scale = {config.head_lr_scale}: no head of "
                 f"{type(model).__name__} is known; leave it out"
             )
-        for name in head:
+        for name in head & scales.keys():  # its auxiliary norms follow their main ones
             scales[name] *= config.head_lr_scale
 
     settings: dict[str, Setting] = {}
@@ -125,7 +125,7 @@ def _layer_scales(
     if not callable(group_matcher):
         raise ValueError(
             f"optim.layer_decay = {layer_decay}: {type(model).__name__} is not divided into "
-            "layers, as models of timm are; take one as model.name=timm/NAME, or leave it out"
+            "layers, as most models of timm are (model.name=timm/NAME); leave it out"
         )
     matcher = group_matcher(coarse=False)
     layer_of = group_with_matcher(iter(parameters.items()), matcher, reverse=True)

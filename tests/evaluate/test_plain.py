@@ -179,6 +179,12 @@ def test_mistakes_are_one_line(place: Path, capsys: Capture) -> None:
     assert "the weights do not fit the model" in said("model.num_classes=7")
     assert "the weights do not fit the model" in said("model.name=cifar_resnet14")
     assert "data.size" in said("data.size=big")
+    for n in (5, 7):
+        names = place / "other.txt"
+        names.write_text("".join(f"class {i}\n" for i in range(n)))
+        expected = f"--classes: {n} names, but "
+        more = ("--classes", str(names))
+        assert expected in said(*MODEL, "model.num_classes=6", *more)
     assert "a run's checkpoint" in said(*MODEL, model=CHECKPOINT)
     assert "No such file" in said(model="none.safetensors")
     (place / "none.pth").write_bytes(b"nothing")

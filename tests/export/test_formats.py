@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
-from fap.checkpoint import save
+from fap.checkpoint import load, save
 from fap.cli.export import main
 from fap.config import make_config
 from fap.evaluate.load import load_model
 from fap.export import onnx_file
+from fap.export.facts import constructor
 from fap.export.hub_folder import crop_pct
 from fap.nets.build import build, plain
 from fap.nets.dual import norms
@@ -249,6 +251,38 @@ def test_the_model_card_tells_the_run(tmp_path: Path) -> None:
         "timm.create_model('local-dir:mine', pretrained=True)",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("last_step", "said"),
+    [(123, "validation |"), (100, "validation, after step 100 |"), (None, "last evaluated |")],
+)
+def test_the_model_card_says_whose_number_it_is(
+    tmp_path: Path, last_step: int | None, said: str
+) -> None:
+    """That of these weights, or of an earlier step, if a run stopped between two evaluations."""
+    path = checkpoint(tmp_path, "timm/test_resnet", 64)
+    tensors, meta = load(path)
+    save(path, tensors, meta | {"last": {"top1": 0.9}, "last_step": last_step})
+    assert main([str(path), str(tmp_path / "mine")]) == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith("| top-1 |")]
+    assert "90.00%" in row
+    assert row.endswith(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["googlenet", "inception_v3", "vit_b_16", "timm/levit_128s", "timm/vit_tiny_patch16_224"],
+)
+def test_the_constructor_that_is_printed_takes_the_weights(name: str) -> None:
+    size = 64 if name.endswith(("16", "224")) else 224
+    data = {"size": size, "resize": 256}
+    config = make_config({"model": {"name": name, "num_classes": 5}, "data": data})
+    weights = plain(name, 5, size).state_dict()
+    model = eval(constructor(config), {"timm": timm, "torchvision": torchvision})
+    model.load_state_dict(weights, strict=True)
 
 
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 235), (32, 36), (299, 342), (7, 7)])

@@ -174,8 +174,11 @@ def test_rows_skip_branches_in_training_only() -> None:
     torch.testing.assert_close(outputs, outputs[:1].expand_as(outputs))
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "timm/vgg11"])
+@pytest.mark.parametrize(
+    "name", ["cifar_resnet8", "resnet18", "timm/vgg11", "timm/efficientvit_m0"]
+)
 def test_a_model_without_stochastic_depth_refuses_a_rate(name: str) -> None:
-    with pytest.raises(ValueError, match=f"model.drop_path = 0.1: '{name}' has no stochastic"):
-        plain(name, 5, None, 0.1)
-    plain(name, 5, None, 0.0)
+    for size in (None, 224):  # which timm's efficientvit_m0 is told
+        with pytest.raises(ValueError, match=f"model.drop_path = 0.1: '{name}' has no stochastic"):
+            plain(name, 5, size, 0.1)
+        plain(name, 5, size, 0.0)

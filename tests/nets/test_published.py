@@ -338,6 +338,16 @@ def test_what_is_unset_follows_the_weights(caches: Path) -> None:
     assert "warning" not in said
 
 
+@pytest.mark.parametrize(("size", "resize"), [(384, 439), (96, 256)])
+def test_weights_that_say_their_size_and_no_resize(caches: Path, size: int, resize: int) -> None:
+    """As an unset data.resize follows data.size."""
+    cfg = {name: value for name, value in CONFIG["pretrained_cfg"].items() if name != "crop_pct"}
+    config = CONFIG | {"pretrained_cfg": cfg | {"input_size": [3, size, size]}}
+    put_hub(caches, "me/large", random_state("timm/test_resnet", 7), config)
+    data = started("model.init=hf-hub:me/large").config.data
+    assert (data.size, data.resize) == (size, resize)
+
+
 def test_what_is_set_stays_and_is_told(caches: Path) -> None:
     words = ("data.mean=[0.5,0.5,0.5]", "data.size=64", "model.name=resnet18")
     start = started(settled_by_timm(caches), *words, "data.eval_filter=bilinear")

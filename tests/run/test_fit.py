@@ -29,6 +29,10 @@ def method(name: str = "fast_advprop", **fields: Any) -> Config:
     return make_config({"method": {"name": name, **fields}})
 
 
+def fitted_to(n_images: int, config: Config, optimiser: str = "sgd", world: int = 1) -> Fitted:
+    return fit(n_images, config.method.entry, config.method.p_adv, optimiser, {}, world)
+
+
 def with_fitted(config: Config, fitted: Fitted) -> Config:
     tree = config.model_dump()
     tree["optim"] |= {"clean_batch": fitted.clean_batch, "lr": fitted.lr}
@@ -53,7 +57,7 @@ def with_fitted(config: Config, fitted: Fitted) -> Config:
     ],
 )
 def test_the_rows_grow_with_the_images(n_images: int, expected: tuple[int, int, int]) -> None:
-    fitted = fit(n_images, method().method, "sgd", {})
+    fitted = fitted_to(n_images, method())
     assert (fitted.clean_batch, fitted.group_rows, fitted.epochs) == expected
 
 
@@ -66,7 +70,7 @@ METHODS = st.sampled_from([
 @given(st.integers(40, 3_000_000), METHODS, st.sampled_from([1, 2, 4]))
 def test_every_fit_is_a_run(n_images: int, config: Config, world: int) -> None:
     """The config takes the numbers, and the budget has the steps that are promised."""
-    fitted = fit(n_images, config.method, "sgd", {}, world)
+    fitted = fitted_to(n_images, config, world=world)
     run = with_fitted(config, fitted)
     assert fitted.clean_batch % (fitted.group_rows * world) == 0
     assert fitted.group_rows >= LEAST_GROUP
@@ -75,7 +79,7 @@ def test_every_fit_is_a_run(n_images: int, config: Config, world: int) -> None:
         assert world > 1
         return
     spent = budget(run, n_images)
-    fewest = fit(40, config.method, "sgd", {}, world)
+    fewest = fitted_to(40, config, world=world)
     enough = 8 if fitted.clean_batch > 2 * fewest.clean_batch else 4
     assert spent.steps_per_epoch >= enough or fitted.clean_batch == fewest.clean_batch
     if fitted.clean_batch > fewest.clean_batch or world > 1:
@@ -88,7 +92,7 @@ def test_the_rate_follows_the_rows_as_the_optimiser_wants_it() -> None:
     few, many = 64, 10_000
     rates = {}
     for name in ("sgd", "adamw"):
-        rates[name] = [fit(n, method().method, name, {}) for n in (few, many)]
+        rates[name] = [fitted_to(n, method(), name) for n in (few, many)]
     assert rates["sgd"][0].lr == rates["sgd"][1].lr == 0.04
     at = [fitted.lr * fitted.clean_batch / 256 for fitted in rates["adamw"]]
     assert at == pytest.approx([1e-4 * (8 / 64) ** 0.5, 1e-4 * 2**0.5], rel=0.01)
@@ -180,6 +184,52 @@ def test_mistakes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "data.train has 6 images, fewer than one batch of 10" in said
 
 
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (["method.p_adv=1/4"], ("method", "group_rows", 9)),
+        (["method.p_adv=1/4", "optim.clean_batch=12"], ("method", "group_rows", 12)),
+        (["data.sizes=[[0,16],[150,32]]", "budget.epochs=200"], ("budget", "epochs", 200)),
+        (
+            ["budget.lr_schedule=milestones", "budget.milestones=[150]", "budget.epochs=200"],
+            ("budget", "milestones", (150,)),
+        ),
+        (["data.repeats=12"], ("data", "repeats", 12)),
+    ],
+)
+def test_what_a_user_gives_is_not_held_against_what_is_fitted_later(
+    tmp_path: Path, given: list[str], seen: tuple[str, str, Any]
+) -> None:
+    """The data are opened before their number is known, with a config that has the words too."""
+    data = image_folder(tmp_path / "photos", ["ant", "bee"], each=60)
+    assert FINETUNE is not None
+    small = ["data.size=32", "data.resize=32"]
+    config, _ = fitted_config(FINETUNE, [f"data.train={data}", MODEL, *small, *given])
+    section, field, value = seen
+    assert getattr(getattr(config, section), field) == value
+
+
+@pytest.mark.parametrize(("name", "decay"), [("sgd", 1e-4), ("adamw", 0.05), ("lamb", 0.02)])
+def test_the_decay_is_the_optimisers(tmp_path: Path, name: str, decay: float) -> None:
+    """AdamW's 0.05 as SGD's penalty would undo the weights that a run starts from."""
+    data = image_folder(tmp_path / "photos", ["ant", "bee"], each=10)
+    assert FINETUNE is not None
+    config, _ = fitted_config(FINETUNE, [f"data.train={data}", MODEL, f"optim.name={name}"])
+    assert config.optim.weight_decay == decay
+
+
+def test_a_folder_of_the_recipes_name_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that somebody made for the runs."""
+    data = image_folder(tmp_path / "photos", ["ant", "bee"], each=10)
+    monkeypatch.chdir(tmp_path)
+    Path("finetune").mkdir()
+    args = train_command.arguments(["finetune", f"data.train={data}", MODEL])
+    _, fitted = train_command.wanted(args)
+    assert "training images" in fitted
+
+
 def test_a_file_of_the_name_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +272,8 @@ def test_recipes_are_part_of_the_package() -> None:
         ),
         ("model=hf-hub:timm/resnet18.a1_in1k", "resnet50", "hf-hub:timm/resnet18.a1_in1k"),
         ("model=mine/weights.safetensors", "resnet50", "mine/weights.safetensors"),
+        ("model=./weights.safetensors", "resnet50", "./weights.safetensors"),
+        ("model=/data/weights.pth", "resnet50", "/data/weights.pth"),
     ],
 )
 def test_model_is_short_for_name_and_weights(word: str, name: str, init: str | None) -> None:

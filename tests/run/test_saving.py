@@ -193,16 +193,24 @@ def test_a_best_epoch_at_the_end_is_linked_by_the_next_process(
     assert result["checkpoints"]["best"] == "checkpoints/best.safetensors"
 
 
+@pytest.mark.parametrize(("fourth", "best"), [(0.5, (0.5, 2)), (0.6, (0.6, 4))])
 def test_a_best_epoch_that_found_no_room_leaves_the_former_one(
-    tiny_beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_beton: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fourth: float,
+    best: tuple[float, int],
 ) -> None:
-    scored(monkeypatch, 0.1, 0.5, 0.7, 0.5, 0.2)
+    """Number and checkpoint are those of one epoch: the best of those that were saved."""
+    scored(monkeypatch, 0.1, 0.5, 0.7, fourth, 0.2)
     works = checkpoint.save
     saves = one_after_the_other(works, works, no_room, works)
     monkeypatch.setattr(checkpoint, "save", saves)
     folder, result = run(tiny_beton, tmp_path, "run.max_steps=16")
-    assert result["best"] == {"top1": 0.7, "epoch": 3}
-    assert checkpoint.load(checkpoint_at(folder, best=True))[1]["step"] == 8
+    top1, epoch = best
+    assert result["best"] == {"top1": top1, "epoch": epoch}
+    saved = checkpoint.load(checkpoint_at(folder, best=True))[1]
+    assert (saved["step"], saved["best"]) == (4 * epoch, result["best"])
 
 
 def test_a_best_epoch_that_nobody_wants_is_not_kept(

@@ -10,8 +10,21 @@ from typing import Any
 import pytest
 
 from fap.checkpoint import Checkpoints
+from fap.config import load_config
+from fap.run.session import Interrupted
+from fap.run.train import Run
 from tests.conftest import wait_until_it_listens
-from tests.run.runs import RUN, command, environment, records, wait_for_a_record, words
+from tests.run.runs import (
+    RUN,
+    assert_same,
+    command,
+    environment,
+    final_state,
+    records,
+    run,
+    wait_for_a_record,
+    words,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -107,3 +120,44 @@ def test_ctrl_c_before_training_is_one_line(tiny_beton: Path, tmp_path: Path, af
     assert process.returncode == 130, said
     assert said == "fap-train: stopped by SIGINT\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def stopped_at_beat(number: int, *settings: str) -> None:
+    """A run that a SIGTERM reaches just before its beat of that number, counted from 1.
+
+    It beats once after each of the four steps of an epoch, and before each batch of an evaluation,
+    of which there is one.
+    """
+    training = Run(load_config(None, settings))
+    beats = 0
+
+    def beat() -> None:
+        nonlocal beats
+        beats += 1
+        if beats == number:
+            training.stop.number = signal.SIGTERM
+
+    training.stop.beat = beat  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        training.train()
+    assert beats == number
+
+
+AVERAGE = ("optim.ema=0.9",)  # which is evaluated after the raw weights
+SIZES = ("data.sizes=[[0,16],[3,24],[5,32]]", "method.schedule=pipelined")  # new in epochs 2 and 4
+
+
+@pytest.mark.parametrize(
+    ("more", "beats"),
+    [(AVERAGE, (6, 2, 7, 8)), (AVERAGE, (5, 1, 6)), (SIZES, (10, 1, 11))],
+    ids=["in the average", "in the raw weights", "before another size"],
+)
+def test_a_signal_in_an_evaluation_loses_nothing(
+    tiny_beton: Path, tmp_path: Path, more: tuple[str, ...], beats: tuple[int, ...]
+) -> None:
+    """What is saved is what the next step begins with, whatever is being evaluated."""
+    whole, _ = run(tiny_beton, tmp_path / "whole", *more)
+    for number in beats:
+        stopped_at_beat(number, *words(tiny_beton, tmp_path / "parts", *more, "resume=auto"))
+    parts, _ = run(tiny_beton, tmp_path / "parts", *more, "resume=auto")
+    assert_same(final_state(whole), final_state(parts))

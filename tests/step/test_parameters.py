@@ -72,6 +72,17 @@ def test_an_auxiliary_norm_follows_its_main_one() -> None:
     assert all(found[name] == setting for name, setting in plain.items())
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "iformer_s"])
+def test_a_head_that_holds_norms(name: str) -> None:
+    """Which have auxiliary twins, that are no parameters of the plain head."""
+    model = convert(timm.create_model(name, num_classes=3))
+    found = settings_of(model, optim(head_lr_scale=4.0))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    aux = [name for name, setting in found.items() if ".aux." in name and setting.lr_scale == 4]
+    assert aux
+    assert all(found[name.replace(".aux.", ".")].lr_scale == 4 for name in aux)
+
+
 def test_what_is_frozen() -> None:
     model = build("cifar_resnet8", 10, size=8)
     found = settings_of(model, optim(freeze=["conv1", "blocks.0", "*.bias"]))

@@ -12,6 +12,7 @@ from fap.nets.retinanet import SPECS
 from fap.nets.weights.about import About, Weights
 from fap.nets.weights.find import find_weights, named
 from fap.nets.weights.names import spelt
+from fap.sections.data import usual_resize
 from pipelines.back_ends import EVAL_FILTERS
 from pipelines.files import shown
 from pipelines.sizes import size_in_words
@@ -70,6 +71,8 @@ def _followed(config: Config, about: About) -> dict[str, Any]:
         fields["size"] = about.size
         size = data.size if "size" in data.model_fields_set else about.size
         fields["resize"] = resize_for(about, size)
+        if fields["resize"] is None and size is not None:
+            fields["resize"] = usual_resize(size)  # which an unset one was before, of another size
         if about.interpolation in EVAL_FILTERS:
             fields["eval_filter"] = about.interpolation
     for field, value in fields.items():
