@@ -178,7 +178,8 @@ class Run:
                     loader = open_loader(self.config, self.data.train, self.device, size)
                 with closing(loader, self._say):
                     self._train(loader, size, numbers)
-                give_memory_back()  # of a graph of this size
+                if self.device.type == "cuda":
+                    give_memory_back()  # of a graph of this size
             return self._finish()
         finally:
             if self.log is not None:

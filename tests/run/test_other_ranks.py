@@ -53,7 +53,10 @@ def train(rank: int, world: int, port: int, settings: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["fused", "pipelined"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["pipelined", pytest.param("fused", marks=pytest.mark.soak)],  # the first has a carry too
+)
 def test_a_run_goes_on_on_more_and_on_fewer_ranks(
     tiny_beton: Path, tmp_path: Path, schedule: str
 ) -> None:

@@ -98,8 +98,15 @@ def test_the_frameworks_norm_asked_for_by_name_is_said(stand_in: StandIn) -> Non
 
 
 @pytest.mark.slow
-@any_mode
-@pytest.mark.parametrize("error", triton_errors(), ids=class_name)
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [
+        *(("auto", error) for error in triton_errors()),
+        ("on", triton_errors()[0]),
+        ("off", triton_errors()[0]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else class_name(value),
+)
 def test_a_kernel_that_fails_gives_way_to_the_framework(
     stand_in: StandIn, mode: Mode, error: Exception, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -40,6 +40,13 @@ SLOW = [
     ("swin_t", 64, {"LayerNorm"}),
 ]
 MODELS = [*QUICK, *(pytest.param(*model, marks=pytest.mark.slow) for model in SLOW)]
+COSTLY = {"swin_t", "timm/repvit_m0_9", "timm/levit_128s"}  # a quarter of a minute each
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow, *([pytest.mark.soak] if name in COSTLY else [])]
+
+
 every_model = pytest.mark.parametrize(("name", "size", "classes"), MODELS)
 
 
@@ -124,7 +131,10 @@ def test_one_step_of_every_method(name: str, size: int, classes: set[str]) -> No
         assert any(not torch.equal(trained[key], value) for key, value in start.items())
 
 
-@every_model
+@pytest.mark.parametrize(
+    ("name", "size", "classes"),
+    [*QUICK, *(pytest.param(*model, marks=_marks(model[0])) for model in SLOW)],
+)
 def test_schedules_agree(name: str, size: int, classes: set[str]) -> None:
     """`fused` against the authors' order, in float64: gradients, statistics, crafted images."""
     del classes

@@ -33,8 +33,10 @@ from tests.step.twin_checks import (
 FAST = {"name": "fast_advprop"}
 
 
-def values_of(fields: dict[str, Any]) -> str:
+def values_of(fields: dict[str, Any] | str) -> str:
     """A test's id."""
+    if isinstance(fields, str):
+        return fields
     return "-".join(str(value) for value in fields.values()) or "defaults"
 
 
@@ -66,7 +68,7 @@ SEPARATE: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.soak), 4])
 @pytest.mark.parametrize("attack_bn", ["running", "batch"])
 @pytest.mark.parametrize("targeted", [True, False])
 @pytest.mark.parametrize("name", ["advprop", "decoupled"])
@@ -178,18 +180,30 @@ def test_class_weights(method: str) -> None:
     check(config_of(given, groups=2, class_weights=CLASS_WEIGHTS), steps=2)
 
 
+def mixes(*kinds: str) -> list[dict[str, Any]]:
+    return [
+        {"mix": mix, "mix_per": per, "mix_on": on}
+        for mix in kinds
+        for per in ("batch", "row")
+        for on in ("clean", "adv", "both")
+    ]
+
+
+# `either` has rows of both kinds; with one kind alone every schedule is for the soak.
 MIXES = [
-    {"mix": mix, "mix_per": per, "mix_on": on}
-    for mix in ("mixup", "cutmix", "either")
-    for per in ("batch", "row")
-    for on in ("clean", "adv", "both")
+    *(("fused", mix) for mix in mixes("mixup", "cutmix")),
+    *((method, mix) for method in ("decoupled", *SCHEDULES) for mix in mixes("either")),
+    *(
+        pytest.param(method, mix, marks=pytest.mark.soak)
+        for method in ("decoupled", *(other for other in SCHEDULES if other != "fused"))
+        for mix in mixes("mixup", "cutmix")
+    ),
 ]
 ALL_OF_IT = {"mix": "either", "mix_per": "row", "mix_on": "both"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", MIXES, ids=values_of)
-@pytest.mark.parametrize("method", ["decoupled", *SCHEDULES])
+@pytest.mark.parametrize(("method", "mix"), MIXES, ids=values_of)
 def test_mixes(method: str, mix: dict[str, Any]) -> None:
     given: dict[str, Any] = {"name": method}
     if method in SCHEDULES:
@@ -274,7 +288,7 @@ def test_any_combination() -> None:
             "shuffle": pick(["ranks", "groups", "off"]),
             "eps_255": pick([0.5, 1.0, 4.0]),
         }
-        option = pick([{}, *MIXES]) | {
+        option = pick([{}, *mixes("mixup", "cutmix", "either")]) | {
             "label_smoothing": pick([0.0, 0.1]),
             "class_weights": pick([None, CLASS_WEIGHTS]),
         }
