@@ -103,6 +103,32 @@ def class_weights(value: Any) -> Any:
     )
 
 
+def listed(value: Any, example: str) -> Any:
+    """What is given as a list; anything else is a ValueError that shows one."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be {example}")
+    return value
+
+
+def sides_by_epoch(value: Any) -> Any:
+    example = "pairs [epoch, pixels] such as [[0, 128], [6, 160]]"
+    for pair in listed(value, example):
+        if len(listed(pair, example)) != 2:
+            raise ValueError(f"must be {example}")
+    return value
+
+
+def color_jitter(value: Any) -> Any:
+    example = "[brightness, contrast, saturation, hue] such as [0.4, 0.4, 0.4, 0.1]"
+    if len(listed(value, example)) != 4:
+        raise ValueError(f"must be {example}")
+    return value
+
+
+def names_of_parts(value: Any) -> Any:
+    return listed(value, "a list of names such as [conv1, layer1]")
+
+
 def safe_name(value: str) -> str:
     """The name becomes a folder and part of file names, so it must lead nowhere else."""
     if not SAFE_NAME.fullmatch(value):
@@ -156,6 +182,7 @@ Pair = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]
 Sides = Annotated[
     tuple[Annotated[tuple[NonNegativeInt, PositiveInt], Field(strict=False)], ...],
     Field(strict=False, min_length=1, max_length=100),
+    BeforeValidator(sides_by_epoch),
 ]
 CanvasSize = Annotated[int | tuple[int, int], BeforeValidator(canvas_size)]
 ClassWeights = Annotated[
@@ -165,6 +192,7 @@ Channels = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 ColorJitter = Annotated[
     tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat],
     Field(strict=False),
+    BeforeValidator(color_jitter),
 ]
 PositiveChannels = Annotated[
     tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)

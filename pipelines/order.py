@@ -27,8 +27,8 @@ def drawn(
     Raises:
         ValueError: balanced, and there are no labels.
     """
-    n_rows = steps * spec.loaded_rows
-    n_shown = -(-n_rows // spec.repeats)  # the last one may be repeated less often
+    of_a_step = -(-spec.loaded_rows // spec.repeats)  # the last one may be repeated less often
+    n_shown = steps * of_a_step
     if spec.sampling == "balanced":
         if labels is None:
             raise ValueError("sampling = 'balanced': takes the labels of the images")
@@ -37,8 +37,8 @@ def drawn(
         order = rng.permutation(np.arange(n_images, dtype=np.uint32))[:n_shown]
     if spec.repeats == 1:
         return order.reshape(steps, spec.loaded_rows)
-    in_a_row = np.repeat(order, spec.repeats)[:n_rows].reshape(steps, spec.loaded_rows)
-    return in_a_row[:, _dealt(spec)]
+    in_a_row = np.repeat(order.reshape(steps, of_a_step), spec.repeats, axis=1)
+    return in_a_row[:, : spec.loaded_rows][:, _dealt(spec)]
 
 
 def balanced(

@@ -50,6 +50,12 @@ from fap.config import load_config, make_config
         ("data.repeats=321", "data.repeats = 321 must be at most the 320 rows that a step loads"),
         ("data.sampling=random", "data.sampling = 'random': must be 'shuffle' or 'balanced'"),
         ("data.scale=[1,0.1]", "data.scale"),
+        ("data.color_jitter=0.4", "data.color_jitter = 0.4: must be [brightness, contrast, satur"),
+        ("data.color_jitter=[1, 2]", "data.color_jitter = [1, 2]: must be [brightness, contrast,"),
+        ("data.sizes=64", "data.sizes = 64: must be pairs [epoch, pixels] such as [[0, 128], [6,"),
+        ("data.sizes=[1, 2]", "data.sizes = [1, 2]: must be pairs [epoch, pixels] such as"),
+        ("data.sizes=[[0, 1, 2]]", "data.sizes = [[0, 1, 2]]: must be pairs [epoch, pixels]"),
+        ("optim.freeze=conv1", "optim.freeze = 'conv1': must be a list of names such as [conv1,"),
         # Sizes.
         ("data.size=0", "data.size = 0: must be the side of a square in pixels such as 224"),
         ("data.size='224'", "data.size = '224': must be the side"),
@@ -179,7 +185,7 @@ from fap.config import load_config, make_config
         ("data.sizes=[[0, 128], [5, 160], [5, 192]]", "begin with 0 and ascend"),
         ("data.sizes=[[0, 0]]", "data.sizes.0.1 = 0"),
         ("data.sizes=[]", "data.sizes = []"),
-        ("data.sizes=[0, 128]", "data.sizes.0 = 0: must be a list"),
+        ("data.sizes=[0, 128]", "data.sizes = [0, 128]: must be pairs"),
         ("data.sizes=[[0, 128], [105, 160]]", "epoch 105 must be below budget.epochs = 105"),
         # The schedule of the rate.
         ("budget.lr_schedule=steps", "must be 'milestones', 'cosine', 'linear' or 'constant'"),

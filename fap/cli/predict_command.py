@@ -173,10 +173,19 @@ def _parts(
 
 
 def _try_to_write(out: str) -> None:
-    """A folder that cannot be written is noticed now, and costs no hours of work."""
-    if out != STANDARD_OUTPUT:
-        with tempfile.TemporaryFile(dir=_path(out).parent):
+    """What cannot be written is noticed now, and costs no hours of work. Raises ValueError."""
+    if out == STANDARD_OUTPUT:
+        return
+    path = _path(out)
+    if path.is_dir():
+        raise ValueError(f"--out {readable(out)}: is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {readable(out)}: there is no folder {readable(path.parent)}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
+    except OSError as error:
+        raise ValueError(f"--out {readable(out)}: {error.strerror}") from None
 
 
 def _write(out: str, parts: Iterable[bytes]) -> None:

@@ -100,13 +100,17 @@ def load_weights(
 
     `words` are `key=value` of a config: model.name, and how the model wants its images. What they
     do not say is taken from the weights, if they say it, else it is what torchvision evaluates on:
-    ImageNet's mean and std, 1,000 classes, 224 px cut out of 256.
+    ImageNet's mean and std, 1,000 classes, 224 px cut out of 256. `classes` are the names of the
+    outputs; None: those that the weights know.
 
     Raises ValueError for what is no such file or does not fit, OSError.
     """
     weights, checksum = _plain_weights(str(source), words)
     config = load_config(None, _words_of_weights(weights, words, classes))
     n_classes = config.model.classes
+    known = weights.about.classes
+    if classes is None and known is not None and len(known) == n_classes:
+        classes = known
     if classes is not None and len(classes) != n_classes:
         raise ValueError(
             f"--classes: {len(classes):,} names, but {readable(source)} has {n_classes:,} classes; "

@@ -41,6 +41,8 @@ def header(config: Config, meta: RunMeta) -> dict[str, str]:
     text = {name: json.dumps(value) for name, value in numbers.items()}
     # As JSON text too, so that it reads as what it is.
     text["interpolation"] = json.dumps(data.eval_filter)
+    if meta.train.classes is not None:
+        text["classes"] = json.dumps(meta.train.classes)  # in the order of the outputs
     return {"model": config.model.name, "run": config.name, **text}
 
 

@@ -79,7 +79,11 @@ def _few(names: Sequence[str]) -> str:
 
 
 def load_init(
-    model: nn.Module, weights: Weights, n_classes: int, say: Callable[[str], object]
+    model: nn.Module,
+    name: str,  # of the model, as the user knows it
+    weights: Weights,
+    n_classes: int,
+    say: Callable[[str], object],
 ) -> None:
     """Start a converted model of `n_classes` from weights (`model.init`).
 
@@ -99,7 +103,7 @@ def load_init(
         said += replaced
         load_plain(model, state)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where} for model.name = {shown(name)}: {error}") from None
     for line in said:
         say(f"{where}: {line}")
 

@@ -48,12 +48,15 @@ def open_data(config: Config) -> RunData:
     matching = _match(config, train, val, n_classes)
     not_trained = task_class(config.task).notes(train, config)
     lines = [*_lines("train", train, not_trained), *_lines("val", val)]
+    identities = train.identity(), val.identity()
+    if identities[0] == identities[1]:
+        lines.append("warning: data.val is data.train: what is measured is what is trained")
     if train.classes is None and config.model.num_classes is None:
         lines.append(
             f"classes    {n_classes}: data.train has no class names, "
             f"its largest label is {n_classes - 1}"
         )
-    return RunData(train, val, train.identity(), val.identity(), n_classes, matching, lines)
+    return RunData(train, val, *identities, n_classes, matching, lines)
 
 
 def open_loader(

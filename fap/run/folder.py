@@ -65,7 +65,7 @@ class RunFolder:
         """The lock file, open and locked; the folder is made where it is missing."""
         path = self.path / LOCK
         for _ in range(MOST_TRIES):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make()
             try:
                 file = open(path, "ab")  # noqa: SIM115
             except FileNotFoundError:  # a process that could not start has just removed the folder
@@ -78,6 +78,13 @@ class RunFolder:
                     return file
             file.close()
         raise OSError(f"{path}: cannot be made, or others remove it all the time")
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"run.dir: the folder of the run cannot be made: {error.strerror}"
+            raise OSError(error.errno, problem, str(self.path)) from None
 
     def _lock_file(self, file: IO[bytes]) -> None:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from fap.config import Config
 from fap.methods import KINDS
+
+STANDARD_ERRORS = 2  # by which a difference of two accuracies must exceed chance
 
 
 class NonFinite(RuntimeError):  # noqa: N818
@@ -35,7 +38,7 @@ def check_finite(metrics: Mapping[str, float], step: int, most: int, last_good: 
 
 
 def leak(
-    rates: Mapping[str, float],
+    metrics: Mapping[str, float],  # sums over an epoch
     config: Config,
     epoch: int,
     *,
@@ -43,19 +46,25 @@ def leak(
 ) -> str:
     """A warning if an epoch's adversarial rows were easier than its clean ones (section 4.3).
 
-    Then the network tells labels by the statistics that rows of one group share. "" if not.
+    Then the network tells labels by the statistics that rows of one group share. "" if not, if it
+    may be chance, and where clean rows are harder for another reason: they are mixed, and scored on
+    the first of two labels, or they alone are augmented.
     """
-    if not statistics:
+    if not statistics or config.data.mix is not None or config.data.augment_on == "clean":
         return ""
-    if config.data.mix is not None:
-        # Mixed clean rows are scored on the first of two labels, so their accuracy is no measure.
+    n_clean = metrics["rows_clean"]
+    n_adv = metrics["rows_adv"]
+    if not (n_clean and n_adv):
         return ""
-    if not rates.get("acc_adv", 0) > rates.get("acc_clean", 1):
+    clean = metrics["correct_clean"] / n_clean
+    adv = metrics["correct_adv"] / n_adv
+    mean = (metrics["correct_clean"] + metrics["correct_adv"]) / (n_clean + n_adv)
+    standard_error = math.sqrt(mean * (1 - mean) * (1 / n_clean + 1 / n_adv))
+    if not adv - clean > STANDARD_ERRORS * standard_error:
         return ""
     warning = (
-        f"warning: epoch {epoch}: training accuracy of adversarial rows ({rates['acc_adv']:.1%}) "
-        f"is above that of clean rows ({rates['acc_clean']:.1%}): "
-        "statistics leak labels (section 4.3)"
+        f"warning: epoch {epoch}: training accuracy of adversarial rows ({adv:.1%}) "
+        f"is above that of clean rows ({clean:.1%}): statistics leak labels (section 4.3)"
     )
     if config.method.shuffle is not None:
         warning += "; see method.shuffle"

@@ -149,7 +149,7 @@ class Run:
         if config.data.sizes is not None:
             check_model_sizes(model, [size for _, size in config.data.sizes])
         if weights is not None:
-            load_init(model, weights, config.model.classes, self._say)
+            load_init(model, config.model.name, weights, config.model.classes, self._say)
         self.first_weights = "of the only rank"
         if self.ranks.world > 1:
             self.first_weights = checksum_of(model.state_dict())
@@ -247,7 +247,7 @@ class Run:
         record = {f"epoch_{name}": value for name, value in trained.items()}
         former_best = (progress.best, progress.best_step)
         statistics = divides_statistics(self.model)
-        warning = leak(trained, self.config, epoch, statistics=statistics)
+        warning = leak(progress.totals, self.config, epoch, statistics=statistics)
         if warning:
             record["leak"] = 1.0
             self._say(warning)

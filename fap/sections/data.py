@@ -55,10 +55,10 @@ OF_MIX = ("mix_per", "mix_on", "cutmix_alpha")  # fields of `data` that only a m
 
 
 def usual_resize(size: Size) -> int:
-    """256 for 224 px and less, the same ratio for more; a canvas of two sides is not cut out."""
+    """256 for 224 px, the same ratio for others; a canvas of two sides is not cut out."""
     if not isinstance(size, int):
         return USUAL_RESIZE
-    return min(max(USUAL_RESIZE, math.ceil(size * USUAL_RESIZE / USUAL_SIZE)), MOST_COUNT)
+    return min(math.ceil(size * USUAL_RESIZE / USUAL_SIZE), MOST_COUNT)
 
 
 class DataConfig(Section):
@@ -90,8 +90,8 @@ class DataConfig(Section):
     images of which side are trained; divided by the cost like `budget.milestones`. `size` remains
     what evaluation sees. Unset: `size` throughout."""
     resize: Annotated[PositiveInt, Field(validate_default=True)] = UNSET
-    """Evaluation: shorter side before the centre crop of `size` pixels. Unset: 256, or 8/7 of a
-    `size` above 224, as torchvision has it."""
+    """Evaluation: shorter side before the centre crop of `size` pixels. Unset: 8/7 of
+    `size`, as torchvision's 256 for 224."""
     crop: Literal["random_resized", "pad", "letterbox"] = "random_resized"
     """`letterbox` is for detection, in evaluation too: the whole image at the top left corner, its
     aspect ratio kept, and zeros around it."""

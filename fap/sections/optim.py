@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic.functional_validators import AfterValidator, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator, model_validator
 
 from fap.fields import (
     UNSET,
@@ -17,6 +17,7 @@ from fap.fields import (
     Section,
     Text,
     key_of,
+    names_of_parts,
 )
 from pipelines.files import shown
 
@@ -70,7 +71,9 @@ class OptimConfig(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the rate from each layer to the one before it, by timm's division of a model into
     layers; the last one has the full rate. Unset: one rate for all."""
-    freeze: Annotated[tuple[Text, ...], Field(strict=False, max_length=1000)] = ()
+    freeze: Annotated[
+        tuple[Text, ...], Field(strict=False, max_length=1000), BeforeValidator(names_of_parts)
+    ] = ()
     """Parameters that are not trained, by name: `layer1` is all inside that module, and a pattern
     such as `*.bias` all names that it matches. Auxiliary norms follow their main ones. Frozen norms
     go on to normalise by the batch, so their running statistics still move."""

@@ -86,8 +86,8 @@ def match_labels(
     if not by_position:
         raise ValueError(
             f"{lacking} has no class names, so labels could only be compared by position, and a "
-            "wrong order gives a wrong number without a word; use data with class names, or "
-            "--labels-by-position if the orders are the same"
+            "wrong order gives a wrong number without a word; use data with class names, for "
+            "plain weights --classes FILE, or --labels-by-position if the orders are the same"
         )
     if names and len(names) != n_classes:
         raise ValueError(

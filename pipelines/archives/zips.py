@@ -1,5 +1,6 @@
 """Zips: their members are read and decompressed one by one."""
 
+import contextlib
 import lzma
 import stat
 import zipfile
@@ -19,7 +20,9 @@ from pipelines.archives.tree import (
 )
 from pipelines.files import open_regular, readable
 
-ENCRYPTED = 0x1  # bit of a member's flags
+# Bits of a member's flags.
+ENCRYPTED = 0x1
+UTF_8 = 0x800  # its name is
 
 # What zipfile and its decompressors raise for damage.
 DAMAGE = (
@@ -63,7 +66,7 @@ class ZipTree(RandomTree):
 
     def _take(self, info: zipfile.ZipInfo, names: list[str]) -> None:
         """Remember a member if it is a file."""
-        name = checked_name(info.filename, self.path)
+        name = checked_name(_filename(info), self.path)
         if not name or info.is_dir():
             return
         mode = info.external_attr >> 16  # 0 where it was not made on a Unix
@@ -92,3 +95,14 @@ class ZipTree(RandomTree):
     def close(self) -> None:
         self._zip.close()
         self._file.close()
+
+
+def _filename(info: zipfile.ZipInfo) -> str:
+    """A member's name, as UTF-8 also where the archive does not say that it is.
+
+    Info-ZIP writes UTF-8 without the flag; Python reads what has none in the code page of DOS.
+    """
+    if not info.flag_bits & UTF_8:
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode("utf-8")
+    return info.filename

@@ -153,7 +153,7 @@ def test_export_loads_into_the_plain_model(
     plain_model.load_state_dict(weights, strict=True)
     torch.testing.assert_close(plain_model.eval()(x), model(x), rtol=1e-4, atol=1e-4)
     assert {int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")} == {123}
-    told = {"model": name, "num_classes": "7", "size": "64", "step": "123", "resize": "256"}
+    told = {"model": name, "num_classes": "7", "size": "64", "step": "123", "resize": "74"}
     with safetensors.safe_open(out, "pt") as file:
         assert file.metadata().items() >= told.items()
 

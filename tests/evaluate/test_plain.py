@@ -51,7 +51,7 @@ def test_an_exported_model_scores_what_its_checkpoint_scores(place: Path) -> Non
     """What fap-export wrote says which model it is, and how it wants its images."""
     words = ["--imagenet-r", str(place / "r")]
     of_run, _ = run(place, *words, out="run")
-    plain = ["--plain", "data.resize=36", *named(place)]
+    plain = ["--plain", "data.resize=36"]  # it knows the names of its classes too
     of_weights, _ = run(place, *words, *plain, out="plain", model="plain.safetensors")
     for key in ("clean", "imagenet_r"):
         assert of_weights["results"][key] == of_run["results"][key]
@@ -160,9 +160,11 @@ def no_network(*_: object, **__: object) -> None:
 
 
 def test_without_names_labels_go_by_position(place: Path, capsys: Capture) -> None:
+    save_file(bare_weights(), place / "bare.safetensors")
     words = ["--plain", *MODEL, "model.num_classes=6"]
-    assert "--labels-by-position" in refused(capsys, place, *words, model="plain.safetensors")
-    found, _ = run(place, *words, "--labels-by-position", model="plain.safetensors")
+    said = refused(capsys, place, *words, model="bare.safetensors")
+    assert "--classes FILE, or --labels-by-position" in said
+    found, _ = run(place, *words, "--labels-by-position", model="bare.safetensors")
     assert found["labels"]["clean"].startswith("by position (allowed by --labels-by-position")
 
 
@@ -210,3 +212,13 @@ def test_the_defaults_are_torchvisions(tmp_path: Path) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(loaded.model(images), model.eval()(images))
     assert load_config(None, ["model.name=resnet18"]).data.mean != data.mean  # not ours
+
+
+@pytest.mark.parametrize("out", ["named.safetensors", "named"])
+def test_names_of_classes_travel_with_what_is_exported(place: Path, out: str) -> None:
+    """A file's header has them, or the folder's config.json; a list of one's own comes first."""
+    assert export([str(place / CHECKPOINT), str(place / out)]) == 0
+    loaded = load_weights(str(place / out), ["data.size=32"])
+    assert loaded.classes == tuple(WNIDS)
+    others = tuple(f"class {i}" for i in range(len(WNIDS)))
+    assert load_weights(str(place / out), ["data.size=32"], others).classes == others

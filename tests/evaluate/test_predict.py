@@ -238,7 +238,8 @@ def test_mistakes_are_said(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([val, "--top", "7"], "top = 7: must be 1 to 6"),
         ([val, "--top", "0"], "top = 0: must be 1 to 6"),
         ([val, "--device", "nothing"], "--device nothing"),
-        ([val, "--out", str(tmp_path / "no" / "such" / "p.csv")], "No such file"),
+        ([val, "--out", str(tmp_path / "no" / "such" / "p.csv")], "p.csv: there is no folder "),
+        ([val, "--out", str(tmp_path / "empty")], "empty: is a folder; give the name of a file"),
         ([val, "--best"], "is no folder"),
     ):
         assert message in failed(capsys, world, "--out", str(tmp_path / "p.csv"), *words)

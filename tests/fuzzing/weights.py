@@ -38,7 +38,7 @@ def fuzz_weights(rng: np.random.Generator, folder: Path) -> str:
     path.write_bytes(bad)
     try:
         weights = find_weights(str(path))
-        load_init(build("cifar_resnet8", 3, size=16), weights, 3, str)
+        load_init(build("cifar_resnet8", 3, size=16), "cifar_resnet8", weights, 3, str)
     except ValueError as error:
         assert path.name in str(error), repr(error)
         assert "\n" not in str(error), repr(error)

@@ -102,7 +102,7 @@ def start(path: Path | str, n_classes: int = 10) -> tuple[nn.Module, list[str]]:
     model = build("cifar_resnet8", n_classes, size=16)
     weights = find_weights(str(path))
     said = [*weights.notes]
-    load_init(model, weights, n_classes, said.append)
+    load_init(model, "ours", weights, n_classes, said.append)
     return model, said
 
 
@@ -111,7 +111,7 @@ def refusal(path: Path | str) -> str:
     with pytest.raises(ValueError) as error:
         start(path)
     message = str(error.value)
-    assert message.startswith(f"model.init = {str(path)!r}: ")
+    assert message.startswith(f"model.init = {str(path)!r}")
     assert len(message) < 1000
     return message
 

@@ -238,7 +238,7 @@ def start(path: Path, name: str = "retinanet_resnet18_fpn") -> tuple[nn.Module, 
     """A model that starts from the file, and what was said."""
     model = prepare(RetinaNet(spec_of(name), N_CLASSES), size=64)
     said: list[str] = []
-    load_init(model, find_weights(str(path)), N_CLASSES, said.append)
+    load_init(model, "ours", find_weights(str(path)), N_CLASSES, said.append)
     return model, said
 
 
@@ -306,7 +306,7 @@ def test_init_of_another_detector_changes_nothing(tmp_path: Path, of_classifier:
     model = prepare(RetinaNet(SPECS["retinanet_resnet18_fpn"], N_CLASSES), size=64)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=says):
-        load_init(model, find_weights(str(tmp_path / "x")), N_CLASSES, pytest.fail)
+        load_init(model, "ours", find_weights(str(tmp_path / "x")), N_CLASSES, pytest.fail)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -100,8 +100,9 @@ def deits(order: list[int], repeats: int, world: int) -> list[list[int]]:
     return [repeated[rank::world] for rank in range(world)]
 
 
-@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
 def test_groups_are_shown_what_deits_ranks_are(repeats: int) -> None:
+    """Where the rows of a step divide by the repeats; DeiT's go on into the next step if not."""
     spec = PlanSpec(seed=3, size=8, clean_rows=24, clean_group_rows=6, repeats=repeats)
     n = 150
     plan = drawn(spec, n)
@@ -134,9 +135,13 @@ def test_repeats_meet_in_a_step_and_in_no_group(repeats: int, sampling: Any) -> 
 
 
 def test_the_last_image_is_repeated_less_often_where_rows_do_not_divide() -> None:
+    """One in every step: 36 rows show 7 images five times, and one once."""
     plan = drawn(replace(SPEC, repeats=5), 36 * 3)
-    times = np.bincount(plan.index.ravel(), minlength=108)
-    assert sorted(times[times > 0].tolist()) == [3] + [5] * 21
+    for rows in plan.index:
+        times = np.bincount(rows, minlength=108)
+        assert sorted(times[times > 0].tolist()) == [1] + [5] * 7
+    shown = [set(rows.tolist()) for rows in plan.index]
+    assert len(set.union(*shown)) == 3 * 8, "no image is in two steps"
 
 
 def test_ranks_get_slices_of_it() -> None:

@@ -110,7 +110,8 @@ def test_weights_that_do_not_fit_stop_the_run(
     state = plain("cifar_resnet14", CLASSES).state_dict()
     torch.save(state, tmp_path / "x.pth")
     seen = start_from("x.pth")
-    assert "the weights do not fit the model" in seen.error
+    said = "x.pth' for model.name = 'cifar_resnet8': the weights do not fit the model"
+    assert said in seen.error
     assert not (tmp_path / "runs").exists()
 
 

@@ -78,6 +78,15 @@ def test_a_start_that_fails_leaves_nothing_behind(
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.parametrize("place", ["/proc/runs", "a file"])
+def test_a_folder_that_cannot_be_made_names_the_field(
+    tiny_beton: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "a file").touch()
+    with pytest.raises(OSError, match=r"run\.dir: the folder of the run cannot be made: N"):
+        run(tiny_beton, tmp_path / place, "run.max_steps=1")
+
+
 def test_config_yaml_says_how_the_run_runs_now(tiny_beton: Path, tmp_path: Path) -> None:
     folder, _ = run(tiny_beton, tmp_path, "run.max_steps=2")
     run(tiny_beton, tmp_path, "run.max_steps=3", "run.log_every=2", "resume=auto")

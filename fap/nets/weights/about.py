@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.files import shown
+from pipelines.names import checked_names
 from pipelines.sizes import Size
 
 CHANNELS = 3
@@ -34,6 +35,8 @@ class About:
     """Pixels: the shorter side of an image before the centre crop of `size`, in evaluation."""
     interpolation: str | None = None
     """Of that resize: bilinear, bicubic."""
+    classes: tuple[str, ...] | None = None
+    """Their names, in the order of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def from_header(header: Mapping[str, str]) -> tuple[About, list[str]]:
     """
     readers = {
         "num_classes": _count,
+        "classes": names,
         "mean": _channels,
         "std": _channels,
         "size": _size,
@@ -86,6 +90,14 @@ def _count(value: Any) -> int | None:
     if type(value) is int and 1 <= value < 1 << 31:
         return value
     return None
+
+
+def names(value: Any) -> tuple[str, ...] | None:
+    """Of classes, if they are some."""
+    try:
+        return checked_names(value)
+    except ValueError:
+        return None
 
 
 def _channels(value: Any) -> tuple[float, ...] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fap import checkpoint
 from fap.nets.dual import export
-from fap.nets.weights.about import About, Weights, from_header, from_timm
+from fap.nets.weights.about import About, Weights, from_header, from_timm, names
 from fap.nets.weights.torch_file import is_torch_file, tensors_in
 from fap.run_meta import RunMeta, run_meta
 from pipelines.files import read_regular, readable, shown
@@ -145,6 +145,7 @@ def about_run(meta: RunMeta) -> About:
     return About(
         architecture=config.model.name,
         num_classes=config.model.num_classes,
+        classes=meta.train.classes,
         mean=config.data.mean,
         std=config.data.std,
         size=config.data.size,
@@ -195,4 +196,5 @@ def about_hub_config(config: Mapping[str, Any]) -> tuple[About, list[str]]:
     # fap-export says where the model is from; timm's own files need not.
     library = "" if config.get("library") in ("torchvision", "fap") else "timm/"
     classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
-    return from_timm({**cfg, **classes}, library + architecture.removeprefix("timm/"))
+    about, notes = from_timm({**cfg, **classes}, library + architecture.removeprefix("timm/"))
+    return replace(about, classes=names(config.get("label_names"))), notes

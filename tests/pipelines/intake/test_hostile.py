@@ -135,6 +135,25 @@ def test_links_in_a_zip(tmp_path: Path) -> None:
     assert (done["count"], done["ignored"]) == (4, {"symbolic links": 1})
 
 
+@pytest.mark.parametrize("flagged", [True, False])
+def test_names_in_a_zip_are_utf_8(flagged: bool, tmp_path: Path) -> None:
+    """Info-ZIP does not say so; others do."""
+    files = {name.replace("cat", "caf\u00e9"): content for name, content in IMAGES.items()}
+    path = forms.zipped(files, tmp_path / "x.zip")
+    if not flagged:
+        data = bytearray(path.read_bytes())
+        for signature, flags in ((b"PK\x03\x04", 7), (b"PK\x01\x02", 9)):
+            at = -1
+            while (at := data.find(signature, at + 1)) >= 0:
+                data[at + flags] &= ~0x08
+        path.write_bytes(data)
+        assert not any(info.flag_bits & 0x800 for info in zipfile.ZipFile(path).infolist())
+    convert_images(path, tmp_path / "out.beton")
+    names = BetonStore(tmp_path / "out.beton").classes
+    assert names is not None
+    assert "caf\u00e9" in names
+
+
 def test_a_zip_with_a_password(tmp_path: Path) -> None:
     path = forms.zipped(IMAGES, tmp_path / "x.zip")
     data = bytearray(path.read_bytes())
