@@ -103,7 +103,7 @@ def class_weights(value: Any) -> Any:
     )
 
 
-def listed(value: Any, example: str) -> Any:
+def as_list(value: Any, example: str) -> Any:
     """What is given as a list; anything else is a ValueError that shows one."""
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be {example}")
@@ -112,21 +112,21 @@ def listed(value: Any, example: str) -> Any:
 
 def sides_by_epoch(value: Any) -> Any:
     example = "pairs [epoch, pixels] such as [[0, 128], [6, 160]]"
-    for pair in listed(value, example):
-        if len(listed(pair, example)) != 2:
+    for pair in as_list(value, example):
+        if len(as_list(pair, example)) != 2:
             raise ValueError(f"must be {example}")
     return value
 
 
 def color_jitter(value: Any) -> Any:
     example = "[brightness, contrast, saturation, hue] such as [0.4, 0.4, 0.4, 0.1]"
-    if len(listed(value, example)) != 4:
+    if len(as_list(value, example)) != 4:
         raise ValueError(f"must be {example}")
     return value
 
 
 def names_of_parts(value: Any) -> Any:
-    return listed(value, "a list of names such as [conv1, layer1]")
+    return as_list(value, "a list of names such as [conv1, layer1]")
 
 
 def safe_name(value: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from fap.config import Config
 from fap.methods import KINDS
+from fap.step.metrics import rates
 
 STANDARD_ERRORS = 2  # by which a difference of two accuracies must exceed chance
 
@@ -56,8 +57,9 @@ def leak(
     n_adv = metrics["rows_adv"]
     if not (n_clean and n_adv):
         return ""
-    clean = metrics["correct_clean"] / n_clean
-    adv = metrics["correct_adv"] / n_adv
+    accuracies = rates(metrics)
+    clean = accuracies["acc_clean"]
+    adv = accuracies["acc_adv"]
     mean = (metrics["correct_clean"] + metrics["correct_adv"]) / (n_clean + n_adv)
     standard_error = math.sqrt(mean * (1 - mean) * (1 / n_clean + 1 / n_adv))
     if not adv - clean > STANDARD_ERRORS * standard_error:

@@ -33,7 +33,6 @@ class SeparateAttack:
         scale: Tensor,  # float32 (), static: of the loss, under float16
         n_parts: int,  # into which the rows are divided, each of whole groups
     ) -> None:
-        assert method.adv_group_rows is not None
         self.attack = attack
         self.network = network
         self.task = task

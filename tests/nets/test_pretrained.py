@@ -111,7 +111,8 @@ def refusal(path: Path | str) -> str:
     with pytest.raises(ValueError) as error:
         start(path)
     message = str(error.value)
-    assert message.startswith(f"model.init = {str(path)!r}")
+    where = f"model.init = {str(path)!r}"
+    assert message.startswith((f"{where}: ", f"{where} for model.name = 'ours': "))
     assert len(message) < 1000
     return message
 

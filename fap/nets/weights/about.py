@@ -59,7 +59,7 @@ def from_header(header: Mapping[str, str]) -> tuple[About, list[str]]:
     """
     readers = {
         "num_classes": _count,
-        "classes": names,
+        "classes": class_names,
         "mean": _channels,
         "std": _channels,
         "size": _size,
@@ -92,8 +92,8 @@ def _count(value: Any) -> int | None:
     return None
 
 
-def names(value: Any) -> tuple[str, ...] | None:
-    """Of classes, if they are some."""
+def class_names(value: Any) -> tuple[str, ...] | None:
+    """A list of them; None for anything else."""
     try:
         return checked_names(value)
     except ValueError:

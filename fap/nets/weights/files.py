@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fap import checkpoint
 from fap.nets.dual import export
-from fap.nets.weights.about import About, Weights, from_header, from_timm, names
+from fap.nets.weights.about import About, Weights, class_names, from_header, from_timm
 from fap.nets.weights.torch_file import is_torch_file, tensors_in
 from fap.run_meta import RunMeta, run_meta
 from pipelines.files import read_regular, readable, shown
@@ -197,4 +197,4 @@ def about_hub_config(config: Mapping[str, Any]) -> tuple[About, list[str]]:
     library = "" if config.get("library") in ("torchvision", "fap") else "timm/"
     classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
     about, notes = from_timm({**cfg, **classes}, library + architecture.removeprefix("timm/"))
-    return replace(about, classes=names(config.get("label_names"))), notes
+    return replace(about, classes=class_names(config.get("label_names"))), notes
