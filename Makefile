@@ -8,14 +8,14 @@ WORKERS ?= $(shell n=$$(nproc); [ $$n -gt 8 ] && n=8; echo $$n)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -rs --durations=12 -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup demo demo-detection test check lint configs soak study bench gpu kit clean
+.PHONY: help setup demo demo-detection evidence test check lint configs soak bench gpu kit clean
 help:
 	@echo "make demo [FAST=1] [PIPELINE=ffcv|dali|reference]   vanilla training and Fast AdvProp on real images: cost, accuracy,"
 	@echo "              figures, a verdict; 10 to 15 minutes on 2 cores after set-up, FAST=1 under 2"
 	@echo "make demo-detection [FAST=1] [PIPELINE=...]   the same two methods on a small detector; under 10 minutes"
 	@echo "make test     the tests (with a GPU: the GPU tests too)"
 	@echo "make check    lint, types, quick tests              make configs  write configs/ from its table"
-	@echo "make study SIZE=small|full   the comparison of methods over several seeds"
+	@echo "make evidence [SIZE=small|full] [SECONDS=7200]   where Fast AdvProp pays, and how much: methods over several seeds (docs/evidence.md)"
 	@echo "make bench    speed of conversion, loaders and steps       make soak   hours of stress"
 	@echo "make gpu [SECONDS=7200]   on a GPU machine: tests, speed, profile, study, and a table of them (bench/gpu/README.md)"
 	@echo "make kit      what a GPU machine without a network lacks, see bench/gpu/README.md"
@@ -49,8 +49,8 @@ configs: setup
 soak: setup
 	$(PY) -m pytest -v -rs -m soak
 
-study: setup
-	$(PY) -m bench.study study --size $(SIZE)
+evidence: setup
+	$(PY) -m bench.evidence --size $(SIZE) --seconds $(SECONDS)
 
 bench: setup
 	$(PY) -m bench.convert

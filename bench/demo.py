@@ -19,14 +19,23 @@ from typing import Any
 import torch
 
 from bench import demo_figures, demo_words
+from bench.cifar import Files, convert
 from bench.commands import fap, stopping
 from bench.common import write_json
 from bench.contestants import GPU
-from bench.demo_common import MOST_WORKERS, cpu_seconds, in_parallel, minutes, say
-from bench.demo_measure import ATTACK_STEPS, STEP_255, adversarial_accuracy, cost, examples
+from bench.demo_common import (
+    MOST_WORKERS,
+    RUNS,
+    cpu_seconds,
+    in_parallel,
+    last_checkpoint,
+    minutes,
+    same_settings,
+    say,
+)
+from bench.demo_measure import ATTACK_STEPS, STEP_255, adversarial_accuracy, cost, examples, summary
 from bench.demo_runs import CONFIGS, EPS_255, FAST, FULL, Demo, Size
 from bench.demo_words import BASE, EQUAL_COST, LABELS, Cost
-from bench.study import RUNS, Files, convert, last_checkpoint, same_settings, summary
 from fap.cli.output import survive
 from fap.config import load_config
 from pipelines.back_ends import BACK_ENDS

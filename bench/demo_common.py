@@ -6,13 +6,18 @@ A library of `bench.demo` and `bench.demo_detection`.
 import json
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from bench.cifar import Files
 from bench.commands import fap, stopping
+from bench.common import ROOT
+from pipelines import open_store
 
+RUNS = ROOT / "runs"
 MOST_WORKERS = 4  # runs side by side
 SAY_EVERY_S = 30
 WIDTH = 110  # of what is said, in characters
@@ -56,12 +61,47 @@ class RunsInAFolder(ABC):
             (folder / "cpu_seconds.json").write_text(json.dumps(seconds))
 
 
+def same_settings(runs: Path, settings: Mapping[str, Any], files: Files) -> None:
+    """Note in `runs` what its runs are made with, the content of the data included.
+
+    Raises SystemExit where that was other.
+    """
+    content = {}
+    for split, file in files.items():
+        with closing(open_store(file)) as store:
+            content[split] = store.identity()
+    now = json.dumps({**settings, "data": content}, indent=1)
+    note = runs / "settings.json"
+    if note.exists() and note.read_text() != now:
+        raise SystemExit(
+            f"{runs} holds runs with other settings or other data, see {note}; "
+            "move it away to start anew"
+        )
+    runs.mkdir(parents=True, exist_ok=True)
+    note.write_text(now)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Of a run that has one."""
+    return sorted((folder / "checkpoints").glob("step_*.safetensors"))[-1]
+
+
 def cpu_seconds(run_folder: Path) -> float | None:
     """Of a whole run, start-up included; None if it was interrupted."""
     file = run_folder / "cpu_seconds.json"
     if not file.exists():
         return None
     return json.loads(file.read_text())
+
+
+def last_epoch(folder: Path) -> dict[str, float]:
+    """What a run counted in its last epoch."""
+    found: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if any(name.startswith("epoch_acc_") for name in record):
+            found = record
+    return found
 
 
 def in_parallel(

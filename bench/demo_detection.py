@@ -21,11 +21,21 @@ from typing import Any
 import torch
 
 from bench import scenes
+from bench.cifar import Files
 from bench.commands import fap, stopping
-from bench.common import write_json
-from bench.demo_common import MOST_WORKERS, RunsInAFolder, cpu_seconds, in_parallel, minutes, say
+from bench.common import ROOT, write_json
+from bench.demo_common import (
+    MOST_WORKERS,
+    RUNS,
+    RunsInAFolder,
+    cpu_seconds,
+    in_parallel,
+    last_checkpoint,
+    minutes,
+    same_settings,
+    say,
+)
 from bench.demo_words import BASE, EQUAL_COST, LABELS, difference, markdown
-from bench.study import ROOT, RUNS, Files, last_checkpoint, same_settings
 from fap.budget import Budget, budget
 from fap.cli.output import survive
 from fap.config import Config, load_config

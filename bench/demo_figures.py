@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.demo_measure import Example
-from bench.study_report import bars
 
 AMPLIFIED = 20  # times the perturbation, around middle grey
 MIDDLE_GREY = 128
@@ -70,3 +69,18 @@ def _answer(example: Example, called: str) -> str:
     """What the network calls an image, on a line of its own."""
     judged = "right" if called == example.label else "wrong"
     return f"\n{judged}: {called}"
+
+
+def bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw `groups`: by label, by arm, one value per seed. A bar is their mean, a dot one seed."""
+    arms = list(next(iter(groups.values())))
+    width = 0.8 / len(arms)
+    left = np.arange(len(groups))
+    for i, arm in enumerate(arms):
+        at = left + (i + 0.5) * width
+        values = np.array([group[arm] for group in groups.values()])  # (groups, seeds)
+        axes.bar(at, values.mean(1), width, label=arm, color=f"C{i}", alpha=0.6)
+        axes.plot(at, values, ".", color="black", markersize=4)
+    axes.set_xticks(left + 0.4, list(groups))
+    axes.set_ylabel("percent right")
+    axes.set_ylim(bottom=0)

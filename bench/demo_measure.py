@@ -3,11 +3,13 @@
 A library of `bench.demo`; it writes nothing.
 """
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import pipelines
 from bench.common import alternate, ratio
 from bench.contestants import AMPS, GPU, Contestant
+from bench.demo_common import last_epoch
 from bench.demo_words import Cost
 from fap.budget import budget
 from fap.config import Config
@@ -70,6 +73,38 @@ def seconds_per_step(contestant: Contestant, steps: int) -> float:
     before = time.process_time()
     contestant.block(steps)
     return (time.process_time() - before) / steps
+
+
+# ------------------------------------------------------------------ what a run and fap-eval wrote
+
+
+def summary(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """One run in numbers, accuracies in percent.
+
+    `corruptions`, by name, are means over the severities.
+    """
+    result = json.loads((folder / "result.json").read_text())
+    epoch = last_epoch(folder)
+    by_name: dict[str, list[float]] = {}
+    for key, found in report["results"].items():
+        if key.startswith("computed/"):
+            name = key.split("/")[1]
+            by_name.setdefault(name, []).append(100 * found["top1"])
+    corruptions = {name: fmean(values) for name, values in by_name.items()}
+    train_adv = None  # of a method without adversarial rows
+    if "epoch_acc_adv" in epoch:
+        train_adv = 100 * epoch["epoch_acc_adv"]
+    return {
+        "seed": result["seed"],
+        "clean": 100 * report["results"]["clean"]["top1"],
+        "corrupted": fmean(corruptions.values()),
+        "corruptions": corruptions,
+        "train_clean": 100 * epoch["epoch_acc_clean"],
+        "train_adv": train_adv,
+        "steps": result["steps"],
+        "image_passes": result["image_passes"],
+        "seconds": result["seconds"],
+    }
 
 
 # ------------------------------------------------------------------ images and their attack

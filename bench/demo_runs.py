@@ -8,9 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from bench import demo_words
+from bench.cifar import Files
 from bench.demo_common import RunsInAFolder
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS
-from bench.study import Files
 from fap.budget import Budget, budget
 from fap.config import Config, load_config
 from pipelines.corrupt import NAMES, QUICK

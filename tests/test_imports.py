@@ -137,7 +137,7 @@ def test_every_import_goes_in_a_direction_of_the_design(path: Path) -> None:
         ("pipelines.sources.beton", "def f():\n    from fap.config import Config"),
         ("pipelines.plan", "import bench.common"),
         ("pipelines.plan", "import numpy, tests.conftest"),
-        ("bench.study", "from tests.conftest import photo"),
+        ("bench.demo", "from tests.conftest import photo"),
         ("fap.run.train", "from bench.common import ROOT"),
         ("fap.config", "from fap.nets.norm import Bn"),
         ("fap.strict_yaml", "from fap import checkpoint"),
@@ -170,7 +170,7 @@ def test_a_wrong_direction_is_found(module: str, source: str) -> None:
         ("fap.tasks.detection", "import pipelines"),
         ("fap.run.train", "from fap.evaluate.exact import evaluate"),
         ("fap.cli.train_command", "from fap.run import train"),
-        ("bench.study", "import fap.cli.train, pipelines"),
+        ("bench.demo", "import fap.cli.train, pipelines"),
     ],
 )
 def test_a_right_direction_is_not(module: str, source: str) -> None:

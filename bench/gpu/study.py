@@ -1,82 +1,62 @@
-"""Does it work, as far as this GPU gets in the time there is? CIFAR-10, as many seeds as fit.
+"""The study of `bench.evidence` on a GPU, as far as this one gets in the time there is.
 
     python -m bench.gpu.study --seconds 600
 
-Vanilla training, Fast AdvProp and the noise control. The seconds decide how many seeds run, never
-which results are shown: a seed counts when all its arms are done. Several runs share the GPU, so
-their seconds compare nothing; accuracies do. `--kit` names a folder of sheets (`bench.gpu.sheets`)
-where nothing can be fetched. Writes OUT/study_gpu.json, .md and .png.
+Vanilla training, Fast AdvProp and the noise control on CIFAR-10, as many seeds as fit. Several runs
+share the GPU, so their seconds compare nothing; accuracies do. `--kit` names a folder of sheets
+(`bench.gpu.sheets`) where nothing can be fetched. Writes OUT/study_gpu.json, .md and .png.
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from bench.cifar import Files, convert
 from bench.common import ROOT, options
+from bench.evidence.arms import BASE
+from bench.evidence.conduct import conduct
+from bench.evidence.cost import costs
+from bench.evidence.measure import Measure
+from bench.evidence.numbers import Rows
+from bench.evidence.report import write
+from bench.evidence.runs import Runs
+from bench.evidence.studies import FULL, Part, Regime, Study
 from bench.gpu import sheets
-from bench.study import Files, Size, convert, evaluated, train
-from bench.study_report import report
+from pipelines import open_store
 from pipelines.back_ends import BACK_ENDS
 from pipelines.convert import convert_arrays
 from pipelines.sources import cifar10
 
-SIZE = Size(
-    arms=("vanilla", "fast_advprop", "noise"),
-    seeds=20,
-    model="cifar_resnet18",
-    images=50_000,
-    test=10_000,
-    epochs=15,
-    milestones=(8, 12, 14),
-    clean_batch=256,
-    workers=3,
-    corrupt=(),
-)
-TOY = replace(
-    SIZE,
-    arms=("vanilla",),
-    seeds=1,
-    model="cifar_resnet8",
-    images=128,
+STUDY = replace(FULL, corrupt=())  # fap-eval's few: corruptions are computed on CPU cores
+TOY = Study(
+    parts={
+        "headline": Part(
+            "Does it run?", (Regime(images=128, epochs=1, group_rows=64),), (BASE,), seeds=1
+        )
+    },
     test=64,
-    epochs=1,
-    milestones=(),
-    clean_batch=64,
+    corrupted=64,
+    attacked=8,
     workers=2,
     corrupt=("contrast",),
 )
-EVALUATION_SHARE = 0.25  # of the seconds, kept for evaluating what was trained
-MARGIN = 1.1  # another run may take so many times the longest
 
 
-@dataclass
-class Clock:
-    """How long a run takes, so that none is begun that would not end in time."""
-
-    seconds: float  # for training
-    begun: float = field(default_factory=time.monotonic)
-    longest: float = 0.0  # run, in seconds
-
-    def allows_another(self) -> bool:
-        return time.monotonic() - self.begun + MARGIN * self.longest < self.seconds
-
-
-def data(size: Size, kit: Path | None, runs: Path, toy: bool) -> Files:
+def data(study: Study, kit: Path | None, folder: Path, toy: bool) -> Files:
     """CIFAR-10 as `.beton`: from a kit's sheets, else fetched into `data/`; a toy's is noise.
 
-    A copy that lies under `data/` is used as it is.
+    What lies in `folder` is used as it is.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"train": study.sizes()[0], "test": study.test}
     if not toy and kit is None:
-        return {"train": convert("train", size.images), "test": convert("test", size.test)}
-    files = {split: runs / f"{split}.beton" for split in ("train", "test")}
-    for split, count in (("train", size.images), ("test", size.test)):
+        return {split: convert(split, count) for split, count in counts.items()}
+    files = {split: folder / f"{split}.beton" for split in counts}
+    for split, count in counts.items():
         if files[split].exists():
             continue
         if toy:
@@ -91,35 +71,6 @@ def data(size: Size, kit: Path | None, runs: Path, toy: bool) -> Files:
     return files
 
 
-def trained(
-    size: Size, files: Files, runs: Path, pipeline: str, clock: Clock
-) -> dict[tuple[str, int], Path]:
-    """The folders of the runs that were done in time, by arm and seed.
-
-    Of the first seed all arms, then of the next.
-    """
-    done: dict[tuple[str, int], Path] = {}
-
-    def one(arm: str, seed: int) -> None:
-        if not clock.allows_another():
-            return
-        begun = time.monotonic()
-        try:
-            done[arm, seed] = train(arm, seed, size, files, runs, pipeline)
-        except SystemExit as error:  # one run's failure is no other's
-            print(f"{arm}, seed {seed}: {error}", file=sys.stderr, flush=True)
-        clock.longest = max(clock.longest, time.monotonic() - begun)
-
-    jobs = []
-    with ThreadPoolExecutor(size.workers) as pool:
-        for seed in range(size.seeds):
-            for arm in size.arms:
-                jobs.append(pool.submit(one, arm, seed))
-    for job in jobs:
-        job.result()
-    return done
-
-
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options(__doc__, seconds=600.0, runs=ROOT / "runs" / "gpu_study")
     parser.add_argument(
@@ -127,37 +78,29 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
     parser.add_argument(
-        "--toy", action="store_true", help="noise instead of CIFAR-10, one short run per arm"
+        "--toy", action="store_true", help="noise instead of CIFAR-10, one short run"
     )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = parsed(argv)
-    size = SIZE
-    runs = a.runs
+    study = STUDY
+    folder = a.runs
     if a.toy:
-        size = TOY
-        runs = a.out / "runs"
+        study = TOY
+        folder = a.out / "runs"
     if a.kit is not None:  # more sheets are another data set, whose runs are others
-        runs = runs / f"sheets_{len(list(a.kit.glob('*.webp')))}"
-    clock = Clock(a.seconds * (1 - EVALUATION_SHARE))
-    files = data(size, a.kit, runs, a.toy)
-    done = trained(size, files, runs, a.pipeline, clock)
-    seeds = [seed for seed in range(size.seeds) if all((arm, seed) in done for arm in size.arms)]
-    if not seeds:
-        print(
-            f"no seed had all its arms done in {a.seconds:.0f} s: {len(done)} runs were",
-            file=sys.stderr,
-        )
-        return 1
-    jobs = [(arm, seed) for arm in size.arms for seed in seeds]
-    found = evaluated([done[job] for job in jobs], size, files, runs, a.pipeline)
-    rows = {}
-    for i, arm in enumerate(size.arms):
-        rows[arm] = found[i * len(seeds) : (i + 1) * len(seeds)]
-    shown = replace(size, seeds=len(seeds))
-    print(report(rows, asdict(shown), a.out / "study_gpu"))
+        folder = folder / f"sheets_{len(list(a.kit.glob('*.webp')))}"
+    files = data(study, a.kit, folder, a.toy)
+    with closing(open_store(files["train"])) as store:
+        study = study.with_images(len(store))
+    train = dict.fromkeys(study.sizes(), files["train"])
+    runs = Runs(folder, train, files["test"], a.pipeline, study.workers)
+    measure = Measure(runs, study, files["test"], folder / "eval")
+    found_costs = costs(runs, study.headline, folder / "costs.json")
+    rows = conduct(study, runs, measure, a.seconds, known=[])
+    print(write(Rows(rows), study, a.out / "study_gpu", found_costs))
     return 0
 
 

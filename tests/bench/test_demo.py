@@ -16,16 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench import (
-    commands,
-    demo,
-    demo_common,
-    demo_figures,
-    demo_measure,
-    demo_words,
-    study,
-    study_report,
-)
+from bench import commands, demo, demo_common, demo_figures, demo_measure, demo_words
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost, Difference
 from fap.config import DataConfig
 
@@ -217,7 +208,7 @@ def test_a_bar_is_the_mean_and_a_dot_is_a_seed() -> None:
         "clean": {"a": [1.0, 3.0], "b": [4.0, 4.0]},
         "noise": {"a": [5.0, 6.0], "b": [0.0, 1.0]},
     }
-    study_report.bars(axes, groups)
+    demo_figures.bars(axes, groups)
     assert [p.get_height() for p in axes.patches] == [2.0, 5.5, 4.0, 0.5]
     dots = []
     for line in axes.lines:
@@ -384,12 +375,12 @@ def test_other_settings_do_not_pass_for_the_same_runs(
     tiny_beton: Path, raw_beton: Path, tmp_path: Path
 ) -> None:
     files = {"train": tiny_beton, "test": tiny_beton}
-    study.same_settings(tmp_path / "runs", {"epochs": 4}, files)
-    study.same_settings(tmp_path / "runs", {"epochs": 4}, files)
+    demo_common.same_settings(tmp_path / "runs", {"epochs": 4}, files)
+    demo_common.same_settings(tmp_path / "runs", {"epochs": 4}, files)
     with pytest.raises(SystemExit, match="other settings or other data"):
-        study.same_settings(tmp_path / "runs", {"epochs": 5}, files)
+        demo_common.same_settings(tmp_path / "runs", {"epochs": 5}, files)
     with pytest.raises(SystemExit, match="other settings or other data"):
-        study.same_settings(tmp_path / "runs", {"epochs": 4}, files | {"test": raw_beton})
+        demo_common.same_settings(tmp_path / "runs", {"epochs": 4}, files | {"test": raw_beton})
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from bench import step as bench_step
+from bench.evidence.arms import ARMS
 from bench.gpu import smoke, suite
 from bench.gpu.cells import REAL, TOY, Cell, cells, command
-from bench.gpu.study import SIZE as STUDY
+from bench.gpu.study import STUDY
 from bench.gpu.suite import Suite
 from bench.gpu.table import TARGETS, Target, table
 from fap.config import load_config
@@ -88,8 +89,9 @@ def test_the_modules_the_tests_and_the_study_s_configs_exist():
         assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), module
     for module in suite.PRELOADED:
         assert suite.importable(module), module
-    for arm in STUDY.arms:
-        assert load_config(ROOT / "configs" / "cifar10" / f"{arm}.yaml").name == arm
+    for run in STUDY.runs():
+        config = ARMS[run.arm].config
+        assert load_config(ROOT / "configs" / "cifar10" / f"{config}.yaml").name == config
 
 
 def test_targets_and_profile_fit_into_nine_minutes_by_their_usual_times():

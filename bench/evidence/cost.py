@@ -1,0 +1,47 @@
+"""What a whole run of each arm costs, as a multiple of vanilla's: steps of all arms in turns.
+
+A library of `bench.evidence`. Loading is left out, which the arms share, but for AugMix's.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bench.common import alternate, ratio
+from bench.contestants import AMPS, GPU, Contestant
+from bench.demo_measure import seconds_per_step
+from bench.evidence.arms import BASE
+from bench.evidence.runs import Runs
+from bench.evidence.studies import Part, Run
+from fap.budget import budget
+
+STEPS_PER_BLOCK = 3
+ROUNDS = 20
+
+Costs = Mapping[str, Mapping[str, float]]
+"""By arm: `ratio`, `low` and `high` of its run over vanilla's, a 95% bootstrap interval."""
+
+
+def costs(runs: Runs, part: Part, file: Path) -> Costs:
+    """Of the arms of a part in its regime, in seconds of the processor, or of a GPU's clock.
+
+    Measured once, in this process, and kept in `file`.
+    """
+    if file.exists():
+        return json.loads(file.read_text())
+    (regime,) = part.regimes
+    configs = {arm: runs.config(Run(regime, arm, 0)) for arm in part.arms}
+    steps = {arm: budget(config, regime.images).steps for arm, config in configs.items()}
+    torch.set_num_threads(runs.threads)
+    amp = AMPS[0] if GPU else "off"
+    contestants = [Contestant(config, amp) for config in configs.values()]
+    per_step = alternate(
+        lambda contestant: seconds_per_step(contestant, STEPS_PER_BLOCK), contestants, ROUNDS
+    )
+    seconds = {arm: steps[arm] * found for arm, found in zip(configs, per_step, strict=True)}
+    found = {arm: ratio(seconds[arm], seconds[BASE]) for arm in configs}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found))
+    return found

@@ -1,0 +1,99 @@
+"""What is measured of finished runs: `fap-eval`'s report, and what the runs themselves wrote.
+
+A library of `bench.evidence`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.commands import fap
+from bench.demo_common import cpu_seconds, last_epoch
+from bench.evidence.runs import Runs
+from bench.evidence.studies import Run, Study
+
+Row = dict[str, Any]
+"""One run. Its `numbers`, by name, are percentages: `clean`, on all test images; `train/KIND`, of
+the last epoch's rows; and of the images that are corrupted and attacked, through the norms
+`main` or `aux`, NORMS/clean, /ece, /corrupted, /CORRUPTION and /ATTACK/EPS."""
+
+KINDS = ("clean", "noise", "adv")  # of training rows
+ATTACK = "pgd10"
+EPS_255 = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the runs of a study are measured; what was measured before is not measured again."""
+
+    runs: Runs
+    study: Study
+    test: Path  # the images that are corrupted and attacked
+    out: Path
+
+    def rows(self, runs: Sequence[Run]) -> list[Row]:
+        """Of finished runs, in their order."""
+        report = self._evaluated(runs)
+        return [self._row(run, report) for run in runs]
+
+    def _evaluated(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """fap-eval's reports: one of each run, and another one through its auxiliary norms."""
+        checkpoints = [str(self.runs.checkpoint(run)) for run in runs]
+        words = ["--data", str(self.test), "--out", str(self.out), "--bn", "both"]
+        words += ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
+        words += ["--attack", ATTACK, "--eps", *(str(eps) for eps in EPS_255)]
+        words += ["--attack-images", str(self.study.attacked)]
+        fap("eval", *checkpoints, *words, log=self.out / "fap-eval.log")
+        return json.loads((self.out / "report.json").read_text())
+
+    def _row(self, run: Run, reports: Sequence[dict[str, Any]]) -> Row:
+        row = self._written(run)
+        for report in reports:
+            if report["checkpoint"] == str(self.runs.checkpoint(run)):
+                norms = report["settings"]["bn"]
+                for name, number in percentages(report["results"]).items():
+                    row["numbers"][f"{norms}/{name}"] = number
+        return row
+
+    def _written(self, run: Run) -> Row:
+        """What a run wrote: what it did, and how it ended."""
+        folder = self.runs.folder_of(run)
+        result = json.loads((folder / "result.json").read_text())
+        numbers = {"clean": 100 * result["last"]["top1"]}
+        last = last_epoch(folder)
+        for kind in KINDS:
+            if f"epoch_acc_{kind}" in last:
+                numbers[f"train/{kind}"] = 100 * last[f"epoch_acc_{kind}"]
+        if "epoch_zero_signs" in last:
+            numbers["zero_signs"] = 100 * last["epoch_zero_signs"]
+        return {
+            "run": run.name,
+            "regime": run.regime.name,
+            "arm": run.arm,
+            "seed": run.seed,
+            "steps": result["steps"],
+            "epochs": result["epochs"],
+            "image_passes": result["image_passes"],
+            "cpu_seconds": cpu_seconds(folder),
+            "commit": result["versions"]["commit"],
+            "numbers": numbers,
+        }
+
+
+def percentages(results: dict[str, Any]) -> dict[str, float]:
+    """Of fap-eval's results through one set of norms; a corruption's is its severities' mean."""
+    found = {"clean": 100 * results["clean"]["top1"], "ece": 100 * results["clean"]["ece"]}
+    corruptions: dict[str, list[float]] = {}
+    for key, result in results.items():
+        accuracy = 100 * result["top1"]
+        match key.split("/"):
+            case ["computed", name, _severity]:
+                corruptions.setdefault(name, []).append(accuracy)
+            case ["attack", method, eps]:
+                found[f"{method}/{eps}"] = accuracy
+    found |= {name: fmean(severities) for name, severities in corruptions.items()}
+    found["corrupted"] = fmean(found[name] for name in corruptions)
+    return found

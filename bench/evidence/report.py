@@ -1,0 +1,205 @@
+"""A study's results: what they show in words, tables, a figure.
+
+A library of `bench.evidence`; `write` makes OUT.json, .md and .png.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from bench.common import write_json
+from bench.demo_words import markdown
+from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
+from bench.evidence.cost import Costs
+from bench.evidence.figure import figure
+from bench.evidence.measure import Row
+from bench.evidence.numbers import MEASURES, Rows, number
+from bench.evidence.studies import Part, Regime, Study
+from bench.evidence.words import words
+from fap.evaluate.compare import Difference
+from pipelines.corrupt import NAMES
+
+SHOWN = ("clean", "main/corrupted", "main/pgd10/1", "main/ece")  # in the tables of means
+COMPARED = ("clean", "main/corrupted", "main/lost", "main/pgd10/1", "main/ece")
+
+
+def write(rows: Rows, study: Study, out: Path, costs: Costs) -> str:
+    """OUT.json, .md and .png; returns the text."""
+    text = "\n\n".join(_text(rows, study, costs))
+    comparisons = {title: compared(rows, part) for title, part in study.parts.items()}
+    found = {"study": study.tree(), "costs": costs, "rows": list(rows.rows)}
+    found["comparisons"] = comparisons
+    write_json(out.with_suffix(".json"), found)
+    out.with_suffix(".md").write_text(text + "\n")
+    figure(rows, study).savefig(out.with_suffix(".png"), dpi=120)
+    return text
+
+
+def _text(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
+    yield "\n".join(f"- {line}" for line in words(rows, study, costs))
+    for title, part in study.parts.items():
+        yield f"## {title[0].upper()}{title[1:]}"
+        yield part.question
+        yield means_table(rows, part)
+        yield differences_table(rows, part)
+    yield "## Cost of a run"
+    yield costs_table(costs)
+    yield "## The headline, tested"
+    yield tests_table(rows, study.headline)
+    yield "## Every corruption"
+    yield corruptions_table(rows, study.headline)
+    yield "## Through the auxiliary norms"
+    yield norms_table(rows, study.headline)
+
+
+def compared(rows: Rows, part: Part) -> list[dict[str, Any]]:
+    """Every comparison of a part, for the JSON."""
+    found = []
+    for regime in part.regimes:
+        for arm in part.arms:
+            for measure in MEASURES:
+                difference = rows.difference(regime, arm, BASE, measure)
+                if arm == BASE or difference is None:
+                    continue
+                where = {"regime": regime.name, "arm": arm, "measure": measure}
+                found.append(where | asdict(difference))
+    return found
+
+
+# ------------------------------------------------------------------ tables
+
+
+def means_table(rows: Rows, part: Part) -> str:
+    """A line per regime and arm: means over the seeds, in percent, and what a run took."""
+    head = [
+        "percent",
+        "seeds",
+        "training images right",
+        *(MEASURES[measure].title for measure in SHOWN),
+        "zero signs",
+        "steps",
+        "image passes",
+        "CPU seconds",
+    ]
+    lines = []
+    for regime, arm in _lines(rows, part):
+        runs = rows.of(regime, arm)
+        first = runs[0]
+        seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
+        line = [_title(part, regime, arm), str(len(runs)), _training(runs)]
+        line += [f"{rows.mean(regime, arm, measure):.1f}" for measure in SHOWN]
+        line.append(f"{first['numbers']['zero_signs']:.2g}" if attacks(first) else "")
+        line += [f"{first['steps']:,}", f"{first['image_passes']:,}"]
+        line.append(f"{median(seconds):.0f}" if seconds else "not known")
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def _training(runs: list[Row]) -> str:
+    """Accuracies on the training rows of the last epoch, as training sees them: by kind."""
+    names = [name for name in runs[0]["numbers"] if name.startswith("train/")]
+    means = {name: fmean(number(run, name) for run in runs) for name in names}
+    return ", ".join(f"{mean:.0f} {name.removeprefix('train/')}" for name, mean in means.items())
+
+
+def attacks(row: Row) -> bool:
+    return "zero_signs" in row["numbers"]
+
+
+def differences_table(rows: Rows, part: Part) -> str:
+    """A line per regime and arm: differences to vanilla in points, with 95% intervals."""
+    head = ["minus vanilla, points", "seeds", *(MEASURES[measure].title for measure in COMPARED)]
+    lines = []
+    for regime, arm in _lines(rows, part):
+        found = [rows.difference(regime, arm, BASE, measure) for measure in COMPARED]
+        differences = [difference for difference in found if difference is not None]
+        if arm == BASE or not differences:
+            continue
+        cells = [said(difference) for difference in differences]
+        lines.append([_title(part, regime, arm), str(differences[0].n), *cells])
+    return markdown(head, lines)
+
+
+def tests_table(rows: Rows, part: Part) -> str:
+    """A line per measure and arm: both means, and the paired test."""
+    head = ["", "measure", "vanilla", "arm", "difference", "effect size d_z", "p", "seeds"]
+    lines = []
+    (regime,) = part.regimes
+    for arm in part.arms:
+        for measure in MEASURES:
+            difference = rows.difference(regime, arm, BASE, measure)
+            if arm == BASE or difference is None:
+                continue
+            means = [f"{rows.mean(regime, one, measure):.2f}" for one in (BASE, arm)]
+            test = [said(difference, 2), _number(difference.effect), _number(difference.p)]
+            lines.append(
+                [ARMS[arm].title, MEASURES[measure].title, *means, *test, str(difference.n)]
+            )
+    return markdown(head, lines)
+
+
+def corruptions_table(rows: Rows, part: Part) -> str:
+    """A line per corruption: the mean over its severities, and the differences to vanilla."""
+    (regime,) = part.regimes
+    others = [arm for arm in part.arms if arm != BASE and rows.of(regime, arm)]
+    head = ["percent right under", "vanilla", *(f"{ARMS[arm].title} - vanilla" for arm in others)]
+    lines = []
+    for name in NAMES:
+        cells = [f"{rows.mean(regime, BASE, f'main/{name}'):.1f}"]
+        for arm in others:
+            difference = rows.difference(regime, arm, BASE, f"main/{name}")
+            cells.append("" if difference is None else said(difference))
+        lines.append([name, *cells])
+    return markdown(head, lines)
+
+
+def norms_table(rows: Rows, part: Part) -> str:
+    """A line per arm and set of norms: what Fast AdvProp reaches through each."""
+    names = [name.removeprefix("main/") for name in MEASURES if name.startswith("main/")]
+    head = ["percent", "norms", "right on clean images"]
+    head += [MEASURES[f"main/{name}"].title for name in names]
+    (regime,) = part.regimes
+    lines = []
+    for arm in (OURS, OURS_STEPS):
+        if not rows.of(regime, arm):
+            continue
+        for norms in ("main", "aux"):
+            means = [rows.mean(regime, arm, f"{norms}/{name}") for name in ("clean", *names)]
+            lines.append([ARMS[arm].title, norms, *(f"{mean:.1f}" for mean in means)])
+    return markdown(head, lines)
+
+
+def costs_table(costs: Costs) -> str:
+    """A line per arm: seconds of a run over vanilla's, steps of all arms in turns."""
+    lines = [
+        [ARMS[arm].title, f"{cost['ratio']:.2f} [{cost['low']:.2f}, {cost['high']:.2f}]"]
+        for arm, cost in costs.items()
+    ]
+    return markdown(["seconds, times vanilla's", "ratio"], lines)
+
+
+def _lines(rows: Rows, part: Part) -> Iterator[tuple[Regime, str]]:
+    for regime in part.regimes:
+        for arm in part.arms:
+            if rows.of(regime, arm):
+                yield regime, arm
+
+
+def _title(part: Part, regime: Regime, arm: str) -> str:
+    if len(part.regimes) == 1:
+        return ARMS[arm].title
+    return f"{regime.title}: {ARMS[arm].title}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def said(difference: Difference, digits: int = 1) -> str:
+    """`+1.2 [+0.8, +1.6]`; of one seed without an interval."""
+    mean = f"{difference.mean:+.{digits}f}"
+    if difference.low is None:
+        return mean
+    return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"

@@ -1,0 +1,176 @@
+"""What the study trains: its parts, their regimes, arms and seeds.
+
+A library of `bench.evidence`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from bench.evidence.arms import ARMS, BASE, CONTROL, OURS, OURS_STEPS
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How much there is to learn from, and how long."""
+
+    images: int  # the first ones of CIFAR-10's training set
+    epochs: int  # of vanilla training
+    model: str = "cifar_resnet8"
+    clean_batch: int = 64
+    group_rows: int = 32  # two main batch-norm groups: both passes of Fast AdvProp's step are equal
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.removeprefix('cifar_')}_{self.images}images_{self.epochs}epochs"
+
+    @property
+    def title(self) -> str:
+        network = self.model.removeprefix("cifar_").replace("resnet", "ResNet-")
+        return f"{network}, {self.images:,} images, {self.epochs} epochs"
+
+    @property
+    def milestones(self) -> tuple[float, float]:
+        """Shares of the epochs at which the learning rate falls to a tenth."""
+        return 5 / 8, 11 / 12
+
+
+TESTED = ("test", "corrupted", "attacked")  # fields of a study: numbers of images
+
+
+class Run(NamedTuple):
+    regime: Regime
+    arm: str  # one of ARMS
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.regime.name}/{self.arm}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of the study: arms that are compared with vanilla training in some regimes."""
+
+    question: str
+    regimes: tuple[Regime, ...]
+    arms: tuple[str, ...]
+    seeds: int  # at most, from 0 on
+
+    def round(self, seed: int) -> Iterator[Run]:
+        """The runs of one seed."""
+        if seed < self.seeds:
+            for regime in self.regimes:
+                for arm in self.arms:
+                    yield Run(regime, arm, seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    parts: dict[str, Part]  # by title; the first one is the headline
+    test: int  # images that are evaluated clean
+    corrupted: int  # the first of them, corrupted
+    attacked: int  # the first of these, attacked
+
+    workers: int
+    """Runs side by side; each gets its share of the cores."""
+    corrupt: tuple[str, ...] = ("all",)
+    """`--corrupt` of fap-eval."""
+
+    @property
+    def headline(self) -> Part:
+        return next(iter(self.parts.values()))
+
+    def with_images(self, count: int) -> Study:
+        """The same with so many training images in every regime."""
+        parts = {}
+        for title, part in self.parts.items():
+            regimes = tuple(replace(regime, images=count) for regime in part.regimes)
+            parts[title] = replace(part, regimes=regimes)
+        return replace(self, parts=parts)
+
+    def sizes(self) -> list[int]:
+        """Of the training sets, in images."""
+        return sorted({run.regime.images for run in self.runs()})
+
+    def tree(self) -> dict[str, Any]:
+        """What the numbers of its rows depend on, as JSON: more seeds are the same study."""
+        regimes = {run.regime.name: asdict(run.regime) for run in self.runs()}
+        arms = {name: asdict(ARMS[name]) for name in {run.arm for run in self.runs()}}
+        tested = {name: getattr(self, name) for name in TESTED}
+        return json.loads(json.dumps({"regimes": regimes, "arms": arms} | tested, sort_keys=True))
+
+    def runs(self) -> list[Run]:
+        """Every run once: all parts' runs of the first seed, then of the next."""
+        every = []
+        for seed in range(max(part.seeds for part in self.parts.values())):
+            for part in self.parts.values():
+                every += part.round(seed)
+        return list(dict.fromkeys(every))
+
+
+# Vanilla training has learnt its training set at 288 epochs: 99% of it is right.
+SATURATED = Regime(images=500, epochs=288)
+
+SMALL = Study(
+    parts={
+        "headline": Part(
+            "Does Fast AdvProp pay where training is saturated, at equal cost and at equal steps?",
+            (SATURATED,),
+            (BASE, OURS, CONTROL, OURS_STEPS),
+            seeds=10,
+        ),
+        "methods": Part(
+            "Is it the adversarial direction, its radius, its share, the norms, or any noise?",
+            (SATURATED,),
+            tuple(ARMS),
+            seeds=5,
+        ),
+        "saturation": Part(
+            "How does the gain depend on how long is trained?",
+            # Epochs of which Fast AdvProp's 7/9 are whole ones: equal to the image pass.
+            tuple(Regime(images=500, epochs=epochs) for epochs in (18, 36, 72, 144, 288, 576)),
+            (BASE, OURS, OURS_STEPS),
+            seeds=5,
+        ),
+        "more images, a larger network": Part(
+            "Does it hold with twice the images, or with nearly twice the layers?",
+            (
+                SATURATED,
+                Regime(images=1_000, epochs=288),
+                Regime(images=500, epochs=288, model="cifar_resnet14"),
+            ),
+            (BASE, OURS),
+            seeds=5,
+        ),
+    },
+    test=10_000,
+    corrupted=2_000,
+    attacked=500,
+    workers=2,
+)
+
+# One GPU: ResNet-18 on all of CIFAR-10, three arms side by side.
+FULL = Study(
+    parts={
+        "headline": Part(
+            "Does Fast AdvProp pay on all of CIFAR-10?",
+            (
+                Regime(
+                    images=50_000, epochs=30, model="cifar_resnet18", clean_batch=256, group_rows=64
+                ),
+            ),
+            (BASE, OURS, CONTROL),
+            seeds=20,
+        )
+    },
+    test=10_000,
+    corrupted=10_000,
+    attacked=1_000,
+    workers=3,
+)
+
+STUDIES = {"small": SMALL, "full": FULL}

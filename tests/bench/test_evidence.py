@@ -1,0 +1,231 @@
+"""The study behind docs/evidence.md: equal cost and equal steps, its words, a whole miniature."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench.evidence.__main__ as command
+from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
+from bench.evidence.conduct import Clock, known_rows
+from bench.evidence.measure import Row, percentages
+from bench.evidence.numbers import MEASURES, Rows
+from bench.evidence.report import write
+from bench.evidence.runs import Runs
+from bench.evidence.studies import FULL, SATURATED, SMALL, Part, Regime, Run, Study
+from bench.evidence.words import words
+from fap.budget import budget
+from fap.evaluate.compare import paired
+from pipelines.corrupt import NAMES
+
+COSTS = {
+    BASE: {"ratio": 1.0, "low": 1.0, "high": 1.0},
+    OURS: {"ratio": 1.2, "low": 1.1, "high": 1.3},
+}
+STUDIES = {"small": SMALL, "full": FULL}
+
+
+def runs_in(folder: Path, study: Study) -> Runs:
+    train = {count: folder / f"{count}.beton" for count in study.sizes()}
+    return Runs(folder, train, folder / "test.beton", "reference", workers=2)
+
+
+def every_kind_of_run() -> list[Run]:
+    found = {(run.regime, run.arm): run for study in STUDIES.values() for run in study.runs()}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("run", every_kind_of_run(), ids=lambda run: run.name)
+def test_every_arm_spends_what_vanilla_training_spends(run: Run, tmp_path: Path) -> None:
+    """To within half an epoch, which is what whole epochs allow."""
+    runs = runs_in(tmp_path, SMALL if run.regime.images < 50_000 else FULL)
+    base = budget(runs.config(run._replace(arm=BASE)), run.regime.images)
+    own = budget(runs.config(run), run.regime.images)
+    if ARMS[run.arm].spends == "steps":
+        spent, due, epoch = own.steps, base.steps, own.steps_per_epoch
+    else:
+        spent, due = own.image_passes, base.image_passes
+        epoch = own.steps_per_epoch * own.image_passes_per_step
+    assert abs(spent - due) <= epoch / 2
+
+
+def test_fast_advprop_is_equal_to_the_image_pass_on_the_curve(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path, SMALL)
+    for regime in SMALL.parts["saturation"].regimes:
+        spent = [
+            budget(runs.config(Run(regime, arm, 0)), regime.images).image_passes
+            for arm in (BASE, OURS)
+        ]
+        assert spent[0] == spent[1]
+
+
+def test_of_the_first_seed_everything_comes_before_the_next() -> None:
+    for study in STUDIES.values():
+        seeds = [run.seed for run in study.runs()]
+        assert seeds == sorted(seeds)
+        assert len(set(study.runs())) == len(seeds)
+
+
+def test_the_clock_begins_no_run_that_would_not_end_in_time() -> None:
+    clock = Clock(seconds=1e6)
+    assert clock.allows_another()
+    clock.longest = 1e6
+    assert not clock.allows_another()
+
+
+def test_percentages_are_means_over_severities_and_then_over_corruptions() -> None:
+    accuracies = {
+        "clean": 0.9,
+        "computed/fog/1": 0.5,
+        "computed/fog/2": 0.3,
+        "computed/snow/1": 0.2,
+        "attack/pgd10/4": 0.1,
+    }
+    results = {name: {"top1": value, "ece": 0.05} for name, value in accuracies.items()}
+    found = percentages(results)
+    assert found == pytest.approx(
+        {"clean": 90, "ece": 5, "fog": 40, "snow": 20, "corrupted": 30, "pgd10/4": 10}
+    )
+
+
+# ------------------------------------------------------------------ words and tables
+
+
+def made_up(regime: Regime, arm: str, seed: int, **numbers: float) -> Row:
+    """A row whose accuracies are 50% but for `numbers`."""
+    every = {"clean": 50.0, "train/clean": 99.0, "zero_signs": 0.0}
+    for norms in ("main", "aux"):
+        of_norms = dict.fromkeys(("clean", "corrupted", "ece", *NAMES), 50.0)
+        of_norms |= {f"pgd10/{eps}": 50.0 for eps in (1, 2, 4)}
+        every |= {f"{norms}/{name}": value for name, value in of_norms.items()}
+    return {
+        "run": Run(regime, arm, seed).name,
+        "regime": regime.name,
+        "arm": arm,
+        "seed": seed,
+        "steps": 7,
+        "epochs": 1,
+        "image_passes": 448,
+        "cpu_seconds": 1.5,
+        "commit": "0",
+        "numbers": every | {name.replace("__", "/"): value for name, value in numbers.items()},
+    }
+
+
+def study_of_gains(gain: float, seeds: int, spread: float = 0.1) -> Rows:
+    """Fast AdvProp has so many points more under corruptions, nearly so in every seed."""
+    rng = np.random.default_rng()
+    rows = []
+    for seed in range(seeds):
+        rows.append(made_up(SATURATED, BASE, seed))
+        for arm in (OURS, OURS_STEPS):
+            found = 50 + gain + spread * rng.uniform(-1, 1)
+            rows.append(made_up(SATURATED, arm, seed, main__corrupted=found))
+    return Rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "said"),
+    [(3.0, 5, "better"), (-3.0, 5, "worse"), (0.0, 5, "undecided"), (3.0, 1, "one seed")],
+)
+def test_the_words_say_what_the_intervals_show(gain: float, seeds: int, said: str) -> None:
+    spread = 0.1 if gain else 5.0
+    first = next(iter(words(study_of_gains(gain, seeds, spread), SMALL, {})))
+    if gain:
+        assert said in first
+    else:
+        found = study_of_gains(gain, seeds, spread)
+        difference = found.difference(SATURATED, OURS, BASE, "main/corrupted")
+        assert difference is not None
+        assert difference.low is not None and difference.high is not None
+        undecided = difference.low <= 0 <= difference.high
+        assert (difference.verdict("more") == "undecided") == undecided
+
+
+def test_less_calibration_error_is_better() -> None:
+    less = paired([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
+    assert less.verdict(MEASURES["main/ece"].better) == "better"
+    assert less.verdict(MEASURES["clean"].better) == "worse"
+
+
+def test_differences_are_of_the_seeds_that_both_arms_have() -> None:
+    rows = [made_up(SATURATED, BASE, seed) for seed in (0, 1, 2)]
+    rows += [made_up(SATURATED, OURS, seed, main__corrupted=50.0 + seed) for seed in (3, 2, 1)]
+    found = Rows(rows).difference(SATURATED, OURS, BASE, "main/corrupted")
+    assert found is not None
+    assert (found.n, found.mean) == (2, 1.5)
+    assert Rows(rows).difference(SATURATED, "noise", BASE, "clean") is None
+
+
+def test_a_report_shows_what_there_is_of_a_study(tmp_path: Path) -> None:
+    text = write(study_of_gains(3.0, 3), SMALL, tmp_path / "evidence", COSTS)
+    assert text + "\n" == (tmp_path / "evidence.md").read_text()
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "evidence.json").read_text())
+    assert len(found["rows"]) == 9
+    headline = {
+        (one["arm"], one["measure"]): one["mean"] for one in found["comparisons"]["headline"]
+    }
+    assert headline[OURS, "main/corrupted"] == pytest.approx(3, abs=0.2)
+    assert "1.20 [1.10, 1.30]" in text
+    assert "AugMix" not in text  # nothing is known of it
+
+
+def test_rows_of_another_machine_are_added_where_they_are_the_same_runs(tmp_path: Path) -> None:
+    rows = study_of_gains(3.0, 2)
+    write(rows, SMALL, tmp_path / "evidence", COSTS)
+    file = tmp_path / "evidence.json"
+    assert known_rows(file, SMALL) == list(rows.rows)
+    part = SMALL.headline
+    fewer = replace(SMALL, parts={"headline": replace(part, arms=(BASE, OURS))})
+    assert {row["arm"] for row in known_rows(file, fewer)} == {BASE, OURS}
+    with pytest.raises(SystemExit, match="corrupted = 2000 images"):
+        known_rows(file, replace(SMALL, corrupted=100))
+
+
+# ------------------------------------------------------------------ a whole study
+
+
+MINIATURE = Study(
+    parts={"headline": Part("Does it run?", (Regime(images=80, epochs=2),), (BASE, OURS), seeds=1)},
+    test=8,
+    corrupted=8,
+    attacked=4,
+    workers=1,
+    corrupt=("contrast", "fog"),
+)
+
+
+@pytest.mark.slow
+def test_a_miniature_study_ends_in_table_and_figure(
+    tiny_beton: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(command.STUDIES, "small", MINIATURE)
+    monkeypatch.setattr(command, "convert", lambda *_: tiny_beton)
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
+    words = ["--pipeline", "reference", "--out", str(tmp_path)]
+    assert command.main(words) == 0
+    said = capsys.readouterr().out
+    assert "2 runs to train" in said
+    assert "Fast AdvProp" in said
+    found = json.loads((tmp_path / "evidence_small.json").read_text())
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert rows[BASE]["image_passes"] == 2 * 64
+    assert rows[OURS]["image_passes"] == rows[BASE]["image_passes"]
+    numbers = rows[OURS]["numbers"]
+    assert numbers["aux/corrupted"] == pytest.approx(
+        (numbers["aux/fog"] + numbers["aux/contrast"]) / 2
+    )
+    assert "aux/clean" not in rows[BASE]["numbers"]
+
+    before = checkpoints(tmp_path)
+    assert command.main([*words, "--seconds", "0"]) == 0  # what is there is kept, and reported
+    assert "0 runs to train" in capsys.readouterr().out
+    assert before == checkpoints(tmp_path)
+
+
+def checkpoints(folder: Path) -> dict[Path, int]:
+    """Every checkpoint below, and when it was written."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("step_*.safetensors")}
