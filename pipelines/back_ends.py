@@ -39,6 +39,7 @@ BACK_ENDS = {
     "turbojpeg": BackEnd(
         "pipelines.loaders.turbojpeg", "TurboJpegLoader", "pip install -e . (simplejpeg, numba)"
     ),
+    "memory": BackEnd("pipelines.loaders.memory", "MemoryLoader", "pip install -e ."),
     "reference": BackEnd("pipelines.loaders.reference", "ReferenceLoader", "pip install -e ."),
 }
 

@@ -32,7 +32,7 @@ RUNS = ROOT / "runs"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = options(__doc__, seconds=7200.0)
     parser.add_argument("--size", choices=tuple(STUDIES), default="small")
-    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="memory")
     parser.add_argument(
         "--add-to", type=Path, metavar="FILE", help="a study's .json: its rows are not run again"
     )

@@ -76,7 +76,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kit", type=Path, help="folder of CIFAR-10 in sheets, for a machine without a network"
     )
-    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="ffcv")
+    parser.add_argument("--pipeline", choices=tuple(BACK_ENDS), default="memory")
     parser.add_argument(
         "--toy", action="store_true", help="noise instead of CIFAR-10, one short run"
     )

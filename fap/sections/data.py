@@ -49,6 +49,11 @@ class Magnitude(NamedTuple):
     unset: int
 
 
+# The pipelines that do not hand their JPEGs to a GPU's decoder, and why.
+NO_JPEGS_OF_A_GPU = {
+    "reference": "the plain twin decodes with Pillow",
+    "memory": "it shows raw pixels alone",
+}
 # The policies that have one. A test compares the ranges with those of `pipelines.augment`.
 MAGNITUDES = {"randaugment": Magnitude(0, 30, 9), "augmix": Magnitude(1, 10, 3)}
 OF_MIX = ("mix_per", "mix_on", "cutmix_alpha")  # fields of `data` that only a mix has a meaning for
@@ -71,11 +76,12 @@ class DataConfig(Section):
     validate on. The images are those that `fap-convert --val-split` takes."""
     pipeline: Annotated[str, AfterValidator(key_of(BACK_ENDS, AUTO))] = AUTO
     """The loader: one of `pipelines.back_ends.BACK_ENDS`. `auto` is the first that is installed and
-    can show the data: dali on a GPU, ffcv, turbojpeg, reference."""
+    can show the data: dali on a GPU, ffcv, turbojpeg, reference. `memory` holds small raw images of
+    one size on the training device, and is never chosen by itself."""
     decode: Literal["auto", "cpu", "gpu"] | None = None
-    """What decodes the JPEGs. `gpu`: nvJPEG, by DALI, with any pipeline but reference, and only
-    with the bilinear filter; `auto`: that, if it can. Unset: dali decodes on the GPU that trains,
-    the others on CPU cores."""
+    """What decodes the JPEGs. `gpu`: nvJPEG, by DALI, with any pipeline but reference and memory,
+    and only with the bilinear filter; `auto`: that, if it can. Unset: dali decodes on the GPU that
+    trains, the others on CPU cores."""
     sampling: Literal["shuffle", "balanced"] = "shuffle"
     """What an epoch shows: every image once, or every class equally often, images of small classes
     more than once. An epoch has as many steps either way."""
@@ -228,10 +234,11 @@ class DataConfig(Section):
                 "a part of data.train, or other data: set one of the two to null"
             )
         self._check_sizes()
-        if self.decode == "gpu" and self.pipeline == "reference":
+        if self.decode == "gpu" and self.pipeline in NO_JPEGS_OF_A_GPU:
             raise ValueError(
-                "data.decode = 'gpu' with data.pipeline = 'reference': the plain twin decodes with"
-                " Pillow; leave data.decode out, or take another data.pipeline"
+                f"data.decode = 'gpu' with data.pipeline = '{self.pipeline}': "
+                f"{NO_JPEGS_OF_A_GPU[self.pipeline]}; leave data.decode out, or take another"
+                " data.pipeline"
             )
         filters = self._filters
         if self.filter is not None and self.filter not in filters:

@@ -392,9 +392,8 @@ def test_a_back_end_is_a_file_and_a_line_of_the_registry(
 
 
 def test_mistakes_are_named(jpeg_store: BetonStore) -> None:
-    with pytest.raises(
-        ValueError, match="pipeline = 'fcv': must be one of ffcv, dali, turbojpeg, reference"
-    ):
+    known = "ffcv, dali, turbojpeg, memory, reference"
+    with pytest.raises(ValueError, match=f"pipeline = 'fcv': must be one of {known}"):
         open_loader("fcv", jpeg_store, size=64)
 
 

@@ -154,6 +154,7 @@ def test_without_a_gpu_the_option_says_so(installed: set[str], jpegs: pipelines.
     ("words", "message"),
     [
         (["data.pipeline=reference", "data.decode=gpu"], "data.decode = 'gpu' with .*'reference'"),
+        (["data.pipeline=memory", "data.decode=gpu"], "data.decode = 'gpu' with .*'memory'"),
         (["data.decode=gpu", "data.filter=area"], "data.filter = 'area' with data.decode = 'gpu'"),
         (["data.pipeline=nothing"], "data.pipeline.* must be 'auto', 'ffcv'"),
         (["data.decode=nvjpeg"], "data.decode"),
