@@ -271,7 +271,9 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
 def test_options_of_commands_exist(page: Path) -> None:
     """Each is in the package of its command: as `"--out"`, or as `out=`, which makes it."""
     for module, arguments in commands(page.read_text()):
-        package = ROOT / module.rpartition(".")[0].replace(".", "/")
+        package = ROOT / module.replace(".", "/")
+        if not package.is_dir():  # a module: the others of its package belong to it
+            package = package.parent
         sources = "\n".join(file.read_text() for file in package.glob("*.py"))
         for argument in arguments:
             option = argument.strip("[]();,.")
