@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fap.config import Config
+from fap.evaluate.attacked import AttackedImages, AttackedSet
+from fap.evaluate.attacks import evaluate_attacked
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
@@ -179,7 +181,8 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
             "bn": wanted.bn,
             "seed": wanted.seed,
             "batch": wanted.batch or work.task.eval_batch,
-        },
+        }
+        | {attack.key: attack.words for attack in wanted.attacks},
         labels={item.set.key: item.labels for item in work.items},
         unused=work.unused,
         results={item.set.key: found[item.set.key].result for item in work.items},
@@ -312,6 +315,10 @@ class _Evaluation:
         data = self.trained.config.data
         device = torch.device(self.wanted.device)
         evaluator = self.trained.task.evaluator(device, matching, opened.store)
+        if isinstance(one, AttackedSet):
+            assert isinstance(opened, AttackedImages)
+            with _stopping(workers):
+                return Outcome(self._under_attack(one, opened, matching, evaluator), None)
         counter = self._counter(one, matching, device)
         # Stopped first: else closing the batches waits for corruptions that nobody wants any more.
         with closing(opened.batches()) as batches, _stopping(workers):
@@ -325,6 +332,28 @@ class _Evaluation:
                 device=device,
             )
         return Outcome(result, None if counter is None else counter.result())
+
+    def _under_attack(
+        self, one: AttackedSet, opened: AttackedImages, matching: Matching, evaluator: Evaluator
+    ) -> Result:
+        data = self.trained.config.data
+        gradients = opened.n_batches * one.attack.gradients
+        with (
+            closing(opened.numbered()) as batches,
+            tqdm(desc=one.key, total=gradients, unit="step", leave=False, disable=None) as bar,
+        ):
+            return evaluate_attacked(
+                self.trained.model,
+                batches,
+                evaluator,
+                one.attack,
+                label_map=matching.label_map,
+                mean=data.mean,
+                std=data.std,
+                bn=self.wanted.bn,
+                device=torch.device(self.wanted.device),
+                after_step=bar.update,
+            )
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:
         try:

@@ -17,7 +17,7 @@ from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
-from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter
+from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter, as_the_models
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
@@ -239,9 +239,8 @@ class Accuracy:
         if self.label_map is not None and self.restrict:
             # Column k is the class of the data's label k, so labels need no mapping.
             outputs = outputs[:, self.label_map]
-        elif self.label_map is not None:
-            mapped = self.label_map[targets.clamp(min=0)]
-            targets = torch.where(targets == PADDING_LABEL, PADDING_LABEL, mapped)
+        else:
+            targets = as_the_models(targets, self.label_map)
         # In float64, as the sums: they depend neither on the batch nor on the ranks.
         loss = F.cross_entropy(
             outputs.double(), targets, ignore_index=PADDING_LABEL, reduction="sum"
