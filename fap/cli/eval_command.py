@@ -196,7 +196,13 @@ def _add_settings(parser: ArgumentParser) -> None:
         help="compare labels by position "
         "where only the checkpoint or only the data has class names",
     )
-    add("--bn", choices=("main", "aux"), default="main")
+    add(
+        "--bn",
+        choices=("main", "aux", "both"),
+        default="main",
+        help="which norms of a model with auxiliary ones; both: a column for each; default: main,"
+        " which an exported model has",
+    )
     add(
         "--weights",
         choices=("ema", "raw"),
@@ -232,7 +238,9 @@ def evaluate(args: Namespace) -> int:
     checkpoints = _checkpoints(args)
     with closing(_data(args, checkpoints)) as data, Workers(say=say) as workers:
         wanted = replace(wanted, data=data.path, part=_part(data))
-        works = [look(path, wanted, data, workers, results) for path in checkpoints]
+        works = [
+            work for path in checkpoints for work in look(path, wanted, data, workers, results)
+        ]
         for work in works:
             say(report.plan(work))
             many = many or max(work.config.data.sides) > SMALL

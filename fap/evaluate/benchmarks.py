@@ -3,6 +3,7 @@
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fap.evaluate.attacked import AttackedSet
 from fap.evaluate.attacks import LinfAttack
@@ -41,8 +42,8 @@ class Wanted:
     device: str = "cpu"
     seed: int = 0
     """Of the corruptions computed here."""
-    bn: Bn = "main"
-    """The batch norms that the model is evaluated with."""
+    bn: Bn | Literal["both"] = "main"
+    """The norms that a model is evaluated with; both: main, then aux where it has any."""
     weights: WhichWeights | None = None
     """Those of a checkpoint; None: the average if there is one."""
     pictures: Path | None = None

@@ -21,6 +21,10 @@ CORRUPTIONS = {
     "cifar10_c": "CIFAR-10-C",
 }
 ATTACK = "attack/"  # keys of sets under attack begin with it: attack/METHOD/EPS
+AUX_NOTE = (
+    "aux BN: through the auxiliary norms, which trained on what was attacked; an exported "
+    "model has the main ones (docs/glossary.md)"
+)
 MOST_LISTED = 10  # lines of one sort
 MOST_ABSENT = 3  # corruptions that a note names
 MOST_PARTS = 4  # of a note
@@ -44,6 +48,8 @@ def table_of(report: Report) -> Table:
     """The column and the notes of one checkpoint."""
     rows = _plain_rows(report)
     notes = _label_notes(report.labels)
+    if report.settings["bn"] == "aux":
+        notes.append(AUX_NOTE)
     notes += _attack_notes(report)
     for measured in _corruption_benchmarks(report):
         refused = measured.refused()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
 from fap.nets.dual import has_aux
+from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Result, Task
 from fap.tasks.class_counts import ClassCounter, ClassCounts
 from fap.tasks.labels import Matching, match_labels
@@ -57,7 +58,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """One checkpoint and the sets to evaluate it on."""
+    """One checkpoint, the norms it is evaluated through, and the sets to evaluate it on."""
 
     path: Path
     content: str  # of the checkpoint
@@ -68,6 +69,7 @@ class Work:
     items: list[Item]
     unused: list[str]  # what belongs to no set in the benchmarks' folders
     weights: WhichWeights
+    bn: Bn
     notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
@@ -96,17 +98,34 @@ class Report:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
+def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> list[Work]:
     """Check a checkpoint and every set before any of the work is done: files, labels, class names.
 
-    `data`: the store of `wanted.data`. Raises ValueError, OSError, ImportError, DamagedCheckpoint
-    or DamagedData.
+    `data`: the store of `wanted.data`. One piece of work for each kind of norms. Raises ValueError,
+    OSError, ImportError, DamagedCheckpoint or DamagedData.
     """
     trained = _load(path, wanted)
-    if wanted.bn == "aux" and not has_aux(trained.model):
+    return [
+        _look(path, trained, replace(wanted, bn=bn), data, workers, results)
+        for bn in _norms(path, trained, wanted)
+    ]
+
+
+def _norms(path: Path, trained: Trained, wanted: Wanted) -> tuple[Bn, ...]:
+    """Those to evaluate a checkpoint through. Raises ValueError."""
+    with_aux = has_aux(trained.model)
+    if wanted.bn == "both":
+        return ("main", "aux") if with_aux else ("main",)
+    if wanted.bn == "aux" and not with_aux:
         raise ValueError(
             f"--bn aux: {path} was trained without auxiliary norms; only main is there"
         )
+    return (wanted.bn,)
+
+
+def _look(
+    path: Path, trained: Trained, wanted: Wanted, data: Store, workers: Workers, results: Results
+) -> Work:
     config = trained.config
     reading = Reading.of(
         trained.task,
@@ -132,6 +151,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         unused=unused,
         notes=trained.notes,
         weights=trained.weights,
+        bn=_one_bn(wanted),
     )
 
 
@@ -142,6 +162,7 @@ def carry_out(
 
     Raises as `look`, and ValueError if a file changed in the meantime.
     """
+    wanted = replace(wanted, bn=work.bn)
     found = {item.set.key: item.known for item in work.items if item.known is not None}
     todo = [item.set for item in work.items if item.known is None]
     draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
@@ -178,7 +199,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         small=max(work.config.data.sides) <= SMALL,
         settings={
             "data": f"{wanted.data}, {wanted.part}" if wanted.part else str(wanted.data),
-            "bn": wanted.bn,
+            "bn": work.bn,
             "seed": wanted.seed,
             "batch": wanted.batch or work.task.eval_batch,
         }
@@ -205,6 +226,12 @@ class Both:
 
     def result(self) -> Result:
         return self.evaluator.result()
+
+
+def _one_bn(wanted: Wanted) -> Bn:
+    """The norms of one piece of work."""
+    assert wanted.bn != "both"
+    return wanted.bn
 
 
 @contextmanager
@@ -298,7 +325,7 @@ class _Evaluation:
                     most=IMAGES_OF_A_SHEET,
                     mean=trained.config.data.mean,
                     std=trained.config.data.std,
-                    bn=self.wanted.bn,
+                    bn=_one_bn(self.wanted),
                     device=torch.device(self.wanted.device),
                     say=say,
                 )
@@ -328,7 +355,7 @@ class _Evaluation:
                 evaluator if counter is None else Both(evaluator, counter),
                 mean=data.mean,
                 std=data.std,
-                bn=self.wanted.bn,
+                bn=_one_bn(self.wanted),
                 device=device,
             )
         return Outcome(result, None if counter is None else counter.result())
@@ -350,7 +377,7 @@ class _Evaluation:
                 label_map=matching.label_map,
                 mean=data.mean,
                 std=data.std,
-                bn=self.wanted.bn,
+                bn=_one_bn(self.wanted),
                 device=torch.device(self.wanted.device),
                 after_step=bar.update,
             )
