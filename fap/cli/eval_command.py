@@ -19,7 +19,8 @@ import pipelines
 from fap.checkpoint import DamagedCheckpoint, checkpoint_at
 from fap.cli.output import told
 from fap.evaluate import report
-from fap.evaluate.attacks import LinfAttack, attacks_of
+from fap.evaluate.attack_options import attacks_of
+from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.images import usable_device
 from fap.evaluate.results import Results
@@ -156,8 +157,8 @@ def _add_attacks(parser: ArgumentParser) -> None:
         "--attack",
         nargs="+",
         metavar="METHOD",
-        help="accuracy under attack (L-infinity, untargeted, on the model itself): fgsm, or "
-        "pgd<K> such as pgd10: K steps from a random start",
+        help="accuracy under attack (L-infinity, untargeted, on the model itself): fgsm; "
+        "pgd<K> such as pgd10: K steps from a random start; autoattack",
     )
     add(
         "--eps",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +20,6 @@ from fap.step.attack import ascend, sign
 from fap.tasks.base import Evaluator, Result
 from fap.tasks.class_counts import PADDING_LABEL, as_the_models, first_guesses
 
-MOST_STEPS = 10_000
-MOST_EPS = 255  # grey levels: nothing of the image is left
-FGSM = "fgsm"
-PGD = re.compile(r"pgd([1-9][0-9]{0,5})")
-STEP_OF_EPS = 2.5  # Madry et al. (2018): steps of 2.5 eps / K reach every corner of the ball
 STARTS = 0x41544B53  # sets random starts apart from other draws of the same seed
 
 Outputs = Callable[[Tensor], Tensor]
@@ -35,20 +31,17 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class LinfAttack:
+class LinfAttack(ABC):
     """One attack at one strength."""
 
     method: str
-    """fgsm, or pgd<K>."""
+    """fgsm, pgd<K> or autoattack."""
     eps_255: float
     """Radius of the ball, in grey levels."""
-    steps: int
-    step_255: float
-    random_start: bool
-    restarts: int
-    """Attacks on each image, each from a random start of its own."""
     seed: int
     """Of what is random."""
+    fewest_classes = 2
+    """Of a model that it can attack."""
 
     @property
     def key(self) -> str:
@@ -56,22 +49,20 @@ class LinfAttack:
         return f"attack/{self.method}/{number(self.eps_255)}"
 
     @property
+    @abstractmethod
     def words(self) -> str:
-        """For the report: `10 steps of 1, 2 random starts`."""
-        if not self.random_start:
-            return f"{self.steps} step of eps, no random start"
-        starts = "1 random start" if self.restarts == 1 else f"{self.restarts} random starts"
-        return f"{self.steps} steps of {number(self.step_255)}, {starts}"
+        """What it is, for the report."""
 
     @property
-    def gradients(self) -> int:
-        """Of each image."""
-        return self.steps * self.restarts
+    @abstractmethod
+    def steps_of_a_batch(self) -> int | None:
+        """How often `after_step` is called for each batch; None: that depends on the images."""
 
     def origin(self) -> dict[str, Any]:
         """JSON: all that its result depends on."""
         return asdict(self)
 
+    @abstractmethod
     def candidates(
         self,
         outputs_of: Outputs,
@@ -80,7 +71,38 @@ class LinfAttack:
         numbers: Tensor,  # int32 (B,): which image each row is
         after_step: Callable[[], Any] = nothing,
     ) -> Iterator[Tensor]:  # as `clean`
-        """The attacked images of every restart."""
+        """Attacked images, in the ball and in 0..255; of every restart."""
+
+
+@dataclass(frozen=True)
+class SignSteps(LinfAttack):
+    """FGSM and PGD."""
+
+    steps: int
+    step_255: float
+    random_start: bool
+    restarts: int
+    """Attacks on each image, each from a random start of its own."""
+
+    @property
+    def words(self) -> str:
+        if not self.random_start:
+            return f"{self.steps} step of eps, no random start"
+        starts = "1 random start" if self.restarts == 1 else f"{self.restarts} random starts"
+        return f"{self.steps} steps of {number(self.step_255)}, {starts}"
+
+    @property
+    def steps_of_a_batch(self) -> int:
+        return self.steps * self.restarts
+
+    def candidates(
+        self,
+        outputs_of: Outputs,
+        clean: Tensor,
+        labels: Tensor,
+        numbers: Tensor,
+        after_step: Callable[[], Any] = nothing,
+    ) -> Iterator[Tensor]:
         for restart in range(self.restarts):
             start = clean
             if self.random_start:
@@ -96,63 +118,6 @@ class LinfAttack:
                 eps_255=self.eps_255,
                 after_step=after_step,
             )
-
-
-# ---------------------------------------------------------------------- what is asked for
-
-
-def attacks_of(
-    methods: Sequence[str],
-    eps: Sequence[str],  # grey levels
-    *,
-    step: float | None,  # grey levels, of pgd; None: 2.5 eps / K
-    restarts: int | None,  # of pgd; None: 1
-    seed: int,
-) -> tuple[LinfAttack, ...]:
-    """Each method at each strength. Raises ValueError."""
-    if not any(PGD.fullmatch(method) for method in methods):
-        for option, given in (("--attack-step", step), ("--restarts", restarts)):
-            if given is not None:
-                raise ValueError(f"{option} is about pgd<K>, which --attack does not name")
-    if step is not None and not 0 < step <= MOST_EPS:
-        raise ValueError(f"--attack-step {step:g}: must be above 0 and at most {MOST_EPS}")
-    if restarts is not None and restarts < 1:
-        raise ValueError(f"--restarts {restarts}: must be at least 1")
-    strengths = dict.fromkeys(_grey_levels(text) for text in eps)
-    return tuple(
-        _attack(method, eps_255, step, restarts or 1, seed)
-        for method in dict.fromkeys(methods)
-        for eps_255 in strengths
-    )
-
-
-def _grey_levels(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= MOST_EPS:
-        raise ValueError(
-            f"--eps {text}: must be grey levels, 0 to {MOST_EPS}; "
-            "4 is what the literature writes as 4/255"
-        )
-    return value
-
-
-def _attack(
-    method: str, eps_255: float, step: float | None, restarts: int, seed: int
-) -> LinfAttack:
-    if method == FGSM:
-        return LinfAttack(method, eps_255, 1, eps_255, random_start=False, restarts=1, seed=seed)
-    found = PGD.fullmatch(method)
-    if found is None:
-        raise ValueError(f"--attack {method[:60]}: must be fgsm, or pgd<K> such as pgd10")
-    steps = int(found[1])
-    if steps > MOST_STEPS:
-        raise ValueError(f"--attack {method}: must have at most {MOST_STEPS:,} steps")
-    if step is None:
-        step = STEP_OF_EPS * eps_255 / steps
-    return LinfAttack(method, eps_255, steps, step, True, restarts, seed)
 
 
 def number(value: float) -> str:
@@ -239,7 +204,7 @@ def evaluate_attacked(
     """
     if label_map is not None:
         label_map = label_map.to(device)
-    with in_evaluation(model, bn):
+    with in_evaluation(model, bn), _frozen(model):
         outputs_of = forward(model, mean=mean, std=std, device=device)
         for images, references, numbers in batches:
             clean = images.to(device).float()
@@ -248,6 +213,19 @@ def evaluate_attacked(
             attacked = attack.candidates(outputs_of, clean, labels, numbers.to(device), after_step)
             evaluator.update(worst(outputs_of, clean, labels, attacked), references)
     return evaluator.result()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block the weights take no gradients, which an attack has no use for."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def worst(

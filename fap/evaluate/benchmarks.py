@@ -88,6 +88,12 @@ def eval_sets(
         sets.append(StoredSet("imagenet_r", wanted.imagenet_r, reading))
     if wanted.stylized is not None:
         sets.append(StoredSet("stylized", wanted.stylized, reading))
+    for attack in wanted.attacks:
+        if reading.task.n_classes < attack.fewest_classes:
+            raise ValueError(
+                f"--attack {attack.method}: needs a model of at least {attack.fewest_classes} "
+                f"classes, and this one has {reading.task.n_classes}"
+            )
     sets += [
         AttackedSet(attack.key, wanted.data, reading, seen, attack, wanted.attack_images)
         for attack in wanted.attacks

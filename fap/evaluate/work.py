@@ -364,14 +364,21 @@ class _Evaluation:
         self, one: AttackedSet, opened: AttackedImages, matching: Matching, evaluator: Evaluator
     ) -> Result:
         data = self.trained.config.data
-        gradients = opened.n_batches * one.attack.gradients
+        steps = one.attack.steps_of_a_batch
+        total = None if steps is None else steps * opened.n_batches
         with (
             closing(opened.numbered()) as batches,
-            tqdm(desc=one.key, total=gradients, unit="step", leave=False, disable=None) as bar,
+            tqdm(desc=one.key, total=total, unit="step", leave=False, disable=None) as bar,
         ):
+
+            def told() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for number, batch in enumerate(batches, 1):
+                    bar.set_description(f"{one.key}, batch {number} of {opened.n_batches}")
+                    yield batch
+
             return evaluate_attacked(
                 self.trained.model,
-                batches,
+                told(),
                 evaluator,
                 one.attack,
                 label_map=matching.label_map,

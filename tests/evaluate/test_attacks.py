@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fap.evaluate import work
+from fap.evaluate.attack_options import attacks_of
 from fap.evaluate.attacked import chosen
-from fap.evaluate.attacks import (
-    LinfAttack,
-    attacks_of,
-    evaluate_attacked,
-    pgd,
-    random_start,
-    start_keys,
-    worst,
-)
+from fap.evaluate.attacks import LinfAttack, evaluate_attacked, pgd, random_start, start_keys, worst
 from fap.evaluate.exact import evaluate, forward
 from fap.nets.dual import convert, norms
 from fap.tasks.base import Result
@@ -361,7 +354,7 @@ def test_eps_0_is_clean_whatever_is_left_out_of_the_folder(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--attack", "pgd"], "--attack pgd: must be fgsm, or pgd<K>"),
+    (["--attack", "pgd"], "--attack pgd: must be fgsm, pgd<K>"),
     (["--attack", "pgd0"], "--attack pgd0: must be"),
     (["--attack", "pgd99999"], "--attack pgd99999: must have at most 10,000 steps"),
     (["--attack", "fgsm", "--eps", "4/255"], "--eps 4/255: must be grey levels"),
