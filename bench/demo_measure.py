@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pipelines
@@ -24,9 +23,9 @@ from bench.demo_words import Cost
 from fap.budget import budget
 from fap.config import Config
 from fap.draws import uniform
+from fap.evaluate.attacks import pgd
 from fap.evaluate.load import load_model
 from fap.sections import DataConfig
-from fap.step import attack
 from pipelines.sources.cifar10 import CLASSES
 
 ATTACK_STEPS = 5
@@ -149,13 +148,16 @@ def perturbed(
     key = torch.zeros(1, dtype=torch.int32)
     noise = eps_255 * uniform(key, images_255.shape)
     start = (images_255 + noise).clamp(0, 255)
-    current = start
-    for _ in range(steps):
-        leaf = current.detach().requires_grad_()
-        loss = F.cross_entropy(logits_of(model, leaf, data), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        current = attack.ascend(leaf.detach(), images_255, attack.sign(gradient), step_255, eps_255)
-    return start, current
+    worst = pgd(
+        lambda x: logits_of(model, x, data),
+        images_255,
+        labels,
+        start,
+        steps=steps,
+        step_255=step_255,
+        eps_255=eps_255,
+    )
+    return start, worst
 
 
 def adversarial_accuracy(checkpoint: Path, test: Path, count: int, eps_255: float) -> float:

@@ -35,7 +35,7 @@ def valid_meta(
         "totals": dict.fromkeys(METRICS, 0.0),
         "best": {"top1": 0.25, "epoch": 1},
         "best_step": 4,
-        "last": {"top1": 0.25, "top5": 1.0, "loss": 1.5},
+        "last": {"top1": 0.25, "top5": 1.0, "loss": 1.5, "ece": 0.1},
         "seconds": 2.5,
         "world": 1,
         "dropout": False,

@@ -90,6 +90,9 @@ def test_a_run_and_its_evaluation_need_no_extra(tmp_path: Path) -> None:
     told = refused(EVALUATE, *arguments, *more)
     assert "computing corruptions needs a package that is missing" in told
     assert "pip install 'fap[corruptions]'" in told
+    told = refused(EVALUATE, *arguments, "--attack", "autoattack", "--out", tmp_path / "other")
+    assert "AutoAttack needs a package that is missing" in told
+    assert "pip install 'fap[attacks]'" in told
     assert not (tmp_path / "other").exists()
 
 

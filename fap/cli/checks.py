@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 MODULES = ("numpy", "timm", "pydantic", "yaml", "safetensors", "tqdm", "PIL", "simplejpeg", "numba")
 # What only one feature needs: the extras of pyproject.toml, and the modules of each.
 EXTRAS = {
+    "attacks": ("pyautoattack",),
     "corruptions": ("cv2", "scipy"),
     "detection": ("faster_coco_eval",),
     "devkit": ("scipy",),

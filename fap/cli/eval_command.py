@@ -19,6 +19,8 @@ import pipelines
 from fap.checkpoint import DamagedCheckpoint, checkpoint_at
 from fap.cli.output import told
 from fap.evaluate import report
+from fap.evaluate.attack_options import attacks_of
+from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.images import usable_device
 from fap.evaluate.results import Results
@@ -38,6 +40,8 @@ DESCRIPTION = (
 )
 SEVERITIES = range(1, 6)
 DEFAULT_SEVERITY = 3
+DEFAULT_EPS = ("1", "4")  # training's own strength, and what ImageNet's literature evaluates at
+DEFAULT_ATTACKED = 1000  # images
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -65,12 +69,22 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 def arguments(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="fap-eval", description=DESCRIPTION)
     _add_image_sets(parser)
+    _add_attacks(parser)
     _add_settings(parser)
     args = parser.parse_args(argv)
     if args.corrupt is None:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
             if given is not None:
                 parser.error(f"{option} is about the sets of --corrupt, which is not given")
+    if args.attack is None:
+        for option, given in (
+            ("--eps", args.eps),
+            ("--attack-step", args.attack_step),
+            ("--restarts", args.restarts),
+            ("--attack-images", args.attack_images),
+        ):
+            if given is not None:
+                parser.error(f"{option} is about --attack, which is not given")
     if args.data is None and args.val_share is not None:
         parser.error("--val-share is about --data, which is not given")
     if args.data is None and args.plain is not None:
@@ -136,6 +150,44 @@ def _add_image_sets(parser: ArgumentParser) -> None:
     add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
 
 
+def _add_attacks(parser: ArgumentParser) -> None:
+    """Attacks on the clean images; docs/evaluate.md says what their numbers can show."""
+    add = parser.add_argument
+    add(
+        "--attack",
+        nargs="+",
+        metavar="METHOD",
+        help="accuracy under attack (L-infinity, untargeted, on the model itself): fgsm; "
+        "pgd<K> such as pgd10: K steps from a random start; autoattack",
+    )
+    add(
+        "--eps",
+        nargs="+",
+        metavar="E",
+        help="strengths of --attack, in grey levels of 0..255: 4 is what the literature writes "
+        f"as 4/255; default: {' and '.join(DEFAULT_EPS)}",
+    )
+    add(
+        "--attack-step",
+        type=float,
+        metavar="S",
+        help="grey levels of a step of pgd<K>; default: 2.5 eps / K",
+    )
+    add(
+        "--restarts",
+        type=int,
+        metavar="R",
+        help="attacks of pgd<K> on each image, which is right only if it withstands all; default 1",
+    )
+    add(
+        "--attack-images",
+        type=int,
+        metavar="N",
+        help="attack only N of the images of --data, drawn once and for all; "
+        f"default: {DEFAULT_ATTACKED:,}",
+    )
+
+
 def _add_settings(parser: ArgumentParser) -> None:
     """How it is evaluated, and where the report goes."""
     add = parser.add_argument
@@ -145,7 +197,13 @@ def _add_settings(parser: ArgumentParser) -> None:
         help="compare labels by position "
         "where only the checkpoint or only the data has class names",
     )
-    add("--bn", choices=("main", "aux"), default="main")
+    add(
+        "--bn",
+        choices=("main", "aux", "both"),
+        default="main",
+        help="which norms of a model with auxiliary ones; both: a column for each; default: main,"
+        " which an exported model has",
+    )
     add(
         "--weights",
         choices=("ema", "raw"),
@@ -158,7 +216,7 @@ def _add_settings(parser: ArgumentParser) -> None:
     )
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0, help="of the corruptions computed here")
+    add("--seed", type=int, default=0, help="of the corruptions computed here, and of attacks")
     add(
         "--out",
         metavar="DIR",
@@ -181,7 +239,9 @@ def evaluate(args: Namespace) -> int:
     checkpoints = _checkpoints(args)
     with closing(_data(args, checkpoints)) as data, Workers(say=say) as workers:
         wanted = replace(wanted, data=data.path, part=_part(data))
-        works = [look(path, wanted, data, workers, results) for path in checkpoints]
+        works = [
+            work for path in checkpoints for work in look(path, wanted, data, workers, results)
+        ]
         for work in works:
             say(report.plan(work))
             many = many or max(work.config.data.sides) > SMALL
@@ -239,6 +299,8 @@ def wishes(args: Namespace) -> Wanted:
         imagenet_r=_optional(args.imagenet_r),
         stylized=_optional(args.stylized),
         cifar10_c=_optional(args.cifar10_c),
+        attacks=_attacks(args),
+        attack_images=args.attack_images or DEFAULT_ATTACKED,
         back_end=args.pipeline,
         batch=args.batch,
         device=args.device,
@@ -270,6 +332,20 @@ def _corruptions(args: Namespace) -> tuple[tuple[str, int], ...]:
         for name in NAMES
         for severity in SEVERITIES
         if name in names and severity in severities
+    )
+
+
+def _attacks(args: Namespace) -> tuple[LinfAttack, ...]:
+    if args.attack is None:
+        return ()
+    if args.attack_images is not None and args.attack_images < 1:
+        raise ValueError(f"--attack-images {args.attack_images}: must be at least 1")
+    return attacks_of(
+        args.attack,
+        args.eps or DEFAULT_EPS,
+        step=args.attack_step,
+        restarts=args.restarts,
+        seed=args.seed,
     )
 
 

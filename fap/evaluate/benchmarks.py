@@ -3,7 +3,10 @@
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from fap.evaluate.attacked import AttackedSet
+from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
 from fap.evaluate.load import WhichWeights
@@ -29,14 +32,18 @@ class Wanted:
     imagenet_r: Path | None = None
     stylized: Path | None = None
     cifar10_c: Path | None = None
+    attacks: tuple[LinfAttack, ...] = ()
+    """On images of `data`."""
+    attack_images: int = 1000
+    """At most so many of them."""
     back_end: BackEnd | None = None
     batch: int | None = None
     """Images at once; None: what suits the task."""
     device: str = "cpu"
     seed: int = 0
     """Of the corruptions computed here."""
-    bn: Bn = "main"
-    """The batch norms that the model is evaluated with."""
+    bn: Bn | Literal["both"] = "main"
+    """The norms that a model is evaluated with; both: main, then aux where it has any."""
     weights: WhichWeights | None = None
     """Those of a checkpoint; None: the average if there is one."""
     pictures: Path | None = None
@@ -81,6 +88,16 @@ def eval_sets(
         sets.append(StoredSet("imagenet_r", wanted.imagenet_r, reading))
     if wanted.stylized is not None:
         sets.append(StoredSet("stylized", wanted.stylized, reading))
+    for attack in wanted.attacks:
+        if reading.task.n_classes < attack.fewest_classes:
+            raise ValueError(
+                f"--attack {attack.method}: needs a model of at least {attack.fewest_classes} "
+                f"classes, and this one has {reading.task.n_classes}"
+            )
+    sets += [
+        AttackedSet(attack.key, wanted.data, reading, seen, attack, wanted.attack_images)
+        for attack in wanted.attacks
+    ]
     return sets, unused
 
 
@@ -98,6 +115,11 @@ def _check_for_detection(wanted: Wanted) -> None:
                 f"{option}: its images have class labels and no boxes, and the checkpoint is a "
                 "detector's; leave it out (--corrupt all is detection's benchmark, on --data)"
             )
+    if wanted.attacks:
+        raise ValueError(
+            "--attack: only classifiers are attacked here, and the checkpoint is a detector's; "
+            "leave it out"
+        )
     if wanted.keep is not None:
         raise ValueError(
             "--keep: corrupted photographs are not kept for detection, which sees them resized "

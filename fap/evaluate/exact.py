@@ -43,7 +43,7 @@ def forward(
     device: torch.device | str = "cpu",
     amp: Amp = "off",
 ) -> Callable[[Tensor], Tensor]:
-    """What gives the outputs (B, ...) for images, uint8 (B, 3, H, W), on any device."""
+    """What gives the outputs (B, ...) for images in 0..255, (B, 3, H, W), on any device."""
     device = torch.device(device)
     mean_255 = torch.tensor(mean, device=device).view(3, 1, 1) * 255
     std_255 = torch.tensor(std, device=device).view(3, 1, 1) * 255
@@ -59,7 +59,14 @@ def forward(
 
 @contextmanager
 def evaluating(model: nn.Module, bn: Bn = "main") -> Iterator[None]:
-    """Within the block the model is in evaluation mode, nothing takes gradients.
+    """As `in_evaluation`, and within the block nothing takes gradients."""
+    with torch.inference_mode(), in_evaluation(model, bn):
+        yield
+
+
+@contextmanager
+def in_evaluation(model: nn.Module, bn: Bn = "main") -> Iterator[None]:
+    """Within the block the model is in evaluation mode, and normalises through `bn`.
 
     Afterwards each of its modules is in its former mode. Raises ValueError without `bn`.
     """
@@ -69,7 +76,7 @@ def evaluating(model: nn.Module, bn: Bn = "main") -> Iterator[None]:
         choosing = evaluate_with(model, bn)
     former = [(module, module.training) for module in model.modules()]
     try:
-        with torch.inference_mode(), choosing:
+        with choosing:
             model.eval()
             yield
     finally:

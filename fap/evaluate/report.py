@@ -14,6 +14,7 @@ from fap.evaluate import by_class
 from fap.evaluate.load import WhichWeights
 from fap.evaluate.table import Number, Table, capped, table_of
 from fap.evaluate.work import Item, Report, Work
+from fap.nets.norm import Bn
 from fap.tasks.class_counts import ClassCounts
 from pipelines.extras import needs
 from pipelines.files import readable, write_whole
@@ -35,9 +36,9 @@ def plan(work: Work) -> str:
         classes += " without names"
     else:
         classes += f" ({_some(work.classes)})"
+    step = f"step {work.step}{_of_average(work.weights)}{_through_aux(work.bn)}"
     lines = [
-        f"{work.path}: {config.name}, seed {config.seed}, "
-        f"step {work.step}{_of_average(work.weights)}: {config.model.name}, {classes}"
+        f"{work.path}: {config.name}, seed {config.seed}, {step}: {config.model.name}, {classes}"
     ]
     lines += [f"  {work.path}: {note}" for note in work.notes]
     for benchmark, items in groupby(work.items, key=_benchmark):
@@ -98,9 +99,10 @@ def markdown(reports: Sequence[Report]) -> str:
     """The checkpoints side by side, then what no number shows."""
     tables = [table_of(report) for report in reports]
     settings = reports[0].settings
+    norms = " and ".join(dict.fromkeys(report.settings["bn"] for report in reports))
     count = reports[0].results["clean"]["count"]
     lines = [
-        f"{count} images of {_plain(settings['data'])}, {settings['bn']} BN; percent.",
+        f"{count} images of {_plain(settings['data'])}, {norms} BN; percent.",
         "",
         f"| | {' | '.join(_plain(head(report)) for report in reports)} |",
         "|---" + "|--:" * len(reports) + "|",
@@ -129,7 +131,11 @@ def _classes(reports: Sequence[Report], after: Collection[str]) -> list[str]:
 def head(report: Report) -> str:
     """A checkpoint's name in tables and plot."""
     step = f"step {report.step}{_of_average(report.weights)}"
-    return f"{report.name}, seed {report.seed}, {step}"
+    return f"{report.name}, seed {report.seed}, {step}{_through_aux(report.settings['bn'])}"
+
+
+def _through_aux(bn: Bn) -> str:
+    return ", aux BN" if bn == "aux" else ""
 
 
 def _of_average(weights: WhichWeights) -> str:

@@ -20,6 +20,11 @@ CORRUPTIONS = {
     "imagenet_c": "ImageNet-C",
     "cifar10_c": "CIFAR-10-C",
 }
+ATTACK = "attack/"  # keys of sets under attack begin with it: attack/METHOD/EPS
+AUX_NOTE = (
+    "aux BN: through the auxiliary norms, which trained on what was attacked; an exported "
+    "model has the main ones (docs/glossary.md)"
+)
 MOST_LISTED = 10  # lines of one sort
 MOST_ABSENT = 3  # corruptions that a note names
 MOST_PARTS = 4  # of a note
@@ -43,6 +48,9 @@ def table_of(report: Report) -> Table:
     """The column and the notes of one checkpoint."""
     rows = _plain_rows(report)
     notes = _label_notes(report.labels)
+    if report.settings["bn"] == "aux":
+        notes.append(AUX_NOTE)
+    notes += _attack_notes(report)
     for measured in _corruption_benchmarks(report):
         refused = measured.refused()
         rows |= measured.rows(refused)
@@ -71,6 +79,7 @@ def _plain_rows(report: Report) -> dict[str, Number]:
         if key in report.results:
             reached = 100 * report.results[key][primary]
             rows[f"{words} {task.percents[primary]}"] = Number(reached, report.paper.get(key))
+    rows |= _attack_rows(report)
     for metric, title in task.rows.items():
         if metric == primary or metric not in clean:  # such as AP of a size that no object has
             continue
@@ -79,6 +88,35 @@ def _plain_rows(report: Report) -> dict[str, Number]:
             value *= 100
         rows[title] = Number(value)
     return rows
+
+
+def _attack_rows(report: Report) -> dict[str, Number]:
+    """The first metric under each attack."""
+    task = report.task
+    rows = {}
+    for key, result in report.results.items():
+        if key.startswith(ATTACK):
+            _, method, eps = key.split("/")
+            title = f"{task.percents[task.primary]} under {method}, eps {eps}"
+            rows[title] = Number(100 * result[task.primary])
+    return rows
+
+
+def _attack_notes(report: Report) -> list[str]:
+    """What a reader must know of the attacks."""
+    counts = {r["count"] for key, r in report.results.items() if key.startswith(ATTACK)}
+    if not counts:
+        return []
+    (count,) = counts
+    how = [
+        f"{key.removeprefix(ATTACK)}: {report.settings[key]}"
+        for key in report.results
+        if key.startswith(ATTACK)
+    ]
+    return [
+        f"attacks: on {count:,} of the clean images, through the norms of the column; L-infinity, "
+        f"untargeted, grey levels of 0..255 ({'; '.join(how)})"
+    ]
 
 
 def _label_notes(labels: Mapping[str, str]) -> list[str]:
@@ -162,7 +200,7 @@ def _corruption_benchmarks(report: Report) -> list[_Measured]:
     """In the order of the results."""
     found: dict[str, dict[str, dict[int, Result]]] = {}
     for key, result in report.results.items():
-        if "/" in key:
+        if "/" in key and not key.startswith(ATTACK):
             benchmark, name, severity = key.split("/")
             found.setdefault(benchmark, {}).setdefault(name, {})[int(severity)] = result
     return [_Measured(benchmark, results, report) for benchmark, results in found.items()]

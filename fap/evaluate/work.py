@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fap.config import Config
+from fap.evaluate.attacked import AttackedImages, AttackedSet
+from fap.evaluate.attacks import evaluate_attacked
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
@@ -23,6 +25,7 @@ from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
 from fap.nets.dual import has_aux
+from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Result, Task
 from fap.tasks.class_counts import ClassCounter, ClassCounts
 from fap.tasks.labels import Matching, match_labels
@@ -55,7 +58,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """One checkpoint and the sets to evaluate it on."""
+    """One checkpoint, the norms it is evaluated through, and the sets to evaluate it on."""
 
     path: Path
     content: str  # of the checkpoint
@@ -66,6 +69,7 @@ class Work:
     items: list[Item]
     unused: list[str]  # what belongs to no set in the benchmarks' folders
     weights: WhichWeights
+    bn: Bn
     notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
@@ -94,17 +98,34 @@ class Report:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
+def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> list[Work]:
     """Check a checkpoint and every set before any of the work is done: files, labels, class names.
 
-    `data`: the store of `wanted.data`. Raises ValueError, OSError, ImportError, DamagedCheckpoint
-    or DamagedData.
+    `data`: the store of `wanted.data`. One piece of work for each kind of norms. Raises ValueError,
+    OSError, ImportError, DamagedCheckpoint or DamagedData.
     """
     trained = _load(path, wanted)
-    if wanted.bn == "aux" and not has_aux(trained.model):
+    return [
+        _look(path, trained, replace(wanted, bn=bn), data, workers, results)
+        for bn in _norms(path, trained, wanted)
+    ]
+
+
+def _norms(path: Path, trained: Trained, wanted: Wanted) -> tuple[Bn, ...]:
+    """Those to evaluate a checkpoint through. Raises ValueError."""
+    with_aux = has_aux(trained.model)
+    if wanted.bn == "both":
+        return ("main", "aux") if with_aux else ("main",)
+    if wanted.bn == "aux" and not with_aux:
         raise ValueError(
             f"--bn aux: {path} was trained without auxiliary norms; only main is there"
         )
+    return (wanted.bn,)
+
+
+def _look(
+    path: Path, trained: Trained, wanted: Wanted, data: Store, workers: Workers, results: Results
+) -> Work:
     config = trained.config
     reading = Reading.of(
         trained.task,
@@ -130,6 +151,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         unused=unused,
         notes=trained.notes,
         weights=trained.weights,
+        bn=_one_bn(wanted),
     )
 
 
@@ -140,6 +162,7 @@ def carry_out(
 
     Raises as `look`, and ValueError if a file changed in the meantime.
     """
+    wanted = replace(wanted, bn=work.bn)
     found = {item.set.key: item.known for item in work.items if item.known is not None}
     todo = [item.set for item in work.items if item.known is None]
     draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
@@ -176,10 +199,11 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         small=max(work.config.data.sides) <= SMALL,
         settings={
             "data": f"{wanted.data}, {wanted.part}" if wanted.part else str(wanted.data),
-            "bn": wanted.bn,
+            "bn": work.bn,
             "seed": wanted.seed,
             "batch": wanted.batch or work.task.eval_batch,
-        },
+        }
+        | {attack.key: attack.words for attack in wanted.attacks},
         labels={item.set.key: item.labels for item in work.items},
         unused=work.unused,
         results={item.set.key: found[item.set.key].result for item in work.items},
@@ -202,6 +226,12 @@ class Both:
 
     def result(self) -> Result:
         return self.evaluator.result()
+
+
+def _one_bn(wanted: Wanted) -> Bn:
+    """The norms of one piece of work."""
+    assert wanted.bn != "both"
+    return wanted.bn
 
 
 @contextmanager
@@ -295,7 +325,7 @@ class _Evaluation:
                     most=IMAGES_OF_A_SHEET,
                     mean=trained.config.data.mean,
                     std=trained.config.data.std,
-                    bn=self.wanted.bn,
+                    bn=_one_bn(self.wanted),
                     device=torch.device(self.wanted.device),
                     say=say,
                 )
@@ -312,6 +342,10 @@ class _Evaluation:
         data = self.trained.config.data
         device = torch.device(self.wanted.device)
         evaluator = self.trained.task.evaluator(device, matching, opened.store)
+        if isinstance(one, AttackedSet):
+            assert isinstance(opened, AttackedImages)
+            with _stopping(workers):
+                return Outcome(self._under_attack(one, opened, matching, evaluator), None)
         counter = self._counter(one, matching, device)
         # Stopped first: else closing the batches waits for corruptions that nobody wants any more.
         with closing(opened.batches()) as batches, _stopping(workers):
@@ -321,10 +355,39 @@ class _Evaluation:
                 evaluator if counter is None else Both(evaluator, counter),
                 mean=data.mean,
                 std=data.std,
-                bn=self.wanted.bn,
+                bn=_one_bn(self.wanted),
                 device=device,
             )
         return Outcome(result, None if counter is None else counter.result())
+
+    def _under_attack(
+        self, one: AttackedSet, opened: AttackedImages, matching: Matching, evaluator: Evaluator
+    ) -> Result:
+        data = self.trained.config.data
+        steps = one.attack.steps_of_a_batch
+        total = None if steps is None else steps * opened.n_batches
+        with (
+            closing(opened.numbered()) as batches,
+            tqdm(desc=one.key, total=total, unit="step", leave=False, disable=None) as bar,
+        ):
+
+            def told() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                for number, batch in enumerate(batches, 1):
+                    bar.set_description(f"{one.key}, batch {number} of {opened.n_batches}")
+                    yield batch
+
+            return evaluate_attacked(
+                self.trained.model,
+                told(),
+                evaluator,
+                one.attack,
+                label_map=matching.label_map,
+                mean=data.mean,
+                std=data.std,
+                bn=_one_bn(self.wanted),
+                device=torch.device(self.wanted.device),
+                after_step=bar.update,
+            )
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:
         try:

@@ -54,6 +54,23 @@ def table_shape(n_classes: int) -> tuple[int, int]:
     return n_classes, n_classes
 
 
+def first_guesses(
+    outputs: Tensor,  # (B, classes)
+) -> Tensor:  # int64 (B,)
+    """As the accuracy's first guess, also where two classes are equally likely."""
+    return outputs.topk(min(MOST_GUESSES, outputs.shape[1])).indices[:, 0]
+
+
+def as_the_models(
+    labels: Tensor,  # int64 (B,): the data's, -1 for padding
+    label_map: Tensor | None,  # int64 (K,): the model's class of each of them; None: the same
+) -> Tensor:  # int64 (B,): the model's, -1 for padding
+    if label_map is None:
+        return labels
+    mapped = label_map[labels.clamp(min=0)]
+    return torch.where(labels == PADDING_LABEL, PADDING_LABEL, mapped)
+
+
 class ClassCounter:
     """Counts first guesses, batch after batch, in one buffer on the device: it waits for nothing.
 
@@ -79,8 +96,7 @@ class ClassCounter:
         labels = references.clamp(min=0)
         if self.label_map is not None:
             labels = self.label_map[labels]
-        # As the accuracy's first guess, also where two classes are equally likely.
-        guesses = outputs.topk(min(MOST_GUESSES, outputs.shape[1])).indices[:, 0]
+        guesses = first_guesses(outputs)
         if self.n_classes > MOST_CLASSES:
             self._count(labels, is_padding)
             self._count(self.n_classes + labels, is_padding | (guesses != labels))

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy on class labels; top-1 and top-5 accuracy.
+"""Classification: cross-entropy on class labels; top-1 and top-5 accuracy, calibration.
 
 Targets are labels, int64, -1 for padding rows; outputs are logits (rows, classes).
 """
@@ -17,13 +17,14 @@ from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
-from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter
+from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter, as_the_models
 from fap.tasks.labels import SAME_CLASSES, Matching
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
 from pipelines.files import readable, shown
 
 CPU = torch.device("cpu")
+BINS = 15  # of the calibration error, as in Guo et al. (2017)
 WRONG_LABELS = 0x3C6EF372  # sets these draws apart from others under the same keys
 ALL_BUT_THE_SIGN = 0x7FFFFFFF  # of an int32
 
@@ -32,8 +33,13 @@ class Classification(Task):
     """Every row has one label; see `fap.tasks.base.Task` for what is not said here."""
 
     primary = "top1"
-    percents: Mapping[str, str] = {"top1": "top-1", "top5": "top-5"}
-    rows: Mapping[str, str] = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "loss": "loss"}
+    percents: Mapping[str, str] = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}
+    rows: Mapping[str, str] = {
+        "top1": "top-1 accuracy",
+        "top5": "top-5 accuracy",
+        "loss": "loss",
+        "ece": "calibration error (ECE)",
+    }
     measure = "error"
     means = MEANS
 
@@ -184,17 +190,20 @@ class Classification(Task):
         return found
 
     def check_metrics(self, found: Mapping[str, object]) -> Result:
-        if found.keys() != {"loss", "top1", "top5"}:
+        if found.keys() != {"loss", "top1", "top5", "ece"}:
             raise ValueError("it has other metrics")
         loss = float(plain_number(found, "loss"))
         top1 = float(plain_number(found, "top1"))
         top5 = float(plain_number(found, "top5"))
+        ece = float(plain_number(found, "ece"))
         if not 0 <= top1 <= top5 <= 1:
             raise ValueError("it has no accuracies")
-        # The loss of a model that diverged is NaN.
+        # The loss of a model that diverged is NaN, and so is its calibration error.
         if not math.isnan(loss) and loss < 0:
             raise ValueError("a negative loss")
-        return {"loss": loss, "top1": top1, "top5": top5}
+        if not math.isnan(ece) and not 0 <= ece <= 1:
+            raise ValueError("it has no calibration error")
+        return {"loss": loss, "top1": top1, "top5": top5, "ece": ece}
 
     def measured(self, result: Result) -> float:
         return 1 - result["top1"]
@@ -215,7 +224,13 @@ def balanced_weights(
 
 
 class Accuracy:
-    """Mean loss without label smoothing, top-1 and top-5: a `fap.tasks.base.Evaluator`."""
+    """Mean loss without label smoothing, top-1, top-5 and calibration error.
+
+    A `fap.tasks.base.Evaluator`. The expected calibration error (Guo et al., 2017, equation 3) is
+    the mean over images of |accuracy - confidence| of the bin that an image's confidence lies in.
+    The confidence is the greatest softmax probability, the bins are BINS of equal width, each with
+    its upper edge.
+    """
 
     def __init__(
         self,
@@ -227,8 +242,10 @@ class Accuracy:
         if label_map is not None:
             self.label_map = label_map.to(device)
         self.restrict = restrict
-        # Loss, top-1, top-5, images: of all batches, on the device.
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # Loss, top-1, top-5, images, then of each bin its right images less their confidences: of
+        # all batches, on the device.
+        self.sums = torch.zeros(4 + BINS, dtype=torch.float64, device=device)
+        self.edges = torch.arange(BINS + 1, dtype=torch.float64, device=device) / BINS
 
     def update(
         self,
@@ -239,9 +256,8 @@ class Accuracy:
         if self.label_map is not None and self.restrict:
             # Column k is the class of the data's label k, so labels need no mapping.
             outputs = outputs[:, self.label_map]
-        elif self.label_map is not None:
-            mapped = self.label_map[targets.clamp(min=0)]
-            targets = torch.where(targets == PADDING_LABEL, PADDING_LABEL, mapped)
+        else:
+            targets = as_the_models(targets, self.label_map)
         # In float64, as the sums: they depend neither on the batch nor on the ranks.
         loss = F.cross_entropy(
             outputs.double(), targets, ignore_index=PADDING_LABEL, reduction="sum"
@@ -249,18 +265,30 @@ class Accuracy:
         guesses = outputs.topk(min(MOST_GUESSES, outputs.shape[1])).indices
         hits = guesses == targets[:, None]
         counted = targets != PADDING_LABEL
-        self.sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()])
+        four = torch.stack([loss, hits[:, 0].sum(), hits.sum(), counted.sum()])
+        confidences = outputs.double().softmax(1).amax(1)
+        surplus = torch.where(counted, hits[:, 0].double() - confidences, 0)
+        self.sums += torch.cat([four, self._in_bins(confidences).T.double() @ surplus])
+
+    def _in_bins(
+        self,
+        confidences: Tensor,  # (B,)
+    ) -> Tensor:  # bool (B, BINS)
+        above = confidences[:, None] > self.edges[:-1]
+        return above & (confidences[:, None] <= self.edges[1:])
 
     def result(self) -> Result:
         sums = self.sums.clone()
         if distributed.is_initialized():
             distributed.all_reduce(sums)
-        loss, top1, top5, count = sums.tolist()
+        loss, top1, top5, count, *surpluses = sums.tolist()
         if not count:
             raise ValueError("evaluation: the data hold no images")
         return {
             "loss": loss / count,
             "top1": top1 / count,
             "top5": top5 / count,
+            # A bin's share of the images times what accuracy and confidence differ by in it.
+            "ece": sum(abs(surplus) for surplus in surpluses) / count,
             "count": int(count),
         }

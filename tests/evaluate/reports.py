@@ -11,7 +11,7 @@ from tests.evaluate.world import tiny_config
 
 
 def result(top1: float = 0.5, count: int = 50) -> Result:
-    return {"loss": 1.0, "top1": top1, "top5": 1.0, "count": count}
+    return {"loss": 1.0, "top1": top1, "top5": 1.0, "ece": 0.1, "count": count}
 
 
 def report_of(

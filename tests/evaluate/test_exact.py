@@ -15,6 +15,7 @@ from fap.nets.norm import DualBatchNorm2d
 from fap.tasks.base import Result
 from fap.tasks.classification import Accuracy
 from fap.tasks.labels import match_classes
+from tests.tasks.test_classification import naive_ece
 
 MEAN = (0.4, 0.5, 0.6)
 STD = (0.2, 0.3, 0.4)
@@ -73,8 +74,11 @@ def naive(
     labels: Tensor,
     bn: str = "main",
     columns: list[int] | None = None,
-) -> tuple[float, float, float]:
-    """One image at a time, in float64: loss, top-1 and top-5 by the place of the label's logit."""
+) -> tuple[float, float, float, float]:
+    """One image at a time, in float64.
+
+    Loss, top-1 and top-5 by the place of the label's logit, calibration error.
+    """
     model = model.double().eval()
     norm = next(m for m in model.modules() if isinstance(m, DualBatchNorm2d)).branch(bn)
     mean, var, weight, bias = (
@@ -85,6 +89,7 @@ def naive(
     pixel_std = torch.tensor(STD).double().view(3, 1, 1)
     losses = []
     places = []
+    confidences = []
     for image, label in zip(images, labels.tolist(), strict=True):
         x = (image.double() / 255 - pixel_mean) / pixel_std
         x = model[0](x[None])
@@ -94,8 +99,10 @@ def naive(
             logits = logits[columns]
         losses.append(-torch.log_softmax(logits, 0)[label].item())
         places.append(int((logits > logits[label]).sum()))
+        confidences.append(logits.softmax(0).max().item())
     model.float()
-    return np.mean(losses), np.mean(np.array(places) < 1), np.mean(np.array(places) < 5)
+    ece = naive_ece(confidences, [place < 1 for place in places])
+    return np.mean(losses), np.mean(np.array(places) < 1), np.mean(np.array(places) < 5), ece
 
 
 @pytest.mark.parametrize("bn", ["main", "aux"])
@@ -104,11 +111,12 @@ def test_every_image_once_whatever_the_batch(
     model: nn.Module, data: tuple[Tensor, Tensor], size: int, bn: str
 ) -> None:
     result = reached(model, pairs(*data, size), bn)
-    loss, top1, top5 = naive(model, *data, bn=bn)
+    loss, top1, top5, ece = naive(model, *data, bn=bn)
     assert result == {
         "loss": pytest.approx(loss, rel=1e-5),
         "top1": top1,
         "top5": top5,
+        "ece": pytest.approx(ece, rel=1e-5),
         "count": 37,
     }
 
@@ -154,11 +162,13 @@ def test_classes_of_a_folder_and_the_mask_of_imagenet_r(
     labels = data[1] % 6
     all_logits = reached(model, pairs(images, labels, 8), label_map=label_map)
     masked = reached(model, pairs(images, labels, 8), label_map=label_map, restrict=True)
-    loss, top1, top5 = naive(model, images, label_map[labels])
+    loss, top1, top5, ece = naive(model, images, label_map[labels])
     assert all_logits["loss"] == pytest.approx(loss, rel=1e-5)
+    assert all_logits["ece"] == pytest.approx(ece, rel=1e-5)
     assert (all_logits["top1"], all_logits["top5"]) == (top1, top5)
-    loss, top1, top5 = naive(model, images, labels, columns=label_map.tolist())
+    loss, top1, top5, ece = naive(model, images, labels, columns=label_map.tolist())
     assert masked["loss"] == pytest.approx(loss, rel=1e-5)
+    assert masked["ece"] == pytest.approx(ece, rel=1e-5)
     assert (masked["top1"], masked["top5"]) == (top1, top5)
     assert masked["top5"] > all_logits["top5"]
 
@@ -194,5 +204,7 @@ def test_exact_across_ranks(model: nn.Module, data: tuple[Tensor, Tensor], tmp_p
         process.join()
     one = reached(model, pairs(*data, 8))
     assert results[0] == results[1]
-    assert results[0] == one | {"loss": pytest.approx(one["loss"], rel=1e-6)}
+    assert results[0] == one | {
+        name: pytest.approx(one[name], rel=1e-6) for name in ("loss", "ece")
+    }
     assert results[0]["count"] == 37

@@ -48,6 +48,7 @@ def test_the_table_is_the_words_that_readers_know() -> None:
         "| ImageNet-R top-1 | 25.00 |\n"
         "| top-5 accuracy | 100.00 |\n"
         "| loss | 1.00 |\n"
+        "| calibration error (ECE) | 10.00 |\n"
         f"| error, all 2 sets ({here}) | 75.00 |\n"
         f"| error, fog ({here}), over severity 3 only | 87.50 |\n"
         f"| error, snow ({here}), over severity 3 only | 62.50 |\n"
@@ -80,5 +81,10 @@ def test_the_json_holds_results_summary_and_notes(tmp_path: Path) -> None:
         "notes",
     ]
     assert tree["results"] == {"clean": result()}
-    assert tree["summary"] == {"top-1 accuracy": 50, "top-5 accuracy": 100, "loss": 1}
+    assert tree["summary"] == {
+        "top-1 accuracy": 50,
+        "top-5 accuracy": 100,
+        "loss": 1,
+        "calibration error (ECE)": 10,
+    }
     assert tree["notes"] == ["labels of all sets: by name"]

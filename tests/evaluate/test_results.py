@@ -15,7 +15,7 @@ from fap.tasks.base import Result
 from tests.evaluate.world import tiny_config
 
 ORIGIN = {"set": "clean", "images": {"data": {"classes": ["b", "a"]}}}
-RESULT = {"loss": 1.5, "top1": 0.25, "top5": 1.0, "count": 40}
+RESULT = {"loss": 1.5, "top1": 0.25, "top5": 1.0, "ece": 0.1, "count": 40}
 TASK = make_task(tiny_config())
 
 
@@ -34,7 +34,7 @@ def test_a_result_belongs_to_its_origin(tmp_path: Path) -> None:
     assert find(results, dict(reversed(ORIGIN.items()))) == RESULT
     assert find(results, ORIGIN | {"bn": "aux"}) is None
     assert len(list((tmp_path / "results").iterdir())) == 1
-    diverged = {"loss": math.nan, "top1": 0.0, "top5": 0.0, "count": 40}
+    diverged = {"loss": math.nan, "top1": 0.0, "top5": 0.0, "ece": math.nan, "count": 40}
     results.keep("run-clean", ORIGIN, diverged)
     assert math.isnan(find(results, ORIGIN)["loss"])
 

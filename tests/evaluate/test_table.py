@@ -119,12 +119,13 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     paper = {"top1": 76.5, "imagenet_c": 56.4, "imagenet_r": 38.2, "stylized": 8.3}
     results = complete() | {"imagenet_r": result(0.25), "stylized": result(0.125)}
     rows = table_of(report_of(results, paper=paper)).rows
-    assert [*rows][:6] == [
+    assert [*rows][:7] == [
         "top-1 accuracy",
         "ImageNet-R top-1",
         "Stylized-ImageNet top-1",
         "top-5 accuracy",
         "loss",
+        "calibration error (ECE)",
         "error, all 95 sets (ImageNet-C)",
     ]
     assert {title: number for title, number in rows.items() if number.paper is not None} == {

@@ -170,12 +170,25 @@ def test_the_plain_model_is_the_configs() -> None:
 # ---------------------------------------------------------------------- the metrics
 
 
+def naive_ece(confidences: list[float], right: list[bool]) -> float:
+    """15 bins, one after the other: |accuracy - confidence| of each, weighted by its images."""
+    total = 0.0
+    for k in range(15):
+        inside = [i for i, c in enumerate(confidences) if k / 15 < c <= (k + 1) / 15]
+        if inside:
+            accuracy = np.mean([right[i] for i in inside])
+            confidence = np.mean([confidences[i] for i in inside])
+            total += len(inside) / len(confidences) * abs(accuracy - confidence)
+    return total
+
+
 def naive_accuracy(
     outputs: np.ndarray, targets: np.ndarray, label_map: list[int] | None, restrict: bool
 ) -> dict[str, float]:
     """One row at a time: the place of the label's logit among all that count."""
     losses = []
     places = []
+    confidences = []
     for logits, label in zip(outputs, targets, strict=True):
         if label < 0:
             continue
@@ -187,10 +200,12 @@ def naive_accuracy(
             wanted = label_map[label]
         losses.append(-log_softmax(kept)[wanted])
         places.append(sum(logit > kept[wanted] for logit in kept))
+        confidences.append(math.exp(log_softmax(kept).max()))
     return {
         "loss": sum(losses) / len(losses),
         "top1": sum(place < 1 for place in places) / len(places),
         "top5": sum(place < 5 for place in places) / len(places),
+        "ece": naive_ece(confidences, [place < 1 for place in places]),
         "count": len(places),
     }
 
@@ -225,9 +240,30 @@ def test_accuracy_equals_the_twin(padding: int, n_labels: int | None, restrict: 
         np.concatenate(all_outputs), np.concatenate(all_targets), listed, restrict
     )
     found = evaluator.result()
-    assert found == expected | {"loss": pytest.approx(expected["loss"], rel=1e-9)}
+    close = {name: pytest.approx(expected[name], rel=1e-9) for name in ("loss", "ece")}
+    assert found == expected | close
+    assert found["ece"] > 0.01
     assert found["count"] == 26
     assert evaluator.result() == found  # asking changes nothing
+
+
+def test_the_calibration_error_of_known_confidences() -> None:
+    """Four images at confidence 0.8, two of them right, and one of padding; then sure and right."""
+    outputs = torch.tensor([[math.log(0.8), math.log(0.2)]]).expand(5, 2)
+    evaluator = Accuracy(CPU, label_map=None, restrict=False)
+    evaluator.update(outputs, torch.tensor([0, 1, 0, 1, -1]))
+    assert evaluator.result()["ece"] == pytest.approx(0.3, rel=1e-6)
+    evaluator.update(torch.tensor([[0.0, 1000.0]]).expand(4, 2), torch.ones(4, dtype=torch.int64))
+    assert evaluator.result()["ece"] == pytest.approx(0.15, rel=1e-6)
+
+
+def test_a_model_that_diverged_has_no_calibration_error() -> None:
+    outputs = torch.tensor([[math.nan, 1.0], [0.0, 1.0]])
+    evaluator = Accuracy(CPU, label_map=None, restrict=False)
+    evaluator.update(outputs, torch.tensor([-1, 1]))
+    assert evaluator.result()["ece"] == pytest.approx(1 - 1 / (1 + math.exp(-1)))
+    evaluator.update(outputs, torch.tensor([1, 1]))
+    assert math.isnan(evaluator.result()["ece"])
 
 
 def test_the_loss_of_an_evaluation_is_not_smoothed() -> None:
@@ -249,17 +285,18 @@ def test_an_evaluation_of_padding_alone_is_refused() -> None:
 
 # ---------------------------------------------------------------------- results out of files
 
-METRICS = {"loss": 1.5, "top1": 0.25, "top5": 1}
+METRICS = {"loss": 1.5, "top1": 0.25, "top5": 1, "ece": 0.1}
 
 
 def test_metrics_out_of_a_file_are_floats_in_their_order() -> None:
     found = Classification(config()).check_metrics(METRICS)
-    assert [*found.items()] == [("loss", 1.5), ("top1", 0.25), ("top5", 1.0)]
+    assert [*found.items()] == [("loss", 1.5), ("top1", 0.25), ("top5", 1.0), ("ece", 0.1)]
     assert all(type(value) is float for value in found.values())
     backwards = dict(reversed(METRICS.items()))
     assert [*Classification(config()).check_metrics(backwards)] == [*METRICS]
-    diverged = Classification(config()).check_metrics(METRICS | {"loss": math.nan})
+    diverged = Classification(config()).check_metrics(METRICS | {"loss": math.nan, "ece": math.nan})
     assert math.isnan(diverged["loss"])
+    assert math.isnan(diverged["ece"])
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -270,6 +307,9 @@ def test_metrics_out_of_a_file_are_floats_in_their_order() -> None:
     ({"top5": 0.1}, "no accuracies"),
     ({"top5": 2}, "no accuracies"),
     ({"loss": -1.0}, "negative"),
+    ({"ece": -0.1}, "no calibration error"),
+    ({"ece": 1.1}, "no calibration error"),
+    ({"ece": None}, "ece is no number"),
     ({"top1": True}, "top1 is no number"),
     ({"top1": "0.5"}, "top1 is no number"),
     ({"loss": None}, "loss is no number"),

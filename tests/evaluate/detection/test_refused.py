@@ -49,6 +49,12 @@ def test_keep_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (world / "keep").exists()
 
 
+def test_attacks_are_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, world, "--attack", "fgsm", **WHERE, out="refused")
+    assert line.startswith("fap-eval: --attack: only classifiers are attacked here")
+    assert not (world / "refused").exists()
+
+
 def test_checkpoints_and_data_of_two_tasks(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(fresh / "val", CLASSES, 1, (40, 36))
     line = refused(capsys, fresh, model=CHECKPOINT, data="val")

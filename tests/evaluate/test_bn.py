@@ -1,0 +1,72 @@
+"""`fap-eval --bn`: through the main norms, the auxiliary ones, or both side by side."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fap import checkpoint
+from fap.cli import eval as cli
+from fap.evaluate import report
+from fap.nets.build import build
+from tests.evaluate.world import CHECKPOINT, WNIDS, counted, no_plot, refused, run, tiny_config
+from tests.hostile_meta import valid_meta
+
+DUAL = "dual.safetensors"
+PLAIN = "plain.safetensors"
+
+
+@pytest.fixture(scope="module")
+def at(world: Path) -> Path:
+    """Beside the world's checkpoint one whose norms differ, and one without auxiliary norms."""
+    for name, aux in ((DUAL, True), (PLAIN, False)):
+        torch.manual_seed(2)
+        model = build("cifar_resnet8", 6, aux=aux, size=32)
+        state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+        for key, tensor in state.items():
+            if key.endswith("aux.weight"):
+                tensor.uniform_(0.5, 2)
+        checkpoint.save(world / name, state, valid_meta(tiny_config(), WNIDS))
+    return world
+
+
+def both(at: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[list[Any], str]:
+    """The reports of several checkpoints through both norms, and the table."""
+    monkeypatch.setattr(report, "_plot", no_plot)
+    monkeypatch.setattr(report, "_confusion_plot", no_plot)
+    words = ["--data", str(at / "val"), "--device", "cpu", "--batch", "4", "--bn", "both"]
+    assert cli.main([*(str(at / name) for name in names), *words, "--out", str(at / "both")]) == 0
+    text = (at / "both" / "report.md").read_text()
+    return json.loads((at / "both" / "report.json").read_text()), text
+
+
+def test_both_are_columns_of_their_own(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, _ = run(at, model=DUAL, out="main")
+    aux, text = run(at, "--bn", "aux", model=DUAL, out="aux")
+    assert "| tiny, seed 0, step 5, aux BN |" in text
+    plain, _ = run(at, model=PLAIN, out="plain")
+    found, text = both(at, monkeypatch, DUAL, PLAIN)
+    assert [one["results"] for one in found] == [one["results"] for one in (main, aux, plain)]
+    assert [one["settings"]["bn"] for one in found] == ["main", "aux", "main"]
+    assert main["results"]["clean"]["loss"] != aux["results"]["clean"]["loss"]
+    assert "main and aux BN; percent." in text
+    column = "tiny, seed 0, step 5"
+    assert f"| | {column} | {column}, aux BN | {column} |" in text
+    assert "- aux BN: through the auxiliary norms" in text
+
+
+def test_each_is_found_again(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(at / "both", ignore_errors=True)
+    calls = counted(monkeypatch)
+    both(at, monkeypatch, CHECKPOINT)
+    assert [call["bn"] for call in calls] == ["main", "aux"]
+    both(at, monkeypatch, CHECKPOINT)
+    assert len(calls) == 2
+
+
+def test_a_model_of_main_norms_has_no_others(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, at, "--bn", "aux", model=PLAIN, out="none")
+    assert "was trained without auxiliary norms" in line
