@@ -146,7 +146,10 @@ def corruptions_table(rows: Rows, part: Part) -> str:
     others = [arm for arm in part.arms if arm != BASE and rows.of(regime, arm)]
     head = ["percent right under", "vanilla", *(f"{ARMS[arm].title} - vanilla" for arm in others)]
     lines = []
+    measured = rows.of(regime, BASE)[0]["numbers"]
     for name in NAMES:
+        if f"main/{name}" not in measured:
+            continue
         cells = [f"{rows.mean(regime, BASE, f'main/{name}'):.1f}"]
         for arm in others:
             difference = rows.difference(regime, arm, BASE, f"main/{name}")

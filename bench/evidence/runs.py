@@ -72,7 +72,7 @@ class Runs:
         regime, name, seed = run
         arm = ARMS[name]
         epochs = epochs_of(arm, regime)
-        milestones = [round(share * epochs) for share in regime.milestones]
+        milestones = sorted({round(share * epochs) for share in regime.milestones} - {0, epochs})
         return [
             config_file(arm),
             *words_of(arm, regime),

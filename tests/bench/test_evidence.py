@@ -189,11 +189,11 @@ def test_rows_of_another_machine_are_added_where_they_are_the_same_runs(tmp_path
 
 
 MINIATURE = Study(
-    parts={"headline": Part("Does it run?", (Regime(images=80, epochs=2),), (BASE, OURS), seeds=1)},
+    parts={"headline": Part("Does it run?", (Regime(images=80, epochs=3),), (BASE, OURS), seeds=1)},
     test=8,
     corrupted=8,
     attacked=4,
-    workers=1,
+    workers=2,
     corrupt=("contrast", "fog"),
 )
 
@@ -212,7 +212,7 @@ def test_a_miniature_study_ends_in_table_and_figure(
     assert "Fast AdvProp" in said
     found = json.loads((tmp_path / "evidence_small.json").read_text())
     rows = {row["arm"]: row for row in found["rows"]}
-    assert rows[BASE]["image_passes"] == 2 * 64
+    assert rows[BASE]["image_passes"] == 3 * 64
     assert rows[OURS]["image_passes"] == rows[BASE]["image_passes"]
     numbers = rows[OURS]["numbers"]
     assert numbers["aux/corrupted"] == pytest.approx(
