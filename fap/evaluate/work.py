@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL
@@ -18,7 +17,8 @@ from fap.config import Config
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
-from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
+from fap.evaluate.load import Trained, WhichWeights
+from fap.evaluate.models import Model
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
@@ -55,9 +55,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """One checkpoint and the sets to evaluate it on."""
+    """One model and the sets to evaluate it on."""
 
-    path: Path
+    model: Model
     content: str  # of the checkpoint
     task: Task
     config: Config
@@ -87,6 +87,7 @@ class Report:
     names: tuple[str, ...] | None = None  # of the model's classes
     counts: ClassCounts | None = None  # by class, of the clean images
     weights: WhichWeights = "raw"
+    is_plain: bool = False  # weights that no run made: they have neither seed nor step
 
     def tree(self) -> dict[str, Any]:
         """As JSON; the checkpoint says which task it is of, and other files have the counts."""
@@ -94,16 +95,16 @@ class Report:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
-    """Check a checkpoint and every set before any of the work is done: files, labels, class names.
+def look(model: Model, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
+    """Check a model and every set before any of the work is done: files, labels, class names.
 
     `data`: the store of `wanted.data`. Raises ValueError, OSError, ImportError, DamagedCheckpoint
     or DamagedData.
     """
-    trained = _load(path, wanted)
+    trained = model.load()
     if wanted.bn == "aux" and not has_aux(trained.model):
         raise ValueError(
-            f"--bn aux: {path} was trained without auxiliary norms; only main is there"
+            f"--bn aux: {model.source} was trained without auxiliary norms; only main is there"
         )
     config = trained.config
     reading = Reading.of(
@@ -120,7 +121,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
     ]
     return Work(
-        path=path,
+        model=model,
         content=trained.content,
         task=trained.task,
         config=config,
@@ -144,9 +145,11 @@ def carry_out(
     todo = [item.set for item in work.items if item.known is None]
     draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
     if todo or draws:
-        trained = _load(work.path, wanted, wanted.device)
+        trained = work.model.load(wanted.device)
         if trained.content != work.content:
-            raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
+            raise ValueError(
+                f"{work.model.source}: the file changed since it was looked at; start again"
+            )
         evaluation = _Evaluation(trained, wanted, results)
         primary = work.task.primary
         for one in tqdm(todo, work.config.name, unit="set", disable=None):
@@ -168,7 +171,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
     (clean,) = [item for item in work.items if item.set.key == CLEAN]
     return Report(
         task=work.task,
-        checkpoint=str(work.path),
+        checkpoint=str(work.model.source),
         name=work.config.name,
         seed=work.config.seed,
         step=work.step,
@@ -186,6 +189,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         names=clean.names,
         counts=found[CLEAN].counts,
         weights=work.weights,
+        is_plain=work.model.is_plain,
     )
 
 
@@ -214,15 +218,9 @@ def _stopping(workers: Workers) -> Iterator[None]:
         raise
 
 
-def _load(path: Path, wanted: Wanted, device: str = "cpu") -> Trained:
-    if wanted.plain is None:
-        return load_model(path, device, wanted.weights)
-    return load_weights(path, wanted.plain, wanted.classes, device)
-
-
 @dataclass(frozen=True)
 class _Evaluation:
-    """A checkpoint's model, how the user wants it evaluated, and where its results are kept."""
+    """A model, how the user wants it evaluated, and where its results are kept."""
 
     trained: Trained
     wanted: Wanted
