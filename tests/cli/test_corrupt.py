@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_fap_eval_reads_the_number_that_it_computes(world: Path, tmp_path: Path,
     for key in KEYS:
         assert results[f"imagenet_c/{key}"] == results[f"computed/{key}"]
     assert len({results[f"computed/{key}"]["loss"] for key in KEYS}) == 4
+
+
+def test_a_tar_gives_the_copies_of_its_folder(world: Path, tmp_path: Path) -> None:
+    """It is also what fap-eval reads: one file, whatever lies in it."""
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(world / "val", "val", filter=lambda one: None if ".npz" in one.name else one)
+    made(world, tmp_path / "folder", *SETS)
+    assert main([str(tmp_path / "val.tar"), str(tmp_path / "tar"), *SMALL, *SETS]) == 0
+    for file in (tmp_path / "folder").rglob("*.JPEG"):
+        copy = tmp_path / "tar" / file.relative_to(tmp_path / "folder")
+        assert copy.read_bytes() == file.read_bytes()
+    shutil.copy(world / CHECKPOINT, tmp_path)
+    found, _ = run(tmp_path, data="val.tar")
+    assert found["results"]["clean"] == run(world, out="of-folder")[0]["results"]["clean"]
 
 
 def test_small_images_are_copied_as_they_are(tmp_path: Path, capsys: Capture) -> None:
@@ -467,6 +482,8 @@ def test_words_that_mean_nothing(words: tuple[str, ...], message: str, capfd: Ca
 def test_what_cannot_be_corrupted_is_said(world: Path, tmp_path: Path, capfd: Capture) -> None:
     dst = tmp_path / "c"
     assert "no such file or folder" in refused(capfd, tmp_path / "nowhere", dst)
+    (tmp_path / "val.zip").write_bytes(b"PK")
+    assert "fap-convert makes a .beton of" in refused(capfd, tmp_path / "val.zip", dst)
     line = refused(capfd, world / "val", dst, "--size", "40", "--resize", "36")
     assert "--resize 36: must be at least --size, 40" in line
     write_folder(tmp_path / "root", ["train", "val"], 1, (40, 36))
