@@ -150,7 +150,7 @@ def _find_header(path: str | Path) -> Header:
     if mark < 0:
         raise DamagedCheckpoint(
             f"{path}: no checksum in its header, so it is no checkpoint of this program"
-            " (plain weights: model.init, fap-eval --plain)"
+            " (plain weights: model.init, fap-eval)"
         )
     return Header(mark + len(CHECKSUM), end)
 

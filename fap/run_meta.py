@@ -120,7 +120,7 @@ def run_meta(path: str | Path, meta: dict[str, Any]) -> RunMeta:
     if not {"config", "step"} <= meta.keys():
         raise ValueError(
             f"{path}: no checkpoint of a training run (its metadata has no config or step);"
-            " fap-eval takes plain weights with --plain"
+            " fap-eval and model.init take plain weights"
         )
     try:
         return RunMeta.model_validate(meta)

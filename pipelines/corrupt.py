@@ -107,6 +107,9 @@ CORRUPTIONS = {
     ),
 }
 NAMES = tuple(CORRUPTIONS)
+DEFINITIONS = 1  # to be raised when an image comes out otherwise: kept copies are of one of them
+PUBLISHED = NAMES[:15]  # those that ImageNet-C's mCE is of
+EXTRA = NAMES[15:]
 # What COCO-C's generator (`imagecorruptions`, Michaelis et al., 2019) has otherwise than
 # ImageNet-C's and would matter to boxes, with constants for severity 1 to 5. Its snow, frost and
 # motion blur differ too, by how they are drawn and not by how strong they are.

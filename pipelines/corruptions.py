@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipelines.corrupt import is_small
 from pipelines.extras import needs
+from pipelines.pixel_moves import copy_neighbours
 
 with needs("corruptions", "computing corruptions"):
     import cv2
@@ -84,13 +85,11 @@ def glass_blur(x: np.ndarray, sigma: float, reach: int, rounds: int, rng: Rng) -
     h, w = x.shape[:2]
     cells = np.arange(h * w).reshape(h, w)  # pixels by number, row by row
     visit = cells[h - reach : reach : -1, w - reach : reach : -1].ravel()  # from the last one back
-    pixel = cells.ravel().tolist()  # place -> the pixel that lies there
+    pixel = cells.ravel()  # place -> the pixel that lies there
     for _ in range(rounds):
         dx, dy = rng.integers(-reach, reach, (2, len(visit)))
-        neighbours = visit + dy * w + dx
         # The generator's swap, being one of numpy views, only copies the neighbour.
-        for here, there in zip(visit.tolist(), neighbours.tolist(), strict=True):
-            pixel[here] = pixel[there]
+        copy_neighbours(pixel, visit, visit + dy * w + dx)
     grey_levels = np.floor(_gauss(x, sigma) * 255)
     moved = grey_levels.reshape(-1, 3)[pixel].reshape(x.shape)
     return _gauss(moved / 255, sigma)

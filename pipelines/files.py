@@ -3,6 +3,7 @@ message shows a path or a text that may be long. Standard library only.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -126,6 +127,25 @@ def sync_folder(folder: str | Path) -> None:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def sync_file_system(folder: str | Path) -> None:
+    """Make all that was written to the file system of `folder` survive a power cut.
+
+    For many files this takes one wait, not one for each. Raises OSError for a failing or full disk.
+    """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if syncfs(descriptor):
+            number = ctypes.get_errno()
+            if number not in NO_FOLDER_SYNC_HERE:
+                raise OSError(number, os.strerror(number), os.fspath(folder))
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(

@@ -21,7 +21,12 @@ from typing import Any
 from pipelines.machine import usable_cores
 
 # What the server that processes are forked from imports: once, and not again in each of them.
-PRELOAD = ["pipelines.workers", "pipelines.corruptions", "pipelines.corrupt_store"]
+PRELOAD = [
+    "pipelines.workers",
+    "pipelines.corruptions",
+    "pipelines.corrupt_store",
+    "pipelines.corrupt_copies",
+]
 
 
 class Workers(Executor):

@@ -215,6 +215,6 @@ def test_importing_pipelines_imports_no_back_end() -> None:
 
 
 def test_a_command_can_be_told_to_end_before_it_imports_torch() -> None:
-    entrances = "convert, doctor, eval, export, predict, train"
+    entrances = "convert, corrupt, doctor, eval, export, predict, train"
     code = f"import sys; from fap.cli import {entrances}; print('torch' in sys.modules)"
     assert run(code) == ["False"]

@@ -11,37 +11,41 @@ from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import pipelines
-from fap.checkpoint import DamagedCheckpoint, checkpoint_at
+from fap.checkpoint import DamagedCheckpoint
 from fap.cli.output import told
 from fap.evaluate import report
 from fap.evaluate.attack_options import attacks_of
 from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.images import usable_device
+from fap.evaluate.models import Model, check_words, model_of, refuse_idle
 from fap.evaluate.results import Results
 from fap.evaluate.validated import check_validated_on, part_of, validated_on
 from fap.evaluate.work import carry_out, look
 from fap.run.torch_setup import limit_threads
 from pipelines import Store
 from pipelines.corrupt import NAMES, QUICK, SMALL, definitions
+from pipelines.files import listed, readable
 from pipelines.names import names_in
 from pipelines.sources import accepted
 from pipelines.subset import SubsetStore
 from pipelines.workers import Workers
 
 DESCRIPTION = (
-    "Exact accuracy of checkpoints on clean images and under corruptions, "
-    "beside the paper's numbers."
+    "Exact accuracy of models side by side, on clean images and under corruptions, beside the "
+    "paper's numbers. A model is a run's checkpoint or plain weights; the first is the baseline."
 )
 SEVERITIES = range(1, 6)
 DEFAULT_SEVERITY = 3
 DEFAULT_EPS = ("1", "4")  # training's own strength, and what ImageNet's literature evaluates at
 DEFAULT_ATTACKED = 1000  # images
+CLASSES = "classes="  # among the words of --model: a file as that of --classes
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -71,7 +75,9 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     _add_image_sets(parser)
     _add_attacks(parser)
     _add_settings(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # models may stand on both sides of an option
+    if not args.models and not args.model:
+        parser.error("give at least one MODEL")
     if args.corrupt is None:
         for option, given in (("--keep", args.keep), ("--severity", args.severity)):
             if given is not None:
@@ -87,14 +93,6 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
                 parser.error(f"{option} is about --attack, which is not given")
     if args.data is None and args.val_share is not None:
         parser.error("--val-share is about --data, which is not given")
-    if args.data is None and args.plain is not None:
-        parser.error("--plain: give --data, as weights do not say what to evaluate them on")
-    if args.weights is not None and args.plain is not None:
-        parser.error("--weights is about checkpoints; a file of --plain holds one set of weights")
-    if args.classes is not None and args.plain is None:
-        parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
-    if args.best and args.plain is not None:
-        parser.error("--best is about a run's checkpoints; --plain takes files")
     return args
 
 
@@ -102,22 +100,32 @@ def _add_image_sets(parser: ArgumentParser) -> None:
     """What is evaluated, and on which images."""
     add = parser.add_argument
     add(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="a run's folder, or a step_*.safetensors of it; with --plain plain weights",
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a run's folder, or a step_*.safetensors of it; plain weights of a torchvision or timm"
+        " model: a .safetensors or .pth file, torchvision:WEIGHTS, timm:MODEL.TAG,"
+        " hf-hub:USER/REPOSITORY",
     )
     add("--best", action="store_true", help="of a run's folder: the best epoch, not the newest")
     add(
         "--plain",
         nargs="*",
         metavar="KEY=VALUE",
-        help="what is given are plain weights of a torchvision or timm model: a .safetensors or"
-        " .pth file, torchvision:WEIGHTS, timm:MODEL.TAG, hf-hub:USER/REPOSITORY. The words are"
-        " model.name=resnet50, where the weights do not say it, and what differs from"
-        " torchvision's evaluation, such as data.resize=232 or model.num_classes=10",
+        help="of every MODEL that is plain weights: model.name=resnet50, where the weights do not"
+        " say it, and what differs from their own or else torchvision's evaluation, such as"
+        " data.resize=232 or model.num_classes=10",
     )
-    add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
+    add(
+        "--model",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("SOURCE", "KEY=VALUE"),
+        help="one more model, with words of its own: those of --plain, and classes=FILE in place of"
+        " --classes; may be given several times",
+    )
+    add("--classes", metavar="FILE", help="names of the outputs of plain weights, one a line")
     add(
         "--data",
         help=f"clean images: {accepted()}; of a run's folder by default what it validated on",
@@ -233,15 +241,13 @@ def evaluate(args: Namespace) -> int:
 
     limit_threads()
     wanted = wishes(args)
+    models = models_of(args)
     out = _path(args.out)
     results = Results(out / "results", say)
     many = _everything(args)
-    checkpoints = _checkpoints(args)
-    with closing(_data(args, checkpoints)) as data, Workers(say=say) as workers:
+    with closing(_data(args, models)) as data, Workers(say=say) as workers:
         wanted = replace(wanted, data=data.path, part=_part(data))
-        works = [
-            work for path in checkpoints for work in look(path, wanted, data, workers, results)
-        ]
+        works = [work for model in models for work in look(model, wanted, data, workers, results)]
         for work in works:
             say(report.plan(work))
             many = many or max(work.config.data.sides) > SMALL
@@ -260,22 +266,55 @@ def evaluate(args: Namespace) -> int:
     return 0
 
 
-def _checkpoints(args: Namespace) -> list[Path]:
-    """The files to evaluate; plain weights are those that were given. Raises ValueError."""
-    paths = [_path(path) for path in args.checkpoints]
-    if args.plain is not None:
-        return paths
-    return [checkpoint_at(path, best=args.best) for path in paths]
+def models_of(args: Namespace) -> list[Model]:
+    """What is to be evaluated, in the order of the columns. Raises ValueError, OSError."""
+    words = args.plain or []
+    check_words("--plain", words)
+    classes = None if args.classes is None else names_in(_path(args.classes))
+    options = {"classes": classes, "weights": args.weights, "best": args.best}
+    found = [model_of(_expanded(source), words=words, **options) for source in args.models]
+    if args.plain is not None and not any(model.is_plain for model in found):
+        raise ValueError(
+            f"--plain: none of its models ({listed(args.models) or 'there are none'}) is plain "
+            "weights; a run's checkpoint is none"
+        )
+    found += [_with_own_words(*words, **options) for words in args.model]
+    runs = {"--best": args.best, "--weights": args.weights}
+    refuse_idle(found, plain=args.classes is not None, runs=runs)
+    return found
 
 
-def _data(args: Namespace, checkpoints: Sequence[Path]) -> Store:
+def _with_own_words(source: str, *words: str, **options: Any) -> Model:
+    """A model of --model. Raises as `models_of`."""
+    check_words(f"--model {readable(source)}", words)
+    names = [word.removeprefix(CLASSES) for word in words if word.startswith(CLASSES)]
+    if names:
+        options["classes"] = names_in(_path(names[-1]))
+    config = [word for word in words if not word.startswith(CLASSES)]
+    model = model_of(_expanded(source), words=config, **options)
+    if words and not model.is_plain:
+        raise ValueError(
+            f"--model {readable(source)} {readable(words[0])}: a run has its own config; only "
+            "plain weights take KEY=VALUE"
+        )
+    return model
+
+
+def _data(args: Namespace, models: Sequence[Model]) -> Store:
     """The clean images: those of --data, or what the runs validated on."""
     if args.data is not None:
         store = pipelines.open_store(args.data)
         return store if args.val_share is None else part_of(store, args.val_share)
-    store = validated_on(_path(args.checkpoints[0]), checkpoints[0])
-    for path in checkpoints[1:]:
-        check_validated_on(path, store)
+    first = models[0]
+    if first.is_plain:
+        raise ValueError(
+            f"{first.source}: give --data, as weights do not say what to evaluate them on"
+        )
+    named = args.models[0] if args.models else args.model[0][0]
+    store = validated_on(_path(named), first.source)
+    for model in models[1:]:
+        if not model.is_plain:
+            check_validated_on(model.source, store)
     return store
 
 
@@ -306,11 +345,8 @@ def wishes(args: Namespace) -> Wanted:
         device=args.device,
         seed=args.seed,
         bn=args.bn,
-        weights=args.weights,
         pictures=_path(args.out) / "pictures",
         by_position=args.labels_by_position,
-        plain=None if args.plain is None else tuple(args.plain),
-        classes=None if args.classes is None else names_in(_path(args.classes)),
     )
 
 
@@ -353,8 +389,12 @@ def _everything(args: Namespace) -> bool:
     return args.corrupt is not None and "all" in args.corrupt
 
 
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text)
+
+
 def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
+    return Path(_expanded(text))
 
 
 def _optional(text: str | None) -> Path | None:

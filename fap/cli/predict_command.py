@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 import pipelines
-from fap.checkpoint import DamagedCheckpoint, checkpoint_at
+from fap.checkpoint import DamagedCheckpoint
 from fap.cli.output import told
 from fap.cli.signals import ENDED_BY_SIGNAL
 from fap.evaluate.images import Reading, usable_device
-from fap.evaluate.load import Trained, load_model, load_weights
+from fap.evaluate.load import Trained
+from fap.evaluate.models import check_words, model_of, refuse_idle
 from fap.evaluate.predict import Predictor, csv_bytes
 from fap.run.torch_setup import limit_threads
 from fap.step.graph import out_of_memory
@@ -60,9 +61,9 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(prog="fap-predict", description=DESCRIPTION)
     add = parser.add_argument
     add(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run's folder, or a step_*.safetensors of it; with --plain a file of plain weights",
+        "model",
+        metavar="MODEL",
+        help="a run's folder, or a step_*.safetensors of it; or plain weights, as for fap-eval",
     )
     add("--best", action="store_true", help="of a run's folder: the best epoch, not the newest")
     add(
@@ -83,19 +84,13 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
         "--plain",
         nargs="*",
         metavar="KEY=VALUE",
-        help="CHECKPOINT is a file of plain weights, as for fap-eval; after the images",
+        help="what plain weights do not say, as for fap-eval; after the images",
     )
-    add("--classes", metavar="FILE", help="names of the outputs of --plain, one a line")
+    add("--classes", metavar="FILE", help="names of the outputs of plain weights, one a line")
     add("--pipeline", choices=list(pipelines.BACK_ENDS), help="as for fap-eval")
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.classes is not None and args.plain is None:
-        parser.error("--classes is about --plain: the names of a checkpoint's classes are in it")
-    if args.best and args.plain is not None:
-        parser.error("--best is about a run's checkpoints; --plain takes a file")
-    if args.weights is not None and args.plain is not None:
-        parser.error("--weights is about a run's checkpoints; --plain takes a file")
     if args.batch is not None and args.batch < 1:
         parser.error(f"--batch {args.batch}: must be at least 1")
     return args
@@ -134,11 +129,17 @@ def predict(args: Namespace) -> int:
 
 
 def _trained(args: Namespace, device: str) -> Trained:
-    path = _path(args.checkpoint)
-    if args.plain is None:
-        return load_model(checkpoint_at(path, best=args.best), device, args.weights)
+    words = args.plain or []
+    check_words("--plain", words)
     classes = None if args.classes is None else names_in(_path(args.classes))
-    return load_weights(path, args.plain, classes, device)
+    model = model_of(
+        str(_path(args.model)), words=words, classes=classes, weights=args.weights, best=args.best
+    )
+    if args.plain is not None and not model.is_plain:
+        raise ValueError(f"--plain: {readable(args.model)} is a run's, which has its own config")
+    runs = {"--best": args.best, "--weights": args.weights}
+    refuse_idle([model], plain=args.classes is not None, runs=runs)
+    return model.load(device)
 
 
 def _predictor(args: Namespace, trained: Trained, skip: Callable[[str], None] | None) -> Predictor:

@@ -9,7 +9,6 @@ from fap.evaluate.attacked import AttackedSet
 from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
-from fap.evaluate.load import WhichWeights
 from fap.evaluate.published import SEVERITIES, corruption_arrays, corruption_folders
 from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
 from fap.nets.norm import Bn
@@ -44,16 +43,10 @@ class Wanted:
     """Of the corruptions computed here."""
     bn: Bn | Literal["both"] = "main"
     """The norms that a model is evaluated with; both: main, then aux where it has any."""
-    weights: WhichWeights | None = None
-    """Those of a checkpoint; None: the average if there is one."""
     pictures: Path | None = None
     """A folder for sheets of what was found in the first images; None: none are drawn."""
     by_position: bool = False
     """Labels may be compared by position where only one side has class names."""
-    plain: tuple[str, ...] | None = None
-    """The files are plain weights, of a config that these `key=value` say; None: checkpoints."""
-    classes: tuple[str, ...] | None = None
-    """Names of the outputs of plain weights."""
 
 
 def eval_sets(

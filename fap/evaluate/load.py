@@ -28,6 +28,7 @@ from fap.nets.pretrained import load_strictly
 from fap.nets.weights.about import Weights
 from fap.nets.weights.files import MOST_BYTES, weights_in
 from fap.nets.weights.find import find_weights, is_published
+from fap.nets.weights.names import spelt
 from fap.nets.weights.of_torchvision import IMAGENET_MEAN, IMAGENET_STD
 from fap.nets.weights.settle import resize_for
 from fap.run_meta import RunMeta, run_meta
@@ -121,7 +122,7 @@ def load_weights(
         model = dual.convert(task.plain_model(), aux=False, any_norm=True)
         load_strictly(model, weights)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{source}: {error}{_of_another(weights, words)}") from None
     model.to(device)
     channels_last(model)
     settings = config.model_dump_json(include={"model", "data", "task"})
@@ -194,9 +195,22 @@ def _words_of_weights(
     found += words
     if not any(word.startswith("model.name=") for word in found):
         raise ValueError(
-            f"{weights.origin}: say which model these weights are of: --plain model.name=NAME"
+            f"{weights.origin}: say which model these weights are of: --plain model.name=NAME "
+            "or --model SOURCE model.name=NAME"
         )
     return found
+
+
+def _of_another(weights: Weights, words: Sequence[str]) -> str:
+    """A hint for weights that do not fit the model that the words name, and know their own."""
+    given = _word("model.name", words)
+    own = weights.about.architecture
+    if given is None or own is None or spelt(given) == spelt(own):
+        return ""
+    return (
+        f"; the weights say that they are of {readable(own)}: with --model SOURCE KEY=VALUE a "
+        "model has words of its own"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from pipelines.corrupt import NAMES
 from pipelines.files import readable
 
 SEVERITIES = range(1, 6)
+BETON = ".beton"
 MOST_NAMED = 5  # of what a folder holds instead
 
 
 def corruption_folders(root: Path) -> tuple[dict[tuple[str, int], Path], list[str]]:
     """ImageNet-C as published, ROOT/CORRUPTION/SEVERITY, in the report's order; what else is there.
 
+    SEVERITY.beton is a set too, as fap-corrupt writes it.
     Raises ValueError for a folder that holds none of them, OSError.
     """
     severities = [str(severity) for severity in SEVERITIES]
@@ -23,8 +25,13 @@ def corruption_folders(root: Path) -> tuple[dict[tuple[str, int], Path], list[st
             unused.append(_unused(root, entry.name))
             continue
         for part in _listed(entry, "--imagenet-c"):
-            if part.is_dir() and part.name in severities:
-                found[entry.name, int(part.name)] = part
+            is_beton = part.suffix == BETON and part.is_file()
+            severity = part.stem if is_beton else part.name
+            if part.name.endswith(f"{BETON}.json"):  # the sidecar of one
+                continue
+            is_set = severity in severities and (is_beton or part.is_dir())
+            if is_set and (entry.name, int(severity)) not in found:
+                found[entry.name, int(severity)] = part
             else:
                 unused.append(_unused(root, f"{entry.name}/{part.name}"))
     if not found:

@@ -36,11 +36,13 @@ def plan(work: Work) -> str:
         classes += " without names"
     else:
         classes += f" ({_some(work.classes)})"
+    source = readable(work.model.source)
     step = f"step {work.step}{_of_average(work.weights)}{_through_aux(work.bn)}"
-    lines = [
-        f"{work.path}: {config.name}, seed {config.seed}, {step}: {config.model.name}, {classes}"
-    ]
-    lines += [f"  {work.path}: {note}" for note in work.notes]
+    what = f"{config.name}, seed {config.seed}, {step}"
+    if work.model.is_plain:
+        what = "plain weights"
+    lines = [f"{source}: {what}: {config.model.name}, {classes}"]
+    lines += [f"  {source}: {note}" for note in work.notes]
     for benchmark, items in groupby(work.items, key=_benchmark):
         lines.append(f"  {benchmark}: {_in_words(benchmark, list(items))}")
     lines += [f"  not used: {line}" for line in capped(work.unused)]
@@ -129,7 +131,9 @@ def _classes(reports: Sequence[Report], after: Collection[str]) -> list[str]:
 
 
 def head(report: Report) -> str:
-    """A checkpoint's name in tables and plot."""
+    """A model's name in tables and plot."""
+    if report.is_plain:
+        return report.name
     step = f"step {report.step}{_of_average(report.weights)}"
     return f"{report.name}, seed {report.seed}, {step}{_through_aux(report.settings['bn'])}"
 

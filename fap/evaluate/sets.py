@@ -88,7 +88,7 @@ class StoredSet(EvalSet):
 
     @contextmanager
     def open(self) -> Iterator[StoredImages]:
-        with closing(pipelines.open_store(self.source)) as store:
+        with closing(pipelines.open_store(self.source, exact=True)) as store:
             yield StoredImages(self.reading, look_at(store))
 
 

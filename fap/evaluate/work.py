@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL
@@ -20,7 +19,8 @@ from fap.evaluate.attacks import evaluate_attacked
 from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Opened, Reading
-from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
+from fap.evaluate.load import Trained, WhichWeights
+from fap.evaluate.models import Model
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
@@ -58,9 +58,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Work:
-    """One checkpoint, the norms it is evaluated through, and the sets to evaluate it on."""
+    """One model, the norms it is evaluated through, and the sets to evaluate it on."""
 
-    path: Path
+    model: Model
     content: str  # of the checkpoint
     task: Task
     config: Config
@@ -91,6 +91,7 @@ class Report:
     names: tuple[str, ...] | None = None  # of the model's classes
     counts: ClassCounts | None = None  # by class, of the clean images
     weights: WhichWeights = "raw"
+    is_plain: bool = False  # weights that no run made: they have neither seed nor step
 
     def tree(self) -> dict[str, Any]:
         """As JSON; the checkpoint says which task it is of, and other files have the counts."""
@@ -98,33 +99,35 @@ class Report:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> list[Work]:
-    """Check a checkpoint and every set before any of the work is done: files, labels, class names.
+def look(
+    model: Model, wanted: Wanted, data: Store, workers: Workers, results: Results
+) -> list[Work]:
+    """Check a model and every set before any of the work is done: files, labels, class names.
 
     `data`: the store of `wanted.data`. One piece of work for each kind of norms. Raises ValueError,
     OSError, ImportError, DamagedCheckpoint or DamagedData.
     """
-    trained = _load(path, wanted)
+    trained = model.load()
     return [
-        _look(path, trained, replace(wanted, bn=bn), data, workers, results)
-        for bn in _norms(path, trained, wanted)
+        _look(model, trained, replace(wanted, bn=bn), data, workers, results)
+        for bn in _norms(model, trained, wanted)
     ]
 
 
-def _norms(path: Path, trained: Trained, wanted: Wanted) -> tuple[Bn, ...]:
-    """Those to evaluate a checkpoint through. Raises ValueError."""
+def _norms(model: Model, trained: Trained, wanted: Wanted) -> tuple[Bn, ...]:
+    """Those to evaluate a model through. Raises ValueError."""
     with_aux = has_aux(trained.model)
     if wanted.bn == "both":
         return ("main", "aux") if with_aux else ("main",)
     if wanted.bn == "aux" and not with_aux:
         raise ValueError(
-            f"--bn aux: {path} was trained without auxiliary norms; only main is there"
+            f"--bn aux: {model.source} was trained without auxiliary norms; only main is there"
         )
     return (wanted.bn,)
 
 
 def _look(
-    path: Path, trained: Trained, wanted: Wanted, data: Store, workers: Workers, results: Results
+    model: Model, trained: Trained, wanted: Wanted, data: Store, workers: Workers, results: Results
 ) -> Work:
     config = trained.config
     reading = Reading.of(
@@ -141,7 +144,7 @@ def _look(
         for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
     ]
     return Work(
-        path=path,
+        model=model,
         content=trained.content,
         task=trained.task,
         config=config,
@@ -167,9 +170,11 @@ def carry_out(
     todo = [item.set for item in work.items if item.known is None]
     draws = wanted.pictures is not None and type(work.task).pictures is not Task.pictures
     if todo or draws:
-        trained = _load(work.path, wanted, wanted.device)
+        trained = work.model.load(wanted.device)
         if trained.content != work.content:
-            raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
+            raise ValueError(
+                f"{work.model.source}: the file changed since it was looked at; start again"
+            )
         evaluation = _Evaluation(trained, wanted, results)
         primary = work.task.primary
         for one in tqdm(todo, work.config.name, unit="set", disable=None):
@@ -191,7 +196,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
     (clean,) = [item for item in work.items if item.set.key == CLEAN]
     return Report(
         task=work.task,
-        checkpoint=str(work.path),
+        checkpoint=str(work.model.source),
         name=work.config.name,
         seed=work.config.seed,
         step=work.step,
@@ -210,6 +215,7 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         names=clean.names,
         counts=found[CLEAN].counts,
         weights=work.weights,
+        is_plain=work.model.is_plain,
     )
 
 
@@ -244,15 +250,9 @@ def _stopping(workers: Workers) -> Iterator[None]:
         raise
 
 
-def _load(path: Path, wanted: Wanted, device: str = "cpu") -> Trained:
-    if wanted.plain is None:
-        return load_model(path, device, wanted.weights)
-    return load_weights(path, wanted.plain, wanted.classes, device)
-
-
 @dataclass(frozen=True)
 class _Evaluation:
-    """A checkpoint's model, how the user wants it evaluated, and where its results are kept."""
+    """A model, how the user wants it evaluated, and where its results are kept."""
 
     trained: Trained
     wanted: Wanted

@@ -128,6 +128,20 @@ def _at_full_size(
     return columns
 
 
+def decoded(
+    encoded: np.ndarray,  # uint8 (n,)
+    mode: int,  # of pipelines/store.py
+    height: int,
+    width: int,
+) -> np.ndarray:
+    """One sample as it is stored, upright: uint8 (H, W, 3). Raises any of UNREADABLE."""
+    if mode == RAW:
+        return encoded.reshape(height, width, 3)
+    if mode == PLANES:
+        return planes_as_rgb(*split_planes(encoded, height, width))
+    return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
+
+
 class ReferenceLoader(Loader):
     """See `Loader`. One thread, nothing is decoded ahead, no options."""
 
@@ -163,12 +177,7 @@ class ReferenceLoader(Loader):
         """One sample as it is stored, upright: uint8 (H, W, 3)."""
         height = int(self.store.heights[index])
         width = int(self.store.widths[index])
-        mode = self.store.modes[index]
-        if mode == RAW:
-            return encoded.reshape(height, width, 3)
-        if mode == PLANES:
-            return planes_as_rgb(*split_planes(encoded, height, width))
         try:
-            return np.asarray(open_image(encoded.tobytes()).convert("RGB"))
+            return decoded(encoded, int(self.store.modes[index]), height, width)
         except UNREADABLE as error:
             raise DamagedData(f"{self.store.name_of(index)}: {reason(error)}") from error

@@ -36,4 +36,6 @@ def source_of(path: Path) -> type[Store]:
     for source in SOURCES:
         if source.accepts(path):
             return source
-    raise ValueError(f"{readable(path)}: expected {accepted()}")
+    raise ValueError(
+        f"{readable(path)}: expected {accepted()}; fap-convert makes a .beton of what else you hold"
+    )

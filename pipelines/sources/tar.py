@@ -74,6 +74,10 @@ class TarStore(ImageFilesStore):
     def file(self, index: int) -> Path:
         return self.path / self._tree.names[self._files[index]]
 
+    def files(self) -> list[Path]:
+        """See `Store.files`: `file` names no file of the disk."""
+        return [self.path]
+
     def close(self) -> None:
         self._tree.close()
 

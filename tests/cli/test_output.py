@@ -65,6 +65,7 @@ WORDS: dict[str, list[str]] = {
     "train": [],
     "convert": ["a", "b.beton"],
     "eval": ["a"],
+    "corrupt": ["a", "b"],
     "export": ["a", "b.safetensors"],
     "doctor": [],
 }
@@ -103,20 +104,21 @@ def test_a_signal_while_torch_is_imported_is_one_line(
     assert done.stderr == f"fap-{name}: stopped by {number.name}\n"
 
 
-@pytest.mark.parametrize("name", ["train", "convert", "eval", "export"])
+@pytest.mark.parametrize("name", ["train", "convert", "eval", "export", "corrupt"])
 def test_what_torch_lacks_is_one_line(name: str, tmp_path: Path) -> None:
     done = run_with_torch("raise OSError(28, 'No space left on device', '/tmp')", name, tmp_path)
     assert done.returncode == 1
     assert done.stderr == f"fap-{name}: [Errno 28] No space left on device: '/tmp'\n"
 
 
-@pytest.mark.parametrize("name", ["convert", "eval", "export"])
+@pytest.mark.parametrize("name", ["convert", "eval", "export", "corrupt"])
 def test_a_very_long_path_is_cut(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = "x" * 20_000
     words = {
         "convert": [path, "a.beton"],
         "eval": [path, "--data", str(Path(__file__).parent)],
         "export": [path, "a.safetensors"],
+        "corrupt": [path, "a"],
     }
     main = importlib.import_module(f"fap.cli.{name}").main
     assert main(words[name]) == 1

@@ -72,12 +72,6 @@ def test_a_run_is_evaluated_by_its_folder(world: Path, tmp_path: Path) -> None:
     assert len(set(found.values())) == 2
 
 
-def test_best_is_about_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["x.safetensors", "--data", "x", "--best", "--plain"])
-    assert "--best is about a run's checkpoints" in capsys.readouterr().err
-
-
 def test_the_home_folder_is_known(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(world))
     monkeypatch.chdir(world)

@@ -77,6 +77,7 @@ def test_the_json_holds_results_summary_and_notes(tmp_path: Path) -> None:
         "unused",
         "results",
         "weights",
+        "is_plain",
         "summary",
         "notes",
     ]

@@ -67,12 +67,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def torchvisions_loop(
-    model: nn.Module, folder: Path
+    model: nn.Module, folder: Path, resize: int = 256
 ) -> tuple[Tensor, Tensor]:  # logits (N, classes), labels (N,)
     """As torchvision's references/classification evaluates a model."""
     transform = v2.Compose(
         [
-            v2.Resize(256),
+            v2.Resize(resize),
             v2.CenterCrop(224),
             v2.PILToTensor(),
             v2.ToDtype(torch.float, scale=True),
@@ -191,3 +191,47 @@ def test_weights_score_what_torchvisions_loop_gives(
         assert clean["top1"] == (want.argmax(1) == labels).double().mean().item()
     else:
         assert pipeline == "dali"
+
+
+@pytest.mark.slow
+def test_models_of_every_kind_side_by_side_score_what_torchvisions_loop_gives(
+    photos: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's checkpoint, a name of torchvision's and a file, each with its own resize."""
+    folder, _ = photos
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    ours = published(folder, len(classes))
+    theirs = published(folder, 1000)
+    write_checkpoint(tmp_path / "run.safetensors", ours, classes)
+    torch.save(ours.state_dict(), tmp_path / "file.pth")
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(theirs.state_dict(), cache / "resnet18-f37072fd.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "names.txt").write_text("\n".join(classes))
+    others = [f"other {i}" for i in range(1000 - len(classes))]
+    (tmp_path / "thousand.txt").write_text("\n".join([*classes, *others]))
+
+    recorders = []
+
+    def watched(model: nn.Module, batches: Any, evaluator: Evaluator, **options: Any) -> Any:
+        recorders.append(Recorder(evaluator))
+        return exact.evaluate(model, batches, recorders[-1], **options)
+
+    monkeypatch.setattr(work, "evaluate", watched)
+    monkeypatch.setattr(report, "_plot", no_plot)
+    words = [str(tmp_path / "run.safetensors"), "--out", str(tmp_path / "out")]
+    words += ["--data", str(folder), "--device", "cpu", "--pipeline", "reference", "--batch", "8"]
+    words += ["--model", "torchvision:resnet18", f"classes={tmp_path / 'thousand.txt'}"]
+    words += ["--model", str(tmp_path / "file.pth"), "model.name=resnet18", "data.resize=288"]
+    assert cli.main([*words, f"classes={tmp_path / 'names.txt'}"]) == 0
+
+    loops = [(ours, 256), (theirs, 256), (ours, 288)]
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    for (model, resize), recorder, report_ in zip(loops, recorders, found, strict=True):
+        want, labels = torchvisions_loop(model, folder, resize)
+        logits = torch.cat([outputs for outputs, _ in recorder.seen])[: len(labels)]
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-3)
+        top1 = (want.argmax(1) == labels).double().mean().item()
+        assert report_["results"]["clean"]["top1"] == top1
+    assert not torch.allclose(recorders[0].seen[0][0], recorders[2].seen[0][0], atol=1e-2)

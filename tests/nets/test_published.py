@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import safetensors.torch
@@ -207,12 +207,20 @@ def test_weights_of_timm_that_are_not_there(caches: Path) -> None:
 def test_a_network_that_refuses_is_one_line(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only offline mode, which asks nobody."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # it tries often
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", never)  # nor is it asked again
     close_session()  # the next one is made with the fixture's proxy
     message = refusal("timm:test_resnet")
-    close_session()
     for part in ("cannot be fetched from", "refused", "hf download timm/test_resnet.r160_in1k"):
         assert part in message
+    # What the cache holds is found all the same, and the client is left as it was.
+    put_hub(caches, "timm/test_resnet.r160_in1k", random_state("timm/test_resnet"))
+    assert find_weights("timm:test_resnet").about.num_classes == 1000
+    close_session()
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def never(*_: object) -> NoReturn:
+    raise AssertionError("it waits")
 
 
 def test_names_that_timm_does_not_have() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
 from pipelines.corrupt import CORRUPTIONS, NAMES, corrupt
-from pipelines.corruptions import _plasma, _zoom, glass_blur
+from pipelines.corruptions import _gauss, _plasma, _zoom, glass_blur
 
 # A few numbers decide the whole image.
 RANDOM_DRAWS = {"fog", "frost", "snow", "motion_blur", "spatter"}
@@ -164,6 +164,33 @@ def test_glass_blur_is_the_published_loop():
             x[h, w], x[h + i, w + j] = x[h + i, w + j], x[h, w]  # of views: the published statement
     ours = glass_blur(image / 255.0, *constants, np.random.default_rng(9))
     assert np.allclose(ours, blur(x / 255))
+
+
+def slow_glass_blur(
+    x: np.ndarray, sigma: float, reach: int, rounds: int, rng: np.random.Generator
+) -> np.ndarray:
+    """With the moves as a loop over Python's numbers."""
+    h, w = x.shape[:2]
+    cells = np.arange(h * w).reshape(h, w)
+    visit = cells[h - reach : reach : -1, w - reach : reach : -1].ravel()
+    pixel = cells.ravel().tolist()
+    for _ in range(rounds):
+        dx, dy = rng.integers(-reach, reach, (2, len(visit)))
+        for here, there in zip(visit.tolist(), (visit + dy * w + dx).tolist(), strict=True):
+            pixel[here] = pixel[there]
+    moved = np.floor(_gauss(x, sigma) * 255).reshape(-1, 3)[pixel].reshape(x.shape)
+    return _gauss(moved / 255, sigma)
+
+
+@pytest.mark.parametrize("sides", [(224, 224), (61, 90), (32, 32), (5, 9), (3, 3), (1, 40)])
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_glass_blur_moves_the_pixels_of_the_slow_loop(sides, severity):
+    """Bit for bit."""
+    image = np.random.default_rng(severity).random((*sides, 3))
+    of_all = CORRUPTIONS["glass_blur"]
+    constants = (of_all.cifar10_c if max(sides) <= 64 else of_all.imagenet_c)[severity - 1]
+    slow = slow_glass_blur(image, *constants, np.random.default_rng(7))
+    assert np.array_equal(glass_blur(image, *constants, np.random.default_rng(7)), slow)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.07, 1.3, 2.25, 4.5])

@@ -22,9 +22,11 @@ from fap.nets.dual import export
 from fap.nets.weights.about import About, Weights, class_names, from_header, from_timm
 from fap.nets.weights.torch_file import is_torch_file, tensors_in
 from fap.run_meta import RunMeta, run_meta
-from pipelines.files import read_regular, readable, shown
+from pipelines.files import first_bytes, read_regular, readable, shown
 
 MOST_BYTES = 16 << 30  # of a file of weights
+MOST_HEADER = 100 << 20  # bytes of a safetensors file's header, which its library allows
+HEAD = 32  # bytes that say whether a file is one of torch.save
 MOST_CONFIG = 16 << 20  # bytes of a config.json, label names and all
 CONFIG = "config.json"  # of a folder as the Hugging Face Hub has it
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -112,6 +114,26 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], l
 
 
 # ---------------------------------------------------------------------- ours
+
+
+def is_file_of_a_run(file: Path) -> bool:
+    """A run's checkpoint, not plain weights? Its first bytes say it.
+
+    Raises ValueError for a file that is neither, OSError.
+    """
+    head = first_bytes(file, HEAD)
+    if is_torch_file(head):
+        return False
+    end = 8 + int.from_bytes(head[:8], "little")
+    head = first_bytes(file, min(end, MOST_HEADER))
+    try:
+        _header(head)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"{readable(file)}: neither a safetensors file, which a run's checkpoint is too, nor "
+            "one of torch.save"
+        ) from None
+    return _is_of_a_run(head)
 
 
 def _is_of_a_run(content: bytes) -> bool:

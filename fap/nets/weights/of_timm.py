@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,6 +15,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import get_session
 from timm.models import load_model_config_from_hf
 
 from fap.nets.weights.about import Weights, from_timm
@@ -50,10 +52,12 @@ def of_hub(asked: str, size: Size | None) -> Weights:
     """What `hf-hub:asked` names: a repository of a timm model. Raises ValueError as `published`."""
     if not REPOSITORY.fullmatch(asked):
         raise ValueError("write hf-hub:USER/REPOSITORY, perhaps with @REVISION")
-    try:
-        cfg, architecture, arguments = load_model_config_from_hf(asked)
-    except Exception as error:  # of the network, of the disk, of a config.json that is none
-        raise ValueError(_not_in_the_hub(asked, "config.json", error)) from None
+    with _hub() as no_network:
+        try:
+            cfg, architecture, arguments = load_model_config_from_hf(asked)
+        except Exception as error:  # of the network, of the disk, of a config.json that is none
+            problem = _not_in_the_hub(asked, "config.json", error, no_network)
+            raise ValueError(problem) from None
     found = {"architecture": architecture, "pretrained_cfg": cfg, "model_args": arguments}
     about, notes = about_hub_config(found)
     if not timm.is_model(architecture):
@@ -94,17 +98,46 @@ def _created(
     options: dict[str, Any] = {}
     if size is not None and cfg.get("fixed_input_size"):
         options["img_size"] = sides_of(size)
+    with _hub() as no_network:
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")  # of storages that are untyped now
+                return timm.create_model(name, pretrained=True, **options)
+        except Exception as error:  # of the network, of the disk, of a garbled file, of its size
+            problem = _not_fetched(url or "", error)
+            if repository is not None:
+                problem = _not_in_the_hub(repository, "the weights", error, no_network)
+            raise ValueError(problem) from None
+
+
+@contextmanager
+def _hub() -> Iterator[Exception | None]:
+    """The Hub's client for the block, without a network as HF_HUB_OFFLINE: its cache alone.
+
+    It would ask for each file six times, half a minute in all. Gives what the one question met
+    that is asked here.
+    """
+    problem = _no_network()
+    former = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = former or problem is not None
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # of storages that are untyped now
-            return timm.create_model(name, pretrained=True, **options)
-    except Exception as error:  # of the network, of the disk, of a garbled file, of its size
-        if repository is not None:
-            raise ValueError(_not_in_the_hub(repository, "the weights", error)) from None
-        raise ValueError(_not_fetched(url or "", error)) from None
+        yield problem
+    finally:
+        constants.HF_HUB_OFFLINE = former
 
 
-def _not_in_the_hub(asked: str, what: str, error: Exception) -> str:
+def _no_network() -> Exception | None:
+    """Why the Hub does not answer, by its client's own proxy, address and patience."""
+    if constants.HF_HUB_OFFLINE:  # the user has said it
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # its client may be httpx or requests, each with errors of its own
+        return error
+    return None
+
+
+def _not_in_the_hub(asked: str, what: str, error: Exception, no_network: Exception | None) -> str:
     """For a message: what was to be fetched, where it would be, and how it gets there."""
     repository, _, revision = asked.partition("@")
     folder = repo_folder_name(repo_id=repository, repo_type="model")
@@ -114,8 +147,9 @@ def _not_in_the_hub(asked: str, what: str, error: Exception) -> str:
     fetch = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     return (
         f"{what} of {repository} cannot be fetched from {constants.ENDPOINT} "
-        f"({one_line(_root(error), 150)}), and {readable(cached)} does not hold them; where there "
-        f"is a network:  {fetch}  and copy that folder here, or set HF_HOME to a shared one"
+        f"({one_line(_root(no_network or error), 150)}), and {readable(cached)} does not hold "
+        f"them; where there is a network:  {fetch}  and copy that folder here, or set HF_HOME to "
+        "a shared one"
     )
 
 
