@@ -112,6 +112,13 @@ class Store(ABC):
         """`read` of each, at once where that is faster."""
         return [self.read(index) for index in indices]
 
+    def content(self, index: int) -> bytes:
+        """The bytes of one sample as they are stored: a whole PNG, which `read` serves as a JPEG.
+
+        Its identity depends on them. Raises as `read`.
+        """
+        return self.read(index).tobytes()
+
     def is_proven(self, index: int) -> bool:
         """Whether `read` compares a sample with a checksum taken when all of it was decoded.
 
@@ -160,12 +167,8 @@ class Store(ABC):
         """Continue a checksum with the content of IDENTITY_SAMPLES samples."""
         n = min(IDENTITY_SAMPLES, len(self))
         for index in np.linspace(0, len(self) - 1, n, dtype=int).tolist():
-            crc32 = zlib.crc32(self._content(index), crc32)
+            crc32 = zlib.crc32(self.content(index), crc32)
         return crc32
-
-    def _content(self, index: int) -> bytes:
-        """The bytes of one sample that its identity depends on."""
-        return self.read(index).tobytes()
 
     # ------------------------------------------------------------------ for the reader of a log
 

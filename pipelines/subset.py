@@ -52,6 +52,10 @@ class SubsetStore(Store):
         """See `Store.read_many`."""
         return self.whole.read_many([self._number(index) for index in indices])
 
+    def content(self, index: int) -> bytes:
+        """See `Store.content`."""
+        return self.whole.content(self._number(index))
+
     def is_proven(self, index: int) -> bool:
         return self.whole.is_proven(self._number(index))
 
@@ -77,6 +81,25 @@ class SubsetStore(Store):
     def _content_crc32(self) -> int:
         """Of the whole content, and of which images of it these are."""
         return zlib.crc32(self.numbers.tobytes(), self.whole._content_crc32())
+
+
+class RelabelledStore(SubsetStore):
+    """The images `numbers` of `whole` under other labels, which are places in `classes`."""
+
+    def __init__(
+        self,
+        whole: Store,
+        numbers: np.ndarray,  # int64 (n,)
+        labels: np.ndarray,  # int64 (n,)
+        classes: Sequence[str],
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(whole, numbers, notes)
+        self.classes = tuple(classes)
+        self.labels = labels.astype(np.int64)
+
+    def _content_crc32(self) -> int:
+        return zlib.crc32(self.labels.tobytes(), super()._content_crc32())
 
 
 def held_out(store: Store, share: float) -> tuple[SubsetStore, SubsetStore]:

@@ -37,7 +37,16 @@ SETTINGS = {
     "rates",
     "budget",
 }
-BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "run_meta", "tasks"}
+BELOW_STEP = {
+    *SETTINGS,
+    "checkpoint",
+    "class_maps",
+    "distributed",
+    "draws",
+    "nets",
+    "run_meta",
+    "tasks",
+}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
@@ -46,10 +55,11 @@ MAY_IMPORT = {
     **dict.fromkeys(SETTINGS, SETTINGS),
     "draws": set[str](),
     "layout": set[str](),
+    "class_maps": set[str](),
     "distributed": {"layout"},
     "checkpoint": set[str](),
     "run_meta": {"config", "renamed", "checkpoint"},
-    "nets": {"config", "sections", "checkpoint", "run_meta"},
+    "nets": {"config", "sections", "checkpoint", "run_meta", "class_maps"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "layout", "sections", "methods", "nets", "tasks", "distributed", "draws"},
     "evaluate": {*BELOW_STEP, "step", "versions"},

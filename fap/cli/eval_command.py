@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import pipelines
+from fap import class_maps
 from fap.checkpoint import DamagedCheckpoint
 from fap.cli.output import told
 from fap.evaluate import report
@@ -25,6 +27,7 @@ from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.benchmarks import Wanted
 from fap.evaluate.images import usable_device
 from fap.evaluate.models import Model, check_words, model_of, refuse_idle
+from fap.evaluate.published import PUBLISHED
 from fap.evaluate.results import Results
 from fap.evaluate.validated import check_validated_on, part_of, validated_on
 from fap.evaluate.work import carry_out, look
@@ -46,6 +49,8 @@ DEFAULT_SEVERITY = 3
 DEFAULT_EPS = ("1", "4")  # training's own strength, and what ImageNet's literature evaluates at
 DEFAULT_ATTACKED = 1000  # images
 CLASSES = "classes="  # among the words of --model: a file as that of --classes
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a part of a key
+IMAGENET = "imagenet"  # of --classes; a file of this name is ./imagenet
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -125,7 +130,12 @@ def _add_image_sets(parser: ArgumentParser) -> None:
         help="one more model, with words of its own: those of --plain, and classes=FILE in place of"
         " --classes; may be given several times",
     )
-    add("--classes", metavar="FILE", help="names of the outputs of plain weights, one a line")
+    add(
+        "--classes",
+        metavar="FILE",
+        help="names of the outputs of plain weights, one a line; the word imagenet: the outputs are"
+        " ImageNet's 1,000 classes in their usual order (published weights say so themselves)",
+    )
     add(
         "--data",
         help=f"clean images: {accepted()}; of a run's folder by default what it validated on",
@@ -148,14 +158,16 @@ def _add_image_sets(parser: ArgumentParser) -> None:
         help="build each corrupted set once, as a .beton of raw images in this folder",
     )
     add("--severity", nargs="+", type=int, choices=SEVERITIES, help="of --corrupt; default 3")
+    for one in PUBLISHED:
+        add(one.option, metavar="DIR", help=f"{one.title}: {one.layout.replace('`', '')}")
     add(
-        "--imagenet-c",
-        metavar="DIR",
-        help="CORRUPTION/SEVERITY/WNID/*.JPEG, taken without resize or crop",
+        "--folder",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="images of your own, as --data takes them, whose classes are some of the model's, by"
+        " name; may be given several times",
     )
-    add("--imagenet-r", metavar="DIR", help="200 class folders; only those classes' logits count")
-    add("--stylized", metavar="DIR", help="the validation folder of Stylized-ImageNet")
-    add("--cifar10-c", metavar="DIR", help="CORRUPTION.npy and labels.npy")
 
 
 def _add_attacks(parser: ArgumentParser) -> None:
@@ -270,7 +282,7 @@ def models_of(args: Namespace) -> list[Model]:
     """What is to be evaluated, in the order of the columns. Raises ValueError, OSError."""
     words = args.plain or []
     check_words("--plain", words)
-    classes = None if args.classes is None else names_in(_path(args.classes))
+    classes = _class_names(args.classes)
     options = {"classes": classes, "weights": args.weights, "best": args.best}
     found = [model_of(_expanded(source), words=words, **options) for source in args.models]
     if args.plain is not None and not any(model.is_plain for model in found):
@@ -289,7 +301,7 @@ def _with_own_words(source: str, *words: str, **options: Any) -> Model:
     check_words(f"--model {readable(source)}", words)
     names = [word.removeprefix(CLASSES) for word in words if word.startswith(CLASSES)]
     if names:
-        options["classes"] = names_in(_path(names[-1]))
+        options["classes"] = _class_names(names[-1])
     config = [word for word in words if not word.startswith(CLASSES)]
     model = model_of(_expanded(source), words=config, **options)
     if words and not model.is_plain:
@@ -334,10 +346,8 @@ def wishes(args: Namespace) -> Wanted:
         data=_path(args.data or ""),
         computed=_corruptions(args),
         keep=_optional(args.keep),
-        imagenet_c=_optional(args.imagenet_c),
-        imagenet_r=_optional(args.imagenet_r),
-        stylized=_optional(args.stylized),
-        cifar10_c=_optional(args.cifar10_c),
+        published=_published(args),
+        folders=_folders(args.folder),
         attacks=_attacks(args),
         attack_images=args.attack_images or DEFAULT_ATTACKED,
         back_end=args.pipeline,
@@ -348,6 +358,36 @@ def wishes(args: Namespace) -> Wanted:
         pictures=_path(args.out) / "pictures",
         by_position=args.labels_by_position,
     )
+
+
+def _published(args: Namespace) -> dict[str, Path]:
+    """The folders of published benchmarks, by key."""
+    given = {one.key: getattr(args, one.key) for one in PUBLISHED}
+    return {key: _path(text) for key, text in given.items() if text is not None}
+
+
+def _folders(words: Sequence[str]) -> dict[str, Path]:
+    """The images of --folder NAME=DIR, by name. Raises ValueError."""
+    found: dict[str, Path] = {}
+    for word in words:
+        name, _, folder = word.partition("=")
+        if not FOLDER_NAME.fullmatch(name) or not folder:
+            raise ValueError(
+                f"--folder {word}: write NAME=DIR; a name is made of letters, digits, . _ and -"
+            )
+        if name in found:
+            raise ValueError(f"--folder {word}: {name} is there twice")
+        found[name] = _path(folder)
+    return found
+
+
+def _class_names(text: str | None) -> tuple[str, ...] | None:
+    """Those of --classes. Raises ValueError."""
+    if text is None:
+        return None
+    if text == IMAGENET:
+        return class_maps.imagenet()
+    return names_in(_path(text))
 
 
 def _corruptions(args: Namespace) -> tuple[tuple[str, int], ...]:

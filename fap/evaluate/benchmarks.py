@@ -1,7 +1,8 @@
 """What `fap-eval` evaluates on: clean images, corruptions of them, and the published benchmarks."""
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -9,15 +10,15 @@ from fap.evaluate.attacked import AttackedSet
 from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
-from fap.evaluate.published import SEVERITIES, corruption_arrays, corruption_folders
-from fap.evaluate.sets import ArraySet, CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
+from fap.evaluate.published import PUBLISHED
+from fap.evaluate.sets import CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
 from fap.nets.norm import Bn
 from pipelines import Store
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user asks for. Paths are None where a benchmark is not asked for."""
+    """What a user asks for."""
 
     data: Path
     """Clean images: a `.beton` or a folder."""
@@ -27,10 +28,10 @@ class Wanted:
     """(corruption, severity) of `data`, computed here."""
     keep: Path | None = None
     """A folder in which the computed sets are stored."""
-    imagenet_c: Path | None = None
-    imagenet_r: Path | None = None
-    stylized: Path | None = None
-    cifar10_c: Path | None = None
+    published: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of published benchmarks, by the keys of `PUBLISHED`."""
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Images of one's own, by name: whatever `data` may be."""
     attacks: tuple[LinfAttack, ...] = ()
     """On images of `data`."""
     attack_images: int = 1000
@@ -65,22 +66,13 @@ def eval_sets(
     sets: list[EvalSet] = [CleanSet("clean", wanted.data, reading, seen)]
     sets += _computed(wanted, reading, seen, workers)
     unused: list[str] = []
-    if wanted.imagenet_c is not None:
-        folders, others = corruption_folders(wanted.imagenet_c)
-        for (name, severity), folder in folders.items():
-            key = f"imagenet_c/{name}/{severity}"
-            sets.append(StoredSet(key, folder, reading.as_stored()))
-        unused += others
-    if wanted.cifar10_c is not None:
-        files, others = corruption_arrays(wanted.cifar10_c)
-        for name, file in files.items():
-            for severity in SEVERITIES:
-                sets.append(ArraySet(f"cifar10_c/{name}/{severity}", file, reading, severity))
-        unused += others
-    if wanted.imagenet_r is not None:
-        sets.append(StoredSet("imagenet_r", wanted.imagenet_r, reading))
-    if wanted.stylized is not None:
-        sets.append(StoredSet("stylized", wanted.stylized, reading))
+    for one in PUBLISHED:
+        if one.key in wanted.published:
+            found, others = one.sets(wanted.published[one.key], reading)
+            sets += found
+            unused += others
+    for name, path in wanted.folders.items():
+        sets.append(StoredSet(f"folder/{name}", path, reading))
     for attack in wanted.attacks:
         if reading.task.n_classes < attack.fewest_classes:
             raise ValueError(
@@ -96,16 +88,10 @@ def eval_sets(
 
 def _check_for_detection(wanted: Wanted) -> None:
     """Raise ValueError for what only classifiers are evaluated on."""
-    folders = {
-        "--imagenet-c": wanted.imagenet_c,
-        "--imagenet-r": wanted.imagenet_r,
-        "--stylized": wanted.stylized,
-        "--cifar10-c": wanted.cifar10_c,
-    }
-    for option, folder in folders.items():
-        if folder is not None:
+    for one in PUBLISHED:
+        if one.key in wanted.published:
             raise ValueError(
-                f"{option}: its images have class labels and no boxes, and the checkpoint is a "
+                f"{one.option}: its images have class labels and no boxes, and the checkpoint is a "
                 "detector's; leave it out (--corrupt all is detection's benchmark, on --data)"
             )
     if wanted.attacks:

@@ -24,7 +24,7 @@ from pipelines import Batch, EpochPlan, Store
 from pipelines.back_ends import EvalFilter
 from pipelines.corrupt_batches import corrupted
 from pipelines.sizes import Size, sides_of, size_in_words
-from pipelines.sources import arrays, cifar10
+from pipelines.sources import arrays
 
 BackEnd = str  # one of `pipelines.BACK_ENDS`
 Batches = Generator[tuple[Tensor, Tensor], None, None]
@@ -170,6 +170,8 @@ class Opened(ABC):
     """JSON: what the images are, by content, and what is done to them; `files` are the stamps."""
     unbuilt = False
     """A kept set that is not there yet: `EvalSet.build` it, then open it again."""
+    unused: tuple[str, ...] = ()
+    """What of the folder belongs to the set in no way, and what of its images is left out."""
 
     @abstractmethod
     def stamps(self) -> str:
@@ -274,11 +276,13 @@ class ArrayImages(Opened):
 
     store = None
 
-    def __init__(self, reading: Reading, file: Path, severity: int) -> None:
+    def __init__(
+        self, reading: Reading, file: Path, severity: int, classes: tuple[str, ...]
+    ) -> None:
         """Raises ValueError for images of another size, DamagedData and OSError."""
         self.files = [file, file.with_name("labels.npy")]
         stamps = self.stamps()  # first, as in `look_at`
-        part = arrays.read_severity(file, severity)
+        part = arrays.read_severity(file, severity, len(classes))
         self.part = part
         height, width = part.images.shape[1:3]
         sides = sides_of(reading.size)
@@ -289,7 +293,7 @@ class ArrayImages(Opened):
             )
         self.batch = reading.batch
         self.starts = range(0, len(part.images), reading.batch)
-        self.classes = cifar10.CLASSES
+        self.classes = classes
         self.labels = (int(part.labels.min()), int(part.labels.max()))
         self.count = len(part.images)
         self.n_batches = len(self.starts)

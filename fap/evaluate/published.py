@@ -1,64 +1,230 @@
-"""The folders of published benchmarks: their sets, and what belongs to none of them."""
+"""The table of published benchmarks: options, layouts, which logits count, and their sets.
+
+To add one, append an entry to PUBLISHED. The options of `fap-eval`, the rows of the report and the
+table of docs/evaluate.md follow from it.
+"""
+
+from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from fap import class_maps
+from fap.evaluate.cue_conflict import CLASS_MAP as CUE_CONFLICT_MAP
+from fap.evaluate.cue_conflict import CueConflictSet
+from fap.evaluate.images import Reading
+from fap.evaluate.sets import ArraySet, EvalSet, StoredSet, whole
+from fap.tasks.labels import ClassMap
+from pipelines import Store
 from pipelines.corrupt import NAMES
-from pipelines.files import readable
+from pipelines.files import listed, readable
+from pipelines.pixel_store import PixelStore
+from pipelines.sources import cifar10
+from pipelines.subset import RelabelledStore
 
 SEVERITIES = range(1, 6)
 BETON = ".beton"
 MOST_NAMED = 5  # of what a folder holds instead
 
+# Corruptions of ImageNet-C-bar, and the strengths of their five severities: imagenet_c_bar.csv of
+# facebookresearch/augmentation-corruption. The published archive calls the folders 1 to 5, the
+# authors' own script calls them by strength, with two decimals.
+C_BAR = {
+    "caustic_refraction": (2.35, 3.2, 4.9, 6.6, 9.15),
+    "inverse_sparkles": (1.0, 2.0, 4.0, 9.0, 10.0),
+    "sparkles": (1.0, 2.0, 3.0, 5.0, 6.0),
+    "perlin_noise": (4.6, 5.2, 5.8, 7.6, 8.8),
+    "blue_noise_sample": (0.8, 1.6, 2.4, 4.0, 5.6),
+    "plasma_noise": (4.75, 7.0, 8.5, 9.25, 10.0),
+    "checkerboard_cutout": (2.0, 3.0, 4.0, 5.0, 6.0),
+    "cocentric_sine_waves": (3.0, 5.0, 8.0, 9.0, 10.0),
+    "single_frequency_greyscale": (1.0, 1.5, 2.0, 4.5, 5.0),
+    "brownish_noise": (1.0, 2.0, 3.0, 4.0, 5.0),
+}
+RED_BORDER = 2  # pixels: ObjectNet's README
 
-def corruption_folders(root: Path) -> tuple[dict[tuple[str, int], Path], list[str]]:
-    """ImageNet-C as published, ROOT/CORRUPTION/SEVERITY, in the report's order; what else is there.
+
+@dataclass(frozen=True)
+class Published(ABC):
+    """One benchmark: an option of `fap-eval`. The texts are Markdown, for the page and the help."""
+
+    key: str
+    """Of its sets, or the first part of theirs."""
+    title: str
+    layout: str
+    """What the folder holds."""
+    logits: str
+    """Which of them count."""
+    images: str
+    measures: str
+    paper: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @abstractmethod
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        """In the order of the report, and what of the folder belongs to none of them.
+
+        Raises ValueError for a folder that holds nothing of the benchmark, OSError.
+        """
+
+
+# ---------------------------------------------------------------------- one folder, a number or two
+
+
+class Way(NamedTuple):
+    """One number of a folder."""
+
+    key: str
+    title: str
+    class_map: ClassMap | None  # None: its classes have the model's names, and all logits count
+
+
+@dataclass(frozen=True)
+class ClassFolders(Published):
+    """Class folders; or what else `--data` takes, with their names as its class names."""
+
+    ways: tuple[Way, ...]
+    view: Callable[[Store], Store] = whole
+
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        return [
+            StoredSet(way.key, root, reading, class_map=way.class_map, view=self.view)
+            for way in self.ways
+        ], []
+
+
+@dataclass(frozen=True)
+class CueConflict(Published):
+    """Folders by shape, textures in the names of the files."""
+
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        # Shown whole: model-vs-human, the authors' own benchmark, neither resizes nor crops them.
+        one = CueConflictSet(self.key, root, reading.as_stored(), class_map=CUE_CONFLICT_MAP)
+        return [one], []
+
+
+def objects_of_imagenet(store: Store) -> Store:
+    """ObjectNet's images of classes that ImageNet has, without their red border.
+
+    Raises ValueError for folders that are none of ObjectNet's.
+    """
+    if store.classes is None:  # whoever matches the labels says so
+        return PixelStore(store, RED_BORDER)
+    known = class_maps.objectnet()
+    foreign = [name for name in store.classes if name not in known]
+    if foreign:
+        raise ValueError(
+            f"{readable(store.path)}: {listed(foreign)}: none of ObjectNet's 313 folders; "
+            "give objectnet-1.0/images, which holds air_freshener, alarm_clock ..."
+        )
+    kept = [name for name in store.classes if known[name]]
+    left_out = [name for name in store.classes if not known[name]]
+    if not kept:
+        raise ValueError(f"{readable(store.path)}: none of its classes is in ImageNet")
+    place = np.full(len(store.classes), -1)
+    place[[store.classes.index(name) for name in kept]] = np.arange(len(kept))
+    labels = place[store.labels]
+    (numbers,) = np.nonzero(labels >= 0)
+    notes = list(store.notes)
+    if left_out:
+        notes.append(
+            f"{len(labels) - len(numbers):,} images of {len(left_out)} classes that are not in "
+            f"ImageNet: {listed(left_out)}"
+        )
+    return PixelStore(RelabelledStore(store, numbers, labels[numbers], kept, notes), RED_BORDER)
+
+
+# ---------------------------------------------------------------------- corruptions
+
+
+@dataclass(frozen=True)
+class CorruptionFolders(Published):
+    """CORRUPTION/SEVERITY/WNID, of images that have been cropped already.
 
     SEVERITY.beton is a set too, as fap-corrupt writes it.
-    Raises ValueError for a folder that holds none of them, OSError.
     """
-    severities = [str(severity) for severity in SEVERITIES]
-    found: dict[tuple[str, int], Path] = {}
-    unused: list[str] = []
-    for entry in _listed(root, "--imagenet-c"):
-        if entry.name not in NAMES or not entry.is_dir():
-            unused.append(_unused(root, entry.name))
-            continue
-        for part in _listed(entry, "--imagenet-c"):
-            is_beton = part.suffix == BETON and part.is_file()
-            severity = part.stem if is_beton else part.name
-            if part.name.endswith(f"{BETON}.json"):  # the sidecar of one
+
+    strengths: Mapping[str, tuple[float, ...]]
+    """By corruption, in the report's order: of its five severities; empty where nobody's folders
+    are called by them."""
+
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        folders, unused = self._folders(root)
+        return [
+            StoredSet(f"{self.key}/{name}/{severity}", folder, reading.as_stored())
+            for (name, severity), folder in folders.items()
+        ], unused
+
+    def _folders(self, root: Path) -> tuple[dict[tuple[str, int], Path], list[str]]:
+        names = list(self.strengths)
+        found: dict[tuple[str, int], Path] = {}
+        unused: list[str] = []
+        for entry in _listed(root, self.option):
+            if entry.name not in names or not entry.is_dir():
+                unused.append(_unused(root, entry.name, names))
                 continue
-            is_set = severity in severities and (is_beton or part.is_dir())
-            if is_set and (entry.name, int(severity)) not in found:
-                found[entry.name, int(severity)] = part
-            else:
-                unused.append(_unused(root, f"{entry.name}/{part.name}"))
-    if not found:
-        raise ValueError(
-            f"--imagenet-c {root}: holds none of {', '.join(NAMES)} "
-            f"with severities 1 to 5{_and_holds(unused)}"
-        )
-    in_order = sorted(found, key=lambda at: (NAMES.index(at[0]), at[1]))
-    return {at: found[at] for at in in_order}, unused
+            for part in _listed(entry, self.option):
+                is_beton = part.suffix == BETON and part.is_file()
+                if part.name.endswith(f"{BETON}.json"):  # the sidecar of one
+                    continue
+                severity = self._severity(entry.name, part.stem if is_beton else part.name)
+                is_set = is_beton or part.is_dir()
+                if is_set and severity is not None and (entry.name, severity) not in found:
+                    found[entry.name, severity] = part
+                else:
+                    unused.append(_unused(root, f"{entry.name}/{part.name}", names))
+        if not found:
+            raise ValueError(
+                f"{self.option} {root}: holds none of {', '.join(names)} "
+                f"with severities 1 to 5{_and_holds(unused)}"
+            )
+        in_order = sorted(found, key=lambda at: (names.index(at[0]), at[1]))
+        return {at: found[at] for at in in_order}, unused
+
+    def _severity(self, corruption: str, folder: str) -> int | None:
+        """1 to 5, of a folder's name."""
+        if folder in [str(severity) for severity in SEVERITIES]:
+            return int(folder)
+        called = [f"{strength:.2f}" for strength in self.strengths[corruption]]
+        return called.index(folder) + 1 if folder in called else None
 
 
-def corruption_arrays(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """CIFAR-10-C as published, ROOT/CORRUPTION.npy, in the report's order; what else is there.
+@dataclass(frozen=True)
+class CorruptionArrays(Published):
+    """CORRUPTION.npy, five severities one behind the other, and labels.npy."""
 
-    Raises ValueError for a folder that holds none of them, OSError.
-    """
-    found: dict[str, Path] = {}
-    unused: list[str] = []
-    for entry in _listed(root, "--cifar10-c"):
-        if entry.suffix == ".npy" and entry.stem in NAMES:
-            found[entry.stem] = entry
-        elif entry.name != "labels.npy":
-            unused.append(_unused(root, entry.name))
-    if not found:
-        expected = ", ".join(f"{name}.npy" for name in NAMES)
-        raise ValueError(f"--cifar10-c {root}: holds none of {expected}{_and_holds(unused)}")
-    return {name: found[name] for name in NAMES if name in found}, unused
+    classes: tuple[str, ...]
+    """In the order of its labels."""
+
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        files, unused = self._files(root)
+        return [
+            ArraySet(f"{self.key}/{name}/{severity}", file, reading, severity, self.classes)
+            for name, file in files.items()
+            for severity in SEVERITIES
+        ], unused
+
+    def _files(self, root: Path) -> tuple[dict[str, Path], list[str]]:
+        found: dict[str, Path] = {}
+        unused: list[str] = []
+        for entry in _listed(root, self.option):
+            if entry.suffix == ".npy" and entry.stem in NAMES:
+                found[entry.stem] = entry
+            elif entry.name != "labels.npy":
+                unused.append(_unused(root, entry.name, NAMES))
+        if not found:
+            expected = ", ".join(f"{name}.npy" for name in NAMES)
+            raise ValueError(f"{self.option} {root}: holds none of {expected}{_and_holds(unused)}")
+        return {name: found[name] for name in NAMES if name in found}, unused
 
 
 def _listed(folder: Path, option: str) -> list[Path]:
@@ -68,11 +234,11 @@ def _listed(folder: Path, option: str) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _unused(root: Path, name: str) -> str:
+def _unused(root: Path, name: str, corruptions: list[str] | tuple[str, ...]) -> str:
     """A path for a message, with the corruption that its name may be meant for."""
     path = readable(str(root / name))
     first = name.split("/")[0].removesuffix(".npy")
-    near = difflib.get_close_matches(first, NAMES, n=1)
+    near = difflib.get_close_matches(first, corruptions, n=1)
     if near and near[0] != first:
         return f"{path} (did you mean {near[0]}?)"
     return path
@@ -82,3 +248,167 @@ def _and_holds(unused: list[str]) -> str:
     if not unused:
         return ""
     return f"; it holds {', '.join(unused[:MOST_NAMED])}"
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def _same_names(title: str, names: tuple[str, ...], *, restrict: bool) -> ClassMap:
+    return ClassMap(title, "by name", {name: (name,) for name in names}, restrict)
+
+
+def _objectnet(*, restrict: bool) -> ClassMap:
+    return ClassMap("ObjectNet", "by the published map", class_maps.objectnet(), restrict)
+
+
+def _by_number() -> ClassMap:
+    """ImageNet-V2: folder k is the k-th of ImageNet's sorted WNIDs, counted from 0."""
+    numbers = {str(number): (wnid,) for number, wnid in enumerate(class_maps.imagenet())}
+    return ClassMap("ImageNet-V2", "by number", numbers)
+
+
+ALL = "all"
+
+PUBLISHED: tuple[Published, ...] = (
+    CorruptionFolders(
+        key="imagenet_c",
+        title="ImageNet-C",
+        layout="`CORRUPTION/SEVERITY/WNID/*.JPEG`, taken without resize or crop",
+        logits=ALL,
+        images="50,000 in each of 95 sets: 19 corruptions, 5 severities",
+        measures="common corruptions; the report has mCE",
+        paper="Hendrycks & Dietterich, ICLR 2019",
+        strengths=dict.fromkeys(NAMES, ()),
+    ),
+    CorruptionFolders(
+        key="imagenet_c_bar",
+        title="ImageNet-C-bar",
+        layout="`CORRUPTION/SEVERITY/WNID/*.JPEG`, taken without resize or crop; severities 1 to 5,"
+        " or strengths such as 2.35, as the authors' script calls them",
+        logits=ALL,
+        images="50,000 in each of 50 sets: 10 corruptions, 5 severities",
+        measures="corruptions unlike those of ImageNet-C",
+        paper="Mintun, Kirillov & Xie, NeurIPS 2021",
+        strengths=C_BAR,
+    ),
+    CorruptionArrays(
+        key="cifar10_c",
+        title="CIFAR-10-C",
+        layout="`CORRUPTION.npy` and `labels.npy`",
+        logits=ALL,
+        images="10,000 in each of 95 sets: 19 corruptions, 5 severities",
+        measures="common corruptions at 32 px",
+        paper="Hendrycks & Dietterich, ICLR 2019",
+        classes=cifar10.CLASSES,
+    ),
+    CorruptionArrays(
+        key="cifar100_c",
+        title="CIFAR-100-C",
+        layout="`CORRUPTION.npy` and `labels.npy`",
+        logits=ALL,
+        images="10,000 in each of 95 sets: 19 corruptions, 5 severities",
+        measures="common corruptions at 32 px",
+        paper="Hendrycks & Dietterich, ICLR 2019",
+        classes=class_maps.cifar100(),
+    ),
+    ClassFolders(
+        key="imagenet_a",
+        title="ImageNet-A",
+        layout="`WNID/*.jpg`, 200 folders",
+        logits="two numbers: those of its 200 classes, as its authors report it, and all 1,000",
+        images="7,500",
+        measures="photographs that a ResNet-50 gets wrong",
+        paper="Hendrycks et al., CVPR 2021",
+        ways=(
+            Way(
+                "imagenet_a",
+                "ImageNet-A",
+                _same_names("ImageNet-A", class_maps.imagenet_a(), restrict=True),
+            ),
+            Way(
+                "imagenet_a_1000way",
+                "ImageNet-A, 1000-way,",
+                _same_names("ImageNet-A", class_maps.imagenet_a(), restrict=False),
+            ),
+        ),
+    ),
+    ClassFolders(
+        key="imagenet_r",
+        title="ImageNet-R",
+        layout="`WNID/*.jpg`, 200 folders",
+        logits="those of its 200 classes, as its authors report it",
+        images="30,000",
+        measures="renditions: art, cartoons, toys",
+        paper="Hendrycks et al., ICCV 2021",
+        ways=(
+            Way(
+                "imagenet_r",
+                "ImageNet-R",
+                _same_names("ImageNet-R", class_maps.imagenet_r(), restrict=True),
+            ),
+        ),
+    ),
+    ClassFolders(
+        key="imagenet_sketch",
+        title="ImageNet-Sketch",
+        layout="`WNID/*.JPEG`, 1,000 folders",
+        logits=ALL,
+        images="50,889",
+        measures="black and white sketches",
+        paper="Wang et al., NeurIPS 2019",
+        ways=(Way("imagenet_sketch", "ImageNet-Sketch", None),),
+    ),
+    ClassFolders(
+        key="imagenet_v2",
+        title="ImageNet-V2",
+        layout="`NUMBER/*.jpeg`, folders 0 to 999: number k is the k-th of ImageNet's sorted WNIDs",
+        logits=ALL,
+        images="10,000; of its three variants the one that you give",
+        measures="a second validation set, collected as the first",
+        paper="Recht et al., ICML 2019",
+        ways=(Way("imagenet_v2", "ImageNet-V2", _by_number()),),
+    ),
+    ClassFolders(
+        key="objectnet",
+        title="ObjectNet",
+        layout="`OBJECT/*.png`, 313 folders; the 113 that are in ImageNet are used, without the red"
+        " border of 2 px",
+        logits="two numbers: all 1,000, as in its authors' code, and those of its 113 classes, the"
+        " greatest of each (CLIP, WiSE-FT)",
+        images="18,574 of 50,273",
+        measures="objects in odd places, turned, from odd viewpoints",
+        paper="Barbu et al., NeurIPS 2019",
+        ways=(
+            Way("objectnet", "ObjectNet, 1000-way,", _objectnet(restrict=False)),
+            Way("objectnet_113way", "ObjectNet, 113-way,", _objectnet(restrict=True)),
+        ),
+        view=objects_of_imagenet,
+    ),
+    ClassFolders(
+        key="stylized",
+        title="Stylized-ImageNet",
+        layout="`WNID/*`, 1,000 folders: its validation folder",
+        logits=ALL,
+        images="50,000",
+        measures="shapes under the textures of paintings",
+        paper="Geirhos et al., ICLR 2019",
+        ways=(Way("stylized", "Stylized-ImageNet", None),),
+    ),
+    CueConflict(
+        key="cue_conflict",
+        title="cue conflict",
+        layout="`SHAPE/SHAPE7-TEXTURE1.png`, 16 folders, taken without resize or crop",
+        logits="all; the mean probability of the classes of each of 16 categories decides",
+        images="1,200 of 1,280, those whose shape and texture differ",
+        measures="shape bias: decisions for the shape among those for shape or texture",
+        paper="Geirhos et al., ICLR 2019",
+    ),
+)
+
+# For the report: titles of benchmarks of one set, by key, and of benchmarks of corruptions.
+SINGLE_TITLES = {
+    way.key: way.title for one in PUBLISHED if isinstance(one, ClassFolders) for way in one.ways
+}
+CORRUPTION_TITLES = {
+    one.key: one.title for one in PUBLISHED if isinstance(one, CorruptionFolders | CorruptionArrays)
+}

@@ -50,7 +50,8 @@ def plan(work: Work) -> str:
 
 
 def _benchmark(item: Item) -> str:
-    return item.set.key.split("/")[0]
+    benchmark, _, _ = item.set.key.partition("/")
+    return item.set.key if benchmark == "folder" else benchmark
 
 
 def _in_words(benchmark: str, items: Sequence[Item]) -> str:
@@ -71,9 +72,9 @@ def _in_words(benchmark: str, items: Sequence[Item]) -> str:
 def _where(source: Path, benchmark: str) -> str:
     """The folder of a whole benchmark rather than that of its first set."""
     match benchmark:
-        case "imagenet_c":
+        case "imagenet_c" | "imagenet_c_bar":
             source = source.parent.parent
-        case "cifar10_c":
+        case "cifar10_c" | "cifar100_c":
             source = source.parent
     return readable(str(source), 300)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fap.tasks.base import Result, Task
+from fap.tasks.base import Judge, Result
 from fap.tasks.class_counts import ClassCounts, table_shape
 from pipelines.files import read_regular, write_whole
 
@@ -56,12 +56,12 @@ class Results:
         name: str,
         of: dict[str, Any],  # JSON: all that the result depends on
         count: int,  # images
-        task: Task,
+        judge: Judge,
     ) -> Result | None:
         """The result computed from exactly `of`; None where there is none, or a damaged one."""
         file = self._file(name, of)
         try:
-            return _checked(json.loads(read_regular(file, MOST_BYTES)), digest(of), count, task)
+            return _checked(json.loads(read_regular(file, MOST_BYTES)), digest(of), count, judge)
         except FileNotFoundError:
             return None
         except NO_RESULT as error:
@@ -127,7 +127,7 @@ def _unpacked(text: Any, n_classes: int) -> ClassCounts:
     return ClassCounts.of(table)
 
 
-def _checked(tree: Any, of: str, count: int, task: Task) -> Result:
+def _checked(tree: Any, of: str, count: int, judge: Judge) -> Result:
     """A result out of a file. Raises one of `NO_RESULT` for anything else."""
     if tree["of"] != of:
         raise ValueError("it was computed from something else")
@@ -135,4 +135,4 @@ def _checked(tree: Any, of: str, count: int, task: Task) -> Result:
     found = metrics.pop("count")
     if type(found) is not int or found != count:
         raise ValueError("another number of images")
-    return task.check_metrics(metrics) | {"count": count}
+    return judge.check_metrics(metrics) | {"count": count}

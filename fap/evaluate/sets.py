@@ -1,10 +1,10 @@
 """Sets of images to evaluate on: what each one is, and how it is opened."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pipelines
@@ -18,25 +18,30 @@ from fap.evaluate.images import (
     StoredImages,
     look_at,
 )
+from fap.tasks.base import Judge, Task
+from fap.tasks.labels import ClassMap
+from pipelines import Store
 from pipelines.corrupt_store import CorruptedStore
+from pipelines.sources import cifar10
 
 
 @dataclass(frozen=True)
 class EvalSet(ABC):
     """One number's worth of images. It can be opened more than once."""
 
-    key: str  # clean | BENCHMARK/CORRUPTION/SEVERITY | imagenet_r | stylized
+    key: str  # clean | BENCHMARK | BENCHMARK/CORRUPTION/SEVERITY | folder/NAME
     source: Path  # for messages
     reading: Reading
-
-    @property
-    def restrict(self) -> bool:
-        """Only the logits of its own classes count."""
-        return self.key == "imagenet_r"
+    class_map: ClassMap | None = field(default=None, kw_only=True)
+    """What its classes are among the model's; None: they have the model's names."""
 
     @abstractmethod
     def open(self) -> AbstractContextManager[Opened]:
         """Raises ValueError, OSError, ImportError or DamagedData."""
+
+    def judge(self, task: Task) -> Judge:
+        """What its images are judged by: the task, unless it has measures of its own."""
+        return task
 
     def build(self) -> None:  # noqa: B027
         """Make what `open` is to show, unless it is there. Raises as `open`."""
@@ -82,14 +87,25 @@ class CorruptedStoreSet(EvalSet):
         yield StoredImages(self.reading, Seen(store, identity, self.data.stamps))
 
 
+def whole(store: Store) -> Store:
+    """The view of a set that shows its folder as it is."""
+    return store
+
+
 @dataclass(frozen=True)
 class StoredSet(EvalSet):
     """The folder or `.beton` at `source`."""
 
+    view: Callable[[Store], Store] = field(default=whole, kw_only=True)
+    """What of the store is shown, and how; it raises ValueError for a wrong folder."""
+
     @contextmanager
     def open(self) -> Iterator[StoredImages]:
         with closing(pipelines.open_store(self.source, exact=True)) as store:
-            yield StoredImages(self.reading, look_at(store))
+            seen = self.view(store)
+            images = StoredImages(self.reading, look_at(seen))
+            images.unused = seen.notes
+            yield images
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,15 @@ class ArraySet(EvalSet):
     """One severity of the CORRUPTION.npy at `source`."""
 
     severity: int
+    classes: tuple[str, ...]  # in the order of its labels
 
     @contextmanager
     def open(self) -> Iterator[ArrayImages]:
-        yield ArrayImages(self.reading, self.source, self.severity)
+        images = ArrayImages(self.reading, self.source, self.severity, self.classes)
+        _, greatest = images.labels
+        if greatest < len(cifar10.CLASSES) < len(self.classes):
+            raise ValueError(
+                f"{self.source}: labels 0 to {greatest}: those of CIFAR-10-C, where "
+                f"{len(self.classes)} classes are expected: give its folder to --cifar10-c"
+            )
+        yield images

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from fap.evaluate.published import SEVERITIES
+from fap.evaluate.published import CORRUPTION_TITLES, SEVERITIES, SINGLE_TITLES
 from fap.evaluate.work import Report
 from fap.tasks.base import CorruptionMean, Result
 
 # Benchmarks of one set, told by the task's primary metric.
-SINGLE = {"imagenet_r": "ImageNet-R", "stylized": "Stylized-ImageNet"}
+SINGLE = SINGLE_TITLES
 # Benchmarks of corruptions at five severities.
-CORRUPTIONS = {
-    "computed": "computed here, not the published files",
-    "imagenet_c": "ImageNet-C",
-    "cifar10_c": "CIFAR-10-C",
-}
+CORRUPTIONS = {"computed": "computed here, not the published files", **CORRUPTION_TITLES}
+OF_CIFAR = ("cifar10_c", "cifar100_c")
+FOLDER = "folder/"  # of the keys of a user's own sets
 ATTACK = "attack/"  # keys of sets under attack begin with it: attack/METHOD/EPS
 AUX_NOTE = (
     "aux BN: through the auxiliary norms, which trained on what was attacked; an exported "
@@ -80,6 +79,11 @@ def _plain_rows(report: Report) -> dict[str, Number]:
             reached = 100 * report.results[key][primary]
             rows[f"{words} {task.percents[primary]}"] = Number(reached, report.paper.get(key))
     rows |= _attack_rows(report)
+    rows |= _shape_rows(report)
+    for key, result in report.results.items():
+        if key.startswith(FOLDER):
+            title = f"{key.removeprefix(FOLDER)} {task.percents[primary]}"
+            rows[title] = Number(100 * result[primary])
     for metric, title in task.rows.items():
         if metric == primary or metric not in clean:  # such as AP of a size that no object has
             continue
@@ -119,11 +123,23 @@ def _attack_notes(report: Report) -> list[str]:
     ]
 
 
+def _shape_rows(report: Report) -> dict[str, Number]:
+    """Of cue conflict images; no bias where nothing was taken for its shape or its texture."""
+    found = report.results.get("cue_conflict")
+    if found is None:
+        return {}
+    rows = {"cue conflict, taken for the shape": Number(100 * found["top1"])}
+    rows["cue conflict, taken for the texture"] = Number(100 * found["texture"])
+    if not math.isnan(found["shape_bias"]):
+        rows["shape bias (cue conflict)"] = Number(100 * found["shape_bias"])
+    return rows
+
+
 def _label_notes(labels: Mapping[str, str]) -> list[str]:
     """One line for each way in which labels were matched."""
     ways: defaultdict[str, list[str]] = defaultdict(list)
     for key, how in labels.items():
-        benchmark = key.split("/")[0]
+        benchmark = key if key.startswith(FOLDER) else key.split("/")[0]
         if benchmark not in ways[how]:
             ways[how].append(benchmark)
     if len(ways) == 1:
@@ -146,9 +162,16 @@ class _Measured:
     def words(self) -> str:
         return CORRUPTIONS[self.benchmark]
 
+    @property
+    def means(self) -> Sequence[CorruptionMean]:
+        """The task's; of ImageNet-C-bar none, which has corruptions of its own."""
+        if self.benchmark == "imagenet_c_bar":
+            return ()
+        return self.report.task.means
+
     def refused(self) -> dict[str, str]:
         """The reason for each of the task's means that must not be computed, by its title."""
-        reasons = {mean.title: self._why_not(mean) for mean in self.report.task.means}
+        reasons = {mean.title: self._why_not(mean) for mean in self.means}
         return {title: why for title, why in reasons.items() if why}
 
     def rows(self, refused: Mapping[str, str]) -> dict[str, Number]:
@@ -164,7 +187,7 @@ class _Measured:
 
         by_corruption = {name: fmean(by.values()) for name, by in values.items()}
         clean = task.measured(self.report.results["clean"])
-        for mean in task.means:
+        for mean in self.means:
             if mean.title not in refused:
                 covered = {name: by_corruption[name] for name in mean.corruptions}
                 title = f"{task.measure}, {mean.title} ({self.words})"
@@ -179,12 +202,12 @@ class _Measured:
         """What a reader must know of the means that were computed."""
         if self.benchmark != "computed":
             return []
-        means = [mean for mean in self.report.task.means if mean.title not in refused]
+        means = [mean for mean in self.means if mean.title not in refused]
         return [f"{mean.title}: {mean.note}" for mean in means if mean.note]
 
     def _paper(self, mean: CorruptionMean) -> float | None:
-        """The paper's number; it has none for CIFAR-10-C."""
-        if self.benchmark == "cifar10_c":
+        """The paper's number; it has none for CIFAR-10-C and CIFAR-100-C."""
+        if self.benchmark in OF_CIFAR:
             return None
         return self.report.paper.get(mean.paper)
 
@@ -200,7 +223,7 @@ def _corruption_benchmarks(report: Report) -> list[_Measured]:
     """In the order of the results."""
     found: dict[str, dict[str, dict[int, Result]]] = {}
     for key, result in report.results.items():
-        if "/" in key and not key.startswith(ATTACK):
+        if key.split("/")[0] in CORRUPTIONS:
             benchmark, name, severity = key.split("/")
             found.setdefault(benchmark, {}).setdefault(name, {})[int(severity)] = result
     return [_Measured(benchmark, results, report) for benchmark, results in found.items()]

@@ -54,6 +54,7 @@ class Item:
     labels: str  # how they are matched
     names: tuple[str, ...] | None  # of the model's classes, as far as they are known
     known: Outcome | None  # from an earlier call
+    unused: tuple[str, ...] = ()  # what in its folder belongs to it in no way, or is left out
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _look(
         step=trained.step,
         classes=trained.classes,
         items=items,
-        unused=unused,
+        unused=list(dict.fromkeys([*unused, *(line for item in items for line in item.unused)])),
         notes=trained.notes,
         weights=trained.weights,
         bn=_one_bn(wanted),
@@ -268,13 +269,13 @@ class _Evaluation:
             names = self.trained.classes
             if names is None and matching.label_map is None:  # by position: the data's are its own
                 names = opened.classes
-            return Item(one, opened.count, matching.how, names, known)
+            return Item(one, opened.count, matching.how, names, known, opened.unused)
 
     def _known(self, one: EvalSet, opened: Opened, matching: Matching) -> Outcome | None:
         """What came of a set in an earlier call, if all of it was kept."""
         name, origin = self._name_and_origin(one, opened, matching)
         task = self.trained.task
-        result = self.results.find(name, origin, opened.count, task)
+        result = self.results.find(name, origin, opened.count, one.judge(task))
         if result is None:
             return None
         if self._counter(one, matching, torch.device("cpu")) is None:
@@ -341,7 +342,8 @@ class _Evaluation:
     def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Outcome:
         data = self.trained.config.data
         device = torch.device(self.wanted.device)
-        evaluator = self.trained.task.evaluator(device, matching, opened.store)
+        judge = one.judge(self.trained.task)
+        evaluator = judge.evaluator(device, matching, opened.store)
         if isinstance(one, AttackedSet):
             assert isinstance(opened, AttackedImages)
             with _stopping(workers):
@@ -397,7 +399,7 @@ class _Evaluation:
                 self.trained.classes,
                 self.trained.task.n_classes,
                 by_position=self.wanted.by_position,
-                restrict=one.restrict,
+                class_map=one.class_map,
             )
         except ValueError as error:
             raise ValueError(f"{one.key}: {one.source}: {error}") from None
@@ -413,7 +415,7 @@ class _Evaluation:
             "set": one.key,
             "images": opened.identity,
             "checkpoint": self.trained.content,
-            "labels": matching.how,
+            "labels": matching.tree(),
             "bn": self.wanted.bn,
             "device": self.wanted.device,
             "versions": versions() | {"pillow": PIL.__version__},

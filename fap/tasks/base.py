@@ -63,6 +63,18 @@ class Evaluator(Protocol):
         """
 
 
+class Judge(Protocol):
+    """What a set of images is judged by: its task, unless the set has measures of its own."""
+
+    def evaluator(
+        self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
+    ) -> Evaluator:
+        """See `Task.evaluator`."""
+
+    def check_metrics(self, found: Mapping[str, object]) -> Result:
+        """See `Task.check_metrics`."""
+
+
 @dataclass(frozen=True)
 class CorruptionMean:
     """A number that sums up a corruption benchmark, where every part of it was measured."""

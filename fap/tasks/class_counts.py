@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from fap.tasks.labels import Matching
+from fap.tasks.labels import PADDING_LABEL, Matching
 
-PADDING_LABEL = -1
 MOST_GUESSES = 5  # of top-5
 MOST_CLASSES = 2000  # with more of them, K x K counts are no table that anybody reads
 
@@ -79,6 +78,7 @@ class ClassCounter:
 
     def __init__(self, device: torch.device, n_classes: int, matching: Matching) -> None:
         assert not matching.restrict, "the columns are those of all the model's classes"
+        assert matching.groups is None, "a class of the data is one of the model's"
         self.n_classes = n_classes
         self.label_map = matching.label_map
         if self.label_map is not None:

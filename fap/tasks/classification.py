@@ -17,8 +17,8 @@ from fap.config import Config
 from fap.draws import random_bits
 from fap.nets.build import plain
 from fap.tasks.base import Result, Task, plain_number
-from fap.tasks.class_counts import MOST_GUESSES, PADDING_LABEL, ClassCounter, as_the_models
-from fap.tasks.labels import SAME_CLASSES, Matching
+from fap.tasks.class_counts import MOST_GUESSES, ClassCounter
+from fap.tasks.labels import PADDING_LABEL, SAME_CLASSES, Matching, compared
 from fap.tasks.mce import MEANS
 from pipelines import EpochPlan, Store
 from pipelines.files import readable, shown
@@ -156,7 +156,7 @@ class Classification(Task):
     def evaluator(
         self, device: torch.device, matching: Matching = SAME_CLASSES, store: Store | None = None
     ) -> Accuracy:
-        return Accuracy(device, matching.label_map, matching.restrict)
+        return Accuracy(device, matching.label_map, matching.restrict, matching.groups)
 
     def class_counter(self, device: torch.device, matching: Matching) -> ClassCounter:
         return ClassCounter(device, self.n_classes, matching)
@@ -235,13 +235,13 @@ class Accuracy:
     def __init__(
         self,
         device: torch.device,
-        label_map: Tensor | None,  # int64 (K,): the model's class of each of the data's labels
-        restrict: bool,  # only the logits of those K classes count
+        label_map: Tensor | None,  # as in `fap.tasks.labels.Matching`, as are the others
+        restrict: bool,
+        groups: Tensor | None = None,
     ) -> None:
-        self.label_map = label_map
-        if label_map is not None:
-            self.label_map = label_map.to(device)
-        self.restrict = restrict
+        on_device = (None if one is None else one.to(device) for one in (label_map, groups))
+        label_map, groups = on_device
+        self.matching = Matching("", label_map, restrict, groups)
         # Loss, top-1, top-5, images, then of each bin its right images less their confidences: of
         # all batches, on the device.
         self.sums = torch.zeros(4 + BINS, dtype=torch.float64, device=device)
@@ -252,12 +252,7 @@ class Accuracy:
         outputs: Tensor,  # (B, classes)
         references: Tensor,  # int64 (B,): labels, -1 for padding
     ) -> None:
-        targets = references
-        if self.label_map is not None and self.restrict:
-            # Column k is the class of the data's label k, so labels need no mapping.
-            outputs = outputs[:, self.label_map]
-        else:
-            targets = as_the_models(targets, self.label_map)
+        outputs, targets = compared(outputs, references, self.matching)
         # In float64, as the sums: they depend neither on the batch nor on the ranks.
         loss = F.cross_entropy(
             outputs.double(), targets, ignore_index=PADDING_LABEL, reduction="sum"

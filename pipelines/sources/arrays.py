@@ -1,4 +1,4 @@
-"""Images as arrays: CIFAR-10-C's CORRUPTION.npy and labels.npy, read with suspicion."""
+"""Images as arrays: the .npy files of CIFAR-10-C and CIFAR-100-C, read with suspicion."""
 
 import io
 import math
@@ -9,10 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipelines.files import GIGABYTE, one_line, read_regular, shown
-from pipelines.sources.cifar10 import CLASSES
 from pipelines.store import MAX_SIDE, DamagedData
 
-MOST_BYTES = 4 * GIGABYTE  # of one file; CIFAR-10-C's have 154 MB
+MOST_BYTES = 4 * GIGABYTE  # of one file; the published ones have 154 MB
 MOST_HEADER_BYTES = 1000  # numpy's own are below 128
 SEVERITIES = 5  # of a corruption, one behind the other in its file
 PLAIN_NUMBERS = "iuf"  # numpy's letters: signed, unsigned, floating-point
@@ -23,22 +22,23 @@ class Severity(NamedTuple):
     """One severity of one corruption."""
 
     images: np.ndarray  # uint8 (N, H, W, 3)
-    labels: np.ndarray  # int64 (N,), 0 to 9
+    labels: np.ndarray  # int64 (N,), from 0 on
     content: str  # checksums of both files, all severities
 
 
-def read_severity(file: Path, severity: int) -> Severity:
+def read_severity(file: Path, severity: int, n_classes: int = 10) -> Severity:
     """Severity 1 to 5 of `file`, whose labels lie beside it in labels.npy.
 
     Raises:
-        DamagedData: anything but five equally large parts of RGB images and CIFAR-10's labels.
+        DamagedData: anything but five equally large parts of RGB images, their labels below
+            `n_classes`.
         OSError: a file cannot be read.
     """
     labels_file = file.with_name("labels.npy")
     images, images_crc32 = read_npy(file)
     labels, labels_crc32 = read_npy(labels_file)
     _check_images(images, file)
-    _check_labels(labels, labels_file)
+    _check_labels(labels, labels_file, n_classes)
     if len(images) != len(labels):
         raise DamagedData(
             f"{file}: {len(images)} images, but {labels_file} has {len(labels)} labels"
@@ -66,12 +66,13 @@ def _check_images(images: np.ndarray, file: Path) -> None:
         )
 
 
-def _check_labels(labels: np.ndarray, file: Path) -> None:
+def _check_labels(labels: np.ndarray, file: Path, n_classes: int) -> None:
     if labels.dtype.kind not in INTEGERS or labels.ndim != 1:
         raise DamagedData(f"{file}: {labels.dtype} of shape {labels.shape}: expected integers (N,)")
-    if len(labels) and (labels.min() < 0 or labels.max() >= len(CLASSES)):
+    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
         raise DamagedData(
-            f"{file}: labels {labels.min()} to {labels.max()}: CIFAR-10 has 0 to {len(CLASSES) - 1}"
+            f"{file}: labels {labels.min()} to {labels.max()}: "
+            f"CIFAR-{n_classes} has 0 to {n_classes - 1}"
         )
 
 

@@ -81,7 +81,7 @@ class ImageFilesStore(Store):
         names = "\0".join(self._names).encode(errors="surrogateescape")
         return self._crc32_of_some_samples(self._crc32_of_tables(zlib.crc32(names)))
 
-    def _content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         """The file as it is: what it is served as depends on the version of Pillow."""
         try:
             return self._file_content(index)

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,12 +19,15 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_session
 from timm.models import load_model_config_from_hf
 
-from fap.nets.weights.about import Weights, from_timm
+from fap.class_maps import imagenet
+from fap.nets.weights.about import About, Weights, from_timm
 from fap.nets.weights.files import about_hub_config
 from fap.nets.weights.names import TIMM, current_name, near, spelt
 from pipelines.files import one_line, readable, shown
 from pipelines.sizes import Size, sides_of
 
+TIMMS_OWN = "timm/"  # repositories of the Hub
+DATA_SET = re.compile(r"(?:^|_)(in\d+k)(?=_|$)")  # in a tag
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}(@[\w./-]{1,100})?")
 
 
@@ -38,6 +42,7 @@ def published(asked: str, model_name: str | None, size: Size | None) -> Weights:
     cfg = timm.get_pretrained_cfg(full)
     assert cfg is not None
     about, notes = from_timm(cfg.to_dict(), TIMM + architecture)
+    about = _with_imagenets_names(about, full.partition(".")[2])
     if full != asked:
         notes = [f"these are {full}", *notes]
     found = cfg.test_input_size
@@ -62,8 +67,21 @@ def of_hub(asked: str, size: Size | None) -> Weights:
     about, notes = about_hub_config(found)
     if not timm.is_model(architecture):
         raise ValueError(f"its model is {shown(architecture)}, which timm does not have")
+    if asked.startswith(TIMMS_OWN):  # others may keep a tag in what they trained on other classes
+        about = _with_imagenets_names(about, str(cfg.get("tag") or ""))
     model = _created(f"hf-hub:{asked}", cfg, asked, None, size)
     return Weights(f"hf-hub:{asked}", model.state_dict(), about, tuple(notes))
+
+
+def _with_imagenets_names(about: About, tag: str) -> About:
+    """With ImageNet's WNIDs, where the tag says that the outputs are its 1,000 classes.
+
+    in21k_ft_in1k is: the last data set of a tag is what the head was trained on.
+    """
+    data_sets = DATA_SET.findall(tag)
+    if about.classes is None and data_sets[-1:] == ["in1k"] and about.num_classes == 1000:
+        return replace(about, classes=imagenet())
+    return about
 
 
 def _full_name(asked: str, model_name: str | None) -> str:

@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
+from fap.class_maps import imagenet
 from fap.nets.retinanet import SPECS
 from fap.nets.weights.about import About, Weights
 from fap.nets.weights.names import near, spelt, torchvision_names
@@ -28,6 +29,7 @@ HALF = (0.5, 0.5, 0.5)
 DEFAULT = "DEFAULT"
 # Names that published files have kept from earlier versions: norm.1 of a dense layer is norm1.
 _DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.(\d\.\w+)$")
+OF_IMAGENET = "IMAGENET1K"  # how weights begin whose outputs are ImageNet's classes, in order
 AUXILIARY_HEADS = ("aux1.", "aux2.", "AuxLogits.")  # of the two in TRANSFORMED; not trained here
 
 
@@ -98,7 +100,10 @@ def _about(weights: WeightsEnum, architecture: str) -> About:
     (size,) = transforms.crop_size
     (resize,) = transforms.resize_size
     how = transforms.interpolation.value
-    return About(architecture, n_classes, mean, std, size, max(size, resize), how)
+    names = None
+    if weights.name.startswith(OF_IMAGENET) and n_classes == len(imagenet()):
+        names = imagenet()
+    return About(architecture, n_classes, mean, std, size, max(size, resize), how, names)
 
 
 def _fetched(weights: WeightsEnum) -> Mapping[str, Tensor]:

@@ -1,0 +1,61 @@
+"""The classes of published sets, and what they mean in ImageNet's: lists of facts, in data files.
+
+WNIDs are WordNet's names of classes, such as n01440764, and the names of ImageNet's folders. Where
+each list is from stands in its file.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+
+COMMENT = "#"
+
+
+@cache
+def imagenet() -> tuple[str, ...]:
+    """The 1,000 WNIDs of ImageNet-1k in the order of the labels."""
+    return tuple(_lines("imagenet"))
+
+
+@cache
+def imagenet_a() -> tuple[str, ...]:
+    """The WNIDs of ImageNet-A's 200 classes, sorted."""
+    return tuple(_lines("imagenet_a"))
+
+
+@cache
+def imagenet_r() -> tuple[str, ...]:
+    """The WNIDs of ImageNet-R's 200 classes, sorted."""
+    return tuple(_lines("imagenet_r"))
+
+
+@cache
+def cifar100() -> tuple[str, ...]:
+    """CIFAR-100's fine classes in the order of the labels."""
+    return tuple(_lines("cifar100"))
+
+
+@cache
+def objectnet() -> Mapping[str, tuple[str, ...]]:
+    """The WNIDs of each of ObjectNet's 313 folders; none for the 200 that are not in ImageNet."""
+    return _map("objectnet")
+
+
+@cache
+def sixteen_categories() -> Mapping[str, tuple[str, ...]]:
+    """The WNIDs that each of the 16 categories of cue conflict images covers, sorted by name."""
+    return _map("sixteen")
+
+
+def _map(name: str) -> dict[str, tuple[str, ...]]:
+    """Lines such as `alarm_clock n02708093 n03196217`."""
+    found = {}
+    for line in _lines(name):
+        first, *wnids = line.split()
+        found[first] = tuple(wnids)
+    return found
+
+
+def _lines(name: str) -> list[str]:
+    text = files(__name__).joinpath(f"{name}.txt").read_text("utf-8")
+    return [line for line in text.splitlines() if not line.startswith(COMMENT)]
