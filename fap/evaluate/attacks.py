@@ -89,7 +89,8 @@ class SignSteps(LinfAttack):
         if not self.random_start:
             return f"{self.steps} step of eps, no random start"
         starts = "1 random start" if self.restarts == 1 else f"{self.restarts} random starts"
-        return f"{self.steps} steps of {number(self.step_255)}, {starts}"
+        of_eps = number(self.step_255 / self.eps_255) if self.eps_255 else "0"
+        return f"{self.steps} steps of {of_eps} eps, {starts}"
 
     @property
     def steps_of_a_batch(self) -> int:

@@ -108,18 +108,14 @@ def _attack_rows(report: Report) -> dict[str, Number]:
 
 def _attack_notes(report: Report) -> list[str]:
     """What a reader must know of the attacks."""
-    counts = {r["count"] for key, r in report.results.items() if key.startswith(ATTACK)}
-    if not counts:
+    keys = [key for key in report.results if key.startswith(ATTACK)]
+    if not keys:
         return []
-    (count,) = counts
-    how = [
-        f"{key.removeprefix(ATTACK)}: {report.settings[key]}"
-        for key in report.results
-        if key.startswith(ATTACK)
-    ]
+    count = report.results[keys[0]]["count"]  # the images of all attacks are the same
+    how = dict.fromkeys(f"{key.split('/')[1]}: {report.settings[key]}" for key in keys)
     return [
         f"attacks: on {count:,} of the clean images, through the norms of the column; L-infinity, "
-        f"untargeted, grey levels of 0..255 ({'; '.join(how)})"
+        f"untargeted, eps in grey levels of 0..255 ({'; '.join(how)})"
     ]
 
 

@@ -312,7 +312,9 @@ def test_the_command_attacks(
     assert results["attack/pgd2/1"]["loss"] < results["attack/pgd2/4"]["loss"]
     assert f"| top-1 under pgd2, eps 4 | {100 * results['attack/pgd2/4']['top1']:.2f} |" in text
     assert "on 5 of the clean images" in text
-    assert "pgd2/4: 2 steps of 5, 2 random starts" in text
+    assert (
+        "(fgsm: 1 step of eps, no random start; pgd2: 2 steps of 1.25 eps, 2 random starts)" in text
+    )
     assert "attack: 4 sets of 5 images" in capsys.readouterr().err
     assert len(calls) == 4
     again, _ = run(at, *words, data="few", out="attacks")

@@ -119,7 +119,7 @@ def test_the_command_takes_it(world: Path, capsys: pytest.CaptureFixture[str]) -
     words = ["--attack", "autoattack", "--eps", "0"]
     found, text = run(world, *words, out="autoattack")
     assert found["results"]["attack/autoattack/0"] == found["results"]["clean"]
-    assert "autoattack/0: standard version" in text
+    assert "autoattack: standard version" in text
     names = ["a", "b", "c"]
     write_folder(world / "three", names, 1, (32, 32))
     write_checkpoint(world / "three.safetensors", names, 3)
