@@ -74,6 +74,10 @@ class TarStore(ImageFilesStore):
     def file(self, index: int) -> Path:
         return self.path / self._tree.names[self._files[index]]
 
+    def files(self) -> list[Path]:
+        """The tar: a member is no file of its own."""
+        return [self.path]
+
     def close(self) -> None:
         self._tree.close()
 
