@@ -14,7 +14,7 @@ import pipelines
 from fap.class_maps import sixteen_categories
 from fap.evaluate.images import StoredImages, look_at
 from fap.evaluate.sets import EvalSet
-from fap.tasks.base import Judge, Task
+from fap.tasks.base import Judge, Result, Task
 from fap.tasks.labels import PADDING_LABEL, ClassMap
 from fap.tasks.shape_bias import ShapeOrTexture, pair
 from pipelines import Store
@@ -27,7 +27,7 @@ CATEGORIES = tuple(sixteen_categories())
 NAME = re.compile(rf"(?:.*_)?({'|'.join(CATEGORIES)})\d+-({'|'.join(CATEGORIES)})\d+\.\w+")
 
 CLASS_MAP = ClassMap(
-    title="the cue conflict images",
+    title="cue conflict",
     how="by the published map",
     meanings=sixteen_categories(),
     counted="the mean probability of each category's decides",
@@ -51,6 +51,9 @@ class CueConflictSet(EvalSet):
 
     def judge(self, task: Task) -> Judge:
         return ShapeOrTexture(task.n_classes)
+
+    def in_words(self, task: Task, result: Result) -> str:
+        return f"shape bias {result['shape_bias']:.2%} of {result['count']:,} images"
 
 
 def cues_of(store: Store) -> tuple[dict[int, tuple[int, int]], list[str]]:

@@ -137,8 +137,8 @@ def objects_of_imagenet(store: Store) -> Store:
     notes = list(store.notes)
     if left_out:
         notes.append(
-            f"{len(labels) - len(numbers):,} images of {len(left_out)} classes that are not in "
-            f"ImageNet: {listed(left_out)}"
+            f"{len(labels) - len(numbers):,} images of {len(left_out)} classes of "
+            f"{readable(store.path)} that are not in ImageNet: {listed(left_out)}"
         )
     return PixelStore(RelabelledStore(store, numbers, labels[numbers], kept, notes), RED_BORDER)
 

@@ -18,7 +18,7 @@ from fap.evaluate.images import (
     StoredImages,
     look_at,
 )
-from fap.tasks.base import Judge, Task
+from fap.tasks.base import Judge, Result, Task
 from fap.tasks.labels import ClassMap
 from pipelines import Store
 from pipelines.corrupt_store import CorruptedStore
@@ -42,6 +42,11 @@ class EvalSet(ABC):
     def judge(self, task: Task) -> Judge:
         """What its images are judged by: the task, unless it has measures of its own."""
         return task
+
+    def in_words(self, task: Task, result: Result) -> str:
+        """The number that matters most, for the progress of the work."""
+        number = result[task.primary]
+        return f"{task.percents[task.primary]} {number:.2%} of {result['count']:,} images"
 
     def build(self) -> None:  # noqa: B027
         """Make what `open` is to show, unless it is there. Raises as `open`."""

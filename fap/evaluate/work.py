@@ -177,15 +177,10 @@ def carry_out(
                 f"{work.model.source}: the file changed since it was looked at; start again"
             )
         evaluation = _Evaluation(trained, wanted, results)
-        primary = work.task.primary
         for one in tqdm(todo, work.config.name, unit="set", disable=None):
             outcome = evaluation.evaluate(one, workers)
             found[one.key] = outcome
-            result = outcome.result
-            say(
-                f"  {one.key}: {work.task.percents[primary]} {result[primary]:.2%} "
-                f"of {result['count']:,} images"
-            )
+            say(f"  {one.key}: {one.in_words(work.task, outcome.result)}")
         if draws:
             for item in tqdm(work.items, "pictures", leave=False, disable=None):
                 if not evaluation.draw(item.set, workers, say):

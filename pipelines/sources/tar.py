@@ -75,7 +75,7 @@ class TarStore(ImageFilesStore):
         return self.path / self._tree.names[self._files[index]]
 
     def files(self) -> list[Path]:
-        """See `Store.files`: `file` names no file of the disk."""
+        """The tar: a member is no file of its own."""
         return [self.path]
 
     def close(self) -> None:

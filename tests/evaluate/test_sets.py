@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fap.class_maps import cifar100, imagenet, imagenet_a, imagenet_r, objectnet, sixteen_categories
-from fap.evaluate.load import Trained
-from fap.evaluate.published import PUBLISHED
+from fap.cli.convert import main as convert
+from fap.cli.export import main as export
+from fap.evaluate import benchmarks
+from fap.evaluate.load import Trained, load_model
+from fap.evaluate.published import PUBLISHED, ClassFolders
 from tests.evaluate.imagenet_world import (
     MODEL,
     best,
@@ -22,6 +29,7 @@ from tests.evaluate.imagenet_world import (
     load,
     logits,
     pictures,
+    pixels,
     saved,
     write_model,
 )
@@ -251,14 +259,15 @@ def test_how_labels_were_matched_is_told(world: World) -> None:
     which = "113 classes, which are 125 of the model's"
     assert f"{which}; all 1000 logits count)" in labels["objectnet"]
     assert f"{which}; only the logits of these 125 count)" in labels["objectnet_113way"]
-    assert "of the cue conflict images's 16 classes" in labels["cue_conflict"]
+    assert "of cue conflict's 16 classes" in labels["cue_conflict"]
     assert labels["folder/mine"].endswith("of 1000 classes)")
 
 
 def test_what_belongs_to_no_set_is_told(world: World) -> None:
     unused = "\n".join(world.found["unused"])
     assert "ignored: 1 files beside the class folders" in unused
-    assert "2 images of 2 classes that are not in ImageNet: air_freshener, wrench" in unused
+    foreign = f"2 images of 2 classes of {world.at / 'objectnet'} that are not in ImageNet"
+    assert f"{foreign}: air_freshener, wrench" in unused
     assert f"1 images of {world.at / 'cue_conflict'} whose shape and texture are the same" in unused
     assert "1 files without the names of two cues: " in unused
     assert "cat/whiskers.png" in unused
@@ -302,12 +311,18 @@ def test_another_class_map_gives_another_result(
     words = ("--objectnet", str(world.at / "objectnet"))
     changed = dict(objectnet())
     changed["chair"], changed["alarm_clock"] = changed["alarm_clock"], changed["chair"]
-    (one,) = [one for one in PUBLISHED if one.key == "objectnet"]
+    (one,) = [one for one in PUBLISHED if isinstance(one, ClassFolders) and one.key == "objectnet"]
+    ways = [
+        way._replace(class_map=replace(way.class_map, meanings=changed))
+        for way in one.ways
+        if way.class_map is not None
+    ]
+    monkeypatch.setattr(benchmarks, "PUBLISHED", (replace(one, ways=tuple(ways)),))
     calls = counted(monkeypatch)
-    for way in one.ways:
-        monkeypatch.setitem(way.class_map.__dict__, "meanings", changed)
-    run(world.at, *words, model=MODEL)
+    found, _ = run(world.at, *words, model=MODEL)
     assert len(calls) == 2
+    for key in ("objectnet", "objectnet_113way"):
+        assert found["labels"][key] == world.found["labels"][key]
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -411,6 +426,26 @@ def test_a_folder_of_ones_own(world: World, tmp_path: Path, capsys: Capture) -> 
     assert "a is there twice" in refused(capsys, world.at, *twice, model=MODEL)
 
 
+@pytest.mark.parametrize("form", [".beton", ".tar"])
+def test_sets_in_one_file(world: World, tmp_path: Path, form: str) -> None:
+    """Folders are not the only form: the same numbers, where the names of the files are kept."""
+    words = []
+    keys = ["imagenet_v2"]
+    if form == ".tar":
+        keys.append("cue_conflict")  # whose cues are the files' names
+    for key in keys:
+        file = tmp_path / f"{key}{form}"
+        if form == ".tar":
+            with tarfile.open(file, "w") as archive:
+                archive.add(world.at / key, key)
+        else:
+            assert convert([str(world.at / key), str(file)]) == 0
+        words += [f"--{key.replace('_', '-')}", str(file)]
+    found, _ = run(world.at, *words, model=MODEL, out=f"form{form}")
+    for key in keys:
+        assert found["results"][key] == pytest.approx(world.found["results"][key], rel=1e-5)
+
+
 # ---------------------------------------------------------------------- arrays
 
 
@@ -427,11 +462,13 @@ def test_cifar100_c(tmp_path: Path, capsys: Capture) -> None:
     np.save(tmp_path / "c" / "labels.npy", np.tile(labels, 5))
     words = ["--cifar100-c", str(tmp_path / "c")]
     found, text = run(tmp_path, *words, model="hundred.safetensors")
-    trained = load_hundred(tmp_path)
+    model = load_model(tmp_path / "hundred.safetensors").model
     for severity in (1, 5):
         losses = []
         for image, label in zip(images[8 * (severity - 1) :][:8], labels, strict=True):
-            by_name = dict(zip(order, trained(image), strict=True))
+            with torch.inference_mode():
+                outputs = model(pixels(Image.fromarray(image))[None])[0].double().tolist()
+            by_name = dict(zip(order, outputs, strict=True))
             values = np.array(list(by_name.values()))
             losses.append(np.log(np.exp(values).sum()) - by_name[cifar100()[label]])
         result = found["results"][f"cifar100_c/fog/{severity}"]
@@ -445,16 +482,50 @@ def test_cifar100_c(tmp_path: Path, capsys: Capture) -> None:
     assert "labels 1 to 100: CIFAR-100 has 0 to 99" in message
 
 
-def load_hundred(at: Path) -> Callable[[np.ndarray], list[float]]:
-    import torch
+# ---------------------------------------------------------------------- weights without names
 
-    from fap.evaluate.load import load_model
-    from tests.evaluate.imagenet_world import pixels
 
-    model = load_model(at / "hundred.safetensors").model
+def test_plain_weights_of_1000_outputs_say_whose_they_are(
+    world: World, tmp_path: Path, capsys: Capture
+) -> None:
+    """A file of weights knows no names: without --classes imagenet there is no number."""
+    write_model(tmp_path / "sorted.safetensors", imagenet())
+    assert export([str(tmp_path / "sorted.safetensors"), str(tmp_path / "known.safetensors")]) == 0
+    save_file(load_file(tmp_path / "known.safetensors"), tmp_path / "bare.safetensors")
+    shutil.copytree(world.at / "val", tmp_path / "val")
+    sets = [
+        word
+        for key in ("imagenet_v2", "objectnet", "cue_conflict", "imagenet_a")
+        for word in (f"--{key.replace('_', '-')}", str(world.at / key))
+    ]
+    words = ["--plain", "model.name=cifar_resnet8", "data.size=32", "data.resize=36"]
+    words += ["data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]"]
+    bare = {"model": "bare.safetensors"}
+    message = refused(capsys, tmp_path, *words, **bare)
+    assert "--classes imagenet: ImageNet's, in their usual order" in message
+    # Other weights of the same shape need not be ImageNet's: position is no proof of it.
+    message = refused(capsys, tmp_path, *words, "--imagenet-v2", sets[1], **bare)
+    assert "--classes imagenet" in message
+    found, _ = run(tmp_path, *sets, *words, "--classes", "imagenet", **bare)
+    known, _ = run(tmp_path, *sets, model="sorted.safetensors", out="known")
+    assert found["results"] == known["results"]
+    assert found["labels"] == known["labels"]
 
-    def outputs(image: np.ndarray) -> list[float]:
-        with torch.inference_mode():
-            return model(pixels(Image.fromarray(image))[None])[0].double().tolist()
 
-    return outputs
+# ---------------------------------------------------------------------- the table
+
+
+def test_the_page_has_the_table() -> None:
+    """A row for each set, word for word what the options' help says."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text()
+    for one in PUBLISHED:
+        cells = (one.title, f"`{one.option} DIR`", one.layout, one.logits, one.images)
+        assert f"| {' | '.join(cells)} | {one.measures} | {one.paper} |" in page
+
+
+def test_no_two_sets_share_a_key() -> None:
+    keys = [one.key for one in PUBLISHED]
+    ways = [way.key for one in PUBLISHED if isinstance(one, ClassFolders) for way in one.ways]
+    assert len(set(keys)) == len(keys)
+    assert len(set(ways)) == len(ways)
+    assert set(ways) - set(keys) == {"imagenet_a_1000way", "objectnet_113way"}

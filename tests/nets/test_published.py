@@ -16,10 +16,13 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from torch import Tensor
 
+from fap.class_maps import imagenet
 from fap.config import Config, load_config
 from fap.nets.build import plain
 from fap.nets.pretrained import load_init, load_strictly
+from fap.nets.weights.about import About
 from fap.nets.weights.find import find_weights
+from fap.nets.weights.of_timm import with_imagenets_names
 from fap.nets.weights.settle import Start, start_of
 from tests.nets.conftest import randomise_norms
 
@@ -109,6 +112,7 @@ def test_weights_of_torchvision(caches: Path, asked: str, name: str | None) -> N
     assert about.mean == (0.485, 0.456, 0.406)
     assert about.std == (0.229, 0.224, 0.225)
     assert all(torch.equal(weights.state[k], v) for k, v in state.items())
+    assert about.classes == imagenet()
     is_whole = asked == repr(RESNET18)
     assert weights.notes == (() if is_whole else (f"these are {RESNET18!r}",))
 
@@ -191,10 +195,29 @@ def test_weights_of_timm(caches: Path, asked: str, name: str | None) -> None:
     assert (about.architecture, about.num_classes) == ("timm/test_resnet", 1000)
     assert (about.size, about.resize, about.interpolation) == (160, 168, "bilinear")
     assert about.mean == about.std == (0.5, 0.5, 0.5)
+    assert about.classes == imagenet()
     assert all(torch.equal(weights.state[k], v) for k, v in state.items())
     assert ("these are test_resnet.r160_in1k" in weights.notes) == (
         asked != "test_resnet.r160_in1k"
     )
+
+
+@pytest.mark.parametrize(("tag", "n_classes", "known"), [
+    ("a1_in1k", 1000, True),
+    ("in1k", 1000, True),
+    ("augreg_in21k_ft_in1k", 1000, True),
+    ("fb_in22k_ft_in1k_384", 1000, True),
+    ("in1k", 10, False),  # another head
+    ("augreg_in21k", 21843, False),
+    ("in1k_ft_in12k", 1000, False),
+    ("fb_dino", 1000, False),
+    ("", 1000, False),
+])  # fmt: skip
+def test_the_tag_says_whether_outputs_are_imagenets(tag: str, n_classes: int, known: bool) -> None:
+    about = with_imagenets_names(About(num_classes=n_classes), tag)
+    assert about.classes == (imagenet() if known else None)
+    own = tuple(str(number) for number in range(n_classes))
+    assert with_imagenets_names(About(num_classes=n_classes, classes=own), tag).classes == own
 
 
 def test_weights_of_timm_that_are_not_there(caches: Path) -> None:
@@ -277,6 +300,16 @@ def test_weights_of_the_hub(caches: Path) -> None:
     assert (about.size, about.resize, about.interpolation) == (96, 128, "bicubic")
     assert (about.mean, about.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert all(torch.equal(weights.state[k], v) for k, v in state.items())
+
+
+def test_a_tag_on_the_hub_counts_in_timms_own_repositories_only(caches: Path) -> None:
+    """Whoever trains on other classes and uploads may leave the tag as it was."""
+    state = random_state("timm/test_resnet")
+    cfg = CONFIG["pretrained_cfg"] | {"tag": "r160_in1k", "num_classes": 1000}  # type: ignore[operator]
+    config = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": cfg}
+    for repository, classes in (("timm/test_resnet.r160_in1k", imagenet()), ("me/mine", None)):
+        put_hub(caches, repository, state, config)
+        assert find_weights(f"hf-hub:{repository}").about.classes == classes
 
 
 def test_weights_of_the_hub_that_are_not_there(caches: Path) -> None:

@@ -47,6 +47,7 @@ def test_it_is_the_store_that_the_folder_is(form: str, files: forms.Files, tmp_p
         for i in np.random.default_rng(SEED).permutation(len(folder)).tolist():
             assert store.read(i).tobytes() == folder.read(i).tobytes()
         assert store.identity() == folder.identity()
+        assert store.files() == [path]  # a member has no date of its own
         store.close()
 
 

@@ -42,7 +42,7 @@ def published(asked: str, model_name: str | None, size: Size | None) -> Weights:
     cfg = timm.get_pretrained_cfg(full)
     assert cfg is not None
     about, notes = from_timm(cfg.to_dict(), TIMM + architecture)
-    about = _with_imagenets_names(about, full.partition(".")[2])
+    about = with_imagenets_names(about, full.partition(".")[2])
     if full != asked:
         notes = [f"these are {full}", *notes]
     found = cfg.test_input_size
@@ -68,12 +68,12 @@ def of_hub(asked: str, size: Size | None) -> Weights:
     if not timm.is_model(architecture):
         raise ValueError(f"its model is {shown(architecture)}, which timm does not have")
     if asked.startswith(TIMMS_OWN):  # others may keep a tag in what they trained on other classes
-        about = _with_imagenets_names(about, str(cfg.get("tag") or ""))
+        about = with_imagenets_names(about, str(cfg.get("tag") or ""))
     model = _created(f"hf-hub:{asked}", cfg, asked, None, size)
     return Weights(f"hf-hub:{asked}", model.state_dict(), about, tuple(notes))
 
 
-def _with_imagenets_names(about: About, tag: str) -> About:
+def with_imagenets_names(about: About, tag: str) -> About:
     """With ImageNet's WNIDs, where the tag says that the outputs are its 1,000 classes.
 
     in21k_ft_in1k is: the last data set of a tag is what the head was trained on.
