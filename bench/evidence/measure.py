@@ -36,18 +36,26 @@ class Measure:
 
     def rows(self, runs: Sequence[Run]) -> list[Row]:
         """Of finished runs, in their order."""
-        report = self._evaluated(runs)
-        return [self._row(run, report) for run in runs]
-
-    def _evaluated(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """fap-eval's reports: one of each run, and another one through its auxiliary norms."""
-        checkpoints = [str(self.runs.checkpoint(run)) for run in runs]
-        words = ["--data", str(self.test), "--out", str(self.out), "--bn", "both"]
-        words += ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
+        words = ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
         words += ["--attack", ATTACK, "--eps", *(str(eps) for eps in EPS_255)]
         words += ["--attack-images", str(self.study.attacked)]
-        fap("eval", *checkpoints, *words, log=self.out / "fap-eval.log")
-        return json.loads((self.out / "report.json").read_text())
+        reports = self._evaluated(runs, words, self.out)
+
+        strongly = [run for run in runs if self.study.is_strongly_attacked(run)]
+        if strongly:
+            words = ["--attack", "autoattack", "--eps", str(EPS_255[0])]
+            words += ["--attack-images", str(self.study.strongly_attacked)]
+            reports += self._evaluated(strongly, words, self.out / "autoattack")
+        return [self._row(run, reports) for run in runs]
+
+    def _evaluated(
+        self, runs: Sequence[Run], words: Sequence[str], out: Path
+    ) -> list[dict[str, Any]]:
+        """fap-eval's reports: one of each run, and another one through its auxiliary norms."""
+        checkpoints = [str(self.runs.checkpoint(run)) for run in runs]
+        what = ["--data", str(self.test), "--bn", "both", *words, "--out", str(out)]
+        fap("eval", *checkpoints, *what, log=out / "fap-eval.log")
+        return json.loads((out / "report.json").read_text())
 
     def _row(self, run: Run, reports: Sequence[dict[str, Any]]) -> Row:
         row = self._written(run)
@@ -94,6 +102,7 @@ def percentages(results: dict[str, Any]) -> dict[str, float]:
                 corruptions.setdefault(name, []).append(accuracy)
             case ["attack", method, eps]:
                 found[f"{method}/{eps}"] = accuracy
-    found |= {name: fmean(severities) for name, severities in corruptions.items()}
-    found["corrupted"] = fmean(found[name] for name in corruptions)
+    if corruptions:
+        found |= {name: fmean(severities) for name, severities in corruptions.items()}
+        found["corrupted"] = fmean(found[name] for name in corruptions)
     return found

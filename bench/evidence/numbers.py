@@ -27,16 +27,21 @@ MEASURES = {
     "main/pgd10/1": Measure("right under PGD-10, eps 1"),
     "main/pgd10/2": Measure("right under PGD-10, eps 2"),
     "main/pgd10/4": Measure("right under PGD-10, eps 4"),
+    "main/autoattack/1": Measure("right under AutoAttack, eps 1"),
     "main/ece": Measure("calibration error", better="less"),
 }
 
 
-def number(row: Row, name: str) -> float:
-    """One of the row's numbers; `NORMS/lost` is the difference of two of them."""
+def number(row: Row, name: str) -> float | None:
+    """One of the row's numbers, None if it was not measured.
+
+    `NORMS/lost` is the difference of two of them.
+    """
+    numbers = row["numbers"]
     norms, _, what = name.partition("/")
-    if what == "lost":
-        return number(row, f"{norms}/clean") - number(row, f"{norms}/corrupted")
-    return row["numbers"][name]
+    if what == "lost" and f"{norms}/corrupted" in numbers:
+        return numbers[f"{norms}/clean"] - numbers[f"{norms}/corrupted"]
+    return numbers.get(name)
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,22 @@ class Rows:
         found = [row for row in self.rows if (row["regime"], row["arm"]) == (regime.name, arm)]
         return sorted(found, key=lambda row: row["seed"])
 
+    def by_seed(self, regime: Regime, arm: str, name: str) -> dict[int, float]:
+        """Where it was measured."""
+        found = {row["seed"]: number(row, name) for row in self.of(regime, arm)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     def mean(self, regime: Regime, arm: str, name: str) -> float:
-        return fmean(number(row, name) for row in self.of(regime, arm))
+        """NaN where it was not measured."""
+        values = self.by_seed(regime, arm, name).values()
+        return fmean(values) if values else float("nan")
 
     def difference(self, regime: Regime, arm: str, base: str, name: str) -> Difference | None:
-        """`arm` minus `base`, in points, over the seeds that both have; None without any."""
-        ours = {row["seed"]: number(row, name) for row in self.of(regime, arm)}
-        theirs = {row["seed"]: number(row, name) for row in self.of(regime, base)}
+        """`arm` minus `base`, in points, over the seeds for which both have it.
+
+        None without any."""
+        ours = self.by_seed(regime, arm, name)
+        theirs = self.by_seed(regime, base, name)
         seeds = [seed for seed in ours if seed in theirs]
         if not seeds:
             return None

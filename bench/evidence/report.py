@@ -15,7 +15,7 @@ from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
 from bench.evidence.cost import Costs
 from bench.evidence.figure import figure
 from bench.evidence.measure import Row
-from bench.evidence.numbers import MEASURES, Rows, number
+from bench.evidence.numbers import MEASURES, Rows
 from bench.evidence.studies import Part, Regime, Study
 from bench.evidence.words import words
 from fap.evaluate.compare import Difference
@@ -100,7 +100,7 @@ def means_table(rows: Rows, part: Part) -> str:
 def _training(runs: list[Row]) -> str:
     """Accuracies on the training rows of the last epoch, as training sees them: by kind."""
     names = [name for name in runs[0]["numbers"] if name.startswith("train/")]
-    means = {name: fmean(number(run, name) for run in runs) for name in names}
+    means = {name: fmean(run["numbers"][name] for run in runs) for name in names}
     return ", ".join(f"{mean:.0f} {name.removeprefix('train/')}" for name, mean in means.items())
 
 

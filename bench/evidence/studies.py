@@ -38,7 +38,13 @@ class Regime:
         return 5 / 8, 11 / 12
 
 
-TESTED = ("test", "corrupted", "attacked")  # fields of a study: numbers of images
+STRONGLY_ATTACKED_SEEDS = 3  # AutoAttack takes minutes for a run
+TESTED = (
+    "test",
+    "corrupted",
+    "attacked",
+    "strongly_attacked",
+)  # fields of a study: numbers of images
 
 
 class Run(NamedTuple):
@@ -75,6 +81,7 @@ class Study:
     corrupted: int  # the first of them, corrupted
     attacked: int  # the first of these, attacked
 
+    strongly_attacked: int  # the first of them, by AutoAttack, in the headline's first seeds
     workers: int
     """Runs side by side; each gets its share of the cores."""
     corrupt: tuple[str, ...] = ("all",)
@@ -91,6 +98,9 @@ class Study:
             regimes = tuple(replace(regime, images=count) for regime in part.regimes)
             parts[title] = replace(part, regimes=regimes)
         return replace(self, parts=parts)
+
+    def is_strongly_attacked(self, run: Run) -> bool:
+        return run.seed < STRONGLY_ATTACKED_SEEDS and run in self.headline.round(run.seed)
 
     def sizes(self) -> list[int]:
         """Of the training sets, in images."""
@@ -150,6 +160,7 @@ SMALL = Study(
     test=10_000,
     corrupted=2_000,
     attacked=500,
+    strongly_attacked=100,
     workers=2,
 )
 
@@ -170,6 +181,7 @@ FULL = Study(
     test=10_000,
     corrupted=10_000,
     attacked=1_000,
+    strongly_attacked=200,
     workers=3,
 )
 

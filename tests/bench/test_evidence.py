@@ -193,6 +193,7 @@ MINIATURE = Study(
     test=8,
     corrupted=8,
     attacked=4,
+    strongly_attacked=2,
     workers=2,
     corrupt=("contrast", "fog"),
 )
@@ -219,6 +220,7 @@ def test_a_miniature_study_ends_in_table_and_figure(
         (numbers["aux/fog"] + numbers["aux/contrast"]) / 2
     )
     assert "aux/clean" not in rows[BASE]["numbers"]
+    assert 0 <= numbers["main/autoattack/1"] <= numbers["main/clean"] + 1e-9
 
     before = checkpoints(tmp_path)
     assert command.main([*words, "--seconds", "0"]) == 0  # what is there is kept, and reported
