@@ -35,7 +35,8 @@ def test_kept_sets_are_built_once(
     assert open_store(files[0]).classes == tuple(WNIDS)
     monkeypatch.setattr(kept, "build", None)
     again, _ = run(at, *keep, "--batch", "5", out="again")
-    assert again["results"] == computed["results"]
+    for key, result in computed["results"].items():  # another batch sums in another order
+        assert again["results"][key] == pytest.approx(result, rel=1e-12)
     calls = counted(monkeypatch)
     run(at, *keep, out="first")
     assert calls == []
