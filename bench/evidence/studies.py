@@ -39,12 +39,8 @@ class Regime:
 
 
 STRONGLY_ATTACKED_SEEDS = 3  # AutoAttack takes minutes for a run
-TESTED = (
-    "test",
-    "corrupted",
-    "attacked",
-    "strongly_attacked",
-)  # fields of a study: numbers of images
+# Fields of a study: numbers of test images.
+TESTED = ("test", "corrupted", "attacked", "strongly_attacked")
 
 
 class Run(NamedTuple):
@@ -81,7 +77,8 @@ class Study:
     corrupted: int  # the first of them, corrupted
     attacked: int  # the first of these, attacked
 
-    strongly_attacked: int  # the first of them, by AutoAttack, in the headline's first seeds
+    strongly_attacked: int
+    """By AutoAttack, of the headline's first seeds alone; 0: none are."""
     workers: int
     """Runs side by side; each gets its share of the cores."""
     corrupt: tuple[str, ...] = ("all",)
@@ -100,6 +97,8 @@ class Study:
         return replace(self, parts=parts)
 
     def is_strongly_attacked(self, run: Run) -> bool:
+        if not self.strongly_attacked:
+            return False
         return run.seed < STRONGLY_ATTACKED_SEEDS and run in self.headline.round(run.seed)
 
     def sizes(self) -> list[int]:

@@ -41,7 +41,7 @@ TOY = Study(
     test=64,
     corrupted=64,
     attacked=8,
-    strongly_attacked=2,
+    strongly_attacked=0,
     workers=2,
     corrupt=("contrast",),
 )
