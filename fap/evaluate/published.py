@@ -374,7 +374,7 @@ PUBLISHED: tuple[Published, ...] = (
         layout="`OBJECT/*.png`, 313 folders; the 113 that are in ImageNet are used, without the red"
         " border of 2 px",
         logits="two numbers: all 1,000, as in its authors' code, and those of its 113 classes, the"
-        " greatest of each (CLIP, WiSE-FT)",
+        " greatest of each, as in WiSE-FT",
         images="18,574 of 50,273",
         measures="objects in odd places, turned, from odd viewpoints",
         paper="Barbu et al., NeurIPS 2019",

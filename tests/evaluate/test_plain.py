@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
 
+from fap.class_maps import imagenet
 from fap.cli import eval as cli
 from fap.cli.export import main as export
 from fap.config import load_config
@@ -87,19 +88,25 @@ def test_a_file_of_torch_save_scores_the_same(place: Path) -> None:
     assert pickled["results"] == safe["results"]
 
 
-@pytest.fixture
-def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A model that the cache of the Hugging Face Hub holds as me/mine; there is no network."""
-    model = timm.create_model("test_resnet", num_classes=6)
-    folder = place / "hub" / "models--me--mine"
+def in_hub(place: Path, repository: str, model: nn.Module) -> Path:
+    """Put a model's weights into a cache of the Hub; the folder of its files."""
+    folder = place / "hub" / f"models--{repository.replace('/', '--')}"
     (folder / "snapshots" / "0123").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0123")
     save_file(dict(model.state_dict()), folder / "snapshots" / "0123" / "model.safetensors")
+    return folder / "snapshots" / "0123"
+
+
+@pytest.fixture
+def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A model that the cache of the Hugging Face Hub holds as me/mine; there is no network."""
+    model = timm.create_model("test_resnet", num_classes=6)
+    files = in_hub(place, "me/mine", model)
     cfg = {"input_size": [3, 40, 40], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3],
            "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}  # fmt: skip
     config = {"architecture": "test_resnet", "num_classes": 6, "pretrained_cfg": cfg}
-    (folder / "snapshots" / "0123" / "config.json").write_text(json.dumps(config))
+    (files / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
@@ -131,6 +138,15 @@ def test_published_weights_are_evaluated_as_they_want_it(
     other = load_weights("hf-hub:me/mine", ["data.mean=[0.5,0.5,0.5]"])
     assert other.config.data.mean == (0.5, 0.5, 0.5)
     assert other.content != loaded.content
+
+
+def test_published_weights_of_imagenet_know_its_classes(place: Path, hub: nn.Module) -> None:
+    """So sets of class folders need no --classes; other names still come first."""
+    in_hub(place, "timm/test_resnet.r160_in1k", timm.create_model("test_resnet"))
+    assert load_weights("timm:test_resnet", []).classes == imagenet()
+    others = tuple(f"class {number}" for number in range(1000))
+    assert load_weights("timm:test_resnet", [], others).classes == others
+    assert load_weights("hf-hub:me/mine", []).classes is None  # six outputs of somebody's
 
 
 def test_what_was_chosen_of_the_weights_is_told(place: Path, capsys: Capture) -> None:

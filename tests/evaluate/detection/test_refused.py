@@ -15,6 +15,7 @@ import pytest
 
 from fap.evaluate import work
 from fap.evaluate.exact import evaluate
+from fap.evaluate.published import PUBLISHED
 from fap.tasks.coco import METRICS
 from pipelines import open_store
 from tests.evaluate.detection.world import (
@@ -31,7 +32,7 @@ from tests.evaluate.world import refused, run, write_folder
 from tests.evaluate.world import write_checkpoint as write_classifier
 
 
-@pytest.mark.parametrize("option", ["--imagenet-c", "--imagenet-r", "--stylized", "--cifar10-c"])
+@pytest.mark.parametrize("option", [one.option for one in PUBLISHED])
 def test_benchmarks_of_class_labels_are_refused(
     world: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
@@ -39,6 +40,13 @@ def test_benchmarks_of_class_labels_are_refused(
     line = refused(capsys, world, option, str(world / "nowhere"), **WHERE, out="refused")
     assert line.startswith(f"fap-eval: {option}: its images have class labels and no boxes")
     assert not (world / "refused").exists()
+
+
+def test_boxes_of_ones_own(fresh: Path) -> None:
+    """The same images once more, under a name."""
+    found, text = run(fresh, "--folder", f"mine={fresh / DATA}", **WHERE)
+    assert found["results"]["folder/mine"] == found["results"]["clean"]
+    assert "| mine AP |" in text
 
 
 def test_keep_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
