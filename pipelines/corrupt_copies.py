@@ -98,7 +98,9 @@ def content_of(number: int, picture: Picture, how: How) -> bytes:
 
 
 def size_of(number: int, picture: Picture, how: How) -> int:
-    """The bytes of a file. Raises DamagedData."""
+    """The bytes of a file, or of the pixels. Raises DamagedData."""
+    if how.format == "beton":
+        return copy_of(number, picture, how).nbytes
     return len(content_of(number, picture, how))
 
 

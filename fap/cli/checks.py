@@ -319,7 +319,7 @@ def check_folders(path: Path) -> str:
 
 
 def check_shared_memory(path: Path) -> str:
-    """Training needs none on one GPU; several processes (corruptions in fap-eval, NCCL) do."""
+    """Training needs none on one GPU; several processes (corruptions, NCCL) do."""
     try:
         multiprocessing.get_context("fork").Lock()
     except (OSError, ImportError) as error:

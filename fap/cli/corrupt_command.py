@@ -152,8 +152,9 @@ def corrupt(args: Namespace) -> int:
             with progress_of(total, "fap-corrupt", "img") as update:
                 for how in todo:
                     job.make(how, pool, update)
-    _say(f"{readable(args.dst)}: {len(job.wanted)} sets, complete")
-    _say(f"evaluate them:  fap-eval MODEL --data {readable(args.src)} {job.reading}")
+    dst = readable(args.dst)
+    _say(f"{dst}: {len(job.wanted)} sets, complete")
+    _say(f"evaluate them:  fap-eval MODEL --data {readable(args.src)} --imagenet-c {dst}")
     return 0
 
 
@@ -188,11 +189,6 @@ class _Job:
         }
         self.folder = CopiesFolder(args.dst, made_of, is_beton=self.names is None)
         self.wanted = sets_of(args)
-
-    @property
-    def reading(self) -> str:
-        """The option of fap-eval that reads the sets."""
-        return f"--imagenet-c {readable(self.args.dst)}"
 
     def todo(self) -> list[How]:
         """Those that are not there. Raises ValueError."""
@@ -267,18 +263,21 @@ class _Job:
             )
 
     def _bytes_needed(self, todo: Sequence[How], pool: Workers, block: int) -> int:
-        """Of all sets; of files from a few images of each."""
+        """Of all sets; of files from a few images of each.
+
+        These are made also where nothing is to be learnt from them: what a corruption lacks, such
+        as photos of frost, shows now and not after hours.
+        """
         store = self.store
-        if self.names is None:
-            pixels = store.heights.astype(np.int64) * store.widths
-            of_a_set = 3 * int(pixels.sum())
-            if self.fit is not None:
-                of_a_set = 3 * self.fit.size**2 * len(store)
-            return of_a_set * len(todo)
         numbers = np.linspace(0, len(store) - 1, min(SAMPLED, len(store)), dtype=int)
         some = list(chain.from_iterable(pictures(SubsetStore(store, numbers), self.fit)))
         calls = [(number, picture, how) for how in todo for number, picture in some]
         sizes = list(pool.map(size_of, *zip(*calls, strict=True)))
+        if self.names is None:
+            pixels = store.heights.astype(np.int64) * store.widths
+            if self.fit is not None:
+                pixels = np.full(len(store), self.fit.size**2)
+            return 3 * int(pixels.sum()) * len(todo)
         in_blocks = sum(-(-size // block) * block for size in sizes)
         return in_blocks * len(store) // len(some)
 

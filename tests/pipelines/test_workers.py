@@ -3,6 +3,8 @@
 import contextlib
 import multiprocessing
 import multiprocessing.synchronize
+import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -32,6 +34,24 @@ def test_processes_make_the_same_images():
     with Workers(2, say=pytest.fail) as processes, Workers(0) as thread:
         assert np.array_equal(corrupted_by(processes), corrupted_by(thread))
         assert len(multiprocessing.active_children()) == 2
+
+
+def page_faults(_: int) -> int:
+    """Of a corruption that makes dozens of arrays of a megabyte."""
+    image = np.zeros((224, 224, 3), np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    corrupt(image, "zoom_blur", 3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_a_process_keeps_the_memory_that_it_frees():
+    """Else every image would cost twelve thousand page faults, and most of the time."""
+    with Workers(1, say=pytest.fail) as workers:
+        faults = list(workers.map(page_faults, range(6)))
+    assert min(faults) < 1000
+    assert faults[-1] < 1000
 
 
 @pytest.mark.parametrize(
