@@ -11,7 +11,6 @@ from pipelines.plan import EpochPlan, draw_epoch, eval_plan
 from pipelines.plan_spec import PlanSpec
 from pipelines.sizes import Size, sides_of
 from pipelines.sources import source_of
-from pipelines.sources.folder import ExactFolderStore, FolderStore
 from pipelines.store import DamagedData, Store
 
 __all__ = [
@@ -36,11 +35,10 @@ __all__ = [
 settle_in()  # before a back end, a plot or a compiler looks for its cache
 
 
-def open_store(path: str | Path, *, exact: bool = False) -> Store:
+def open_store(path: str | Path) -> Store:
     """A `.beton` file, an image folder in ImageNet's layout, or what another source accepts.
 
-    `~` is the user's home. `exact`: an image folder shows the pixels of PNGs and the like, as a
-    benchmark means them, and not what training and conversion make of them, a JPEG.
+    `~` is the user's home.
 
     Raises:
         ValueError: nothing is there, or what no source accepts, or a folder without usable images.
@@ -48,6 +46,4 @@ def open_store(path: str | Path, *, exact: bool = False) -> Store:
     """
     path = Path(os.path.expanduser(path))
     source = source_of(path)
-    if exact and source is FolderStore:
-        source = ExactFolderStore
     return source(path)

@@ -1,4 +1,4 @@
-"""The images of a store as the pixels of their own files, without a border that is no part of them.
+"""The images of a store as their own files show them, without a border that is no part of them.
 
 A folder serves a PNG as a JPEG, as conversion would store it. Sets that are published as PNGs are
 scored on the PNGs' own pixels: these.
@@ -15,12 +15,15 @@ from pipelines.files import readable
 from pipelines.images import UNREADABLE, decode, reason
 from pipelines.store import PLANES, RAW, DamagedData, Store
 
+JPEGS = (".jpg", ".jpeg")
+
 
 class PixelStore(Store):
-    """Every image of `whole` as raw pixels, `border` pixels cut off at each of its four sides.
+    """What is no JPEG by its file's name is raw pixels; `border` pixels are cut off at each side.
 
-    Labels and files are those of `whole`, which stays open, and is closed by whoever opened it.
-    Raises ValueError for images that are nothing but border, and for images stored as planes.
+    With a border all images are raw pixels. Labels and files are those of `whole`, which stays
+    open, and is closed by whoever opened it. Raises ValueError for images that are nothing but
+    border, and for images stored as planes.
     """
 
     def __init__(self, whole: Store, border: int = 0) -> None:
@@ -39,8 +42,10 @@ class PixelStore(Store):
         self.odd_classes_are_meant = whole.odd_classes_are_meant
         self.heights = whole.heights - 2 * border
         self.widths = whole.widths - 2 * border
-        self.modes = np.full_like(whole.modes, RAW)
-        self.sizes = 3 * self.heights.astype(np.int64) * self.widths
+        is_raw = np.array([bool(border) or not _is_jpeg(whole, i) for i in range(len(whole))])
+        self.modes = np.where(is_raw, RAW, whole.modes).astype(whole.modes.dtype)
+        pixels_bytes = 3 * self.heights.astype(np.int64) * self.widths
+        self.sizes = np.where(is_raw, pixels_bytes, whole.sizes)
         (small,) = np.nonzero(np.minimum(self.heights, self.widths) < 1)
         if len(small):
             first = int(small[0])
@@ -50,7 +55,9 @@ class PixelStore(Store):
             )
 
     def read(self, index: int) -> np.ndarray:
-        """See `Store.read`: RGB pixels."""
+        """See `Store.read`: RGB pixels, or a JPEG."""
+        if self.modes[index] != RAW:
+            return self.whole.read(index)
         sides = (int(self.whole.heights[index]), int(self.whole.widths[index]))
         if self.whole.modes[index] == RAW:
             pixels = self.whole.read(index).reshape(*sides, 3)
@@ -85,3 +92,7 @@ class PixelStore(Store):
     def identity(self) -> dict[str, Any]:
         """That of the images, and what is done to them."""
         return self.whole.identity() | {"decoded": True, "border": self.border}
+
+
+def _is_jpeg(store: Store, index: int) -> bool:
+    return store.modes[index] != RAW and store.file(index).suffix.lower() in JPEGS

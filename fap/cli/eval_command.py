@@ -292,7 +292,7 @@ def models_of(args: Namespace) -> list[Model]:
         )
     found += [_with_own_words(*words, **options) for words in args.model]
     runs = {"--best": args.best, "--weights": args.weights}
-    refuse_idle(found, plain=args.classes is not None, runs=runs)
+    refuse_idle(found, classes=classes, runs=runs)
     return found
 
 

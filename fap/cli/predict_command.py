@@ -138,7 +138,7 @@ def _trained(args: Namespace, device: str) -> Trained:
     if args.plain is not None and not model.is_plain:
         raise ValueError(f"--plain: {readable(args.model)} is a run's, which has its own config")
     runs = {"--best": args.best, "--weights": args.weights}
-    refuse_idle([model], plain=args.classes is not None, runs=runs)
+    refuse_idle([model], classes=classes, runs=runs)
     return model.load(device)
 
 

@@ -106,14 +106,17 @@ def check_words(option: str, words: Sequence[str]) -> None:
             raise ValueError(f"{option}: {shown(word)} is no KEY=VALUE")
 
 
-def refuse_idle(models: Sequence[Model], *, plain: bool, runs: Mapping[str, object]) -> None:
-    """ValueError for options that would be ignored.
-
-    `plain`: --classes is given. `runs`: the options for runs, with their values.
-    """
-    if plain and not any(model.is_plain for model in models):
+def refuse_idle(
+    models: Sequence[Model],
+    *,
+    classes: tuple[str, ...] | None,  # of --classes
+    runs: Mapping[str, object],  # the options for runs, with their values
+) -> None:
+    """ValueError for options that would be ignored."""
+    if classes is not None and not any(model.classes == classes for model in models):
         raise ValueError(
-            "--classes is about plain weights: the names of a checkpoint's classes are in it"
+            "--classes is about plain weights, and no model given takes it: a run's checkpoint "
+            "knows its classes, and classes=FILE of a --model comes first"
         )
     for option, given in runs.items():
         if given and all(model.is_plain for model in models):

@@ -22,7 +22,9 @@ from fap.tasks.base import Judge, Result, Task
 from fap.tasks.labels import ClassMap
 from pipelines import Store
 from pipelines.corrupt_store import CorruptedStore
+from pipelines.pixel_store import PixelStore
 from pipelines.sources import cifar10
+from pipelines.sources.image_files import ImageFilesStore
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class CorruptedStoreSet(EvalSet):
         yield StoredImages(self.reading, Seen(store, identity, self.data.stamps))
 
 
+def as_its_files_show(store: Store) -> Store:
+    """Files of a folder or a tar as benchmarks mean them: a PNG is its own pixels."""
+    return PixelStore(store) if isinstance(store, ImageFilesStore) else store
+
+
 def whole(store: Store) -> Store:
     """The view of a set that shows its folder as it is."""
     return store
@@ -106,8 +113,8 @@ class StoredSet(EvalSet):
 
     @contextmanager
     def open(self) -> Iterator[StoredImages]:
-        with closing(pipelines.open_store(self.source, exact=True)) as store:
-            seen = self.view(store)
+        with closing(pipelines.open_store(self.source)) as store:
+            seen = self.view(as_its_files_show(store))
             images = StoredImages(self.reading, look_at(seen))
             images.unused = seen.notes
             yield images

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.archives.listing import INDEX, list_images
 from pipelines.files import first_bytes, read_regular
-from pipelines.images import UNREADABLE, decode, reason
+from pipelines.images import UNREADABLE, reason
 from pipelines.progress import in_order
 from pipelines.sources.image_files import (
     CHUNK,
@@ -23,9 +23,7 @@ from pipelines.sources.image_files import (
     read_index,
     refused_sides,
 )
-from pipelines.store import RAW
 
-JPEGS = (".jpg", ".jpeg")
 INDEX_VERSION = 2  # 1 held the sides as stored, not the upright ones
 
 Stamp = tuple[str, int, int]  # name, bytes, time of its last change in ns: the file as it was
@@ -99,28 +97,3 @@ class FolderStore(ImageFilesStore):
         if len(known) > n_known:
             keep_index(places, self._names, table, INDEX_VERSION)
         return table
-
-
-class ExactFolderStore(FolderStore):
-    """The same, but what is called neither .jpg nor .jpeg is served as its pixels."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        exact = [not name.lower().endswith(JPEGS) for name in self._names]
-        self.modes[exact] = RAW
-        pixels = self.heights.astype(np.int64) * self.widths
-        self.sizes[exact] = 3 * pixels[exact]
-
-    def read(self, index: int) -> np.ndarray:
-        """See `Store.read`: a JPEG, or pixels."""
-        if self.modes[index] != RAW:
-            return super().read(index)
-        try:
-            picture = np.asarray(decode(self._file_content(index)))
-        except UNREADABLE as error:
-            raise self._damaged(index, reason(error, self.file(index))) from error
-        if picture.shape[:2] != (self.heights[index], self.widths[index]):
-            raise self._damaged(
-                index, f"{picture.shape[:2]} pixels, others when it was scanned (into {INDEX})"
-            )
-        return picture.reshape(-1)

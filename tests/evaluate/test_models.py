@@ -167,6 +167,7 @@ def test_what_is_no_model_is_said(
 ) -> None:
     text = tmp_path / "text.pth"
     text.write_text("hello")
+    names, more = str(place / "names.txt"), str(place / "thousand.txt")
     for words, message in (
         (["torchvison:resnet18"], "; did you mean torchvision:resnet18?"),
         (["tim:test_resnet"], "; did you mean timm:test_resnet?"),
@@ -183,6 +184,8 @@ def test_what_is_no_model_is_said(
         ([HUB, "--best"], "--best is about a run's checkpoints"),
         ([HUB, "--weights", "raw"], "--weights is about a run's checkpoints"),
         ([str(place / "run"), "--classes", str(place / "names.txt")], "about plain weights"),
+        (["--classes", names, "--model", HUB, f"classes={names}s"], "names.txts"),
+        (["--classes", more, "--model", HUB, f"classes={names}"], "--classes is about plain"),
         (
             [HUB, "--plain", "model.name=cifar_resnet8", "--labels-by-position"],
             "the weights say that they are of timm/test_resnet: with --model SOURCE KEY=VALUE",

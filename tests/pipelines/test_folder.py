@@ -15,9 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipelines import DamagedData, open_store
-from pipelines.images import decode
 from pipelines.sources.folder import FolderStore
-from pipelines.store import JPG, RAW
 from tests.pipelines.image_files import write, write_folder
 from tests.pipelines.samples import decoded, exif_of
 
@@ -299,40 +297,3 @@ def test_no_semaphores_are_needed(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match="not implemented"):
         multiprocessing.get_context().Lock()
     assert len(FolderStore(folder)) == 5
-
-
-def test_an_exact_folder_shows_the_pixels_of_what_is_no_jpeg(tmp_path: Path) -> None:
-    """As a benchmark's files are meant; a JPEG is a JPEG, whatever its content had to become."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (3, 9, 14, 3), dtype=np.uint8)
-    (tmp_path / "a").mkdir()
-    for image, name in zip(pixels, ("1.png", "2.JPEG", "3.PNG"), strict=True):
-        Image.fromarray(image).save(tmp_path / "a" / name)
-    grey = Image.fromarray(pixels[0, ..., 0])
-    grey.save(tmp_path / "a" / "4.png")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.fromarray(pixels[1]).save(tmp_path / "a" / "5.png", exif=turned)
-    plain, exact = open_store(tmp_path), open_store(tmp_path, exact=True)
-    assert exact.modes.tolist() == [RAW, JPG, RAW, RAW, RAW]
-    assert exact.labels.tolist() == plain.labels.tolist()
-    assert exact.identity() != plain.identity()
-    for number, store_file in enumerate(sorted((tmp_path / "a").iterdir())):
-        height, width = int(exact.heights[number]), int(exact.widths[number])
-        assert (height, width) == ((14, 9) if number == 4 else (9, 14))
-        if number == 1:
-            assert exact.read(1).tobytes() == store_file.read_bytes() == plain.read(1).tobytes()
-            continue
-        shown = exact.read(number)
-        assert len(shown) == exact.sizes[number]
-        want = np.asarray(decode(store_file.read_bytes()))
-        assert np.array_equal(shown.reshape(height, width, 3), want)
-        assert not np.array_equal(decoded(plain, number), want), "a JPEG loses something"
-    assert np.array_equal(exact.read(0).reshape(9, 14, 3), pixels[0])
-    assert np.array_equal(exact.read(4).reshape(14, 9, 3), np.rot90(pixels[1], -1))
-    (tmp_path / "a" / "3.PNG").write_bytes((tmp_path / "a" / "5.png").read_bytes()[:-60])
-    with pytest.raises(DamagedData, match=r"3\.PNG"):
-        exact.read(2)
-    Image.fromarray(pixels[0, :5]).save(tmp_path / "a" / "4.png")
-    with pytest.raises(DamagedData, match="others when it was scanned"):
-        exact.read(3)

@@ -10,8 +10,9 @@ from PIL import Image
 
 import pipelines
 from fap.cli.convert import main as convert
+from pipelines.images import decode
 from pipelines.pixel_store import PixelStore
-from pipelines.store import DamagedData
+from pipelines.store import JPG, RAW, DamagedData
 from pipelines.subset import RelabelledStore, SubsetStore
 
 
@@ -34,8 +35,10 @@ def seen(file: Path, border: int) -> np.ndarray:
 
 @pytest.mark.parametrize("border", [0, 2])
 def test_pixels_are_those_of_the_file(folder: Path, border: int) -> None:
+    """A JPEG without a border to cut off stays one."""
     store = PixelStore(pipelines.open_store(folder), border)
-    for index in range(4):
+    assert store.modes.tolist() == [RAW, RAW, RAW, RAW if border else JPG]
+    for index in range(4 if border else 3):
         expected = seen(store.file(index), border)
         assert (store.heights[index], store.widths[index]) == expected.shape[:2]
         assert store.sizes[index] == expected.size
@@ -104,3 +107,42 @@ def test_of_some_images_under_other_labels(folder: Path) -> None:
     other = RelabelledStore(whole, numbers, np.array([0, 1]), ("b", "c"))
     assert other.identity()["content"] != some.identity()["content"]
     assert SubsetStore(whole, numbers).content(1) == (folder / "b" / "x.png").read_bytes()
+
+
+def test_a_folder_shows_the_pixels_of_what_is_no_jpeg(tmp_path: Path) -> None:
+    """As a benchmark's files are meant; a JPEG is a JPEG, whatever its content had to become."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 9, 14, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    for image, name in zip(pixels, ("1.png", "2.JPEG", "3.PNG"), strict=True):
+        Image.fromarray(image).save(tmp_path / "a" / name)
+    grey = Image.fromarray(pixels[0, ..., 0])
+    grey.save(tmp_path / "a" / "4.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels[1]).save(tmp_path / "a" / "5.png", exif=turned)
+    plain = pipelines.open_store(tmp_path)
+    exact = PixelStore(plain)
+    assert exact.modes.tolist() == [RAW, JPG, RAW, RAW, RAW]
+    assert exact.labels.tolist() == plain.labels.tolist()
+    assert exact.identity() != plain.identity()
+    for number, store_file in enumerate(sorted((tmp_path / "a").iterdir())):
+        height, width = int(exact.heights[number]), int(exact.widths[number])
+        assert (height, width) == ((14, 9) if number == 4 else (9, 14))
+        if number == 1:
+            assert exact.read(1).tobytes() == store_file.read_bytes() == plain.read(1).tobytes()
+            continue
+        shown = exact.read(number)
+        assert len(shown) == exact.sizes[number]
+        want = np.asarray(decode(store_file.read_bytes()))
+        assert np.array_equal(shown.reshape(height, width, 3), want)
+        as_jpeg = np.asarray(decode(plain.read(number).tobytes()))
+        assert not np.array_equal(as_jpeg, want), "a JPEG loses something"
+    assert np.array_equal(exact.read(0).reshape(9, 14, 3), pixels[0])
+    assert np.array_equal(exact.read(4).reshape(14, 9, 3), np.rot90(pixels[1], -1))
+    (tmp_path / "a" / "3.PNG").write_bytes((tmp_path / "a" / "5.png").read_bytes()[:-60])
+    with pytest.raises(DamagedData, match=r"3\.PNG"):
+        exact.read(2)
+    Image.fromarray(pixels[0, :5]).save(tmp_path / "a" / "4.png")
+    with pytest.raises(DamagedData, match="when it was scanned"):
+        exact.read(3)
