@@ -37,7 +37,16 @@ SETTINGS = {
     "rates",
     "budget",
 }
-BELOW_STEP = {*SETTINGS, "checkpoint", "distributed", "draws", "nets", "run_meta", "tasks"}
+BELOW_STEP = {
+    *SETTINGS,
+    "checkpoint",
+    "distributed",
+    "draws",
+    "nets",
+    "run_meta",
+    "run_settings",
+    "tasks",
+}
 MAY_IMPORT = {
     "__init__": set[str](),
     "signals": set[str](),
@@ -49,6 +58,7 @@ MAY_IMPORT = {
     "distributed": {"layout"},
     "checkpoint": set[str](),
     "run_meta": {"config", "renamed", "checkpoint"},
+    "run_settings": {"config", "nets", "sections"},
     "nets": {"config", "sections", "checkpoint", "run_meta"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "layout", "sections", "methods", "nets", "tasks", "distributed", "draws"},

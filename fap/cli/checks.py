@@ -32,6 +32,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "parquet": ("pyarrow",),
     "plots": ("matplotlib",),
+    "statistics": ("scipy",),
     "tensorboard": ("tensorboard",),
 }
 

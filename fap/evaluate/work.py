@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fap.config import Config
 from fap.evaluate.benchmarks import Wanted, eval_sets
@@ -22,6 +21,7 @@ from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
+from fap.evaluate.training import Training, training_of
 from fap.nets.dual import has_aux
 from fap.tasks.base import Evaluator, Result, Task
 from fap.tasks.class_counts import ClassCounter, ClassCounts
@@ -29,6 +29,7 @@ from fap.tasks.labels import Matching, match_labels
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
+from pipelines.progress import tracked
 from pipelines.workers import Workers
 
 CLEAN = "clean"  # the key of the set of clean images
@@ -66,6 +67,7 @@ class Work:
     items: list[Item]
     unused: list[str]  # what belongs to no set in the benchmarks' folders
     weights: WhichWeights
+    training: Training | None  # None of plain weights
     notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
@@ -87,11 +89,14 @@ class Report:
     names: tuple[str, ...] | None = None  # of the model's classes
     counts: ClassCounts | None = None  # by class, of the clean images
     weights: WhichWeights = "raw"
+    content: str = ""  # what the checkpoint is, wherever it lies
+    training: Training | None = None  # None: nobody knows it, as of plain weights
 
     def tree(self) -> dict[str, Any]:
         """As JSON; the checkpoint says which task it is of, and other files have the counts."""
         left_out = {"task", "names", "counts"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        tree = {name: value for name, value in vars(self).items() if name not in left_out}
+        return tree | {"training": None if self.training is None else asdict(self.training)}
 
 
 def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Results) -> Work:
@@ -115,10 +120,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
     )
     sets, unused = eval_sets(wanted, reading, data, workers)
     evaluation = _Evaluation(trained, wanted, results)
-    items = [
-        evaluation.look(one)
-        for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
-    ]
+    items = [evaluation.look(one) for one in tracked(sets, "looking at the data", "set")]
     return Work(
         path=path,
         content=trained.content,
@@ -130,6 +132,7 @@ def look(path: Path, wanted: Wanted, data: Store, workers: Workers, results: Res
         unused=unused,
         notes=trained.notes,
         weights=trained.weights,
+        training=None if trained.meta is None else training_of(trained.meta),
     )
 
 
@@ -149,7 +152,7 @@ def carry_out(
             raise ValueError(f"{work.path}: the file changed since it was looked at; start again")
         evaluation = _Evaluation(trained, wanted, results)
         primary = work.task.primary
-        for one in tqdm(todo, work.config.name, unit="set", disable=None):
+        for one in tracked(todo, work.config.name, "set"):
             outcome = evaluation.evaluate(one, workers)
             found[one.key] = outcome
             result = outcome.result
@@ -158,7 +161,7 @@ def carry_out(
                 f"of {result['count']:,} images"
             )
         if draws:
-            for item in tqdm(work.items, "pictures", leave=False, disable=None):
+            for item in tracked(work.items, "pictures", "set"):
                 if not evaluation.draw(item.set, workers, say):
                     break  # nor could the others be written
     return _report(work, wanted, found)
@@ -186,6 +189,8 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         names=clean.names,
         counts=found[CLEAN].counts,
         weights=work.weights,
+        content=work.content,
+        training=work.training,
     )
 
 
@@ -317,7 +322,7 @@ class _Evaluation:
         with closing(opened.batches()) as batches, _stopping(workers):
             result = evaluate(
                 self.trained.model,
-                tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
+                tracked(batches, one.key, "batch", opened.n_batches),
                 evaluator if counter is None else Both(evaluator, counter),
                 mean=data.mean,
                 std=data.std,
