@@ -59,15 +59,33 @@ def _chunks(items: Iterable[Item], chunk: int) -> Iterator[list[Item]]:
         yield some
 
 
+def tracked(
+    items: Iterable[Item],
+    what: str,
+    unit: str,
+    total: int | None = None,  # of items; needed where they have no length
+) -> Iterator[Item]:
+    """The items, and how far whoever takes them is: as `progress_of`, a bar that vanishes."""
+    if total is None:
+        total = len(items)  # type: ignore[arg-type]
+    with progress_of(total, what, unit, leave=False) as update:
+        for item in items:
+            yield item
+            update(1)
+
+
 @contextmanager
-def progress_of(total: int | None, what: str, unit: str) -> Iterator[Callable[[int], Any]]:
+def progress_of(
+    total: int | None, what: str, unit: str, *, leave: bool = True
+) -> Iterator[Callable[[int], Any]]:
     """Show how far some work is, with the time that is left; gives what counts it.
 
-    On a terminal it is a bar; in a log file a line whenever a minute has passed.
+    On a terminal it is a bar, which stays when it is done if `leave`; in a log file a line whenever
+    a minute has passed.
     """
     if sys.stderr is not None and sys.stderr.isatty():
         scale = unit == "B"
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, delay=1) as bar:
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, delay=1, leave=leave) as bar:
             yield bar.update
     else:
         yield _Lines(total, what, unit).update

@@ -45,6 +45,7 @@ BELOW_STEP = {
     "draws",
     "nets",
     "run_meta",
+    "run_settings",
     "tasks",
 }
 MAY_IMPORT = {
@@ -59,6 +60,7 @@ MAY_IMPORT = {
     "distributed": {"layout"},
     "checkpoint": set[str](),
     "run_meta": {"config", "renamed", "checkpoint"},
+    "run_settings": {"config", "nets", "sections"},
     "nets": {"config", "sections", "checkpoint", "run_meta", "class_maps"},
     "tasks": {"config", "nets", "draws"},
     "step": {"config", "layout", "sections", "methods", "nets", "tasks", "distributed", "draws"},

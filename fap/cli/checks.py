@@ -33,6 +33,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "parquet": ("pyarrow",),
     "plots": ("matplotlib",),
+    "statistics": ("scipy",),
     "tensorboard": ("tensorboard",),
 }
 

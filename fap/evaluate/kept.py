@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from fap.evaluate.images import CorruptedImages, Opened
 from fap.evaluate.results import digest, safe_name
 from fap.evaluate.sets import ComputedSet, EvalSet, StoredSet
 from pipelines.corrupt_batches import build
 from pipelines.files import lock
+from pipelines.progress import tracked
 from pipelines.sizes import size_in_words
 from pipelines.sources.sidecar import read_sidecar, sidecar_path
 
@@ -63,9 +62,7 @@ class KeptSet(EvalSet):
         sidecar_path(file).unlink(missing_ok=True)
         with closing(computed.labelled()) as batches:
             build(
-                tqdm(
-                    batches, f"building {file.name}", computed.n_batches, leave=False, disable=None
-                ),
+                tracked(batches, f"building {file.name}", "batch", computed.n_batches),
                 file,
                 capacity=computed.n_batches * self.reading.batch,
                 classes=computed.classes,

@@ -62,6 +62,7 @@ class Trained:
     content: str  # what it is: the file's checksum and size, and of plain weights their config
     notes: tuple[str, ...] = ()  # on plain weights: one line each
     weights: WhichWeights = "raw"  # which of a checkpoint's
+    meta: RunMeta | None = None  # of a checkpoint
 
 
 def load_model(
@@ -88,6 +89,7 @@ def load_model(
         meta.step,
         read.content,
         weights=read.weights,
+        meta=meta,
     )
 
 

@@ -1,28 +1,26 @@
-"""What `fap-eval` tells: the plan before the work, then tables and a plot."""
+"""What `fap-eval` tells: the plan before the work, then a page, its tables as files, and plots."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fap.evaluate import by_class
-from fap.evaluate.load import WhichWeights
-from fap.evaluate.table import Number, Table, capped, table_of
+from fap.evaluate import by_class, plots
+from fap.evaluate.corrupted import capped
+from fap.evaluate.groups import Group, groups_of, of_average
+from fap.evaluate.page import page
+from fap.evaluate.tables_out import csv_file, groups_json, reports_json, tex_file
 from fap.evaluate.work import Item, Report, Work
 from fap.nets.norm import Bn
 from fap.tasks.class_counts import ClassCounts
-from pipelines.extras import needs
 from pipelines.files import readable, write_whole
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_NAMED = 3  # classes, before the last one
-MOST_INCHES = 400  # of the plot's height: matplotlib draws at most 65,536 pixels
-INCHES_PER_BAR = 0.2
-BARS_OF_A_ROW = 0.8  # their share of its height
 
 
 # ---------------------------------------------------------------------- before the work
@@ -37,7 +35,7 @@ def plan(work: Work) -> str:
     else:
         classes += f" ({_some(work.classes)})"
     source = readable(work.model.source)
-    step = f"step {work.step}{_of_average(work.weights)}{_through_aux(work.bn)}"
+    step = f"step {work.step}{of_average(work.weights)}{_through_aux(work.bn)}"
     what = f"{config.name}, seed {config.seed}, {step}"
     if work.model.is_plain:
         what = "plain weights"
@@ -97,165 +95,83 @@ def _range(counts: Sequence[int]) -> str:
 
 # ---------------------------------------------------------------------- after it
 
+# What is written where there is something to write, beside the counts by class.
+GROUPS = "groups.json"
+
 
 def markdown(reports: Sequence[Report]) -> str:
-    """The checkpoints side by side, then what no number shows."""
-    tables = [table_of(report) for report in reports]
-    settings = reports[0].settings
-    norms = " and ".join(dict.fromkeys(report.settings["bn"] for report in reports))
-    count = reports[0].results["clean"]["count"]
-    lines = [
-        f"{count} images of {_plain(settings['data'])}, {norms} BN; percent.",
-        "",
-        f"| | {' | '.join(_plain(head(report)) for report in reports)} |",
-        "|---" + "|--:" * len(reports) + "|",
-    ]
-    for row in _all_rows(tables):
-        lines.append(f"| {row} | {' | '.join(_cell(table.rows.get(row)) for table in tables)} |")
-    notes = dict.fromkeys(note for table in tables for note in table.notes)
-    if notes:
-        lines += ["", *(f"- {_plain(note)}" for note in notes)]
-    lines += _classes(reports, after=notes)
-    return "\n".join(lines) + "\n"
-
-
-def _classes(reports: Sequence[Report], after: Collection[str]) -> list[str]:
-    """Below the notes: the classes that each checkpoint finds hardest."""
-    lines: list[str] = []
-    for report in reports:
-        if report.counts is None:
-            continue
-        of_whom = f" of {_plain(head(report))}" if len(reports) > 1 else ""
-        found = by_class.hardest(report.counts, report.names)
-        lines += [f"- {title}{of_whom}: {_plain(what)}" for title, what in found]
-    return lines if after or not lines else ["", *lines]
-
-
-def head(report: Report) -> str:
-    """A model's name in tables and plot."""
-    if report.is_plain:
-        return report.name
-    step = f"step {report.step}{_of_average(report.weights)}"
-    return f"{report.name}, seed {report.seed}, {step}{_through_aux(report.settings['bn'])}"
+    """The page: words, tables, notes."""
+    return page(groups_of(reports))
 
 
 def _through_aux(bn: Bn) -> str:
     return ", aux BN" if bn == "aux" else ""
 
 
-def _of_average(weights: WhichWeights) -> str:
-    return ", EMA" if weights == "ema" else ""
-
-
-def _all_rows(tables: Sequence[Table]) -> list[str]:
-    return list(dict.fromkeys(row for table in tables for row in table.rows))
-
-
-def _plain(text: str) -> str:
-    """Text out of a file or a path, for a table's cell: one line, no column of its own."""
-    return readable(text, 400).replace("|", "\\|")
-
-
-def _cell(number: Number | None) -> str:
-    if number is None:
-        return ""
-    if number.paper is None:
-        return f"{number.ours:.2f}"
-    return f"{number.ours:.2f} (paper {number.paper:g})"
-
-
 def write_report(reports: Sequence[Report], out: Path) -> str:
-    """Write report.md, report.json, the counts by class and report.png, each whole or not at all.
+    """Write report.md, .csv, .tex and .json, the counts by class and the plots, each whole or not
+    at all. A former report's files that this one has not are removed.
 
     Raises OSError.
 
-    Returns why there is no plot, if there is none: the numbers are worth more than it.
+    Returns why there are no plots, if there are none: the numbers are worth more than they.
     """
-    write_whole(out / "report.md", [markdown(reports).encode(errors="backslashreplace")])
-    trees = []
-    for report in reports:
-        table = table_of(report)
-        summary = {row: number.ours for row, number in table.rows.items()}
-        trees.append({**report.tree(), "summary": summary, "notes": table.notes})
-    write_whole(out / "report.json", [json.dumps(trees, indent=1).encode()])
-    for file, report, counts in _files_by_class(reports, out, "per_class.csv"):
-        write_whole(file, [by_class.per_class_csv(counts, report.names)])
-    for file, report, counts in _files_by_class(reports, out, "confusion.csv"):
+    groups = groups_of(reports)
+    files = {
+        "report.md": page(groups).encode(errors="backslashreplace"),
+        "report.csv": csv_file(groups),
+        "report.tex": tex_file(groups),
+        "report.json": reports_json(groups, reports),
+    }
+    if len(reports) > 1:
+        files[GROUPS] = groups_json(groups)
+    for file, report, counts in _files_by_class(reports, "per_class.csv"):
+        files[file] = by_class.per_class_csv(counts, report.names)
+    for file, report, counts in _files_by_class(reports, "confusion.csv"):
         if counts.confusion is not None:
-            write_whole(file, [by_class.confusion_csv(counts.confusion, report.names)])
+            files[file] = by_class.confusion_csv(counts.confusion, report.names)
+    for former in {GROUPS, *plots.PLOTS} - files.keys():
+        (out / former).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_whole(out / name, [content])
     try:
-        write_whole(out / "report.png", [_plot(reports)])
-        for file, report, counts in _files_by_class(reports, out, "confusion.png"):
-            if by_class.is_drawn(counts):
-                write_whole(file, [_confusion_plot(report, counts)])
+        _write_plots(groups, reports, out)
     except ImportError as error:
         return f"no {readable(out / 'report.png')}: {error}"
     return ""
 
 
+def _write_plots(groups: Sequence[Group], reports: Sequence[Report], out: Path) -> None:
+    """Raises ImportError, OSError."""
+    for name, draw in plots.PLOTS.items():
+        content = _plot(draw, groups)
+        if content is not None:
+            write_whole(out / name, [content])
+    for file, report, counts in _files_by_class(reports, "confusion.png"):
+        if by_class.is_drawn(counts):
+            write_whole(out / file, [_confusion_plot(report, counts)])
+
+
+def _plot(
+    draw: Callable[[Sequence[Group]], Figure | None], groups: Sequence[Group]
+) -> bytes | None:
+    return plots.png(draw, groups)
+
+
+def _confusion_plot(report: Report, counts: ClassCounts) -> bytes:
+    content = plots.png(plots.confusion, report, counts)
+    assert content is not None
+    return content
+
+
 def _files_by_class(
-    reports: Sequence[Report], out: Path, name: str
-) -> Iterator[tuple[Path, Report, ClassCounts]]:
+    reports: Sequence[Report], name: str
+) -> Iterator[tuple[str, Report, ClassCounts]]:
     """A file of each checkpoint that has counts: NAME, or of several NAME_1, NAME_2 ..."""
     for number, report in enumerate(reports, 1):
         if report.counts is None:
             continue
-        file = out / name
+        file = Path(name)
         if len(reports) > 1:
             file = file.with_stem(f"{file.stem}_{number}")
-        yield file, report, report.counts
-
-
-def _confusion_plot(report: Report, counts: ClassCounts) -> bytes:
-    """A PNG. Raises ImportError."""
-    with needs("plots", "the plot of a report"):
-        from matplotlib.figure import Figure
-    assert counts.confusion is not None
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.add_subplot(xlabel="taken for", ylabel="class", title=_unmarked(head(report)))
-    n_images = np.maximum(counts.n_images, 1)[:, None]
-    shown = axes.imshow(100 * counts.confusion / n_images, vmin=0, vmax=100, cmap="Blues")
-    names = [_unmarked(name) for name in by_class.names_of(counts, report.names)]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    figure.colorbar(shown, label="percent of the class", shrink=0.8)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120)
-    return file.getvalue()
-
-
-def _plot(reports: Sequence[Report]) -> bytes:
-    """A PNG: the rows that are percentages, a bar for each checkpoint. Raises ImportError."""
-    with needs("plots", "the plot of a report"):
-        from matplotlib.figure import Figure  # one of its own needs no display
-    tables = [table_of(report) for report in reports]
-    others = {
-        title
-        for report in reports
-        for metric, title in report.task.rows.items()
-        if metric not in report.task.percents
-    }
-    rows = [row for row in _all_rows(tables) if row not in others]
-    height = min(MOST_INCHES, 1 + INCHES_PER_BAR * len(rows) * (1 + len(reports)))
-    figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.add_subplot(xlabel="percent")
-    bar = BARS_OF_A_ROW / len(reports)
-    absent = Number(float("nan"))
-    for i, (report, table) in enumerate(zip(reports, tables, strict=True)):
-        values = [table.rows.get(row, absent).ours for row in rows]
-        middles = np.arange(len(rows)) + (i + 0.5) * bar
-        axes.barh(middles, values, bar, label=_unmarked(head(report)))
-    axes.set_yticks(np.arange(len(rows)) + BARS_OF_A_ROW / 2, rows)
-    axes.invert_yaxis()
-    axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120)
-    return file.getvalue()
-
-
-def _unmarked(text: str) -> str:
-    """A label that matplotlib shows as it is.
-
-    It reads `$` as mathematics, and leaves labels that start with `_` out of the legend.
-    """
-    return readable(text, 100).replace("$", r"\$").lstrip("_")
+        yield file.name, report, report.counts

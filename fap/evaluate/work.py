@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import PIL
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fap.config import Config
 from fap.evaluate.attacked import AttackedImages, AttackedSet
@@ -24,6 +23,7 @@ from fap.evaluate.models import Model
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
+from fap.evaluate.training import Training, training_of
 from fap.nets.dual import has_aux
 from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Result, Task
@@ -32,6 +32,7 @@ from fap.tasks.labels import Matching, match_labels
 from fap.versions import versions
 from pipelines import Store
 from pipelines.corrupt import SMALL
+from pipelines.progress import progress_of, tracked
 from pipelines.workers import Workers
 
 CLEAN = "clean"  # the key of the set of clean images
@@ -71,6 +72,7 @@ class Work:
     unused: list[str]  # what belongs to no set in the benchmarks' folders
     weights: WhichWeights
     bn: Bn
+    training: Training | None  # None of plain weights
     notes: tuple[str, ...] = ()  # on plain weights: what was chosen or left out of them
 
 
@@ -92,12 +94,14 @@ class Report:
     names: tuple[str, ...] | None = None  # of the model's classes
     counts: ClassCounts | None = None  # by class, of the clean images
     weights: WhichWeights = "raw"
-    is_plain: bool = False  # weights that no run made: they have neither seed nor step
+    content: str = ""  # what the checkpoint is, wherever it lies
+    training: Training | None = None  # None: nobody knows it, as of plain weights
 
     def tree(self) -> dict[str, Any]:
         """As JSON; the checkpoint says which task it is of, and other files have the counts."""
         left_out = {"task", "names", "counts"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        tree = {name: value for name, value in vars(self).items() if name not in left_out}
+        return tree | {"training": None if self.training is None else asdict(self.training)}
 
 
 def look(
@@ -140,10 +144,7 @@ def _look(
     )
     sets, unused = eval_sets(wanted, reading, data, workers)
     evaluation = _Evaluation(trained, wanted, results)
-    items = [
-        evaluation.look(one)
-        for one in tqdm(sets, "looking at the data", leave=False, disable=None, delay=1)
-    ]
+    items = [evaluation.look(one) for one in tracked(sets, "looking at the data", "set")]
     return Work(
         model=model,
         content=trained.content,
@@ -156,6 +157,7 @@ def _look(
         notes=trained.notes,
         weights=trained.weights,
         bn=_one_bn(wanted),
+        training=None if trained.meta is None else training_of(trained.meta),
     )
 
 
@@ -177,12 +179,12 @@ def carry_out(
                 f"{work.model.source}: the file changed since it was looked at; start again"
             )
         evaluation = _Evaluation(trained, wanted, results)
-        for one in tqdm(todo, work.config.name, unit="set", disable=None):
+        for one in tracked(todo, work.config.name, "set"):
             outcome = evaluation.evaluate(one, workers)
             found[one.key] = outcome
             say(f"  {one.key}: {one.in_words(work.task, outcome.result)}")
         if draws:
-            for item in tqdm(work.items, "pictures", leave=False, disable=None):
+            for item in tracked(work.items, "pictures", "set"):
                 if not evaluation.draw(item.set, workers, say):
                     break  # nor could the others be written
     return _report(work, wanted, found)
@@ -211,7 +213,8 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         names=clean.names,
         counts=found[CLEAN].counts,
         weights=work.weights,
-        is_plain=work.model.is_plain,
+        content=work.content,
+        training=work.training,
     )
 
 
@@ -348,7 +351,7 @@ class _Evaluation:
         with closing(opened.batches()) as batches, _stopping(workers):
             result = evaluate(
                 self.trained.model,
-                tqdm(batches, one.key, opened.n_batches, leave=False, disable=None),
+                tracked(batches, one.key, "batch", opened.n_batches),
                 evaluator if counter is None else Both(evaluator, counter),
                 mean=data.mean,
                 std=data.std,
@@ -362,16 +365,23 @@ class _Evaluation:
     ) -> Result:
         data = self.trained.config.data
         steps = one.attack.steps_of_a_batch
-        total = None if steps is None else steps * opened.n_batches
+        total, unit = opened.n_batches, "batch"
+        if steps is not None:
+            total, unit = steps * opened.n_batches, "step"
         with (
             closing(opened.numbered()) as batches,
-            tqdm(desc=one.key, total=total, unit="step", leave=False, disable=None) as bar,
+            progress_of(total, one.key, unit, leave=False) as update,
         ):
 
             def told() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for number, batch in enumerate(batches, 1):
-                    bar.set_description(f"{one.key}, batch {number} of {opened.n_batches}")
+                for batch in batches:
                     yield batch
+                    if steps is None:
+                        update(1)
+
+            def after_step() -> None:
+                if steps is not None:
+                    update(1)
 
             return evaluate_attacked(
                 self.trained.model,
@@ -383,7 +393,7 @@ class _Evaluation:
                 std=data.std,
                 bn=_one_bn(self.wanted),
                 device=torch.device(self.wanted.device),
-                after_step=bar.update,
+                after_step=after_step,
             )
 
     def _match(self, one: EvalSet, opened: Opened) -> Matching:

@@ -15,26 +15,11 @@ from torch import Tensor
 
 from fap.config import Config
 from fap.distributed import Ranks
-from fap.nets.weights.find import is_published
 from fap.run.epoch import plan_spec
 from fap.run_meta import RunMeta
-from fap.sections.budget import OF_LR_SCHEDULE
-from fap.sections.data import OF_MIX
-from pipelines.back_ends import GPU_DECODER
+from fap.run_settings import differing, settings_of
 from pipelines.files import shown
 
-# What changes no result but by rounding. `amp` does: a loss scale of half precision is none of full
-# precision.
-FREE_DATA = {
-    "train",
-    "val",
-    "val_share",
-    "threads",
-    "prefetch",
-    "hw_decoder_load",
-}  # data: compared by content
-# They follow from `budget.lr_schedule` where that differs.
-SHAPES_OF_A_RATE = {f"budget.{name}" for fields in OF_LR_SCHEDULE.values() for name in fields}
 # What may differ between ranks; else they would save, evaluate or stop at different steps.
 PER_RANK_RUN = {"dir", "torch_threads"}
 
@@ -44,15 +29,9 @@ def check_same_run(saved: Config, now: Config, path: Path) -> None:
 
     The message gives each field's two values.
     """
-    ours = _flat(now)
-    theirs = _flat(saved)
-    # A field that has a meaning for one of the two only follows from another one, which differs
-    # too.
-    differ = [field for field in ours if field in theirs and ours[field] != theirs[field]]
-    if "method.name" in differ:  # then a dozen of its fields follow
-        differ = [f for f in differ if f == "method.name" or not f.startswith("method.")]
-    if "budget.lr_schedule" in differ:
-        differ = [f for f in differ if f not in SHAPES_OF_A_RATE]
+    ours = settings_of(now)
+    theirs = settings_of(saved)
+    differ = differing(ours, theirs)
     if differ:
         lines = [f"  {field}: {shown(theirs[field])}, now {shown(ours[field])}" for field in differ]
         raise ValueError(
@@ -132,7 +111,12 @@ def facts(
     start = "none"
     if resumed is not None:
         start = f"{resumed.stem}, checksum {checksum(resumed)}"
-    found = {"checkpoint": start, "data.train": dict(train), "data.val": dict(val), **_flat(config)}
+    found = {
+        "checkpoint": start,
+        "data.train": dict(train),
+        "data.val": dict(val),
+        **settings_of(config),
+    }
     settings = config.run.model_dump(mode="json", exclude=PER_RANK_RUN)
     return found | {f"run.{field}": value for field, value in settings.items()}
 
@@ -152,42 +136,3 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         crc32 = zlib.crc32(tensors[name].numpy().tobytes(), crc32)
     return f"{crc32:08x}"
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """The fields that a run's result depends on, as `section.field`.
-
-    Without those that have no meaning in it, such as `data.pad` where nothing is padded.
-    """
-    tree = config.model_dump(
-        mode="json", exclude={"resume": True, "paper": True, "run": True, "data": FREE_DATA}
-    )
-    meaningless = set(config.data.meaningless)
-    if config.data.crop == "pad":
-        meaningless |= {"scale", "ratio"}
-    else:
-        meaningless |= {"pad"}
-    if config.data.mix is None:
-        meaningless |= {"mix_alpha", *OF_MIX}
-    elif config.data.mix != "either":
-        meaningless |= {"cutmix_alpha"}
-    for field in meaningless:
-        tree["data"].pop(field)
-    tree["data"]["filter"] = config.data.shown_filter
-    if config.data.crop != "letterbox":
-        tree["data"]["augment_ops"] = config.data.shown_ops
-        tree["data"]["augment_magnitude"] = config.data.shown_magnitude
-    # Of dali it follows from the device. Before there was the field, CPU cores decoded.
-    tree["data"]["decode"] = "gpu" if config.data.decode == "gpu" else "cpu"
-    if config.data.pipeline == GPU_DECODER:
-        del tree["data"]["decode"]
-    init = config.model.init
-    if init is not None and not is_published(init):  # a file may have moved, like the data
-        tree["model"]["init"] = Path(init).name
-    flat = {"run.amp": config.run.amp}
-    for section, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {f"{section}.{field}": v for field, v in value.items()}
-        else:
-            flat[section] = value
-    return flat

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class CorruptionMean:
     """Why it means nothing for other images than ImageNet's in full size; empty: it always does."""
     paper: str = ""
     """What `config.paper` calls it; empty: the paper has no such number."""
+    of_clean: bool = False
+    """It compares with clean images, which must be as many."""
     note: str = ""
     """What a reader must know of it where it was computed here; empty: nothing."""
 
@@ -104,6 +106,8 @@ class Task(Protocol):
     """The metrics in a report's table, `primary` first, with the titles of their rows."""
     measure: str
     """What a report's table tells of corrupted images: error. See `measured`."""
+    measure_better: Literal["more", "less"] = "less"
+    """Which of two `measured` is the better one; so for `means`."""
     means: Sequence[CorruptionMean]
     """What sums up a corruption benchmark, in the order of the table."""
     loss_parts: Sequence[str] = ()

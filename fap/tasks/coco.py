@@ -252,5 +252,7 @@ MEANS = (
         paper="coco_c",
         note=OTHER_THAN_COCO_C,
     ),
-    CorruptionMean("rPC (mPC in % of clean AP)", tuple(ALEXNET_ERRORS), relative_performance),
+    CorruptionMean(
+        "rPC (mPC in % of clean AP)", tuple(ALEXNET_ERRORS), relative_performance, of_clean=True
+    ),
 )

@@ -44,6 +44,7 @@ class Detection(Task):
     percents: Mapping[str, str] = coco.METRICS
     rows: Mapping[str, str] = coco.METRICS
     measure = "mAP"
+    measure_better = "more"
     means = coco.MEANS
     loss_parts: Sequence[str] = ("cls", "box")
     fewest_classes = 1

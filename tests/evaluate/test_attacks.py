@@ -310,7 +310,8 @@ def test_the_command_attacks(
     assert [*results] == ["clean", *keys]
     assert all(results[key]["count"] == 5 for key in keys)
     assert results["attack/pgd2/1"]["loss"] < results["attack/pgd2/4"]["loss"]
-    assert f"| top-1 under pgd2, eps 4 | {100 * results['attack/pgd2/4']['top1']:.2f} |" in text
+    accuracy = 100 * results["attack/pgd2/4"]["top1"]
+    assert f"| accuracy under PGD-2, eps 4 / 255 | {accuracy:.2f} |" in text
     assert "on 5 of the clean images" in text
     assert (
         "(fgsm: 1 step of eps, no random start; pgd2: 2 steps of 1.25 eps, 2 random starts)" in text

@@ -10,9 +10,8 @@ import torch
 
 from fap import checkpoint
 from fap.cli import eval as cli
-from fap.evaluate import report
 from fap.nets.build import build
-from tests.evaluate.world import CHECKPOINT, WNIDS, counted, no_plot, refused, run, tiny_config
+from tests.evaluate.world import CHECKPOINT, WNIDS, counted, refused, run, tiny_config
 from tests.hostile_meta import valid_meta
 
 DUAL = "dual.safetensors"
@@ -35,8 +34,6 @@ def at(world: Path) -> Path:
 
 def both(at: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[list[Any], str]:
     """The reports of several checkpoints through both norms, and the table."""
-    monkeypatch.setattr(report, "_plot", no_plot)
-    monkeypatch.setattr(report, "_confusion_plot", no_plot)
     words = ["--data", str(at / "val"), "--device", "cpu", "--batch", "4", "--bn", "both"]
     assert cli.main([*(str(at / name) for name in names), *words, "--out", str(at / "both")]) == 0
     text = (at / "both" / "report.md").read_text()
@@ -46,7 +43,7 @@ def both(at: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[list[A
 def test_both_are_columns_of_their_own(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main, _ = run(at, model=DUAL, out="main")
     aux, text = run(at, "--bn", "aux", model=DUAL, out="aux")
-    assert "| tiny, seed 0, step 5, aux BN |" in text
+    assert "aux BN; percent." in text
     plain, _ = run(at, model=PLAIN, out="plain")
     found, text = both(at, monkeypatch, DUAL, PLAIN)
     assert [one["results"] for one in found] == [one["results"] for one in (main, aux, plain)]
@@ -54,7 +51,8 @@ def test_both_are_columns_of_their_own(at: Path, monkeypatch: pytest.MonkeyPatch
     assert main["results"]["clean"]["loss"] != aux["results"]["clean"]["loss"]
     assert "main and aux BN; percent." in text
     column = "tiny, seed 0, step 5"
-    assert f"| | {column} | {column}, aux BN | {column} |" in text
+    heads = [f"{column}, main BN [1]", f"{column}, aux BN", f"{column}, main BN [2]"]
+    assert f"| | {' | '.join(heads)} |" in text
     assert "- aux BN: through the auxiliary norms" in text
 
 

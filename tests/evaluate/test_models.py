@@ -108,9 +108,13 @@ def test_a_mixed_call_gives_each_the_numbers_it_has_alone(
     assert len(set(means)) == 3  # a run's, ImageNet's, the Hub's model's
     losses = [found["results"]["clean"]["loss"] for found in mixed]
     assert len(set(losses)) == len(losses)
-    assert [found["is_plain"] for found in mixed] == [False, False, True, True, True, True]
+    known = [found["training"] is not None for found in mixed]
+    assert known == [True, True, False, False, False, False]
     table = (tmp_path / "mixed" / "report.md").read_text()
-    assert "| tiny, seed 0, step 5 | tiny, seed 0, step 5 | hf-hub-me-mine | torchvision-" in table
+    assert (
+        "| tiny, seed 0, step 5 [1] | tiny, seed 0, step 5 [2] | hf-hub-me-mine | torchvision-"
+        in table
+    )
 
 
 def test_words_of_plain_are_for_all_plain_weights_and_for_no_run(

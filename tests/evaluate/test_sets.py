@@ -287,7 +287,7 @@ def test_titles_in_the_report(world: World) -> None:
         ("mine top-1", "folder/mine"),
     ):
         assert f"| {title} | {100 * world.expected[key]['top1']:.2f} |" in world.text
-    assert "| shape bias (cue conflict) | 50.00 |" in world.text
+    assert "| cue conflict: shape bias | 50.00 |" in world.text
 
 
 def test_results_are_found_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from fap.evaluate.corrupted import lacking
 from fap.evaluate.published import SEVERITIES
-from fap.evaluate.table import lacking, table_of
+from fap.evaluate.table import table_of
 from fap.tasks.base import CorruptionMean, Result
 from fap.tasks.classification import Classification
-from fap.tasks.mce import ALEXNET_ERRORS, EXTRA
+from fap.tasks.mce import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS, EXTRA
 from pipelines.corrupt import NAMES
 from tests.evaluate.reports import complete, report_of, result
 from tests.evaluate.world import tiny_config
@@ -29,6 +30,8 @@ def means(by_name: dict[str, dict[int, float]]) -> dict[str, float]:
     rows = table_of(report_of(errors(by_name))).rows
     kept = {}
     for title, number in rows.items():
+        if "relative" in title:
+            continue
         if title.startswith("error, ") and ("corruptions" in title or "mCE" in title):
             kept[title.removeprefix("error, ").removesuffix(" (ImageNet-C)")] = number.ours
     return kept
@@ -119,16 +122,20 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     paper = {"top1": 76.5, "imagenet_c": 56.4, "imagenet_r": 38.2, "stylized": 8.3}
     results = complete() | {"imagenet_r": result(0.25), "stylized": result(0.125)}
     rows = table_of(report_of(results, paper=paper)).rows
-    assert [*rows][:7] == [
+    assert [*rows][:11] == [
         "top-1 accuracy",
         "ImageNet-R top-1",
         "Stylized-ImageNet top-1",
         "top-5 accuracy",
         "loss",
         "calibration error (ECE)",
+        "image passes",
+        "optimiser steps",
+        "epochs",
+        "seconds of the run, by its own clock",
         "error, all 95 sets (ImageNet-C)",
     ]
-    assert {title: number for title, number in rows.items() if number.paper is not None} == {
+    assert {title: number[:2] for title, number in rows.items() if number.paper is not None} == {
         "top-1 accuracy": (50, 76.5),
         "ImageNet-R top-1": (25, 38.2),
         "Stylized-ImageNet top-1": (12.5, 8.3),
@@ -136,7 +143,7 @@ def test_the_papers_numbers_stand_beside_ours() -> None:
     }
     of_cifar = {key.replace("imagenet_c", "cifar10_c"): one for key, one in complete().items()}
     rows = table_of(report_of(of_cifar, paper=paper)).rows
-    assert rows["error, 19 corruptions (CIFAR-10-C)"] == (50, None)
+    assert rows["error, 19 corruptions (CIFAR-10-C)"][:2] == (50, None)
 
 
 def relative(scores: dict[str, float], clean: float) -> float:
@@ -154,6 +161,7 @@ class Detection(Classification):
     percents = {"map": "mAP", "ap50": "AP50"}  # noqa: RUF012
     rows = {"map": "box mAP", "ap50": "box AP50"}  # noqa: RUF012
     measure = "mAP"
+    measure_better = "more"
     means = (
         CorruptionMean("15 corruptions: mPC", tuple(ALEXNET_ERRORS), plain),
         CorruptionMean("relative to clean images: rPC", tuple(ALEXNET_ERRORS), relative),
@@ -173,7 +181,7 @@ def test_another_tasks_metrics_need_no_change_here() -> None:
                 "ap50": 0.5,
                 "count": 50,
             }
-    table = table_of(report_of(results, task=Detection(tiny_config())))
+    table = table_of(report_of(results, task=Detection(tiny_config()), trained=False))
     scores = [
         results[f"computed/{name}/{severity}"]["map"]
         for name in ALEXNET_ERRORS
@@ -181,9 +189,101 @@ def test_another_tasks_metrics_need_no_change_here() -> None:
     ]
     words = "(computed here, not the published files)"
     assert [*table.rows][:3] == ["box mAP", "box AP50", f"mAP, all 95 sets {words}"]
-    assert table.rows["box mAP"] == (40, None)
+    assert table.rows["box mAP"][:2] == (40, None)
     mpc = table.rows[f"mAP, 15 corruptions: mPC {words}"].ours
     assert mpc == pytest.approx(100 * np.mean(scores))
     rpc = table.rows[f"mAP, relative to clean images: rPC {words}"].ours
     assert rpc == pytest.approx(mpc / 0.4)
     assert not any("top-1" in row or "error" in row for row in table.rows)
+
+
+def test_errors_relative_to_clean_images() -> None:
+    """A model that is only more accurate has as much error above clean as before."""
+    by_name = {name: dict.fromkeys(SEVERITIES, 0.75) for name in ALEXNET_ERRORS}
+    rows = table_of(report_of(errors(by_name))).rows  # half of the clean images are right
+    assert rows["error above clean, all 75 sets (ImageNet-C)"].ours == pytest.approx(25)
+    above = [0.25 / (error - ALEXNET_CLEAN_ERROR) for error in ALEXNET_ERRORS.values()]
+    relative = "error, relative mCE, AlexNet = 100 (ImageNet-C)"
+    assert rows[relative].ours == pytest.approx(100 * fmean(above))
+    other = errors(by_name)
+    other["clean"] = result(count=51)
+    table = table_of(report_of(other))
+    assert not any("relative" in row or "above clean" in row for row in table.rows)
+    why = "clean images are 51, those of the sets 50"
+    assert f"relative mCE, AlexNet = 100 (ImageNet-C): not computed: {why}" in table.notes
+
+
+def test_every_key_has_a_row() -> None:
+    """Those that are known by their titles, others by their own names."""
+    results = {
+        "clean": {**result(), "ece": 0.125},
+        "imagenet_a": result(0.25),
+        "imagenet_a_1000way": result(0.125),
+        "imagenet_sketch": result(0.25),
+        "imagenet_v2": result(0.25),
+        "objectnet": result(0.25),
+        "cue_conflict": {"shape_bias": 0.25, "top1": 0.5, "sharpness": 7.0, "count": 9},
+        "folder/mine": result(0.25),
+        "folder/a/b": result(0.25),
+        "never_heard_of": result(0.75),
+        "attack/pgd10/0.5": result(0.25, count=7),
+        "attack/fgsm/4": result(0.25, count=7),
+        "attack/autoattack/4": result(0.25, count=7),
+        "cifar100_c/fog/1": {**result(0.25), "ece": 0.5},
+        "imagenet_c_bar/sparkles/1": result(0.25),
+        "other_c/fog/1": result(0.25),
+        "other_c/fog/9": result(0.125),  # no severity
+    }
+    table = table_of(report_of(results, trained=False))
+    assert {title: number.ours for title, number in table.rows.items()} == {
+        "top-1 accuracy": 50,
+        "ImageNet-A top-1": 25,
+        "ImageNet-A, 1000-way, top-1": 12.5,
+        "ImageNet-Sketch top-1": 25,
+        "ImageNet-V2 top-1": 25,
+        "ObjectNet, 1000-way, top-1": 25,
+        "cue conflict top-1": 50,
+        "cue conflict: shape bias": 25,
+        "cue conflict: sharpness": 7,
+        "mine top-1": 25,
+        "a/b top-1": 25,
+        "never_heard_of top-1": 75,
+        "accuracy under PGD-10, eps 0.5 / 255": 25,
+        "accuracy under FGSM, eps 4 / 255": 25,
+        "accuracy under AutoAttack, eps 4 / 255": 25,
+        "other_c/fog/9 top-1": 12.5,
+        "top-5 accuracy": 100,
+        "loss": 1,
+        "calibration error (ECE)": 12.5,
+        "error, all 1 sets (CIFAR-100-C)": 75,
+        "error above clean, all 1 sets (CIFAR-100-C)": 25,
+        "calibration error (ECE), all 1 sets (CIFAR-100-C)": 50,
+        "error, fog (CIFAR-100-C), over severity 1 only": 75,
+        "error, all 1 sets (ImageNet-C-bar)": 75,
+        "error above clean, all 1 sets (ImageNet-C-bar)": 25,
+        "calibration error (ECE), all 1 sets (ImageNet-C-bar)": 10,
+        "error, sparkles (ImageNet-C-bar), over severity 1 only": 75,
+        "error, all 1 sets (other_c)": 75,
+        "error above clean, all 1 sets (other_c)": 25,
+        "calibration error (ECE), all 1 sets (other_c)": 10,
+        "error, fog (other_c), over severity 1 only": 75,
+    }
+    (note,) = [note for note in table.notes if note.startswith("attacks: ")]
+    assert "on 7 of the clean images" in note
+    assert all(f"{method}: not known" in note for method in ("pgd10", "fgsm", "autoattack"))
+    assert not any("ImageNet-C-bar" in note for note in table.notes)  # 15 others make those means
+    better = {title: number.better for title, number in table.rows.items()}
+    assert better["loss"] == better["calibration error (ECE)"] == "less"
+    assert better["error, all 1 sets (other_c)"] == "less"
+    assert better["cue conflict: shape bias"] is None
+    assert better["mine top-1"] == "more"
+
+
+def test_the_cost_stands_beside_robustness() -> None:
+    rows = table_of(report_of({"clean": result()}, seed=3, step=10)).rows
+    # 256 clean rows of every batch, an extra pass over 64 of them in both directions.
+    assert rows["image passes"][:3] == (10 * 384, None, "count")
+    assert rows["optimiser steps"].ours == 10
+    assert rows["seconds of the run, by its own clock"][:3] == (103, None, "seconds")
+    unknown = table_of(report_of({"clean": result()}, trained=False)).rows.values()
+    assert not any(number.part == "cost" for number in unknown)

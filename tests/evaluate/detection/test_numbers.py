@@ -217,5 +217,6 @@ def test_two_detectors_stand_side_by_side(world: Path) -> None:
     assert reports[0]["results"] != reports[1]["results"]
     assert len(pictures(world / "two")) == 2
     assert sorted(os.listdir(world / "two")) == [
-        *("pictures", "report.json", "report.md", "report.png", "results")
+        *("groups.json", "pictures", "report.csv", "report.json", "report.md", "report.png"),
+        *("report.tex", "results"),
     ]
