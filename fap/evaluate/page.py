@@ -109,8 +109,8 @@ def _notes(groups: Sequence[Group]) -> list[str]:
 
 
 def _classes(groups: Sequence[Group]) -> list[str]:
-    """The classes that each checkpoint finds hardest."""
-    reports = [report for group in groups for report in group.reports]
+    """The classes that each group finds hardest, of several seeds the first."""
+    reports = [group.reports[0] for group in groups]
     lines: list[str] = []
     for report in reports:
         if report.counts is None:

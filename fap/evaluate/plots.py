@@ -254,7 +254,6 @@ def severities(groups: Sequence[Group]) -> Figure | None:
             _draw_lines(axes, curves)
             axes.set_xticks(range(1, 6))
             axes.set_xlim(0.8, 5.2)
-            axes.set_ylim(bottom=0)
             axes.set_xlabel("severity")
         measure = drawn[0].reports[0].task.measure
         row[0].set_ylabel(f"{_wrapped(title_of_benchmark(benchmark))}\n{measure}, percent")
@@ -333,8 +332,8 @@ def attacks(groups: Sequence[Group]) -> Figure | None:
         axes.set_title(title_of_method(method))
         axes.set_xlabel("eps, grey levels of 255")
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
         axes.grid()
+    panels[0].set_ylim(bottom=0)  # after all: it fixes the top of the axis that they share
     panels[0].set_ylabel(f"{drawn[0].reports[0].task.rows[_primary(drawn[0])]}, percent")
     _legend(figure, groups)
     return figure

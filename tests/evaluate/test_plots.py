@@ -96,6 +96,21 @@ def test_severities_are_lines_with_bands(reports: list[Report]) -> None:
     assert [line.get_color().lower() for line in blur.get_lines()] == colours_of(figure)
 
 
+@pytest.mark.parametrize("name", ["severity.png", "attacks.png"])
+def test_no_line_leaves_its_panel(name: str) -> None:
+    """Panels share an axis, and the later ones may reach further than the first."""
+    results = {"clean": result(0.9), "attack/fgsm/1": result(0.1), "attack/fgsm/2": result(0.05)}
+    results |= {"attack/pgd10/1": result(0.8), "attack/pgd10/2": result(0.7)}
+    for severity in range(1, 6):
+        results[f"imagenet_c/gaussian_noise/{severity}"] = result(0.9 - severity / 50)
+        results[f"imagenet_c/fog/{severity}"] = result(0.5 - severity / 10)
+    for axes in drawn(name, [report_of(results)]).axes:
+        low, high = axes.get_ylim()
+        for line in axes.get_lines():
+            heights = np.asarray(line.get_ydata(), dtype=float)
+            assert ((heights >= low) & (heights <= high)).all(), axes.get_title()
+
+
 def test_attacks_are_lines_over_eps(reports: list[Report]) -> None:
     figure = drawn("attacks.png", reports)
     assert [axes.get_title() for axes in figure.axes] == ["FGSM", "PGD-10"]
