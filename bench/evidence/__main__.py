@@ -3,6 +3,7 @@
     python -m bench.evidence                     # make evidence
     python -m bench.evidence --seconds 3600      # as many seeds as fit
     python -m bench.evidence --seconds 0         # trains nothing: reports what is there
+    python -m bench.evidence --parts saturation  # one question
     python -m bench.evidence --add-to bench/results/evidence_small.json    # more seeds to these
 
 `fap-train` trains, `fap-eval` evaluates. Of the first seed every arm is trained, then of the next:
@@ -36,9 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--add-to", type=Path, metavar="FILE", help="a study's .json: its rows are not run again"
     )
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="some of a study's questions")
     a = parser.parse_args(argv)
     survive()
     study = STUDIES[a.size]
+    if a.parts is not None:
+        if not set(a.parts) <= study.parts.keys():
+            parser.error(f"--parts: must be some of {', '.join(map(repr, study.parts))}")
+        study = study.only(a.parts)
     known = [] if a.add_to is None else known_rows(a.add_to, study)
     folder = RUNS / f"evidence_{a.size}"
     runs = Runs(

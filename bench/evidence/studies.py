@@ -6,7 +6,7 @@ A library of `bench.evidence`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class Regime:
         return 5 / 8, 11 / 12
 
 
-STRONGLY_ATTACKED_SEEDS = 3  # AutoAttack takes minutes for a run
+STRONGLY_ATTACKED_SEEDS = 1  # AutoAttack takes minutes for a run
 # Fields of a study: numbers of test images.
 TESTED = ("test", "corrupted", "attacked", "strongly_attacked")
 
@@ -87,6 +87,10 @@ class Study:
     @property
     def headline(self) -> Part:
         return next(iter(self.parts.values()))
+
+    def only(self, titles: Sequence[str]) -> Study:
+        """Some of its parts."""
+        return replace(self, parts={title: self.parts[title] for title in titles})
 
     def with_images(self, count: int) -> Study:
         """The same with so many training images in every regime."""
