@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from fap.evaluate import by_class, plots
 from fap.evaluate.corrupted import capped
+from fap.evaluate.evaluation import Item
 from fap.evaluate.groups import Group, groups_of, of_average
 from fap.evaluate.page import page
 from fap.evaluate.tables_out import csv_file, groups_json, reports_json, tex_file
-from fap.evaluate.work import Item, Report, Work
+from fap.evaluate.work import Report, Work
 from fap.nets.norm import Bn
 from fap.tasks.class_counts import ClassCounts
 from pipelines.files import readable, write_whole

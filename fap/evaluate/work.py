@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
-
-import PIL
-import torch
-from torch import Tensor
+from typing import Any
 
 from fap.config import Config
-from fap.evaluate.attacked import AttackedImages, AttackedSet
-from fap.evaluate.attacks import evaluate_attacked
 from fap.evaluate.benchmarks import Wanted, eval_sets
-from fap.evaluate.exact import evaluate
-from fap.evaluate.images import Opened, Reading
+from fap.evaluate.evaluation import CLEAN, Evaluation, Item, Outcome, one_bn
+from fap.evaluate.images import Reading
 from fap.evaluate.load import Trained, WhichWeights
 from fap.evaluate.models import Model
-from fap.evaluate.pictures import file_of, write_pictures
-from fap.evaluate.results import Results, digest
-from fap.evaluate.sets import EvalSet
+from fap.evaluate.results import Results
 from fap.evaluate.training import Training, training_of
 from fap.nets.dual import has_aux
 from fap.nets.norm import Bn
-from fap.tasks.base import Evaluator, Result, Task
-from fap.tasks.class_counts import ClassCounter, ClassCounts
-from fap.tasks.labels import Matching, match_labels
-from fap.versions import versions
+from fap.tasks.base import Result, Task
+from fap.tasks.class_counts import ClassCounts
 from pipelines import Store
 from pipelines.corrupt import SMALL
-from pipelines.progress import progress_of, tracked
+from pipelines.progress import tracked
 from pipelines.workers import Workers
-
-CLEAN = "clean"  # the key of the set of clean images
-IMAGES_OF_A_SHEET = 4
-
-
-class Outcome(NamedTuple):
-    """What came of a set."""
-
-    result: Result
-    counts: ClassCounts | None  # by class, of a classifier on the clean images
-
-
-@dataclass(frozen=True)
-class Item:
-    """One set of one checkpoint."""
-
-    set: EvalSet
-    count: int  # images
-    labels: str  # how they are matched
-    names: tuple[str, ...] | None  # of the model's classes, as far as they are known
-    known: Outcome | None  # from an earlier call
-    unused: tuple[str, ...] = ()  # what in its folder belongs to it in no way, or is left out
 
 
 @dataclass(frozen=True)
@@ -143,7 +109,7 @@ def _look(
         back_end=wanted.back_end,
     )
     sets, unused = eval_sets(wanted, reading, data, workers)
-    evaluation = _Evaluation(trained, wanted, results)
+    evaluation = Evaluation(trained, wanted, results)
     items = [evaluation.look(one) for one in tracked(sets, "looking at the data", "set")]
     return Work(
         model=model,
@@ -156,7 +122,7 @@ def _look(
         unused=list(dict.fromkeys([*unused, *(line for item in items for line in item.unused)])),
         notes=trained.notes,
         weights=trained.weights,
-        bn=_one_bn(wanted),
+        bn=one_bn(wanted),
         training=None if trained.meta is None else training_of(trained.meta),
     )
 
@@ -178,7 +144,7 @@ def carry_out(
             raise ValueError(
                 f"{work.model.source}: the file changed since it was looked at; start again"
             )
-        evaluation = _Evaluation(trained, wanted, results)
+        evaluation = Evaluation(trained, wanted, results)
         for one in tracked(todo, work.config.name, "set"):
             outcome = evaluation.evaluate(one, workers)
             found[one.key] = outcome
@@ -216,213 +182,3 @@ def _report(work: Work, wanted: Wanted, found: dict[str, Outcome]) -> Report:
         content=work.content,
         training=work.training,
     )
-
-
-class Both:
-    """An evaluator, and what counts by class beside it: a `fap.tasks.base.Evaluator`."""
-
-    def __init__(self, evaluator: Evaluator, counter: ClassCounter) -> None:
-        self.evaluator = evaluator
-        self.counter = counter
-
-    def update(self, outputs: Tensor, references: Tensor) -> None:
-        self.evaluator.update(outputs, references)
-        self.counter.update(outputs, references)
-
-    def result(self) -> Result:
-        return self.evaluator.result()
-
-
-def _one_bn(wanted: Wanted) -> Bn:
-    """The norms of one piece of work."""
-    assert wanted.bn != "both"
-    return wanted.bn
-
-
-@contextmanager
-def _stopping(workers: Workers) -> Iterator[None]:
-    """Stop them where the block fails."""
-    try:
-        yield
-    except BaseException:
-        workers.stop()
-        raise
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """A model, how the user wants it evaluated, and where its results are kept."""
-
-    trained: Trained
-    wanted: Wanted
-    results: Results
-
-    def look(self, one: EvalSet) -> Item:
-        """What a set is, and its result from an earlier call."""
-        with one.open() as opened:
-            matching = self._match(one, opened)
-            known = None
-            if not opened.unbuilt:
-                known = self._known(one, opened, matching)
-            names = self.trained.classes
-            if names is None and matching.label_map is None:  # by position: the data's are its own
-                names = opened.classes
-            return Item(one, opened.count, matching.how, names, known, opened.unused)
-
-    def _known(self, one: EvalSet, opened: Opened, matching: Matching) -> Outcome | None:
-        """What came of a set in an earlier call, if all of it was kept."""
-        name, origin = self._name_and_origin(one, opened, matching)
-        task = self.trained.task
-        result = self.results.find(name, origin, opened.count, one.judge(task))
-        if result is None:
-            return None
-        if self._counter(one, matching, torch.device("cpu")) is None:
-            return Outcome(result, None)
-        counts = self.results.find_counts(name, origin, result, task.n_classes)
-        if counts is None:
-            return None
-        return Outcome(result, counts)
-
-    def evaluate(self, one: EvalSet, workers: Workers) -> Outcome:
-        """The result of a set, which is kept too. `workers` are stopped where that fails."""
-        one.build()
-        with one.open() as opened:
-            matching = self._match(one, opened)
-            outcome = self._run(one, opened, matching, workers)
-            result = outcome.result
-            where = f"{one.key}: {one.source}"
-            if result["count"] != opened.count:
-                raise ValueError(
-                    f"{where}: {opened.count} images, but {result['count']} were evaluated"
-                )
-            if opened.stamps() != opened.identity["files"]:
-                raise ValueError(f"{where}: files changed while they were evaluated; start again")
-            name, origin = self._name_and_origin(one, opened, matching)
-            self.results.keep(name, origin, result, outcome.counts)
-            return outcome
-
-    def draw(self, one: EvalSet, workers: Workers, say: Callable[[str], Any]) -> bool:
-        """Write the sheet of a set, unless it is there; False if it could not be written.
-
-        `workers` are stopped where anything else fails.
-        """
-        assert self.wanted.pictures is not None
-        trained = self.trained
-        with one.open() as opened:
-            _, origin = self._name_and_origin(one, opened, self._match(one, opened))
-            name = f"{trained.config.name}-seed{trained.config.seed}"
-            file = file_of(self.wanted.pictures, name, one.key, digest(origin))
-            if os.path.exists(file):  # False where the folder may not be looked into
-                return True
-            with _stopping(workers):
-                return write_pictures(
-                    trained.model,
-                    trained.task,
-                    trained.classes,
-                    opened,
-                    file,
-                    most=IMAGES_OF_A_SHEET,
-                    mean=trained.config.data.mean,
-                    std=trained.config.data.std,
-                    bn=_one_bn(self.wanted),
-                    device=torch.device(self.wanted.device),
-                    say=say,
-                )
-
-    def _counter(
-        self, one: EvalSet, matching: Matching, device: torch.device
-    ) -> ClassCounter | None:
-        """What counts by class: on the clean images alone."""
-        if one.key != CLEAN:
-            return None
-        return self.trained.task.class_counter(device, matching)
-
-    def _run(self, one: EvalSet, opened: Opened, matching: Matching, workers: Workers) -> Outcome:
-        data = self.trained.config.data
-        device = torch.device(self.wanted.device)
-        judge = one.judge(self.trained.task)
-        evaluator = judge.evaluator(device, matching, opened.store)
-        if isinstance(one, AttackedSet):
-            assert isinstance(opened, AttackedImages)
-            with _stopping(workers):
-                return Outcome(self._under_attack(one, opened, matching, evaluator), None)
-        counter = self._counter(one, matching, device)
-        # Stopped first: else closing the batches waits for corruptions that nobody wants any more.
-        with closing(opened.batches()) as batches, _stopping(workers):
-            result = evaluate(
-                self.trained.model,
-                tracked(batches, one.key, "batch", opened.n_batches),
-                evaluator if counter is None else Both(evaluator, counter),
-                mean=data.mean,
-                std=data.std,
-                bn=_one_bn(self.wanted),
-                device=device,
-            )
-        return Outcome(result, None if counter is None else counter.result())
-
-    def _under_attack(
-        self, one: AttackedSet, opened: AttackedImages, matching: Matching, evaluator: Evaluator
-    ) -> Result:
-        data = self.trained.config.data
-        steps = one.attack.steps_of_a_batch
-        total, unit = opened.n_batches, "batch"
-        if steps is not None:
-            total, unit = steps * opened.n_batches, "step"
-        with (
-            closing(opened.numbered()) as batches,
-            progress_of(total, one.key, unit, leave=False) as update,
-        ):
-
-            def told() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                for batch in batches:
-                    yield batch
-                    if steps is None:
-                        update(1)
-
-            def after_step() -> None:
-                if steps is not None:
-                    update(1)
-
-            return evaluate_attacked(
-                self.trained.model,
-                told(),
-                evaluator,
-                one.attack,
-                label_map=matching.label_map,
-                mean=data.mean,
-                std=data.std,
-                bn=_one_bn(self.wanted),
-                device=torch.device(self.wanted.device),
-                after_step=after_step,
-            )
-
-    def _match(self, one: EvalSet, opened: Opened) -> Matching:
-        try:
-            return match_labels(
-                opened.classes,
-                opened.labels,
-                self.trained.classes,
-                self.trained.task.n_classes,
-                by_position=self.wanted.by_position,
-                class_map=one.class_map,
-            )
-        except ValueError as error:
-            raise ValueError(f"{one.key}: {one.source}: {error}") from None
-
-    def _name_and_origin(
-        self, one: EvalSet, opened: Opened, matching: Matching
-    ) -> tuple[str, dict[str, Any]]:
-        """A result's name, and all that it depends on.
-
-        Rather too much than too little: a result is soon computed again.
-        """
-        origin = {
-            "set": one.key,
-            "images": opened.identity,
-            "checkpoint": self.trained.content,
-            "labels": matching.tree(),
-            "bn": self.wanted.bn,
-            "device": self.wanted.device,
-            "versions": versions() | {"pillow": PIL.__version__},
-        }
-        return f"{self.trained.config.name}-{one.key}", origin

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fap.evaluate import work
+from fap.evaluate import evaluation
 from fap.evaluate.attack_options import attacks_of
 from fap.evaluate.attacked import chosen
 from fap.evaluate.attacks import LinfAttack, evaluate_attacked, pgd, random_start, start_keys, worst
@@ -343,7 +343,7 @@ def attacked(monkeypatch: pytest.MonkeyPatch) -> list[LinfAttack]:
         calls.append(attack)
         return evaluate_attacked(model, pairs, evaluator, attack, **options)
 
-    monkeypatch.setattr(work, "evaluate_attacked", counting)
+    monkeypatch.setattr(evaluation, "evaluate_attacked", counting)
     return calls
 
 

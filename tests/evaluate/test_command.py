@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fap.cli import eval as cli
-from fap.evaluate import work
+from fap.evaluate import evaluation
 from fap.run import torch_setup
 from tests.conftest import wait_until_it_listens
 from tests.evaluate.world import CHECKPOINT, WNIDS, command, fresh, refused, run, write_checkpoint
@@ -112,7 +112,7 @@ def test_lack_of_memory_is_said(
     def lacks(*arguments: Any, **options: Any) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(work, "evaluate", lacks)
+    monkeypatch.setattr(evaluation, "evaluate", lacks)
     assert "out of memory; a smaller --batch" in refused(capsys, world, out="memory")
 
 

@@ -25,7 +25,7 @@ from bench import jpegs
 from fap import checkpoint
 from fap.cli import eval as cli
 from fap.config import make_config
-from fap.evaluate import exact, report, work
+from fap.evaluate import evaluation, exact, report
 from fap.nets.build import prepare
 from fap.tasks.base import Evaluator
 from pipelines.convert_images import convert_images
@@ -170,7 +170,7 @@ def test_weights_score_what_torchvisions_loop_gives(
         recorders.append(Recorder(evaluator))
         return exact.evaluate(model, batches, recorders[-1], **options)
 
-    monkeypatch.setattr(work, "evaluate", watched)
+    monkeypatch.setattr(evaluation, "evaluate", watched)
     monkeypatch.setattr(report, "_plot", no_plot)
     data = folder if as_folder else beton
     words = ["--data", str(data), "--device", "cpu", "--pipeline", pipeline, "--batch", "8"]
@@ -218,7 +218,7 @@ def test_models_of_every_kind_side_by_side_score_what_torchvisions_loop_gives(
         recorders.append(Recorder(evaluator))
         return exact.evaluate(model, batches, recorders[-1], **options)
 
-    monkeypatch.setattr(work, "evaluate", watched)
+    monkeypatch.setattr(evaluation, "evaluate", watched)
     monkeypatch.setattr(report, "_plot", no_plot)
     words = [str(tmp_path / "run.safetensors"), "--out", str(tmp_path / "out")]
     words += ["--data", str(folder), "--device", "cpu", "--pipeline", "reference", "--batch", "8"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fap.evaluate import work
+from fap.evaluate import evaluation
 from fap.evaluate.exact import evaluate
 from fap.evaluate.images import Reading
 from fap.tasks.base import Result
@@ -212,10 +212,10 @@ def test_data_that_changes_meanwhile_is_an_error(
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(at / "val" / "n02" / "1.JPEG")
         return result
 
-    monkeypatch.setattr(work, "evaluate", disturbed)
+    monkeypatch.setattr(evaluation, "evaluate", disturbed)
     assert "files changed while they were evaluated" in refused(capsys, at)
     assert not (at / "out" / "results").exists()
-    monkeypatch.setattr(work, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     run(at)
 
 

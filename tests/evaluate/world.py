@@ -16,7 +16,7 @@ from PIL import Image
 from fap import checkpoint
 from fap.cli import eval as cli
 from fap.config import Config, make_config
-from fap.evaluate import report, work
+from fap.evaluate import evaluation, report
 from fap.evaluate.exact import evaluate
 from fap.nets.build import build
 from tests.hostile_meta import valid_meta
@@ -107,7 +107,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(options)
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(work, "evaluate", counting)
+    monkeypatch.setattr(evaluation, "evaluate", counting)
     return calls
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fap.evaluate import work
+from fap.evaluate import evaluation
 from fap.evaluate.exact import evaluate
 from fap.evaluate.published import PUBLISHED
 from fap.tasks.coco import METRICS
@@ -129,7 +129,7 @@ def test_a_damaged_image_is_named_by_what_corrupts_it(
         return evaluate(*arguments, **options)
 
     calls: list[int] = []
-    monkeypatch.setattr(work, "evaluate", skipping)
+    monkeypatch.setattr(evaluation, "evaluate", skipping)
     line = refused(capsys, fresh, "--corrupt", "fog", model=CHECKPOINT, data="bad.beton")
     assert f"{fresh / 'bad.beton'}: sample 3: " in line
     assert calls == [1]
