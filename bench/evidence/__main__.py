@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.cifar import convert
 from bench.common import ROOT, options
 from bench.evidence.conduct import conduct, known_rows
-from bench.evidence.cost import costs
+from bench.evidence.cost import Costs, costs
 from bench.evidence.measure import Measure
 from bench.evidence.numbers import Rows
 from bench.evidence.report import write
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=study.workers,
     )
     measure = Measure(runs, study, convert("test", study.corrupted), folder / "eval")
-    found_costs = costs(runs, study.parts.get("methods", study.headline), folder / "costs.json")
+    found_costs: Costs = {}
+    if study.methods is not None:
+        found_costs = costs(runs, study.methods, folder / "costs.json")
     rows = conduct(study, runs, measure, a.seconds, known)
     out = a.out / f"evidence_{a.size}"
     print(f"\n{write(Rows(rows), study, out, found_costs)}\n\nfigure: {out}.png")

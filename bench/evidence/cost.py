@@ -13,9 +13,10 @@ from bench.common import alternate, ratio
 from bench.contestants import AMPS, GPU, Contestant
 from bench.demo_measure import seconds_per_step
 from bench.evidence.arms import BASE
-from bench.evidence.runs import Runs
+from bench.evidence.runs import Runs, settings_of
 from bench.evidence.studies import Part, Run
 from fap.budget import budget
+from fap.versions import versions
 
 STEPS_PER_BLOCK = 3
 ROUNDS = 20
@@ -27,12 +28,16 @@ Costs = Mapping[str, Mapping[str, float]]
 def costs(runs: Runs, part: Part, file: Path) -> Costs:
     """Of the arms of a part in its regime, in seconds of the processor, or of a GPU's clock.
 
-    Measured once, in this process, and kept in `file`.
+    Measured in this process, and kept in `file` for the same arms on the same machine.
     """
-    if file.exists():
-        return json.loads(file.read_text())
     (regime,) = part.regimes
     configs = {arm: runs.config(Run(regime, arm, 0)) for arm in part.arms}
+    settings = {arm: settings_of(config) for arm, config in configs.items()}
+    what = json.loads(json.dumps([settings, runs.threads, versions()]))
+    if file.exists():
+        kept = json.loads(file.read_text())
+        if kept["of"] == what:
+            return kept["costs"]
     steps = {arm: budget(config, regime.images).steps for arm, config in configs.items()}
     torch.set_num_threads(runs.threads)
     amp = AMPS[0] if GPU else "off"
@@ -43,5 +48,5 @@ def costs(runs: Runs, part: Part, file: Path) -> Costs:
     seconds = {arm: steps[arm] * found for arm, found in zip(configs, per_step, strict=True)}
     found = {arm: ratio(seconds[arm], seconds[BASE]) for arm in configs}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps({"of": what, "costs": found}))
     return found

@@ -23,16 +23,19 @@ IMAGES = {"clean": "clean images", "main/corrupted": "corrupted images"}
 BARS = {"main/corrupted": "C3", "clean": "C0"}
 
 
-def figure(rows: Rows, study: Study) -> Figure:
-    """The curve where the study has one, and bars of its methods, or of its headline."""
+def figure(rows: Rows, study: Study) -> Figure | None:
+    """The curve where the study has one, and bars of its methods; None where it has neither."""
     saturation = study.parts.get("saturation")
-    methods = study.parts.get("methods", study.headline)
-    n_panels = 1 if saturation is None else 2
+    methods = study.methods
+    if saturation is None and methods is None:
+        return None
+    n_panels = (saturation is not None) + (methods is not None)
     drawn = Figure(figsize=(6.5 * n_panels, 5.5), layout="constrained")
     panels = drawn.subplots(1, n_panels, squeeze=False)[0]
     if saturation is not None:
         curve(panels[0], rows, saturation)
-    bars(panels[-1], rows, methods)
+    if methods is not None:
+        bars(panels[-1], rows, methods)
     return drawn
 
 

@@ -33,7 +33,9 @@ def write(rows: Rows, study: Study, out: Path, costs: Costs) -> str:
     found["comparisons"] = comparisons
     write_json(out.with_suffix(".json"), found)
     out.with_suffix(".md").write_text(text + "\n")
-    figure(rows, study).savefig(out.with_suffix(".png"), dpi=120)
+    drawn = figure(rows, study)
+    if drawn is not None:
+        drawn.savefig(out.with_suffix(".png"), dpi=120)
     return text
 
 
@@ -44,14 +46,16 @@ def _text(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
         yield part.question
         yield means_table(rows, part)
         yield differences_table(rows, part)
-    yield "## Cost of a run"
-    yield costs_table(costs)
-    yield "## The headline, tested"
-    yield tests_table(rows, study.headline)
-    yield "## Every corruption"
-    yield corruptions_table(rows, study.headline)
-    yield "## Through the auxiliary norms"
-    yield norms_table(rows, study.headline)
+    if costs:
+        yield "## Cost of a run"
+        yield costs_table(costs)
+    if study.headline is not None:
+        yield "## The headline, tested"
+        yield tests_table(rows, study.headline)
+        yield "## Every corruption"
+        yield corruptions_table(rows, study.headline)
+        yield "## Through the auxiliary norms"
+        yield norms_table(rows, study.headline)
 
 
 def compared(rows: Rows, part: Part) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Study:
-    parts: dict[str, Part]  # by title; the first one is the headline
+    parts: dict[str, Part]  # by title
     test: int  # images that are evaluated clean
     corrupted: int  # the first of them, corrupted
     attacked: int  # the first of these, attacked
@@ -85,8 +85,14 @@ class Study:
     """`--corrupt` of fap-eval."""
 
     @property
-    def headline(self) -> Part:
-        return next(iter(self.parts.values()))
+    def headline(self) -> Part | None:
+        """Of one regime; a study of some parts may lack it."""
+        return self.parts.get("headline")
+
+    @property
+    def methods(self) -> Part | None:
+        """The part of one regime with the most arms."""
+        return self.parts.get("methods", self.headline)
 
     def only(self, titles: Sequence[str]) -> Study:
         """Some of its parts."""
@@ -101,7 +107,7 @@ class Study:
         return replace(self, parts=parts)
 
     def is_strongly_attacked(self, run: Run) -> bool:
-        if not self.strongly_attacked:
+        if not self.strongly_attacked or self.headline is None:
             return False
         return run.seed < STRONGLY_ATTACKED_SEEDS and run in self.headline.round(run.seed)
 

@@ -23,8 +23,9 @@ def words(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
     """Lines of plain text."""
     if OURS in costs:
         yield _cost(costs[OURS])
-    yield from _headline(rows, study.headline)
-    yield from _control(rows, study.headline)
+    if study.headline is not None:
+        yield from _headline(rows, study.headline)
+        yield from _control(rows, study.headline)
     saturation = study.parts.get("saturation")
     if saturation is not None:
         yield from _saturation(rows, saturation)

@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = dict.fromkeys(study.sizes(), files["train"])
     runs = Runs(folder, train, files["test"], a.pipeline, study.workers)
     measure = Measure(runs, study, files["test"], folder / "eval")
-    found_costs = costs(runs, study.headline, folder / "costs.json")
+    assert study.methods is not None
+    found_costs = costs(runs, study.methods, folder / "costs.json")
     rows = conduct(study, runs, measure, a.seconds, known=[])
     print(write(Rows(rows), study, a.out / "study_gpu", found_costs))
     return 0

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from fap.evaluate.attacks import LinfAttack, SignSteps
+from fap.evaluate.attacks import LinfAttack, SignSteps, number
 from fap.evaluate.autoattack import AutoAttack, package
 
 MOST_STEPS = 10_000
@@ -33,7 +33,8 @@ def attacks_of(
         raise ValueError(f"--attack-step {step:g}: must be above 0 and at most {MOST_EPS}")
     if restarts is not None and restarts < 1:
         raise ValueError(f"--restarts {restarts}: must be at least 1")
-    strengths = dict.fromkeys(_grey_levels(text) for text in eps)
+    # One of each, as they are written: 1 and 1.0 are one strength.
+    strengths = {number(value): value for value in map(_grey_levels, eps)}.values()
     return tuple(
         _attack(method, eps_255, step, restarts or 1, seed)
         for method in dict.fromkeys(methods)

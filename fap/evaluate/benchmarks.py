@@ -11,7 +11,7 @@ from fap.evaluate.attacks import LinfAttack
 from fap.evaluate.images import BackEnd, Corruption, Reading, Seen, look_at
 from fap.evaluate.kept import KeptSet
 from fap.evaluate.published import PUBLISHED
-from fap.evaluate.sets import CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet
+from fap.evaluate.sets import CleanSet, ComputedSet, CorruptedStoreSet, EvalSet, StoredSet, whole
 from fap.nets.norm import Bn
 from pipelines import Store
 
@@ -72,7 +72,8 @@ def eval_sets(
             sets += found
             unused += others
     for name, path in wanted.folders.items():
-        sets.append(StoredSet(f"folder/{name}", path, reading))
+        # As --data shows them: the same images have the same number.
+        sets.append(StoredSet(f"folder/{name}", path, reading, view=whole))
     for attack in wanted.attacks:
         if reading.task.n_classes < attack.fewest_classes:
             raise ValueError(

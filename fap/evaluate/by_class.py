@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -68,8 +69,19 @@ def csv_of(rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode(errors="backslashreplace")
 
 
-def hardest(counts: ClassCounts, names: Sequence[str] | None) -> list[tuple[str, str]]:
-    """(title, what): the classes with the least accuracy, and the pairs that are mixed up most."""
+def file_name(name: str, number: int | None) -> str:
+    """NAME, or of one of several checkpoints `NAME_2`, before the suffix."""
+    file = Path(name)
+    return name if number is None else file.with_stem(f"{file.stem}_{number}").name
+
+
+def hardest(
+    counts: ClassCounts, names: Sequence[str] | None, number: int | None = None
+) -> list[tuple[str, str]]:
+    """(title, what): the classes with the least accuracy, and the pairs that are mixed up most.
+
+    `number`: of the checkpoint, among several.
+    """
     shown = [readable(name, LONGEST_NAME) for name in names_of(counts, names)]
     found = []
     worst = _worst(counts)
@@ -79,14 +91,16 @@ def hardest(counts: ClassCounts, names: Sequence[str] | None) -> list[tuple[str,
             f"of {counts.n_images[n]:,}"
             for n in worst
         ]
-        found.append(("worst classes (per_class.csv)", ", ".join(told)))
+        found.append((f"worst classes ({file_name('per_class.csv', number)})", ", ".join(told)))
     pairs = _pairs(counts)
     if pairs:
         told = [
             f"{shown[true]} taken for {shown[guess]} {times:,} of {counts.n_images[true]:,}"
             for true, guess, times in pairs
         ]
-        found.append(("most often mixed up (confusion.csv)", ", ".join(told)))
+        found.append(
+            (f"most often mixed up ({file_name('confusion.csv', number)})", ", ".join(told))
+        )
     return found
 
 

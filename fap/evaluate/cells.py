@@ -8,8 +8,8 @@ from fap.evaluate.compare import Difference, mean_std
 from fap.evaluate.groups import Group, difference
 from fap.evaluate.numbers import Unit
 
+FEWEST_FOR_EFFECT = 3  # seeds: the effect size of two is chance
 LEAST_P = 0.001  # below it no digits are shown
-NOT_KNOWN = "not known"
 
 
 def value_in_words(value: float, unit: Unit) -> str:
@@ -63,7 +63,13 @@ def difference_cell(group: Group, base: Group, row: str) -> str:
 
 
 def cost_ratio(group: Group, base: Group, row: str) -> float | None:
-    """Of the means; None where either is not known, or there was nothing to train."""
+    """Of the means; None where either is not known, or there was nothing to train.
+
+    Seconds of runs beside other neighbours, or on other machines, are never divided.
+    """
+    number = base.number(row)
+    if number is not None and number.unit == "seconds":
+        return None
     ours, theirs = list(group.values(row).values()), list(base.values(row).values())
     if not ours or not theirs or not sum(theirs):
         return None
@@ -72,6 +78,8 @@ def cost_ratio(group: Group, base: Group, row: str) -> float | None:
 
 def interval_in_words(found: Difference) -> str:
     """`+1.20 [+0.31, +2.09]`, or why there is no interval."""
+    if math.isnan(found.mean):
+        return f"undefined ({found.why})"
     text = signed(found.mean)
     if found.low is not None and found.high is not None:
         return f"{text} [{signed(found.low)}, {signed(found.high)}]"
@@ -86,7 +94,7 @@ def signed(value: float) -> str:
 
 
 def _test_in_words(found: Difference) -> str:
-    if found.p is None or found.effect is None:
+    if found.p is None or found.effect is None or found.n < FEWEST_FOR_EFFECT:
         return ""
     p = f"p {found.p:.3f}" if found.p >= LEAST_P else f"p < {LEAST_P}"
     return f"; {found.effect_name} {found.effect:.2f}, {p}"

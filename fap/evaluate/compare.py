@@ -19,6 +19,8 @@ LEVEL = 0.95  # of intervals
 # Of the largest number compared: a spread below it is that of rounding, and tests nothing.
 ROUNDING = 1e-9
 
+UNDEFINED = "a seed's number is undefined"
+
 Better = Literal["more", "less"]
 Verdict = Literal["better", "worse", "undecided"]
 
@@ -68,6 +70,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     gaps = ours - theirs
     n = len(gaps)
     mean = float(gaps.mean())
+    if not math.isfinite(mean):
+        return Difference(mean, n, True, why=UNDEFINED)
     if n < 2:
         return Difference(mean, n, True, why="one seed")
     std = float(gaps.std(ddof=1))
@@ -83,6 +87,8 @@ def unpaired(a: Sequence[float], b: Sequence[float]) -> Difference:
     if not n:
         raise ValueError(f"{len(a)} numbers and {len(b)}: both need at least one")
     mean = float(ours.mean() - theirs.mean())
+    if not math.isfinite(mean):
+        return Difference(mean, n, False, why=UNDEFINED)
     if n < 2:
         return Difference(mean, n, False, why="one seed")
     variances = np.array([ours.var(ddof=1), theirs.var(ddof=1)])

@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean
 
 from fap.evaluate.numbers import Number, Part
-from fap.evaluate.published import SEVERITIES
+from fap.evaluate.published import MADE_HERE, SEVERITIES
 from fap.evaluate.titles import CALIBRATION, CLEAN, METRICS, corrupted, title_of_benchmark
 from fap.evaluate.work import Report
 from fap.tasks.base import CorruptionMean, Result
@@ -17,7 +17,7 @@ from fap.tasks.base import CorruptionMean, Result
 MOST_LISTED = 10  # lines of one sort
 MOST_ABSENT = 3  # corruptions that a note names
 MOST_PARTS = 4  # of a note
-OF_THE_PAPER = ("computed", "imagenet_c")  # benchmarks of which it has numbers
+OF_THE_PAPER = ("computed", MADE_HERE, "imagenet_c")  # benchmarks of which it has numbers
 
 
 def benchmarks_of(report: Report) -> list[Measured]:
@@ -59,6 +59,8 @@ class Measured:
         task = self.report.task
         all_sets = [value for by in self.values.values() for value in by.values()]
         sets = f"all {len(all_sets)} sets ({self.words})"
+        if len(all_sets) == 1:
+            sets = f"1 set ({self.words})"
         mean = fmean(all_sets)
         rows = {f"{task.measure}, {sets}": self._number(100 * mean, headline=True)}
 
@@ -83,7 +85,7 @@ class Measured:
         notes = [
             f"{title} ({self.words}): not computed: {why}" for title, why in self._refused().items()
         ]
-        if self.benchmark == "computed":
+        if self.benchmark in ("computed", MADE_HERE):
             notes += [f"{mean.title}: {mean.note}" for mean in self._means() if mean.note]
         return notes
 
@@ -123,14 +125,14 @@ class Measured:
         return [mean for mean in means if not self.results.keys().isdisjoint(mean.corruptions)]
 
     def _paper(self, mean: CorruptionMean) -> float | None:
-        if self.benchmark not in OF_THE_PAPER:
+        if self.benchmark not in OF_THE_PAPER or self.report.small:
             return None
         return self.report.paper.get(mean.paper)
 
     def _why_not(self, mean: CorruptionMean) -> str:
         """Why a mean must not be computed; empty where it may."""
-        full_size = self.benchmark == "computed" and not self.report.small
-        if mean.only_imagenet_c and self.benchmark != "imagenet_c" and not full_size:
+        of_imagenet_c = self.benchmark in OF_THE_PAPER and not self.report.small
+        if mean.only_imagenet_c and not of_imagenet_c:
             return mean.only_imagenet_c
         why = lacking(self.results, mean.corruptions) or _odd_counts(self.results)
         if not why and mean.of_clean:

@@ -21,6 +21,7 @@ from fap.evaluate.load import Trained
 from fap.evaluate.pictures import file_of, write_pictures
 from fap.evaluate.results import Results, digest
 from fap.evaluate.sets import EvalSet
+from fap.evaluate.titles import CLEAN
 from fap.nets.norm import Bn
 from fap.tasks.base import Evaluator, Result
 from fap.tasks.class_counts import ClassCounter, ClassCounts
@@ -29,7 +30,6 @@ from fap.versions import versions
 from pipelines.progress import progress_of, tracked
 from pipelines.workers import Workers
 
-CLEAN = "clean"  # the key of the set of clean images
 IMAGES_OF_A_SHEET = 4
 
 

@@ -6,7 +6,6 @@ checkpoints and the content of the training images, not by names.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -35,6 +34,7 @@ class Group:
     short: str  # in words: without them where that is enough
     reports: tuple[Report, ...]
     tables: tuple[Table, ...]
+    numbers: tuple[int, ...]  # of the reports, from 1 on, in the order in which they were given
 
     @property
     def seeds(self) -> list[int]:
@@ -66,7 +66,13 @@ def groups_of(reports: Sequence[Report]) -> list[Group]:
     if len(set(shorts)) < len(shorts):
         shorts = names
     return [
-        Group(name, short, tuple(part), tuple(table_of(report) for report in part))
+        Group(
+            name,
+            short,
+            tuple(part),
+            tuple(table_of(report) for report in part),
+            tuple(1 + _place(report, reports) for report in part),
+        )
         for name, short, part in zip(names, shorts, parts, strict=True)
     ]
 
@@ -75,8 +81,10 @@ def single(group: Group, *, tells_bn: bool) -> list[Group]:
     """Each checkpoint of a group as one of its own."""
     heads = [head(report, tells_bn=tells_bn) for report in group.reports]
     return [
-        Group(name, name, (report,), (table,))
-        for name, report, table in zip(heads, group.reports, group.tables, strict=True)
+        Group(name, name, (report,), (table,), (number,))
+        for name, report, table, number in zip(
+            heads, group.reports, group.tables, group.numbers, strict=True
+        )
     ]
 
 
@@ -170,22 +178,29 @@ def rows_of(groups: Iterable[Group]) -> list[str]:
 
 
 def difference(group: Group, base: Group, row: str) -> Difference | None:
-    """`group` minus `base`, in the row's unit; None where either has no number, or no defined one.
+    """`group` minus `base`, in the row's unit; None where either has no number.
 
-    Paired by seed where both have the same seeds. Without scipy there is no interval.
+    Paired over the seeds that both have, if these are several, or all. Without scipy there is no
+    interval.
     """
     ours, theirs = group.values(row), base.values(row)
     if not ours or not theirs:
         return None
-    if not all(math.isfinite(value) for value in (*ours.values(), *theirs.values())):
-        return None
-    is_paired = ours.keys() == theirs.keys()
-    a = list(ours.values())
-    b = [theirs[seed] for seed in ours] if is_paired else list(theirs.values())
+    seeds = [seed for seed in ours if seed in theirs]
+    is_paired = len(seeds) > 1 or ours.keys() == theirs.keys()
+    a, b = list(ours.values()), list(theirs.values())
+    if is_paired:
+        a, b = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
     try:
         return paired(a, b) if is_paired else unpaired(a, b)
     except ImportError as error:
         return untested(a, b, is_paired=is_paired, why=str(error))
+
+
+def paired_seeds(group: Group, base: Group) -> list[int]:
+    """The seeds that pair them; none where they are compared unpaired."""
+    common = [seed for seed in group.seeds if seed in base.seeds]
+    return common if len(common) > 1 or sorted(group.seeds) == sorted(base.seeds) else []
 
 
 def notes_on(groups: Sequence[Group]) -> list[str]:

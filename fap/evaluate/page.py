@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fap.evaluate import by_class
-from fap.evaluate.cells import NOT_KNOWN, cell_of, difference_cell
-from fap.evaluate.groups import Group, head, notes_on, rows_of, single
-from fap.evaluate.titles import CLEAN
+from fap.evaluate.cells import cell_of, difference_cell
+from fap.evaluate.groups import Group, head, notes_on, paired_seeds, rows_of, single
+from fap.evaluate.titles import CLEAN, NOT_KNOWN
 from fap.evaluate.verdict import opening
 from pipelines.files import readable
 
@@ -79,10 +79,10 @@ def _of_differences(groups: Sequence[Group]) -> str:
     if not tested:
         return f"{said} One seed has no interval and decides nothing."
     said += (
-        " In brackets the 95% interval of the t-test, paired where both have the same seeds (d_z:"
+        " In brackets the 95% interval of the t-test, paired over the seeds that both have (d_z:"
         " mean over standard deviation of the pairs' differences)"
     )
-    if any(sorted(group.seeds) != sorted(base.seeds) for group in tested):
+    if not all(paired_seeds(group, base) for group in tested):
         said += ", else Welch's, unpaired (d: Cohen's)"
     return f"{said}. Better or worse is said where it excludes 0."
 
@@ -100,7 +100,7 @@ def _differences(groups: Sequence[Group]) -> list[str]:
 def _pairing(group: Group, base: Group) -> str:
     if min(len(group.seeds), len(base.seeds)) < 2:
         return ""
-    return " (paired)" if sorted(group.seeds) == sorted(base.seeds) else " (unpaired)"
+    return " (paired)" if paired_seeds(group, base) else " (unpaired)"
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:
@@ -110,12 +110,18 @@ def _notes(groups: Sequence[Group]) -> list[str]:
 
 def _classes(groups: Sequence[Group]) -> list[str]:
     """The classes that each group finds hardest, of several seeds the first."""
-    reports = [group.reports[0] for group in groups]
+    tells_bn = len(_bns(groups)) > 1
+    n_checkpoints = sum(len(group.reports) for group in groups)
     lines: list[str] = []
-    for report in reports:
+    for group in groups:
+        report = group.reports[0]
         if report.counts is None:
             continue
-        of_whom = f" of {plain(head(report))}" if len(reports) > 1 else ""
-        found = by_class.hardest(report.counts, report.names)
+        of_whom = ""
+        number = None
+        if n_checkpoints > 1:
+            of_whom = f" of {plain(head(report, tells_bn=tells_bn))}"
+            number = group.numbers[0]
+        found = by_class.hardest(report.counts, report.names, number)
         lines += [f"- {title}{of_whom}: {plain(what)}" for title, what in found]
     return lines

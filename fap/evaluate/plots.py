@@ -318,7 +318,8 @@ def attacks(groups: Sequence[Group]) -> Figure | None:
             if attack is not None and _eps(attack.eps) is not None:
                 keys = methods.setdefault(attack.method, [])
                 keys += [key] if key not in keys else []
-    if not methods:
+    methods = {method: keys for method, keys in methods.items() if len(keys) > 1}
+    if not methods:  # a single strength makes no line
         return None
     figure = _figure(max(5.0, 4.2 * len(methods)), 3.6 + _legend_inches(groups))
     panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
@@ -384,7 +385,8 @@ def confusion(report: Report, counts: ClassCounts) -> Figure:
     """The share of each class that was taken for each other one."""
     assert counts.confusion is not None
     figure = _figure(8, 8)
-    axes = figure.add_subplot(xlabel="taken for", ylabel="class", title=_unmarked(head(report)))
+    title = _unmarked(head(report, tells_bn=report.settings["bn"] == "aux"))
+    axes = figure.add_subplot(xlabel="taken for", ylabel="class", title=title)
     n_images = np.maximum(counts.n_images, 1)[:, None]
     shown = axes.imshow(100 * counts.confusion / n_images, vmin=0, vmax=100, cmap="Blues")
     names = [_unmarked(name) for name in by_class.names_of(counts, report.names)]

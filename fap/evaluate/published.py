@@ -19,10 +19,11 @@ from fap import class_maps
 from fap.evaluate.cue_conflict import CLASS_MAP as CUE_CONFLICT_MAP
 from fap.evaluate.cue_conflict import CueConflictSet
 from fap.evaluate.images import Reading
-from fap.evaluate.sets import ArraySet, EvalSet, StoredSet, whole
+from fap.evaluate.sets import ArraySet, EvalSet, StoredSet, as_its_files_show
 from fap.tasks.labels import ClassMap
 from pipelines import Store
 from pipelines.corrupt import NAMES
+from pipelines.corrupt_folder import RECORD
 from pipelines.files import listed, readable
 from pipelines.pixel_store import PixelStore
 from pipelines.sources import cifar10
@@ -47,6 +48,7 @@ C_BAR = {
     "single_frequency_greyscale": (1.0, 1.5, 2.0, 4.5, 5.0),
     "brownish_noise": (1.0, 2.0, 3.0, 4.0, 5.0),
 }
+MADE_HERE = "fap_corrupt"  # of the keys of what fap-corrupt wrote
 RED_BORDER = 2  # pixels: ObjectNet's README
 
 
@@ -93,7 +95,7 @@ class ClassFolders(Published):
     """Class folders; or what else `--data` takes, with their names as its class names."""
 
     ways: tuple[Way, ...]
-    view: Callable[[Store], Store] = whole
+    view: Callable[[Store], Store] = as_its_files_show
 
     def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
         return [
@@ -159,8 +161,10 @@ class CorruptionFolders(Published):
 
     def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
         folders, unused = self._folders(root)
+        # Copies made here are no published files, though they lie as those do.
+        benchmark = MADE_HERE if (root / RECORD).is_file() else self.key
         return [
-            StoredSet(f"{self.key}/{name}/{severity}", folder, reading.as_stored())
+            StoredSet(f"{benchmark}/{name}/{severity}", folder, reading.as_stored())
             for (name, severity), folder in folders.items()
         ], unused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -71,7 +72,7 @@ def _in_words(benchmark: str, items: Sequence[Item]) -> str:
 def _where(source: Path, benchmark: str) -> str:
     """The folder of a whole benchmark rather than that of its first set."""
     match benchmark:
-        case "imagenet_c" | "imagenet_c_bar":
+        case "imagenet_c" | "imagenet_c_bar" | "fap_corrupt":
             source = source.parent.parent
         case "cifar10_c" | "cifar100_c":
             source = source.parent
@@ -98,6 +99,7 @@ def _range(counts: Sequence[int]) -> str:
 
 # What is written where there is something to write, beside the counts by class.
 GROUPS = "groups.json"
+BY_CLASS = re.compile(r"(per_class|confusion)(_[0-9]+)?\.(csv|png)")
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -131,7 +133,7 @@ def write_report(reports: Sequence[Report], out: Path) -> str:
     for file, report, counts in _files_by_class(reports, "confusion.csv"):
         if counts.confusion is not None:
             files[file] = by_class.confusion_csv(counts.confusion, report.names)
-    for former in {GROUPS, *plots.PLOTS} - files.keys():
+    for former in _former(out) - files.keys():
         (out / former).unlink(missing_ok=True)
     for name, content in files.items():
         write_whole(out / name, [content])
@@ -140,6 +142,12 @@ def write_report(reports: Sequence[Report], out: Path) -> str:
     except ImportError as error:
         return f"no {readable(out / 'report.png')}: {error}"
     return ""
+
+
+def _former(out: Path) -> set[str]:
+    """What an earlier report may have left that this one need not have: plots, counts by class."""
+    by_class_files = {path.name for path in out.iterdir() if BY_CLASS.fullmatch(path.name)}
+    return {GROUPS, *plots.PLOTS, *by_class_files}
 
 
 def _write_plots(groups: Sequence[Group], reports: Sequence[Report], out: Path) -> None:
@@ -172,7 +180,5 @@ def _files_by_class(
     for number, report in enumerate(reports, 1):
         if report.counts is None:
             continue
-        file = Path(name)
-        if len(reports) > 1:
-            file = file.with_stem(f"{file.stem}_{number}")
-        yield file.name, report, report.counts
+        file = by_class.file_name(name, number if len(reports) > 1 else None)
+        yield file, report, report.counts

@@ -100,7 +100,7 @@ def as_its_files_show(store: Store) -> Store:
 
 
 def whole(store: Store) -> Store:
-    """The view of a set that shows its folder as it is."""
+    """The view that shows a folder as training and validation see it, PNGs as JPEGs."""
     return store
 
 
@@ -108,13 +108,13 @@ def whole(store: Store) -> Store:
 class StoredSet(EvalSet):
     """The folder or `.beton` at `source`."""
 
-    view: Callable[[Store], Store] = field(default=whole, kw_only=True)
+    view: Callable[[Store], Store] = field(default=as_its_files_show, kw_only=True)
     """What of the store is shown, and how; it raises ValueError for a wrong folder."""
 
     @contextmanager
     def open(self) -> Iterator[StoredImages]:
         with closing(pipelines.open_store(self.source)) as store:
-            seen = self.view(as_its_files_show(store))
+            seen = self.view(store)
             images = StoredImages(self.reading, look_at(seen))
             images.unused = seen.notes
             yield images

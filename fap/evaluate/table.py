@@ -13,6 +13,7 @@ from fap.evaluate.titles import (
     CLEAN,
     FOLDER,
     METRICS,
+    NOT_KNOWN,
     attacked,
     corrupted,
     title_of_attack,
@@ -22,7 +23,6 @@ from fap.evaluate.titles import (
 from fap.evaluate.work import Report
 from fap.tasks.base import Result, Task
 
-NOT_KNOWN = "not known"
 AUX_NOTE = (
     "aux BN: through the auxiliary norms, which trained on what was attacked; an exported "
     "model has the main ones (docs/glossary.md)"

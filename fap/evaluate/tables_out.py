@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fap.evaluate.by_class import csv_of
-from fap.evaluate.cells import cell_of, cost_ratio, interval_in_words
+from fap.evaluate.cells import cell_of, cost_ratio, interval_in_words, signed
 from fap.evaluate.compare import Difference, mean_std
 from fap.evaluate.groups import Group, difference, rows_of
 from fap.evaluate.titles import attacked, corrupted
@@ -113,7 +113,7 @@ def _tex_difference(group: Group, base: Group, row: str) -> str:
     found = difference(group, base, row)
     if found is None:
         return ""
-    return interval_in_words(found) if found.low is not None else f"{found.mean:+.2f}"
+    return interval_in_words(found) if found.low is not None else signed(found.mean)
 
 
 def tex(text: str) -> str:
@@ -140,8 +140,8 @@ def reports_json(groups: Sequence[Group], reports: Sequence[Report]) -> bytes:
         table = groups[number].tables[place]
         summary = {row: found.ours for row, found in table.rows.items()}
         own = {"group": number + 1, "summary": summary, "notes": table.notes}
-        trees.append({**report.tree(), **own})
-    return json.dumps(trees, indent=1).encode()
+        trees.append(_without_nan({**report.tree(), **own}))
+    return json.dumps(trees, indent=1, allow_nan=False).encode()
 
 
 def groups_json(groups: Sequence[Group]) -> bytes:
@@ -183,6 +183,15 @@ def _difference_tree(found: Difference) -> dict[str, Any]:
     effect = {found.effect_name: found.effect}
     tree = {"mean": found.mean, "low": found.low, "high": found.high, "p": found.p, **effect}
     return {**tree, "n": found.n, "paired": found.paired, "why_no_interval": found.why}
+
+
+def _without_nan(tree: Any) -> Any:
+    """None in place of what is no number."""
+    if isinstance(tree, dict):
+        return {name: _without_nan(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_nan(value) for value in tree]
+    return _finite(tree) if isinstance(tree, float) else tree
 
 
 def _finite(value: float) -> float | None:

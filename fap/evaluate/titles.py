@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from fap.evaluate.published import CORRUPTION_TITLES, SEVERITIES, SINGLE_TITLES
+from fap.evaluate.published import CORRUPTION_TITLES, MADE_HERE, SEVERITIES, SINGLE_TITLES
 from pipelines.files import readable
 
+NOT_KNOWN = "not known"
 CLEAN = "clean"
 ATTACK = "attack"
 FOLDER = "folder"
@@ -18,7 +19,11 @@ FOLDER = "folder"
 # Benchmarks of one set.
 SINGLE = {CLEAN: "clean", "cue_conflict": "cue conflict", **SINGLE_TITLES}
 # Benchmarks of corruptions at five severities.
-CORRUPTIONS = {"computed": "computed here, not the published files", **CORRUPTION_TITLES}
+CORRUPTIONS = {
+    "computed": "computed here, not the published files",
+    MADE_HERE: "made by fap-corrupt, not the published files",
+    **CORRUPTION_TITLES,
+}
 # Metrics beside a task's own, of any set; all are fractions.
 CALIBRATION = "ece"
 METRICS = {
@@ -70,10 +75,12 @@ def attacked(key: str) -> Attacked | None:
 
 
 def title_of_single(key: str) -> str:
-    """`ImageNet-R`; a user's own folder by its name, an unknown key as it is."""
+    """`ImageNet-R`; `folder NAME` of a user's own, an unknown key as it is."""
     if key in SINGLE:
         return SINGLE[key]
-    return readable(key.removeprefix(f"{FOLDER}/"), 60)
+    if key.startswith(f"{FOLDER}/"):
+        return f"folder {readable(key.removeprefix(f'{FOLDER}/'), 60)}"
+    return readable(key, 60)
 
 
 def title_of_benchmark(benchmark: str) -> str:

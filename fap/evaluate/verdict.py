@@ -7,11 +7,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fap.evaluate.cells import NOT_KNOWN, cell_of, cost_ratio
-from fap.evaluate.compare import Verdict
-from fap.evaluate.groups import Group, difference, rows_of
+from fap.evaluate.cells import cell_of, cost_ratio, interval_in_words
+from fap.evaluate.compare import Difference, Verdict
+from fap.evaluate.groups import Group, difference, paired_seeds, rows_of
 from fap.evaluate.numbers import Number
-from fap.evaluate.titles import ATTACK, CLEAN, corrupted, title_of_benchmark, title_of_single
+from fap.evaluate.titles import (
+    ATTACK,
+    CLEAN,
+    NOT_KNOWN,
+    corrupted,
+    title_of_benchmark,
+    title_of_single,
+)
 from fap.evaluate.work import Report
 
 PASSES = "image passes"  # the row of the table that cost is compared by
@@ -101,19 +108,25 @@ def _against(group: Group, base: Group) -> str:
     """`B, against the baseline (...): better on ImageNet-R top-1. Undecided on ...`."""
     lead = f"{group.short}, against the baseline ({_how(group, base)}):"
     found: dict[Verdict, list[str]] = {verdict: [] for verdict in VERDICTS}
-    differences = []
+    differences: dict[str, Difference] = {}
     for row, number in _headlines(group, base).items():
         gap = difference(group, base, row)
         if gap is None or number.better is None:
             continue
-        differences.append(gap)
+        differences[row] = gap
         found[gap.verdict(number.better)].append(row)
     if not differences:
         return f"{lead} no number in common."
     if _n_intervals(group, base) == 0:
-        why = differences[0].why
+        why = next(iter(differences.values())).why
         return f"{group.short}, against the baseline: undecided, there is no interval ({why})."
-    parts = [f"{verdict} on {_named(rows)}" for verdict, rows in found.items() if rows]
+    parts = []
+    for verdict, rows in found.items():
+        if rows and verdict == "undecided":
+            parts.append(f"undecided on {_named(rows)}")
+        elif rows:
+            gaps = [f"{row} {interval_in_words(differences[row])}" for row in rows]
+            parts.append(f"{verdict} on {_listed(gaps)}")
     told = ". ".join([parts[0], *(part[0].upper() + part[1:] for part in parts[1:])])
     return f"{lead} {told}."
 
@@ -134,7 +147,10 @@ def _n_intervals(group: Group, base: Group) -> int:
 
 
 def _named(rows: Sequence[str]) -> str:
-    rows = _merged(rows)
+    return _listed(_merged(rows))
+
+
+def _listed(rows: Sequence[str]) -> str:
     separator = "; " if any("," in row for row in rows) else ", "
     named = separator.join(rows[:MOST_NAMED])
     return named if len(rows) <= MOST_NAMED else f"{named} and {len(rows) - MOST_NAMED} more"
@@ -153,7 +169,9 @@ def _merged(rows: Sequence[str]) -> list[str]:
 
 
 def _how(group: Group, base: Group) -> str:
-    if sorted(group.seeds) == sorted(base.seeds):
-        return f"{_plural(len(group.seeds), 'seed')}, paired, 95% intervals"
-    counts = f"{len(group.seeds)} and {len(base.seeds)} other seeds"
+    paired = paired_seeds(group, base)
+    if paired:
+        word = "seed" if len(paired) == len(group.seeds) == len(base.seeds) else "common seed"
+        return f"{_plural(len(paired), word)}, paired, 95% intervals"
+    counts = f"{len(group.seeds)} and {_plural(len(base.seeds), 'seed')}"
     return f"{counts}, unpaired, 95% intervals of Welch's test"

@@ -8,11 +8,12 @@ from typing import Any
 
 from fap.config import Config
 from fap.evaluate.benchmarks import Wanted, eval_sets
-from fap.evaluate.evaluation import CLEAN, Evaluation, Item, Outcome, one_bn
+from fap.evaluate.evaluation import Evaluation, Item, Outcome, one_bn
 from fap.evaluate.images import Reading
 from fap.evaluate.load import Trained, WhichWeights
 from fap.evaluate.models import Model
 from fap.evaluate.results import Results
+from fap.evaluate.titles import CLEAN
 from fap.evaluate.training import Training, training_of
 from fap.nets.dual import has_aux
 from fap.nets.norm import Bn

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bench.evidence.__main__ as command
+from bench.evidence import cost
 from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
 from bench.evidence.conduct import Clock, known_rows
 from bench.evidence.measure import Row, percentages
@@ -28,7 +29,7 @@ STUDIES = {"small": SMALL, "full": FULL}
 
 
 def runs_in(folder: Path, study: Study) -> Runs:
-    train = {count: folder / f"{count}.beton" for count in study.sizes()}
+    train = {count: folder / f"{count}.beton" for count in (80, *study.sizes())}
     return Runs(folder, train, folder / "test.beton", "reference", workers=2)
 
 
@@ -71,6 +72,7 @@ def test_of_the_first_seed_everything_comes_before_the_next() -> None:
 def test_autoattack_is_for_the_first_seeds_of_the_headline() -> None:
     strongly = [run for run in SMALL.runs() if SMALL.is_strongly_attacked(run)]
     assert {run.seed for run in strongly} == {0}
+    assert SMALL.headline is not None
     assert {run.arm for run in strongly} == set(SMALL.headline.arms)
     assert not any(MINIATURE.is_strongly_attacked(run) for run in MINIATURE.runs())
 
@@ -180,12 +182,32 @@ def test_a_report_shows_what_there_is_of_a_study(tmp_path: Path) -> None:
     assert "AugMix" not in text  # nothing is known of it
 
 
+@pytest.mark.parametrize("title", SMALL.parts)
+def test_any_part_alone_has_a_report(title: str, tmp_path: Path) -> None:
+    part = SMALL.parts[title]
+    rows = [made_up(*run) for seed in range(2) for run in part.round(seed)]
+    text = write(Rows(rows), SMALL.only([title]), tmp_path / "evidence", {})
+    assert part.question in text
+
+
+def test_costs_are_measured_again_for_other_arms(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cost, "ROUNDS", 1)
+    runs = replace(runs_in(tmp_path, SMALL), folder=tmp_path)
+    part = Part("?", (Regime(images=80, epochs=3),), (BASE, OURS), seeds=1)
+    file = tmp_path / "costs.json"
+    assert cost.costs(runs, part, file).keys() == {BASE, OURS}
+    kept = file.read_text()
+    cost.costs(runs, part, file)
+    assert file.read_text() == kept
+    assert cost.costs(runs, replace(part, arms=(BASE, "noise")), file).keys() == {BASE, "noise"}
+
+
 def test_rows_of_another_machine_are_added_where_they_are_the_same_runs(tmp_path: Path) -> None:
     rows = study_of_gains(3.0, 2)
     write(rows, SMALL, tmp_path / "evidence", COSTS)
     file = tmp_path / "evidence.json"
     assert known_rows(file, SMALL) == list(rows.rows)
-    part = SMALL.headline
+    part = SMALL.parts["headline"]
     fewer = replace(SMALL, parts={"headline": replace(part, arms=(BASE, OURS))})
     assert {row["arm"] for row in known_rows(file, fewer)} == {BASE, OURS}
     assert known_rows(file, SMALL.only(["headline"])) == list(rows.rows)

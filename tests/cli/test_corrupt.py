@@ -107,7 +107,7 @@ def test_fap_eval_reads_the_number_that_it_computes(world: Path, tmp_path: Path,
     results = found["results"]
     assert found["unused"] == []
     for key in KEYS:
-        assert results[f"imagenet_c/{key}"] == results[f"computed/{key}"]
+        assert results[f"fap_corrupt/{key}"] == results[f"computed/{key}"]
     assert len({results[f"computed/{key}"]["loss"] for key in KEYS}) == 4
 
 

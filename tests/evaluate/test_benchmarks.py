@@ -143,7 +143,8 @@ def test_incomplete_trees_are_named_where_they_count(world: Path, tmp_path: Path
     assert "| error, fog (ImageNet-C) |" in text
     assert "| error, all 9 sets (ImageNet-C) |" in text
     lack = "no gaussian_noise, shot_noise, impulse_noise and 9 more"
-    assert f"mCE, AlexNet = 100 (ImageNet-C): not computed: {lack}" in text
+    assert f"15 corruptions (ImageNet-C): not computed: {lack}" in text
+    assert "mCE, AlexNet = 100 (ImageNet-C): not computed: AlexNet's errors" in text  # 32 px
     assert "snow lacks severities 2, 4; frost lacks severities 1, 3, 4, 5" in text
     assert found["unused"] == [
         f"{at}/c/README.txt",

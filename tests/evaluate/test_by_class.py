@@ -189,3 +189,14 @@ def damaged(how: str, counts: str) -> Any:
         case _:
             return counts
     return _packed(ClassCounts(table.sum(1), table.diagonal(), table))
+
+
+def test_a_report_leaves_no_file_of_a_former_one(tmp_path: Path) -> None:
+    """Three checkpoints, then one, in one folder."""
+    one = replace(report_of({"clean": result()}), counts=COUNTS, names=NAMES)
+    others = [replace(one, seed=seed, content=str(seed)) for seed in (1, 2)]
+    report.write_report([one, *others], tmp_path)
+    assert (tmp_path / "per_class_3.csv").exists()
+    report.write_report([one], tmp_path)
+    assert {path.name for path in tmp_path.glob("*class*.csv")} == {"per_class.csv"}
+    assert {path.name for path in tmp_path.glob("confusion*.csv")} == {"confusion.csv"}

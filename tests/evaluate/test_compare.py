@@ -102,3 +102,11 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert untested([1, 3], [0, 1], is_paired=True, why="no scipy") == Difference(
         1.5, 2, True, why="no scipy"
     )
+
+
+@pytest.mark.parametrize("test", [paired, unpaired])
+def test_an_undefined_number_decides_nothing(test: Any) -> None:
+    """A seed that diverged has no calibration error."""
+    found = test([1.0, float("nan")], [2.0, 3.0])
+    assert (found.low, found.p, found.why) == (None, None, "a seed's number is undefined")
+    assert found.verdict("more") == found.verdict("less") == "undecided"

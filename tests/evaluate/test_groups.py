@@ -105,7 +105,8 @@ def test_the_page_of_several_seeds() -> None:
         "- Cost of training: base: 1,280 image passes in 5 steps; "
         "ours: 1,920 image passes in 5 steps (1.50 times the baseline's).\n"
         "- ours, against the baseline (3 seeds, paired, 95% intervals): better on "
-        "top-1 accuracy; error, all 1 sets (computed here, not the published files).\n"
+        "top-1 accuracy +10.00 [+7.52, +12.48]; "
+        "error, 1 set (computed here, not the published files) -5.00 [-6.24, -3.76].\n"
         "- Each of these 2 intervals stands alone: where nothing differs, one in twenty excludes 0 "
         "by chance.\n"
     )
@@ -126,9 +127,9 @@ def test_the_page_of_several_seeds() -> None:
 def test_worse_and_undecided_are_said() -> None:
     base = seeds("base", BASE, method="vanilla")
     worse = seeds("ours", {0: 0.40, 1: 0.415, 2: 0.43})
-    assert "): worse on top-1 accuracy; error, all 1 sets" in report.markdown([*base, *worse])
+    assert "): worse on top-1 accuracy -10.50 [" in report.markdown([*base, *worse])
     open_ = seeds("ours", {0: 0.40, 1: 0.6, 2: 0.5})
-    assert "): undecided on top-1 accuracy; error, all 1 sets" in report.markdown([*base, *open_])
+    assert "): undecided on top-1 accuracy; error, 1 set" in report.markdown([*base, *open_])
     (one,) = seeds("ours", {0: 0.9})
     text = report.markdown([base[0], one])
     assert "- ours, against the baseline: undecided, there is no interval (one seed).\n" in text
@@ -142,9 +143,14 @@ def test_other_seeds_are_compared_unpaired_and_named_so() -> None:
     base = seeds("base", BASE, method="vanilla")
     other = seeds("ours", {5: 0.61, 6: 0.63})
     text = report.markdown([*base, *other])
-    assert "ours, against the baseline (2 and 3 other seeds, unpaired, 95% intervals" in text
+    assert "ours, against the baseline (2 and 3 seeds, unpaired, 95% intervals" in text
     assert "| | ours (unpaired) |" in text
     assert "else Welch's, unpaired (d: Cohen's)" in text
+    # Of seeds that both have only these are compared, as pairs.
+    some = seeds("ours", {2: 0.63, 7: 0.9, 0: 0.61})
+    text = report.markdown([*base, *some])
+    assert "ours, against the baseline (2 common seeds, paired, 95% intervals" in text
+    assert "| top-1 accuracy | +10.00 [" in text
     # In another order the same seeds are pairs.
     turned = seeds("ours", {2: 0.63, 0: 0.61, 1: 0.62})
     assert "[+7.52, +12.48] better; d_z 10.00" in report.markdown([*base, *turned])

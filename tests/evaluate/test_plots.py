@@ -121,17 +121,20 @@ def test_attacks_are_lines_over_eps(reports: list[Report]) -> None:
 
 
 def test_clean_images_begin_the_line_where_all_are_attacked() -> None:
-    results = {"clean": result(0.75), "attack/fgsm/1": result(0.5), "attack/fgsm/x": result(0.1)}
+    results = {"clean": result(0.75), "attack/fgsm/x": result(0.1)}
+    results |= {"attack/fgsm/1": result(0.5), "attack/fgsm/2": result(0.25)}
     (axes,) = drawn("attacks.png", [report_of(results)]).axes
     (line,) = [one for one in axes.get_lines() if len(one.get_xdata()) > 0][:1]
-    assert [*line.get_xdata()] == [0, 1]
-    assert [*line.get_ydata()] == pytest.approx([75, 50])
+    assert [*line.get_xdata()] == [0, 1, 2]
+    assert [*line.get_ydata()] == pytest.approx([75, 50, 25])
 
 
 def test_nothing_is_drawn_of_nothing() -> None:
     groups = groups_of([report_of({"clean": result(), "computed/fog/3": result()})])
     assert plots.severities(groups) is None  # one severity makes no line
     assert plots.attacks(groups) is None
+    one_strength = groups_of([report_of({"clean": result(), "attack/fgsm/1": result()})])
+    assert plots.attacks(one_strength) is None
     assert plots.corruptions(groups) is not None
     assert plots.corruptions(groups_of([report_of({"clean": result()})])) is None
 

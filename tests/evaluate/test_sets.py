@@ -284,7 +284,7 @@ def test_titles_in_the_report(world: World) -> None:
         ("ImageNet-V2 top-1", "imagenet_v2"),
         ("ObjectNet, 1000-way, top-1", "objectnet"),
         ("ObjectNet, 113-way, top-1", "objectnet_113way"),
-        ("mine top-1", "folder/mine"),
+        ("folder mine top-1", "folder/mine"),
     ):
         assert f"| {title} | {100 * world.expected[key]['top1']:.2f} |" in world.text
     assert "| cue conflict: shape bias | 50.00 |" in world.text
@@ -414,7 +414,7 @@ def test_a_folder_of_ones_own(world: World, tmp_path: Path, capsys: Capture) -> 
     found, text = run(world.at, *words, model=MODEL, out="folders")
     assert [*found["results"]] == ["clean", "folder/a", "folder/b.2"]
     assert found["results"]["folder/a"] == world.found["results"]["folder/mine"]
-    assert "| b.2 top-1 |" in text
+    assert "| folder b.2 top-1 |" in text
     for word, says in (
         ("mine", "write NAME=DIR"),
         ("=x", "write NAME=DIR"),

@@ -105,3 +105,13 @@ def test_json_has_no_nan_and_the_order_of_the_checkpoints() -> None:
     mixed = [a[0], *b, a[1]]
     trees = json.loads(reports_json(groups_of(mixed), mixed))
     assert [(tree["name"], tree["group"]) for tree in trees] == [("a", 1), ("b", 2), ("a", 1)]
+
+
+def test_json_has_no_nan() -> None:
+    reports = [report_of({"clean": {**result(), "loss": float("nan")}})]
+    (tree,) = json.loads(reports_json(groups_of(reports), reports), parse_constant=refuse)
+    assert tree["results"]["clean"]["loss"] is tree["summary"]["loss"] is None
+
+
+def refuse(word: str) -> None:
+    raise ValueError(word)

@@ -46,7 +46,7 @@ def test_boxes_of_ones_own(fresh: Path) -> None:
     """The same images once more, under a name."""
     found, text = run(fresh, "--folder", f"mine={fresh / DATA}", **WHERE)
     assert found["results"]["folder/mine"] == found["results"]["clean"]
-    assert "| mine AP |" in text
+    assert "| folder mine AP |" in text
 
 
 def test_keep_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
