@@ -435,7 +435,14 @@ def test_a_folder_of_ones_own(world: World, tmp_path: Path, capsys: Capture) -> 
 @pytest.mark.parametrize("form", [".beton", ".tar"])
 def test_sets_in_one_file(world: World, tmp_path: Path, form: str) -> None:
     """Folders are not the only form: the same numbers, where the names of the files are kept."""
-    words = []
+    objects = tmp_path / f"objectnet{form}"
+    words = ["--objectnet", str(objects)]
+    shutil.copytree(world.at / "objectnet" / "mappings", tmp_path / "mappings")
+    if form == ".tar":
+        with tarfile.open(objects, "w") as archive:
+            archive.add(world.at / "objectnet" / "images", "images")
+    else:
+        assert convert([str(world.at / "objectnet" / "images"), str(objects), "--raw"]) == 0
     keys = ["imagenet_v2"]
     if form == ".tar":
         keys.append("cue_conflict")  # whose cues are the files' names
@@ -448,7 +455,7 @@ def test_sets_in_one_file(world: World, tmp_path: Path, form: str) -> None:
             assert convert([str(world.at / key), str(file)]) == 0
         words += [f"--{key.replace('_', '-')}", str(file)]
     found, _ = run(world.at, *words, model=MODEL, out=f"form{form}")
-    for key in keys:
+    for key in (*keys, "objectnet", "objectnet_113way"):
         assert found["results"][key] == pytest.approx(world.found["results"][key], rel=1e-5)
 
 
