@@ -56,21 +56,6 @@ def test_200_of_them(name: str) -> None:
     assert set(wnids) < set(imagenet())
 
 
-def test_objectnet() -> None:
-    """313 folders; 113 are in ImageNet, as 125 classes, none of them twice."""
-    known = class_maps.objectnet()
-    meant = [wnid for means in known.values() for wnid in means]
-    assert len(known) == 313
-    assert sum(bool(means) for means in known.values()) == 113
-    assert len(meant) == len(set(meant)) == 125
-    assert set(meant) < set(imagenet())
-    # Numbers of the authors' imagenet_pytorch_id_to_objectnet_id.json.
-    assert [imagenet().index(wnid) for wnid in known["alarm_clock"]] == [409, 530]
-    assert sorted(imagenet().index(wnid) for wnid in known["chair"]) == [423, 559, 765]
-    assert [imagenet().index(wnid) for wnid in known["banana"]] == [954]
-    assert known["air_freshener"] == ()
-
-
 def test_sixteen_categories() -> None:
     categories = class_maps.sixteen_categories()
     assert list(categories) == sorted(categories)

@@ -36,23 +36,12 @@ def cifar100() -> tuple[str, ...]:
 
 
 @cache
-def objectnet() -> Mapping[str, tuple[str, ...]]:
-    """The WNIDs of each of ObjectNet's 313 folders; none for the 200 that are not in ImageNet."""
-    return _map("objectnet")
-
-
-@cache
 def sixteen_categories() -> Mapping[str, tuple[str, ...]]:
     """The WNIDs that each of the 16 categories of cue conflict images covers, sorted by name."""
-    return _map("sixteen")
-
-
-def _map(name: str) -> dict[str, tuple[str, ...]]:
-    """Lines such as `alarm_clock n02708093 n03196217`."""
     found = {}
-    for line in _lines(name):
-        first, *wnids = line.split()
-        found[first] = tuple(wnids)
+    for line in _lines("sixteen"):
+        category, *wnids = line.split()
+        found[category] = tuple(wnids)
     return found
 
 

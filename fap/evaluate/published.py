@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from fap import class_maps
 from fap.evaluate.cue_conflict import CLASS_MAP as CUE_CONFLICT_MAP
 from fap.evaluate.cue_conflict import CueConflictSet
 from fap.evaluate.images import Reading
-from fap.evaluate.sets import ArraySet, EvalSet, StoredSet, as_its_files_show
+from fap.evaluate.objectnet import meanings_in, objects_of_imagenet, parts_of
+from fap.evaluate.sets import ArraySet, EvalSet, StoredSet
 from fap.tasks.labels import ClassMap
-from pipelines import Store
 from pipelines.corrupt import NAMES
 from pipelines.corrupt_folder import RECORD
-from pipelines.files import listed, readable
-from pipelines.pixel_store import PixelStore
+from pipelines.files import readable
 from pipelines.sources import cifar10
-from pipelines.subset import RelabelledStore
 
 SEVERITIES = range(1, 6)
 BETON = ".beton"
@@ -49,7 +46,6 @@ C_BAR = {
     "brownish_noise": (1.0, 2.0, 3.0, 4.0, 5.0),
 }
 MADE_HERE = "fap_corrupt"  # of the keys of what fap-corrupt wrote
-RED_BORDER = 2  # pixels: ObjectNet's README
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,9 @@ class ClassFolders(Published):
     """Class folders; or what else `--data` takes, with their names as its class names."""
 
     ways: tuple[Way, ...]
-    view: Callable[[Store], Store] = as_its_files_show
 
     def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
-        return [
-            StoredSet(way.key, root, reading, class_map=way.class_map, view=self.view)
-            for way in self.ways
-        ], []
+        return [StoredSet(way.key, root, reading, class_map=way.class_map) for way in self.ways], []
 
 
 @dataclass(frozen=True)
@@ -114,35 +106,30 @@ class CueConflict(Published):
         return [one], []
 
 
-def objects_of_imagenet(store: Store) -> Store:
-    """ObjectNet's images of classes that ImageNet has, without their red border.
+class Counted(NamedTuple):
+    """One number of ObjectNet."""
 
-    Raises ValueError for folders that are none of ObjectNet's.
-    """
-    if store.classes is None:  # whoever matches the labels says so
-        return PixelStore(store, RED_BORDER)
-    known = class_maps.objectnet()
-    foreign = [name for name in store.classes if name not in known]
-    if foreign:
-        raise ValueError(
-            f"{readable(store.path)}: {listed(foreign)}: none of ObjectNet's 313 folders; "
-            "give objectnet-1.0/images, which holds air_freshener, alarm_clock ..."
-        )
-    kept = [name for name in store.classes if known[name]]
-    left_out = [name for name in store.classes if not known[name]]
-    if not kept:
-        raise ValueError(f"{readable(store.path)}: none of its classes is in ImageNet")
-    place = np.full(len(store.classes), -1)
-    place[[store.classes.index(name) for name in kept]] = np.arange(len(kept))
-    labels = place[store.labels]
-    (numbers,) = np.nonzero(labels >= 0)
-    notes = list(store.notes)
-    if left_out:
-        notes.append(
-            f"{len(labels) - len(numbers):,} images of {len(left_out)} classes of "
-            f"{readable(store.path)} that are not in ImageNet: {listed(left_out)}"
-        )
-    return PixelStore(RelabelledStore(store, numbers, labels[numbers], kept, notes), RED_BORDER)
+    key: str
+    title: str
+    restrict: bool
+    """Only the logits of the classes that it shares with ImageNet count."""
+
+
+@dataclass(frozen=True)
+class ObjectNet(Published):
+    """A folder for each object, and the files that say what of ImageNet it is."""
+
+    ways: tuple[Counted, ...]
+
+    def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
+        images, mappings = parts_of(root)
+        meanings = meanings_in(mappings)
+        view = partial(objects_of_imagenet, meanings=meanings)
+        found: list[EvalSet] = []
+        for way in self.ways:
+            class_map = ClassMap(self.title, "by the published map", meanings, way.restrict)
+            found.append(StoredSet(way.key, images, reading, class_map=class_map, view=view))
+        return found, []
 
 
 # ---------------------------------------------------------------------- corruptions
@@ -261,10 +248,6 @@ def _same_names(title: str, names: tuple[str, ...], *, restrict: bool) -> ClassM
     return ClassMap(title, "by name", {name: (name,) for name in names}, restrict)
 
 
-def _objectnet(*, restrict: bool) -> ClassMap:
-    return ClassMap("ObjectNet", "by the published map", class_maps.objectnet(), restrict)
-
-
 def _by_number() -> ClassMap:
     """ImageNet-V2: folder k is the k-th of ImageNet's sorted WNIDs, counted from 0."""
     numbers = {str(number): (wnid,) for number, wnid in enumerate(class_maps.imagenet())}
@@ -372,21 +355,21 @@ PUBLISHED: tuple[Published, ...] = (
         paper="Recht et al., ICML 2019",
         ways=(Way("imagenet_v2", "ImageNet-V2", _by_number()),),
     ),
-    ClassFolders(
+    ObjectNet(
         key="objectnet",
         title="ObjectNet",
-        layout="`OBJECT/*.png`, 313 folders; the 113 that are in ImageNet are used, without the red"
-        " border of 2 px",
+        layout="`objectnet-1.0/`, which holds `images/OBJECT/*.png` and `mappings/`; or its images,"
+        " with `mappings/` beside them. 113 of its 313 folders are in ImageNet and used, without"
+        " the red border of 2 px",
         logits="two numbers: all 1,000, as in its authors' code, and those of its 113 classes, the"
         " greatest of each, as in WiSE-FT",
         images="18,574 of 50,273",
         measures="objects in odd places, turned, from odd viewpoints",
         paper="Barbu et al., NeurIPS 2019",
         ways=(
-            Way("objectnet", "ObjectNet, 1000-way,", _objectnet(restrict=False)),
-            Way("objectnet_113way", "ObjectNet, 113-way,", _objectnet(restrict=True)),
+            Counted("objectnet", "ObjectNet, 1000-way,", restrict=False),
+            Counted("objectnet_113way", "ObjectNet, 113-way,", restrict=True),
         ),
-        view=objects_of_imagenet,
     ),
     ClassFolders(
         key="stylized",
@@ -411,7 +394,10 @@ PUBLISHED: tuple[Published, ...] = (
 
 # For the report: titles of benchmarks of one set, by key, and of benchmarks of corruptions.
 SINGLE_TITLES = {
-    way.key: way.title for one in PUBLISHED if isinstance(one, ClassFolders) for way in one.ways
+    way.key: way.title
+    for one in PUBLISHED
+    if isinstance(one, ClassFolders | ObjectNet)
+    for way in one.ways
 }
 CORRUPTION_TITLES = {
     one.key: one.title for one in PUBLISHED if isinstance(one, CorruptionFolders | CorruptionArrays)

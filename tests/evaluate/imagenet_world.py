@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fap import checkpoint
-from fap.class_maps import imagenet, imagenet_a, objectnet, sixteen_categories
+from fap.class_maps import imagenet, imagenet_a, sixteen_categories
 from fap.evaluate.load import Trained, load_model
 from fap.nets.build import build
+from tests.evaluate.objectnet_files import MEANT
 from tests.evaluate.world import tiny_config
 from tests.hostile_meta import valid_meta
 
@@ -52,9 +53,10 @@ def write_model(path: Path, classes: Sequence[str] = CLASSES) -> None:
         spread = features[0].std(0).clamp(min=1e-3)
         last.weight.copy_(torch.randn_like(last.weight) / spread)
         last.bias.copy_(-last.weight @ features[0].mean(0))
-        small = {*imagenet_a(), *(wnid for wnids in objectnet().values() for wnid in wnids)}
-        small |= {wnid for wnids in sixteen_categories().values() for wnid in wnids}
-        last.bias += torch.tensor([3.0 if name in small else 0.0 for name in classes])
+        more = dict.fromkeys(imagenet_a(), 3.0)
+        more |= {wnid: 3.0 for wnids in sixteen_categories().values() for wnid in wnids}
+        more |= {wnid: 11.0 for wnids in MEANT.values() for wnid in wnids}  # few of 1,000
+        last.bias += torch.tensor([more.get(name, 0.0) for name in classes])
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.save(path, state, valid_meta(tiny_config(len(classes)), classes))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fap.class_maps import cifar100, imagenet, imagenet_a, imagenet_r, objectnet, sixteen_categories
+from fap.class_maps import cifar100, imagenet, imagenet_a, imagenet_r, sixteen_categories
 from fap.cli.convert import main as convert
 from fap.cli.export import main as export
-from fap.evaluate import benchmarks
 from fap.evaluate.load import Trained, load_model
-from fap.evaluate.published import PUBLISHED, ClassFolders
+from fap.evaluate.published import PUBLISHED, ClassFolders, ObjectNet
 from tests.evaluate.imagenet_world import (
     MODEL,
     best,
@@ -33,6 +33,7 @@ from tests.evaluate.imagenet_world import (
     saved,
     write_model,
 )
+from tests.evaluate.objectnet_files import MEANT, write_mappings
 from tests.evaluate.world import counted, refused, run, write_checkpoint, write_folder
 
 Capture = pytest.CaptureFixture[str]
@@ -122,23 +123,23 @@ def write_sets(at: Path, trained: Trained) -> dict[str, dict[str, float]]:
     rows = place(at / "imagenet_v2", trained, ".jpeg", by_number, seed=20)
     expected["imagenet_v2"] = accuracies([({WNID_OF_NUMBER[k]}, by) for k, by in rows])
 
-    known = {name: wnids for name, wnids in objectnet().items() if wnids}
-
     def object_of(number: int, by_name: dict[str, float]) -> str:
         if number % 3 == 0:
-            return max(known, key=lambda name: max(by_name[wnid] for wnid in known[name]))
+            return max(MEANT, key=lambda name: max(by_name[wnid] for wnid in MEANT[name]))
         return ["alarm_clock", "chair"][number % 2]  # of several classes each
 
-    rows = place(at / "objectnet", trained, ".png", object_of, seed=30, change=framed)
-    expected["objectnet"] = accuracies([(set(known[name]), by_name) for name, by_name in rows])
+    write_mappings(at / "objectnet" / "mappings")
+    objects = at / "objectnet" / "images"
+    rows = place(objects, trained, ".png", object_of, seed=30, change=framed)
+    expected["objectnet"] = accuracies([(set(MEANT[name]), by_name) for name, by_name in rows])
     expected["objectnet_113way"] = accuracies(
         [
-            ({name}, {n: max(by_name[wnid] for wnid in wnids) for n, wnids in known.items()})
+            ({name}, {n: max(by_name[wnid] for wnid in wnids) for n, wnids in MEANT.items()})
             for name, by_name in rows
         ]
     )
     for name in ("air_freshener", "wrench", "wrench"):
-        saved(framed(pictures(1, SIDES, 3)[0]), at / "objectnet" / name / "1.png")
+        saved(framed(pictures(1, SIDES, 3)[0]), objects / name / "1.png")
 
     expected["cue_conflict"] = write_cue_conflict(at / "cue_conflict", trained)
     for name, severity in (("sparkles", "1"), ("inverse_sparkles", "9.00"), ("sparkles", "5.00")):
@@ -256,9 +257,9 @@ def test_how_labels_were_matched_is_told(world: World) -> None:
     assert labels["imagenet_a_1000way"] == f"{names}; all 1000 logits count)"
     assert labels["imagenet_v2"].startswith("by number (")
     assert labels["imagenet_v2"].endswith("ImageNet-V2's 1000 classes; all 1000 logits count)")
-    which = "113 classes, which are 125 of the model's"
+    which = "8 classes, which are 11 of the model's"
     assert f"{which}; all 1000 logits count)" in labels["objectnet"]
-    assert f"{which}; only the logits of these 125 count)" in labels["objectnet_113way"]
+    assert f"{which}; only the logits of these 11 count)" in labels["objectnet_113way"]
     assert "of cue conflict's 16 classes" in labels["cue_conflict"]
     assert labels["folder/mine"].endswith("of 1000 classes)")
 
@@ -266,7 +267,8 @@ def test_how_labels_were_matched_is_told(world: World) -> None:
 def test_what_belongs_to_no_set_is_told(world: World) -> None:
     unused = "\n".join(world.found["unused"])
     assert "ignored: 1 files beside the class folders" in unused
-    foreign = f"2 images of 2 classes of {world.at / 'objectnet'} that are not in ImageNet"
+    objects = world.at / "objectnet" / "images"
+    foreign = f"2 images of 2 classes of {objects} that are not in ImageNet"
     assert f"{foreign}: air_freshener, wrench" in unused
     assert f"1 images of {world.at / 'cue_conflict'} whose shape and texture are the same" in unused
     assert "1 files without the names of two cues: " in unused
@@ -296,7 +298,7 @@ def test_results_are_found_again(world: World, monkeypatch: pytest.MonkeyPatch) 
         world.at,
         *("--imagenet-a", str(world.at / "imagenet_a")),
         *("--cue-conflict", str(world.at / "cue_conflict")),
-        *("--objectnet", str(world.at / "objectnet")),
+        *("--objectnet", str(world.at / "objectnet" / "images")),
         model=MODEL,
     )
     assert not calls
@@ -305,24 +307,20 @@ def test_results_are_found_again(world: World, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_another_class_map_gives_another_result(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map that is mended in a later version must not find what the old one gave."""
-    words = ("--objectnet", str(world.at / "objectnet"))
-    changed = dict(objectnet())
-    changed["chair"], changed["alarm_clock"] = changed["alarm_clock"], changed["chair"]
-    (one,) = [one for one in PUBLISHED if isinstance(one, ClassFolders) and one.key == "objectnet"]
-    ways = [
-        way._replace(class_map=replace(way.class_map, meanings=changed))
-        for way in one.ways
-        if way.class_map is not None
-    ]
-    monkeypatch.setattr(benchmarks, "PUBLISHED", (replace(one, ways=tuple(ways)),))
+    """A map that is mended later must not find what the old one gave."""
+    shutil.copytree(world.at / "objectnet", tmp_path / "objectnet")
+    map_file = tmp_path / "objectnet" / "mappings" / "objectnet_to_imagenet_1k.json"
+    changed = json.loads(map_file.read_text())
+    changed["Chair"], changed["Alarm clock"] = changed["Alarm clock"], changed["Chair"]
+    map_file.write_text(json.dumps(changed))
     calls = counted(monkeypatch)
-    found, _ = run(world.at, *words, model=MODEL)
+    found, _ = run(world.at, "--objectnet", str(tmp_path / "objectnet"), model=MODEL)
     assert len(calls) == 2
     for key in ("objectnet", "objectnet_113way"):
         assert found["labels"][key] == world.found["labels"][key]
+        assert found["results"][key]["loss"] != world.found["results"][key]["loss"]
 
 
 # ---------------------------------------------------------------------- mistakes
@@ -334,7 +332,7 @@ def test_another_class_map_gives_another_result(
     ("imagenet_sketch", "1 of the 1 classes are none of the model's 1000 classes"),
     ("imagenet_v2", "1 of its 1 classes are none of ImageNet-V2's 1000, the first being 'images'"
                     "; those are '0', '1', '2' ..."),
-    ("objectnet", "images: none of ObjectNet's 313 folders; give objectnet-1.0/images"),
+    ("objectnet", "mappings: holds no folder_to_objectnet_label.json, objectnet_to_imagenet"),
     ("cue_conflict", "holds no image with a name such as cat/cat7-elephant1.png"),
     ("imagenet_c_bar", "holds none of caustic_refraction, inverse_sparkles"),
     ("cifar100_c", "holds none of gaussian_noise.npy"),
@@ -351,6 +349,13 @@ def test_a_wrong_folder_is_named(
     message = refused(capsys, world.at, option, str(tmp_path / "nowhere"), model=MODEL)
     assert str(tmp_path / "nowhere") in message
     assert "no such" in message
+
+
+def test_folders_that_are_none_of_objectnets(world: World, tmp_path: Path, capsys: Capture) -> None:
+    write_mappings(tmp_path / "mappings")
+    write_folder(tmp_path / "images", ["cat", "vase"], 1, (32, 32))
+    message = refused(capsys, world.at, "--objectnet", str(tmp_path), model=MODEL)
+    assert f"{tmp_path / 'images'}: cat: none of the 10 folders of folder_to_objectnet" in message
 
 
 def test_imagenet_v2_is_not_sorted_as_text(world: World, tmp_path: Path) -> None:
@@ -373,6 +378,7 @@ def test_imagenet_v2_is_not_sorted_as_text(world: World, tmp_path: Path) -> None
 def test_the_red_border_is_cut_off(world: World, tmp_path: Path, capsys: Capture) -> None:
     """Two folders whose images differ in the border alone give the same numbers."""
     results = []
+    write_mappings(tmp_path / "mappings")
     for colour in ("red", "blue"):
         for number, image in enumerate(pictures(4, SIDES, seed=80)):
             whole = Image.new("RGB", (SIDES[0] + 4, SIDES[1] + 4), colour)
@@ -429,7 +435,14 @@ def test_a_folder_of_ones_own(world: World, tmp_path: Path, capsys: Capture) -> 
 @pytest.mark.parametrize("form", [".beton", ".tar"])
 def test_sets_in_one_file(world: World, tmp_path: Path, form: str) -> None:
     """Folders are not the only form: the same numbers, where the names of the files are kept."""
-    words = []
+    objects = tmp_path / f"objectnet{form}"
+    words = ["--objectnet", str(objects)]
+    shutil.copytree(world.at / "objectnet" / "mappings", tmp_path / "mappings")
+    if form == ".tar":
+        with tarfile.open(objects, "w") as archive:
+            archive.add(world.at / "objectnet" / "images", "images")
+    else:
+        assert convert([str(world.at / "objectnet" / "images"), str(objects), "--raw"]) == 0
     keys = ["imagenet_v2"]
     if form == ".tar":
         keys.append("cue_conflict")  # whose cues are the files' names
@@ -442,7 +455,7 @@ def test_sets_in_one_file(world: World, tmp_path: Path, form: str) -> None:
             assert convert([str(world.at / key), str(file)]) == 0
         words += [f"--{key.replace('_', '-')}", str(file)]
     found, _ = run(world.at, *words, model=MODEL, out=f"form{form}")
-    for key in keys:
+    for key in (*keys, "objectnet", "objectnet_113way"):
         assert found["results"][key] == pytest.approx(world.found["results"][key], rel=1e-5)
 
 
@@ -525,7 +538,12 @@ def test_the_page_has_the_table() -> None:
 
 def test_no_two_sets_share_a_key() -> None:
     keys = [one.key for one in PUBLISHED]
-    ways = [way.key for one in PUBLISHED if isinstance(one, ClassFolders) for way in one.ways]
+    ways = [
+        way.key
+        for one in PUBLISHED
+        if isinstance(one, ClassFolders | ObjectNet)
+        for way in one.ways
+    ]
     assert len(set(keys)) == len(keys)
     assert len(set(ways)) == len(ways)
     assert set(ways) - set(keys) == {"imagenet_a_1000way", "objectnet_113way"}
