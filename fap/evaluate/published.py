@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,18 @@ SEVERITIES = range(1, 6)
 BETON = ".beton"
 MOST_NAMED = 5  # of what a folder holds instead
 
-# Corruptions of ImageNet-C-bar, and the strengths of their five severities: imagenet_c_bar.csv of
-# facebookresearch/augmentation-corruption. The published archive calls the folders 1 to 5, the
-# authors' own script calls them by strength, with two decimals.
-C_BAR = {
-    "caustic_refraction": (2.35, 3.2, 4.9, 6.6, 9.15),
-    "inverse_sparkles": (1.0, 2.0, 4.0, 9.0, 10.0),
-    "sparkles": (1.0, 2.0, 3.0, 5.0, 6.0),
-    "perlin_noise": (4.6, 5.2, 5.8, 7.6, 8.8),
-    "blue_noise_sample": (0.8, 1.6, 2.4, 4.0, 5.6),
-    "plasma_noise": (4.75, 7.0, 8.5, 9.25, 10.0),
-    "checkerboard_cutout": (2.0, 3.0, 4.0, 5.0, 6.0),
-    "cocentric_sine_waves": (3.0, 5.0, 8.0, 9.0, 10.0),
-    "single_frequency_greyscale": (1.0, 1.5, 2.0, 4.5, 5.0),
-    "brownish_noise": (1.0, 2.0, 3.0, 4.0, 5.0),
-}
+C_BAR = (
+    "caustic_refraction",
+    "inverse_sparkles",
+    "sparkles",
+    "perlin_noise",
+    "blue_noise_sample",
+    "plasma_noise",
+    "checkerboard_cutout",
+    "cocentric_sine_waves",
+    "single_frequency_greyscale",
+    "brownish_noise",
+)
 MADE_HERE = "fap_corrupt"  # of the keys of what fap-corrupt wrote
 
 
@@ -142,9 +138,8 @@ class CorruptionFolders(Published):
     SEVERITY.beton is a set too, as fap-corrupt writes it.
     """
 
-    strengths: Mapping[str, tuple[float, ...]]
-    """By corruption, in the report's order: of its five severities; empty where nobody's folders
-    are called by them."""
+    corruptions: tuple[str, ...]
+    """In the report's order."""
 
     def sets(self, root: Path, reading: Reading) -> tuple[list[EvalSet], list[str]]:
         folders, unused = self._folders(root)
@@ -156,7 +151,7 @@ class CorruptionFolders(Published):
         ], unused
 
     def _folders(self, root: Path) -> tuple[dict[tuple[str, int], Path], list[str]]:
-        names = list(self.strengths)
+        names = self.corruptions
         found: dict[tuple[str, int], Path] = {}
         unused: list[str] = []
         for entry in _listed(root, self.option):
@@ -167,10 +162,10 @@ class CorruptionFolders(Published):
                 is_beton = part.suffix == BETON and part.is_file()
                 if part.name.endswith(f"{BETON}.json"):  # the sidecar of one
                     continue
-                severity = self._severity(entry.name, part.stem if is_beton else part.name)
-                is_set = is_beton or part.is_dir()
-                if is_set and severity is not None and (entry.name, severity) not in found:
-                    found[entry.name, severity] = part
+                severity = part.stem if is_beton else part.name
+                is_set = severity in map(str, SEVERITIES) and (is_beton or part.is_dir())
+                if is_set and (entry.name, int(severity)) not in found:
+                    found[entry.name, int(severity)] = part
                 else:
                     unused.append(_unused(root, f"{entry.name}/{part.name}", names))
         if not found:
@@ -180,13 +175,6 @@ class CorruptionFolders(Published):
             )
         in_order = sorted(found, key=lambda at: (names.index(at[0]), at[1]))
         return {at: found[at] for at in in_order}, unused
-
-    def _severity(self, corruption: str, folder: str) -> int | None:
-        """1 to 5, of a folder's name."""
-        if folder in [str(severity) for severity in SEVERITIES]:
-            return int(folder)
-        called = [f"{strength:.2f}" for strength in self.strengths[corruption]]
-        return called.index(folder) + 1 if folder in called else None
 
 
 @dataclass(frozen=True)
@@ -265,18 +253,17 @@ PUBLISHED: tuple[Published, ...] = (
         images="50,000 in each of 95 sets: 19 corruptions, 5 severities",
         measures="common corruptions; the report has mCE",
         paper="Hendrycks & Dietterich, ICLR 2019",
-        strengths=dict.fromkeys(NAMES, ()),
+        corruptions=NAMES,
     ),
     CorruptionFolders(
         key="imagenet_c_bar",
         title="ImageNet-C-bar",
-        layout="`CORRUPTION/SEVERITY/WNID/*.JPEG`, taken without resize or crop; severities 1 to 5,"
-        " or strengths such as 2.35, as the authors' script calls them",
+        layout="`CORRUPTION/SEVERITY/WNID/*.JPEG`, taken without resize or crop",
         logits=ALL,
         images="50,000 in each of 50 sets: 10 corruptions, 5 severities",
         measures="corruptions unlike those of ImageNet-C",
         paper="Mintun, Kirillov & Xie, NeurIPS 2021",
-        strengths=C_BAR,
+        corruptions=C_BAR,
     ),
     CorruptionArrays(
         key="cifar10_c",

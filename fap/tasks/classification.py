@@ -41,6 +41,7 @@ class Classification(Task):
         "ece": "calibration error (ECE)",
     }
     measure = "error"
+    measure_better = "less"
     means = MEANS
 
     def __init__(self, config: Config) -> None:

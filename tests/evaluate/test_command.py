@@ -151,7 +151,7 @@ def test_lost_output_loses_no_report(world: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
     by_class = ["confusion.csv", "confusion.png", "per_class.csv"]
-    reports = ["report.json", "report.md", "report.png"]
+    reports = ["report.csv", "report.json", "report.md", "report.png", "report.tex"]
     assert sorted(os.listdir(at / "out")) == [*by_class, *reports, "results"]
 
 

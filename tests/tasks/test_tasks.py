@@ -76,7 +76,7 @@ def parameters(function: Any) -> list[tuple[str, Any, Any]]:
 def test_the_contract_is_seen_whole() -> None:
     """A guard for the tests below, which go through it."""
     assert set(contract()) == {
-        *("primary", "percents", "rows", "measure", "means", "loss_parts"),
+        *("primary", "percents", "rows", "measure", "measure_better", "means", "loss_parts"),
         *("n_classes", "output_rows", "fewest_classes", "eval_batch", "notes", "pictures"),
         *("__init__", "plain_model", "labels", "targets", "references", "empty_targets"),
         *("losses", "hits", "losses_and_hits", "attack_losses", "wrong_targets"),
