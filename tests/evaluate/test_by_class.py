@@ -77,7 +77,7 @@ def test_each_checkpoint_of_a_report_has_its_own(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "two" / "confusion_3.csv")[3] == ["cat", "0", "0", "4", "0"]
     assert not (tmp_path / "two" / "confusion_2.csv").exists()
     text = report.markdown([one, other])
-    assert "- worst classes (per_class.csv) of tiny, seed 0, step 5: cat 40.0% of 10" in text
+    assert "- worst classes (per_class_1.csv) of tiny, seed 0, step 5: cat 40.0% of 10" in text
     tree = json.loads((tmp_path / "report.json").read_text())[0]
     assert "counts" not in tree
 
