@@ -3,6 +3,7 @@
 A library of `bench.evidence`; `write` makes OUT.json, .md and .png.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -93,7 +94,7 @@ def means_table(rows: Rows, part: Part) -> str:
         first = runs[0]
         seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
         line = [_title(part, regime, arm), str(len(runs)), _training(runs)]
-        line += [f"{rows.mean(regime, arm, measure):.1f}" for measure in SHOWN]
+        line += [_mean(rows.mean(regime, arm, measure)) for measure in SHOWN]
         line.append(f"{first['numbers']['zero_signs']:.2g}" if attacks(first) else "")
         line += [f"{first['steps']:,}", f"{first['image_passes']:,}"]
         line.append(f"{median(seconds):.0f}" if seconds else "not known")
@@ -174,7 +175,7 @@ def norms_table(rows: Rows, part: Part) -> str:
             continue
         for norms in ("main", "aux"):
             means = [rows.mean(regime, arm, f"{norms}/{name}") for name in ("clean", *names)]
-            lines.append([ARMS[arm].title, norms, *(f"{mean:.1f}" for mean in means)])
+            lines.append([ARMS[arm].title, norms, *map(_mean, means)])
     return markdown(head, lines)
 
 
@@ -198,6 +199,10 @@ def _title(part: Part, regime: Regime, arm: str) -> str:
     if len(part.regimes) == 1:
         return ARMS[arm].title
     return f"{regime.title}: {ARMS[arm].title}"
+
+
+def _mean(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.1f}"
 
 
 def _number(value: float | None) -> str:
