@@ -4,6 +4,7 @@ A library of `bench.evidence`.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ class Measure:
 
 def percentages(results: dict[str, Any]) -> dict[str, float]:
     """Of fap-eval's results through one set of norms; a corruption's is its severities' mean."""
-    found = {"clean": 100 * results["clean"]["top1"], "ece": 100 * results["clean"]["ece"]}
+    ece = results["clean"]["ece"]  # None of a model that diverged: JSON has no NaN
+    found = {"clean": 100 * results["clean"]["top1"], "ece": math.nan if ece is None else 100 * ece}
     corruptions: dict[str, list[float]] = {}
     for key, result in results.items():
         accuracy = 100 * result["top1"]

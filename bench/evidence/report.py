@@ -119,11 +119,11 @@ def differences_table(rows: Rows, part: Part) -> str:
     lines = []
     for regime, arm in _lines(rows, part):
         found = [rows.difference(regime, arm, BASE, measure) for measure in COMPARED]
-        differences = [difference for difference in found if difference is not None]
-        if arm == BASE or not differences:
+        seeds = [difference.n for difference in found if difference is not None]
+        if arm == BASE or not seeds:
             continue
-        cells = [said(difference) for difference in differences]
-        lines.append([_title(part, regime, arm), str(differences[0].n), *cells])
+        cells = ["" if difference is None else said(difference) for difference in found]
+        lines.append([_title(part, regime, arm), str(max(seeds)), *cells])
     return markdown(head, lines)
 
 

@@ -1,6 +1,7 @@
 """The study behind docs/evidence.md: equal cost and equal steps, its words, a whole miniature."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
 from bench.evidence.conduct import Clock, known_rows
 from bench.evidence.measure import Row, percentages
 from bench.evidence.numbers import MEASURES, Rows
-from bench.evidence.report import write
+from bench.evidence.report import differences_table, write
 from bench.evidence.runs import Runs
 from bench.evidence.studies import FULL, SATURATED, SMALL, Part, Regime, Run, Study
 from bench.evidence.words import words
@@ -99,6 +100,11 @@ def test_percentages_are_means_over_severities_and_then_over_corruptions() -> No
     )
 
 
+def test_a_model_that_diverged_has_no_calibration_error() -> None:
+    found = percentages({"clean": {"top1": 0.1, "ece": None}})
+    assert math.isnan(found["ece"])
+
+
 # ------------------------------------------------------------------ words and tables
 
 
@@ -180,6 +186,16 @@ def test_a_report_shows_what_there_is_of_a_study(tmp_path: Path) -> None:
     assert headline[OURS, "main/corrupted"] == pytest.approx(3, abs=0.2)
     assert "1.20 [1.10, 1.30]" in text
     assert "AugMix" not in text  # nothing is known of it
+
+
+def test_a_number_that_lacks_leaves_its_cell_empty() -> None:
+    """And the others below their own heads."""
+    rows = [made_up(SATURATED, arm, 0) for arm in (BASE, OURS)]
+    del rows[1]["numbers"]["clean"]
+    head, _, line = differences_table(Rows(rows), SMALL.parts["headline"]).splitlines()
+    cells = [cell.strip() for cell in line.split("|")]
+    assert len(cells) == len(head.split("|"))
+    assert cells[3] == ""
 
 
 @pytest.mark.parametrize("title", SMALL.parts)
