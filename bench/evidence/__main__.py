@@ -6,8 +6,9 @@
     python -m bench.evidence --parts saturation  # one question
     python -m bench.evidence --add-to bench/results/evidence_small.json    # more seeds to these
 
-`fap-train` trains, `fap-eval` evaluates. Of the first seed every arm is trained, then of the next:
-the seconds decide how many seeds there are, never which results are shown. What is trained and
+`fap-train` trains, `fap-eval` evaluates. Of the first seed every arm is trained, then the other
+seeds of the headline, then those of the other parts: the seconds decide how many seeds there are,
+never which results are shown. What is trained and
 measured is kept in `runs/`, so an interrupted study goes on where it stopped. Writes
 OUT/evidence_small.json, .md and .png.
 """

@@ -36,25 +36,32 @@ class Measure:
     out: Path
 
     def rows(self, runs: Sequence[Run]) -> list[Row]:
-        """Of finished runs, in their order."""
+        """Of finished runs, in their order.
+
+        The headline's are also measured through their auxiliary norms.
+        """
         words = ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
         words += ["--attack", ATTACK, "--eps", *(str(eps) for eps in EPS_255)]
         words += ["--attack-images", str(self.study.attacked)]
-        reports = self._evaluated(runs, words, self.out)
+        headline = [run for run in runs if self.study.in_headline(run)]
+        others = [run for run in runs if not self.study.in_headline(run)]
+        reports = self._evaluated(headline, ["--bn", "both", *words], self.out / "headline")
+        reports += self._evaluated(others, ["--bn", "main", *words], self.out / "others")
 
         strongly = [run for run in runs if self.study.is_strongly_attacked(run)]
-        if strongly:
-            words = ["--attack", "autoattack", "--eps", str(EPS_255[0])]
-            words += ["--attack-images", str(self.study.strongly_attacked)]
-            reports += self._evaluated(strongly, words, self.out / "autoattack")
+        words = ["--bn", "both", "--attack", "autoattack", "--eps", str(EPS_255[0])]
+        words += ["--attack-images", str(self.study.strongly_attacked)]
+        reports += self._evaluated(strongly, words, self.out / "autoattack")
         return [self._row(run, reports) for run in runs]
 
     def _evaluated(
         self, runs: Sequence[Run], words: Sequence[str], out: Path
     ) -> list[dict[str, Any]]:
-        """fap-eval's reports: one of each run, and another one through its auxiliary norms."""
+        """fap-eval's reports: one for each run and each of its sets of norms."""
+        if not runs:
+            return []
         checkpoints = [str(self.runs.checkpoint(run)) for run in runs]
-        what = ["--data", str(self.test), "--bn", "both", *words, "--out", str(out)]
+        what = ["--data", str(self.test), *words, "--out", str(out)]
         fap("eval", *checkpoints, *what, log=out / "fap-eval.log")
         return json.loads((out / "report.json").read_text())
 

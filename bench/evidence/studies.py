@@ -106,10 +106,12 @@ class Study:
             parts[title] = replace(part, regimes=regimes)
         return replace(self, parts=parts)
 
+    def in_headline(self, run: Run) -> bool:
+        return self.headline is not None and run in self.headline.round(run.seed)
+
     def is_strongly_attacked(self, run: Run) -> bool:
-        if not self.strongly_attacked or self.headline is None:
-            return False
-        return run.seed < STRONGLY_ATTACKED_SEEDS and run in self.headline.round(run.seed)
+        few = run.seed < STRONGLY_ATTACKED_SEEDS
+        return bool(self.strongly_attacked) and few and self.in_headline(run)
 
     def sizes(self) -> list[int]:
         """Of the training sets, in images."""
@@ -123,11 +125,18 @@ class Study:
         return json.loads(json.dumps({"regimes": regimes, "arms": arms} | tested, sort_keys=True))
 
     def runs(self) -> list[Run]:
-        """Every run once: all parts' runs of the first seed, then of the next."""
-        every = []
-        for seed in range(max(part.seeds for part in self.parts.values())):
-            for part in self.parts.values():
-                every += part.round(seed)
+        """Every run once, in the order of training.
+
+        Of the first seed all parts' runs, then the headline's other seeds, then of the other
+        parts one seed after the other.
+        """
+        rounds = range(max(part.seeds for part in self.parts.values()))
+        every = [run for part in self.parts.values() for run in part.round(0)]
+        if self.headline is not None:
+            every += [run for seed in rounds for run in self.headline.round(seed)]
+        every += [
+            run for seed in rounds for part in self.parts.values() for run in part.round(seed)
+        ]
         return list(dict.fromkeys(every))
 
 
@@ -140,7 +149,7 @@ SMALL = Study(
             "Does Fast AdvProp pay where training is saturated, at equal cost and at equal steps?",
             (SATURATED,),
             (BASE, OURS, CONTROL, OURS_STEPS),
-            seeds=10,
+            seeds=5,
         ),
         "methods": Part(
             "Is it the adversarial direction, its radius, its share, the norms, or any noise?",
@@ -151,8 +160,8 @@ SMALL = Study(
         "saturation": Part(
             "How does the gain depend on how long is trained?",
             # Epochs of which Fast AdvProp's 7/9 are whole ones: equal to the image pass.
-            tuple(Regime(images=500, epochs=epochs) for epochs in (18, 36, 72, 144, 288, 576)),
-            (BASE, OURS, OURS_STEPS),
+            tuple(Regime(images=500, epochs=epochs) for epochs in (36, 72, 144, 288, 576)),
+            (BASE, OURS),
             seeds=5,
         ),
         "more images, a larger network": Part(

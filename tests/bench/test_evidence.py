@@ -63,11 +63,15 @@ def test_fast_advprop_is_equal_to_the_image_pass_on_the_curve(tmp_path: Path) ->
         assert spent[0] == spent[1]
 
 
-def test_of_the_first_seed_everything_comes_before_the_next() -> None:
+def test_the_first_seed_comes_first_then_the_headline_then_seed_by_seed() -> None:
     for study in STUDIES.values():
-        seeds = [run.seed for run in study.runs()]
-        assert seeds == sorted(seeds)
-        assert len(set(study.runs())) == len(seeds)
+        runs = study.runs()
+        assert len(set(runs)) == len(runs)
+        assert set(runs) == {
+            run for part in study.parts.values() for seed in range(20) for run in part.round(seed)
+        }
+        kinds = [(run.seed > 0, not study.in_headline(run), run.seed) for run in runs]
+        assert kinds == sorted(kinds)
 
 
 def test_autoattack_is_for_the_first_seeds_of_the_headline() -> None:
