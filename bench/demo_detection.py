@@ -35,7 +35,8 @@ from bench.demo_common import (
     same_settings,
     say,
 )
-from bench.demo_words import BASE, EQUAL_COST, LABELS, difference, markdown
+from bench.demo_words import BASE, EQUAL_COST, LABELS, difference
+from bench.tables import markdown, with_interval
 from fap.budget import Budget, budget
 from fap.cli.output import survive
 from fap.config import Config, load_config
@@ -236,7 +237,8 @@ def table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             [LABELS[arm], *numbers, f"{runs[0]['steps']:,}", f"{runs[0]['image_passes']:,}"]
         )
     gaps = [
-        str(difference(rows[EQUAL_COST], rows[BASE], measure)) for measure in (*MEASURES, *noises)
+        with_interval(difference(rows[EQUAL_COST], rows[BASE], measure))
+        for measure in (*MEASURES, *noises)
     ]
     lines.append(["difference, 95% interval over seeds", *gaps, "", ""])
     return markdown(head, lines)
@@ -254,7 +256,7 @@ def verdict(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     if len(base) > 1:
         found: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
         for measure, name in MEASURES.items():
-            found[difference(ours, base, measure).verdict].append(name)
+            found[difference(ours, base, measure).verdict("more")].append(name)
         parts = [f"{answer}: {', '.join(names)}" for answer, names in found.items() if names]
         decided = "; ".join(parts)
     passes = ours[0]["image_passes"] / base[0]["image_passes"]

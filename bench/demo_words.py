@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-from scipy import stats
+from bench.tables import markdown, with_interval
+from fap.evaluate.compare import Difference, paired
 
 Runs = Sequence[Mapping[str, Any]]
 Rows = Mapping[str, Runs]  # by arm, each arm's in the order of the seeds
@@ -51,63 +51,15 @@ def value(run: Mapping[str, Any], measure: str) -> float:
     return run["corruptions"][measure]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One arm's accuracy minus another's, in points: mean over the seeds, limits of the t-test.
-
-    The test is paired by seed, the limits are those of 95%. One seed has no limits.
-    """
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def verdict(self) -> str:
-        """`better`, `worse`, or `undecided`: the interval includes 0, as that of one seed does."""
-        if self.low > 0:
-            return "better"
-        if self.high < 0:
-            return "worse"
-        return "undecided"
-
-    def __str__(self) -> str:
-        if self.n < 2:
-            return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-
-
 def difference(ours: Runs, base: Runs, measure: str) -> Difference:
-    """Of two arms, runs of the same seeds in the same order."""
+    """In points, paired by seed: runs of the same seeds in the same order."""
     assert [run["seed"] for run in ours] == [run["seed"] for run in base]
-    ours_right = np.array([value(run, measure) for run in ours])
-    base_right = np.array([value(run, measure) for run in base])
-    gaps = ours_right - base_right
-    n = len(gaps)
-    mean = float(gaps.mean())
-    if n < 2:
-        return Difference(n, mean, -np.inf, np.inf)
-    margin = float(stats.t.ppf(0.975, n - 1) * gaps.std(ddof=1) / np.sqrt(n))
-    return Difference(n, mean, mean - margin, mean + margin)
+    ours_right = [value(run, measure) for run in ours]
+    base_right = [value(run, measure) for run in base]
+    return paired(ours_right, base_right)
 
 
 # ------------------------------------------------------------------ tables
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up, so that it also reads well in a terminal."""
-    widths = [max(len(text) for text in column) for column in zip(head, *lines, strict=True)]
-    rule = ["-" * widths[0]]  # the first column is words, the others are numbers
-    for width in widths[1:]:
-        rule.append("-" * (width - 1) + ":")
-    out = []
-    for texts in (head, rule, *lines):
-        cells = [texts[0].ljust(widths[0])]
-        for text, width in zip(texts[1:], widths[1:], strict=True):
-            cells.append(text.rjust(width))
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
 
 
 def mean_right(runs: Runs, measure: str) -> str:
@@ -148,7 +100,7 @@ def seeds_table(rows: Rows) -> str:
     for arm, runs in rows.items():
         if arm == BASE:
             continue
-        gaps = [str(difference(runs, rows[BASE], measure)) for measure in MEASURES]
+        gaps = [with_interval(difference(runs, rows[BASE], measure)) for measure in MEASURES]
         lines.append([f"{LABELS[arm]} - vanilla, {seeds_in_words(len(runs), one='1')}", *gaps])
     return markdown(head, lines)
 
@@ -162,7 +114,7 @@ def corruptions_table(rows: Rows) -> str:
     lines = []
     for name in rows[BASE][0]["corruptions"]:
         means = [mean_right(runs, name) for runs in rows.values()]
-        gaps = [str(difference(rows[arm], rows[BASE], name)) for arm in others]
+        gaps = [with_interval(difference(rows[arm], rows[BASE], name)) for arm in others]
         lines.append([name, *means, *gaps])
     return markdown(head, lines)
 
@@ -195,7 +147,7 @@ def headline(cost: Cost, rows: Rows) -> str:
     """What is decided and what is not, at equal cost."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
     for measure, name in MEASURES.items():
-        found[difference(rows[EQUAL_COST], rows[BASE], measure).verdict].append(name)
+        found[difference(rows[EQUAL_COST], rows[BASE], measure).verdict("more")].append(name)
     parts = [f"{answer} on {', '.join(names)}" for answer, names in found.items() if names]
     return (
         f"In short: Fast AdvProp, at {cost.ratio:.2f} times the cost of vanilla training, "
@@ -234,15 +186,18 @@ def comparison(lead: str, ours: Runs, base: Runs) -> list[str]:
 
 
 def answer(d: Difference, start: float) -> str:
-    """Four answers: better, worse, undecided, one seed. `start` is vanilla's percentage."""
+    """Better, worse, undecided, one seed, or no spread. `start` is vanilla's percentage."""
     more = "more" if d.mean >= 0 else "fewer"
     gap = f"{abs(d.mean):.1f} points {more} right than vanilla's {start:.1f}%"
     if d.n < 2:
         return f"{gap}; one seed has no interval and decides nothing"
+    if d.low is None or d.high is None:
+        return f"{gap}; no interval, which decides nothing: {d.why}"
     gap += f" (95% interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds)"
-    if d.verdict == "undecided":
+    judged = d.verdict("more")
+    if judged == "undecided":
         return f"{gap}: undecided, the interval includes 0"
-    return f"{gap}: {d.verdict}, as far as {d.n} seeds of this size show"
+    return f"{gap}: {judged}, as far as {d.n} seeds of this size show"
 
 
 def limits_sentence(rows: Rows, images: int, paper: Paper) -> str:

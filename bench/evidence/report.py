@@ -11,7 +11,6 @@ from statistics import fmean, median
 from typing import Any
 
 from bench.common import write_json
-from bench.demo_words import markdown
 from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
 from bench.evidence.cost import Costs
 from bench.evidence.figure import figure
@@ -19,7 +18,7 @@ from bench.evidence.measure import Row
 from bench.evidence.numbers import MEASURES, Rows
 from bench.evidence.studies import Part, Regime, Study
 from bench.evidence.words import words
-from fap.evaluate.compare import Difference
+from bench.tables import markdown, with_interval
 from pipelines.corrupt import NAMES
 
 SHOWN = ("clean", "main/corrupted", "main/pgd10/1", "main/ece")  # in the tables of means
@@ -122,7 +121,7 @@ def differences_table(rows: Rows, part: Part) -> str:
         seeds = [difference.n for difference in found if difference is not None]
         if arm == BASE or not seeds:
             continue
-        cells = ["" if difference is None else said(difference) for difference in found]
+        cells = ["" if difference is None else with_interval(difference) for difference in found]
         lines.append([_title(part, regime, arm), str(max(seeds)), *cells])
     return markdown(head, lines)
 
@@ -138,7 +137,7 @@ def tests_table(rows: Rows, part: Part) -> str:
             if arm == BASE or difference is None:
                 continue
             means = [f"{rows.mean(regime, one, measure):.2f}" for one in (BASE, arm)]
-            test = [said(difference, 2), _number(difference.effect), _number(difference.p)]
+            test = [with_interval(difference, 2), _number(difference.effect), _number(difference.p)]
             lines.append(
                 [ARMS[arm].title, MEASURES[measure].title, *means, *test, str(difference.n)]
             )
@@ -158,7 +157,7 @@ def corruptions_table(rows: Rows, part: Part) -> str:
         cells = [f"{rows.mean(regime, BASE, f'main/{name}'):.1f}"]
         for arm in others:
             difference = rows.difference(regime, arm, BASE, f"main/{name}")
-            cells.append("" if difference is None else said(difference))
+            cells.append("" if difference is None else with_interval(difference))
         lines.append([name, *cells])
     return markdown(head, lines)
 
@@ -207,11 +206,3 @@ def _mean(value: float) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
-
-
-def said(difference: Difference, digits: int = 1) -> str:
-    """`+1.2 [+0.8, +1.6]`; of one seed without an interval."""
-    mean = f"{difference.mean:+.{digits}f}"
-    if difference.low is None:
-        return mean
-    return f"{mean} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"

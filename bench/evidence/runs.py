@@ -12,6 +12,7 @@ from typing import Any
 from bench.commands import fap
 from bench.evidence.arms import ARMS, BASE, Arm
 from bench.evidence.studies import Regime, Run
+from fap import run_settings
 from fap.budget import budget
 from fap.config import Config, load_config
 from pipelines.machine import usable_cores
@@ -93,12 +94,13 @@ class Runs:
         ]
 
 
+LOADING = ("data.pipeline", "data.decode")  # all loaders give the same rows
+
+
 def settings_of(config: Config) -> dict[str, Any]:
-    """What a run's result depends on, but for where its data lie and what loads them."""
-    tree = config.model_dump(mode="json", include={"model", "method", "data", "optim", "budget"})
-    for name in ("train", "val", "pipeline", "decode", "threads"):
-        del tree["data"][name]
-    return tree | {"seed": config.seed}
+    """What a run's result depends on, whatever loads its data."""
+    every = run_settings.settings_of(config)
+    return {field: value for field, value in every.items() if field not in LOADING}
 
 
 def config_file(arm: Arm) -> str:

@@ -9,6 +9,7 @@ from bench.evidence.arms import BASE, CONTROL, OURS, OURS_STEPS
 from bench.evidence.cost import Costs
 from bench.evidence.numbers import MEASURES, Measure, Rows
 from bench.evidence.studies import Part, Regime, Study
+from bench.tables import with_interval
 from fap.evaluate.compare import Difference
 
 CORRUPTED = "main/corrupted"
@@ -82,5 +83,4 @@ def in_words(found: Difference, measure: Measure) -> str:
     """`+1.2 [+0.8, +1.6] better`."""
     if found.low is None:
         return f"{found.mean:+.1f} ({found.why})"
-    interval = f"[{found.low:+.1f}, {found.high:+.1f}]"
-    return f"{found.mean:+.1f} {interval} {found.verdict(measure.better)}"
+    return f"{with_interval(found)} {found.verdict(measure.better)}"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from bench import commands, demo, demo_common, demo_figures, demo_measure, demo_words
-from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost, Difference
+from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost
 from fap.config import DataConfig
 
 PAPER = {BASE: {"top1": 76.2, "imagenet_c": 58.5}, EQUAL_COST: {"top1": 76.5, "imagenet_c": 56.4}}
@@ -175,11 +175,10 @@ def test_the_verdict_ends_with_what_it_cannot_show() -> None:
     assert "76.2 -> 76.5% right on clean images and 58.5 -> 56.4% wrong" in last
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "answer"), [(0.1, 2.0, "better"), (-2, -0.1, "worse"), (-0.1, 2, "undecided")]
-)
-def test_an_interval_decides_by_0(low: float, high: float, answer: str) -> None:
-    assert Difference(3, (low + high) / 2, low, high).verdict == answer
+def test_seeds_without_spread_decide_nothing() -> None:
+    said = verdict({measure: [0.0, 0.0] for measure in MEASURES})
+    deciding_nothing = "decides nothing: every seed has the same difference"
+    assert sum(deciding_nothing in line for line in said) == len(MEASURES)
 
 
 # ------------------------------------------------------------------ tables and figures
