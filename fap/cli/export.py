@@ -33,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("ema", "raw"),
         help="of a run with optim.ema: the average (default), or the raw ones",
     )
+    parser.add_argument(
+        "--bn",
+        choices=("main", "aux"),
+        default="main",
+        help="the norms that the model gets: those of clean images (main, default), or the "
+        "auxiliary ones, which trained on adversarial images",
+    )
     args = parser.parse_args(argv)
     with importing("fap-export"):
         from fap.checkpoint import DamagedCheckpoint, checkpoint_at
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with raising_stopped():
             path = checkpoint_at(os.path.expanduser(args.checkpoint), best=args.best)
-            lines = export(path, out, normalise=args.normalise, weights=args.weights)
+            lines = export(path, out, normalise=args.normalise, weights=args.weights, bn=args.bn)
     except Stopped as stopped:
         return end("fap-export", stopped)
     except (ValueError, OSError, ImportError, DamagedCheckpoint) as error:

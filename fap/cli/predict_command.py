@@ -22,7 +22,7 @@ from fap.cli.output import told
 from fap.cli.signals import ENDED_BY_SIGNAL
 from fap.evaluate.images import Reading, usable_device
 from fap.evaluate.load import Trained
-from fap.evaluate.models import check_words, model_of, refuse_idle
+from fap.evaluate.models import check_bn, check_words, model_of, refuse_idle
 from fap.evaluate.predict import Predictor, csv_bytes
 from fap.run.torch_setup import limit_threads
 from fap.step.graph import out_of_memory
@@ -88,6 +88,12 @@ def arguments(argv: Sequence[str] | None) -> Namespace:
     )
     add("--classes", metavar="FILE", help="names of the outputs of plain weights, one a line")
     add("--pipeline", choices=list(pipelines.BACK_ENDS), help="as for fap-eval")
+    add(
+        "--bn",
+        choices=("main", "aux"),
+        default="main",
+        help="the norms that a run's model uses: those of clean images, or the auxiliary ones",
+    )
     add("--batch", type=int, help="images at once; default: 256, of a detector 16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -137,9 +143,11 @@ def _trained(args: Namespace, device: str) -> Trained:
     )
     if args.plain is not None and not model.is_plain:
         raise ValueError(f"--plain: {readable(args.model)} is a run's, which has its own config")
-    runs = {"--best": args.best, "--weights": args.weights}
+    runs = {"--best": args.best, "--weights": args.weights, "--bn aux": args.bn == "aux"}
     refuse_idle([model], classes=classes, runs=runs)
-    return model.load(device)
+    trained = model.load(device)
+    check_bn(model, trained, args.bn)
+    return trained
 
 
 def _predictor(args: Namespace, trained: Trained, skip: Callable[[str], None] | None) -> Predictor:
@@ -150,7 +158,7 @@ def _predictor(args: Namespace, trained: Trained, skip: Callable[[str], None] | 
         device=args.device,
         back_end=args.pipeline,
     )
-    return Predictor(trained, reading, args.top, skip)
+    return Predictor(trained, reading, args.top, args.bn, skip)
 
 
 def _parts(

@@ -24,6 +24,7 @@ from fap.checkpoint import DamagedCheckpoint
 from fap.config import Config, load_config
 from fap.nets import dual
 from fap.nets.build import channels_last
+from fap.nets.norm import Bn
 from fap.nets.pretrained import load_strictly
 from fap.nets.weights.about import Weights
 from fap.nets.weights.files import MOST_BYTES, weights_in
@@ -224,20 +225,26 @@ class Plain:
     config: Config
     meta: RunMeta
     which: WhichWeights = "raw"
+    bn: Bn = "main"  # which of its norms `weights` has
 
 
-def load_plain_model(path: str | Path, which: WhichWeights | None = None) -> Plain:
+def load_plain_model(path: str | Path, which: WhichWeights | None = None, bn: Bn = "main") -> Plain:
     """The plain weights of a run's checkpoint, which its plain model loads with strict=True.
 
-    `which`, and what is raised, as `load_model`.
+    `which`, and what is raised, as `load_model`; ValueError too for norms that it has not.
     """
     read = _read(path, which)
     task = make_task(read.config)
-    weights = dual.export(read.state, read.meta.step)
+    try:
+        weights = dual.export(read.state, read.meta.step, bn)
+    except ValueError:
+        raise ValueError(
+            f"{path}: it was trained without auxiliary norms; --bn must be main"
+        ) from None
     with warnings.catch_warnings(), _WithoutStorage():
         warnings.simplefilter("ignore")  # of tensors that are not copied
         _load_strictly(task.plain_model(), weights, path)
-    return Plain(task, weights, read.config, read.meta, read.weights)
+    return Plain(task, weights, read.config, read.meta, read.weights, bn)
 
 
 def _load_strictly(plain: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:

@@ -11,6 +11,7 @@ import timm
 
 from fap.checkpoint import FOLDER, checkpoint_at
 from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
+from fap.nets.dual import has_aux
 from fap.nets.weights.files import CONFIG, is_file_of_a_run
 from fap.nets.weights.find import HUB, TIMM, is_published
 from fap.nets.weights.names import TORCHVISION, near, torchvision_names
@@ -79,6 +80,14 @@ def is_plain(source: str) -> bool:
     if path.is_dir():
         return (path / CONFIG).is_file() and not (path / FOLDER).is_dir()
     return not is_file_of_a_run(path)
+
+
+def check_bn(model: Model, trained: Trained, bn: str) -> None:
+    """ValueError for norms that the loaded model has not."""
+    if bn == "aux" and not has_aux(trained.model):
+        raise ValueError(
+            f"--bn aux: {model.source} was trained without auxiliary norms; only main is there"
+        )
 
 
 def _meant(source: str) -> str:

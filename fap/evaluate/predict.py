@@ -17,6 +17,7 @@ import pipelines
 from fap.evaluate.exact import evaluating, forward
 from fap.evaluate.images import Reading
 from fap.evaluate.load import Trained
+from fap.nets.norm import Bn
 from pipelines import EpochPlan, Store
 from pipelines.plan import PADDING
 from pipelines.subset import SubsetStore
@@ -31,6 +32,7 @@ class Predictor:
     trained: Trained  # on the device of `reading`
     reading: Reading
     top: int | None  # guesses of an image
+    bn: Bn
     skip: Callable[[str], None] | None
     """Is told of every image that cannot be decoded; None: it is an error."""
 
@@ -96,7 +98,7 @@ class Predictor:
         loader = self._loader(store)
         with closing(loader), closing(loader.load(plan)) as batches:
             for batch in batches:
-                with evaluating(model):
+                with evaluating(model, self.bn):
                     outputs = outputs_of(batch.images)
                 index = plan.index[batch.step]
                 n = int((index != PADDING).sum())  # padding stands at the end

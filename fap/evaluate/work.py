@@ -11,7 +11,7 @@ from fap.evaluate.benchmarks import Wanted, eval_sets
 from fap.evaluate.evaluation import Evaluation, Item, Outcome, one_bn
 from fap.evaluate.images import Reading
 from fap.evaluate.load import Trained, WhichWeights
-from fap.evaluate.models import Model
+from fap.evaluate.models import Model, check_bn
 from fap.evaluate.results import Results
 from fap.evaluate.titles import CLEAN
 from fap.evaluate.training import Training, training_of
@@ -88,13 +88,9 @@ def look(
 
 def _norms(model: Model, trained: Trained, wanted: Wanted) -> tuple[Bn, ...]:
     """Those to evaluate a model through. Raises ValueError."""
-    with_aux = has_aux(trained.model)
     if wanted.bn == "both":
-        return ("main", "aux") if with_aux else ("main",)
-    if wanted.bn == "aux" and not with_aux:
-        raise ValueError(
-            f"--bn aux: {model.source} was trained without auxiliary norms; only main is there"
-        )
+        return ("main", "aux") if has_aux(trained.model) else ("main",)
+    check_bn(model, trained, wanted.bn)
     return (wanted.bn,)
 
 

@@ -12,7 +12,6 @@ from fap.config import Config
 from fap.evaluate.load import Plain
 from fap.nets.build import torchvision_options
 from fap.nets.weights.names import TIMM, TORCHVISION, spelt, torchvision_names
-from fap.run_meta import RunMeta
 from pipelines.sizes import size_in_words
 
 
@@ -26,8 +25,9 @@ class Written:
     """How to load it."""
 
 
-def header(config: Config, meta: RunMeta) -> dict[str, str]:
+def header(plain: Plain) -> dict[str, str]:
     """What stands beside exported tensors, numbers as JSON."""
+    config, meta = plain.config, plain.meta
     data = config.data
     numbers: dict[str, Any] = {
         "num_classes": config.model.classes,
@@ -43,7 +43,7 @@ def header(config: Config, meta: RunMeta) -> dict[str, str]:
     text["interpolation"] = json.dumps(data.eval_filter)
     if meta.train.classes is not None:
         text["classes"] = json.dumps(meta.train.classes)  # in the order of the outputs
-    return {"model": config.model.name, "run": config.name, **text}
+    return {"model": config.model.name, "run": config.name, "bn": plain.bn, **text}
 
 
 def summary(plain: Plain) -> tuple[str, ...]:
@@ -54,9 +54,10 @@ def summary(plain: Plain) -> tuple[str, ...]:
     average = ""
     if plain.which == "ema":
         average = ", the average of its weights (--weights raw: the others)"
+    norms = ", through its auxiliary norms" if plain.bn == "aux" else ""
     lines = [
         f"{name}, {config.model.classes} classes, after {plain.meta.step} steps of run "
-        f"{config.name}{average}",
+        f"{config.name}{average}{norms}",
         f"input: RGB in 0..1, {size_in_words(data.size)} px, minus mean {list(data.mean)}, "
         f"divided by std {list(data.std)}",
     ]

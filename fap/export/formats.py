@@ -11,6 +11,7 @@ from fap.export.facts import Written, summary
 from fap.export.hub_folder import write_hub_folder
 from fap.export.onnx_file import write_onnx
 from fap.export.tensors import write_safetensors, write_torch
+from fap.nets.norm import Bn
 
 ONNX = ".onnx"
 SUFFIXES: dict[str, Callable[[Plain, Path], Written]] = {
@@ -27,8 +28,11 @@ def export(
     *,
     normalise: bool = False,
     weights: WhichWeights | None = None,  # None: the average of a run that has one
+    bn: Bn = "main",
 ) -> list[str]:
     """Write the plain model of a run's checkpoint to `out`, wholly or not at all; lines to print.
+
+    `bn`: the norms that it gets.
 
     What is written was read again, or run, and compared before this function returns. Raises as
     `fap.evaluate.load.load_model`; ValueError too for a name of another format, and where there is
@@ -40,7 +44,7 @@ def export(
         raise ValueError(f"{place} exists; choose another name or remove it first")
     if not place.parent.is_dir():
         raise ValueError(f"{place.parent}: no such folder; make it first")
-    plain = load_plain_model(path, weights)
+    plain = load_plain_model(path, weights, bn)
     try:
         written = write(plain, place)
     except FileExistsError:  # made by someone else in the meantime

@@ -35,7 +35,7 @@ def write_hub_folder(plain: Plain, out: Path) -> Written:
     try:
         tree = json.dumps(hub_config(plain, library), indent=1) + "\n"
         write_whole(temporary / CONFIG, [tree.encode()])
-        text = header(config, plain.meta) | {"format": "pt"}
+        text = header(plain) | {"format": "pt"}
         checkpoint.save(temporary / HUB_FILES[0], plain.weights, {}, overwrite=False, **text)
         card = model_card(plain, library, usage(config, library, out.name))
         write_whole(temporary / CARD, [card.encode()])

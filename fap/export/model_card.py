@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fap.evaluate.load import Plain
+from fap.nets.norm import Bn
 from fap.nets.weights.names import TIMM, spelt
 from pipelines.files import readable
 from pipelines.sizes import size_in_words
 
 TASKS = {"classification": "image-classification", "detection": "object-detection"}
+NORMS: dict[Bn, str] = {"main": "main", "aux": "auxiliary"}
 
 
 def model_card(plain: Plain, library: str, load: Sequence[str]) -> str:
@@ -29,7 +31,7 @@ def model_card(plain: Plain, library: str, load: Sequence[str]) -> str:
             f"# {title}",
             "",
             f"Trained with `fap` (method `{config.method.name}`). The weights are a plain state "
-            "dict, that of the main norms.",
+            f"dict, that of the {NORMS[plain.bn]} norms.",
             "",
             "| | |",
             "|---|---|",
@@ -82,6 +84,10 @@ def _rows(plain: Plain) -> list[tuple[str, str]]:
         rows.append(("weights", f"exponential average of training's, decay {config.optim.ema:g}"))
     elif config.optim.ema is not None:
         rows.append(("weights", "those of the last step; the numbers are of their average"))
+    if plain.bn == "aux":
+        rows.append(
+            ("norms", "auxiliary, trained on adversarial images; the numbers are of the main ones")
+        )
     for name, words in plain.task.percents.items():
         if name in meta.last:
             on = f"{meta.val.count:,} images of validation"

@@ -68,7 +68,7 @@ def write_onnx(plain: Plain, out: Path, normalise: bool) -> Written:
     output = OUTPUTS.get(plain.config.task, "outputs")
     proto = _exported(model, batches[0], output)
     images = "RGB in 0..1" if normalise else "RGB in 0..1, minus mean, divided by std"
-    told = header(plain.config, plain.meta) | {"input": images}
+    told = header(plain) | {"input": images}
     for name, text in told.items():
         proto.metadata_props.add(key=name, value=text)
     content = proto.SerializeToString()

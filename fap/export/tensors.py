@@ -19,7 +19,7 @@ from pipelines.files import read_regular, write_whole
 
 def write_safetensors(plain: Plain, out: Path) -> Written:
     """The weights with a header that says what they are. Raises OSError, DamagedCheckpoint."""
-    text = header(plain.config, plain.meta)
+    text = header(plain)
     checkpoint.save(out, plain.weights, {}, overwrite=False, **text)
     try:
         checkpoint.load(out)  # its checksum says that these are the bytes that were written

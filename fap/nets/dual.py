@@ -226,13 +226,25 @@ def evaluate_with(model: nn.Module, bn: Bn) -> Iterator[None]:
         shared.eval_bn = former
 
 
-def export(state: dict[str, Tensor], steps: int | None = None) -> dict[str, Tensor]:
-    """The plain model's state dict, from that of a converted one: without the auxiliary norms.
+def export(
+    state: dict[str, Tensor], steps: int | None = None, bn: Bn = "main"
+) -> dict[str, Tensor]:
+    """The plain model's state dict, from that of a converted one: with its norms of `bn` alone.
 
     Forwards in groups do not count `num_batches_tracked`, so it is set to `steps`. None keeps what
-    is there, which is right for a model that was only trained without groups.
+    is there, which is right for a model that was only trained without groups. Raises ValueError
+    for "aux" where there are no auxiliary norms.
     """
-    plain = {k: v for k, v in state.items() if not k.startswith(_auxiliary(state))}
+    auxiliary = _auxiliary(state)
+    plain = {k: v for k, v in state.items() if not k.startswith(auxiliary)}
+    if bn == "aux":
+        if not auxiliary:
+            raise ValueError("bn = 'aux': there are no auxiliary norms; must be 'main'")
+        for prefix in auxiliary:
+            norm = prefix.removesuffix(f"{AUX}.")
+            for name, value in state.items():
+                if name.startswith(prefix):
+                    plain[norm + name.removeprefix(prefix)] = value
     if steps is None:
         return plain
     for name, value in plain.items():

@@ -1,16 +1,24 @@
-"""`fap-eval --bn`: through the main norms, the auxiliary ones, or both side by side."""
+"""`--bn`: through the main norms, the auxiliary ones, or in fap-eval both side by side."""
 
+import csv
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import pipelines
 from fap import checkpoint
 from fap.cli import eval as cli
+from fap.cli.export import main as export
+from fap.cli.predict import main as predict
+from fap.evaluate.load import load_model
 from fap.nets.build import build
+from fap.nets.dual import evaluate_with
+from fap.nets.norm import Bn
 from tests.evaluate.world import CHECKPOINT, WNIDS, counted, refused, run, tiny_config
 from tests.hostile_meta import valid_meta
 
@@ -65,6 +73,36 @@ def test_each_is_found_again(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+def test_predictions_come_through_the_norms_asked_for(at: Path) -> None:
+    trained = load_model(at / DUAL)
+    mean = torch.tensor(trained.config.data.mean).view(3, 1, 1) * 255
+    std = torch.tensor(trained.config.data.std).view(3, 1, 1) * 255
+    with closing(pipelines.open_store(at / "val")) as store:
+        plan = pipelines.eval_plan(store.heights, store.widths, size=32, resize=36, batch=18)
+        (batch,) = pipelines.open_loader("reference", store, size=32).load(plan)
+    found = {}
+    norms: tuple[Bn, ...] = ("main", "aux")
+    for bn in norms:
+        out = at / f"{bn}.csv"
+        words = [str(at / DUAL), str(at / "val"), "--out", str(out), "--bn", bn]
+        assert predict([*words, "--device", "cpu", "--pipeline", "reference"]) == 0
+        lines = [*csv.DictReader(out.read_text().splitlines())]
+        found[bn] = [float(line["probability"]) for line in lines]
+        with torch.no_grad(), evaluate_with(trained.model, bn):
+            expected = trained.model((batch.images - mean) / std).softmax(1).amax(1)
+        assert found[bn] == pytest.approx(expected.tolist(), abs=2e-6)
+    assert found["main"] != pytest.approx(found["aux"], abs=1e-3)
+
+
 def test_a_model_of_main_norms_has_no_others(at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, at, "--bn", "aux", model=PLAIN, out="none")
     assert "was trained without auxiliary norms" in line
+    out = at / "none.csv"
+    for command, words in (
+        (predict, [str(at / PLAIN), str(at / "val"), "--out", str(out)]),
+        (export, [str(at / PLAIN), str(at / "none.pth")]),
+    ):
+        assert command([*words, "--bn", "aux"]) == 1
+        assert "was trained without auxiliary norms" in capsys.readouterr().err
+    assert not out.exists()
+    assert not (at / "none.pth").exists()

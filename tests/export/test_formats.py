@@ -23,7 +23,7 @@ from fap.export import onnx_file
 from fap.export.facts import constructor
 from fap.export.hub_folder import crop_pct
 from fap.nets.build import build, plain
-from fap.nets.dual import norms
+from fap.nets.dual import evaluate_with, norms
 from fap.nets.weights.find import find_weights
 from pipelines import files
 from tests.hostile_meta import valid_meta
@@ -84,6 +84,29 @@ def test_a_file_of_torch_save_holds_a_plain_state_dict(
     scope: dict[str, Any] = {}
     exec("import torch, fap.nets.build\n" + "\n".join(lines), scope)
     assert equal(scope["model"].state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+def test_a_model_is_exported_with_its_auxiliary_norms(
+    tmp_path: Path, capsys: Capture, name: str
+) -> None:
+    path = checkpoint(tmp_path)
+    assert main([str(path), str(tmp_path / name), "--bn", "aux"]) == 0
+    assert "through its auxiliary norms" in capsys.readouterr().out
+    model = plain("cifar_resnet8", 3).eval()
+    model.load_state_dict(main_weights(tmp_path / name), strict=True)
+    images = torch.rand(2, 3, 32, 32)
+    converted = load_model(path).model
+    with torch.inference_mode():
+        through_main = converted(images)
+        with evaluate_with(converted, "aux"):
+            want = converted(images)
+        torch.testing.assert_close(model(images), want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(want, through_main, rtol=1e-2)
+    if name == "x":
+        card = (tmp_path / name / "README.md").read_text()
+        assert "that of the auxiliary norms" in card
+        assert "| norms | auxiliary, trained on adversarial images; the numbers are of" in card
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.onnx", "x", "x/"])

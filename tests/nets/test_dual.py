@@ -78,6 +78,9 @@ def test_conversion_and_export(name: str) -> None:
     other.load_state_dict(export(model.state_dict(), steps=3), strict=True)
     with torch.no_grad():
         torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+        other.load_state_dict(export(model.state_dict(), steps=3, bn="aux"), strict=True)
+        with evaluate_with(model, "aux"):
+            torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
         # `load_plain` is the way back: both branches of every norm get the plain values.
         again = convert(fresh(name)).eval()
         load_plain(again, other.state_dict())
@@ -194,6 +197,12 @@ def test_export_keeps_names_that_only_look_auxiliary(aux: bool) -> None:
 def test_a_root_that_is_a_norm_exports() -> None:
     norm = DualBatchNorm2d(nn.BatchNorm2d(5), NormState(), aux=True)
     assert set(export(norm.state_dict())) == set(nn.BatchNorm2d(5).state_dict())
+    assert set(export(norm.state_dict(), bn="aux")) == set(nn.BatchNorm2d(5).state_dict())
+
+
+def test_auxiliary_norms_that_are_not_there_are_not_exported() -> None:
+    with pytest.raises(ValueError, match="no auxiliary norms"):
+        export(convert(small_model(), aux=False).state_dict(), bn="aux")
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -123,6 +123,9 @@ def test_names_copies_and_export(name: str) -> None:
     exported = export(model.state_dict(), steps=3)
     assert exported.keys() == own.keys()
     assert all(torch.equal(exported[k], v) for k, v in own.items())
+    exported = export(model.state_dict(), steps=3, bn="aux")
+    assert exported.keys() == own.keys()
+    assert all(torch.equal(exported[f"0.{k}"], v) for k, v in plain[1].state_dict().items())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), out)
         assert norms(other)[0].shared is norm_state(other) is not norm_state(model)
