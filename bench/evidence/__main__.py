@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train={count: convert("train", count) for count in study.sizes()},
         test=convert("test", study.test),
         pipeline=a.pipeline,
-        workers=study.workers,
+        workers=study.side_by_side,
     )
     measure = Measure(runs, study, convert("test", study.corrupted), folder / "eval")
     found_costs: Costs = {}

@@ -11,6 +11,8 @@ BASE = "vanilla"
 OURS = "fast_advprop"
 OURS_STEPS = "fast_advprop_steps"
 CONTROL = "noise"
+THROUGH_BOTH = (OURS, OURS_STEPS, CONTROL)
+"""Measured through their auxiliary norms too."""
 
 
 @dataclass(frozen=True)

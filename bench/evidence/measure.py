@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.commands import fap
 from bench.demo_common import cpu_seconds, last_epoch
+from bench.evidence.arms import THROUGH_BOTH
 from bench.evidence.runs import Runs
 from bench.evidence.studies import Run, Study
 
@@ -36,17 +37,14 @@ class Measure:
     out: Path
 
     def rows(self, runs: Sequence[Run]) -> list[Row]:
-        """Of finished runs, in their order.
-
-        The headline's are also measured through their auxiliary norms.
-        """
+        """Of finished runs, in their order."""
         words = ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
         words += ["--attack", ATTACK, "--eps", *(str(eps) for eps in EPS_255)]
         words += ["--attack-images", str(self.study.attacked)]
-        headline = [run for run in runs if self.study.in_headline(run)]
-        others = [run for run in runs if not self.study.in_headline(run)]
-        reports = self._evaluated(headline, ["--bn", "both", *words], self.out / "headline")
-        reports += self._evaluated(others, ["--bn", "main", *words], self.out / "others")
+        both = [run for run in runs if run.arm in THROUGH_BOTH]
+        main = [run for run in runs if run.arm not in THROUGH_BOTH]
+        reports = self._evaluated(both, ["--bn", "both", *words], self.out / "both")
+        reports += self._evaluated(main, ["--bn", "main", *words], self.out / "main")
 
         strongly = [run for run in runs if self.study.is_strongly_attacked(run)]
         words = ["--bn", "both", "--attack", "autoattack", "--eps", str(EPS_255[0])]

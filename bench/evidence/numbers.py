@@ -22,6 +22,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "clean": Measure("right on clean images"),
+    "main/clean": Measure("right on the first clean images"),  # those that are corrupted
     "main/corrupted": Measure("right on corrupted images"),
     "main/lost": Measure("lost to corruptions", better="less"),  # of what is right on clean ones
     "main/pgd10/1": Measure("right under PGD-10, eps 1"),
@@ -65,12 +66,15 @@ class Rows:
         values = self.by_seed(regime, arm, name).values()
         return fmean(values) if values else float("nan")
 
-    def difference(self, regime: Regime, arm: str, base: str, name: str) -> Difference | None:
-        """`arm` minus `base`, in points, over the seeds for which both have it.
+    def difference(
+        self, regime: Regime, arm: str, base: str, name: str, base_name: str | None = None
+    ) -> Difference | None:
+        """`arm` minus `base`, in points, over the seeds for which both have it; None without any.
 
-        None without any."""
+        `base_name`: the number of `base`, where it is another one than `name`.
+        """
         ours = self.by_seed(regime, arm, name)
-        theirs = self.by_seed(regime, base, name)
+        theirs = self.by_seed(regime, base, base_name or name)
         seeds = [seed for seed in ours if seed in theirs]
         if not seeds:
             return None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from bench.evidence.arms import ARMS, BASE, CONTROL, OURS, OURS_STEPS
+from pipelines.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Study:
 
     strongly_attacked: int
     """By AutoAttack, of the headline's first seeds alone; 0: none are."""
-    workers: int
-    """Runs side by side; each gets its share of the cores."""
+    workers: int | None = None
+    """Runs at once, each with its share of the cores; None: one for each core."""
     corrupt: tuple[str, ...] = ("all",)
     """`--corrupt` of fap-eval."""
 
@@ -113,13 +114,23 @@ class Study:
         few = run.seed < STRONGLY_ATTACKED_SEEDS
         return bool(self.strongly_attacked) and few and self.in_headline(run)
 
+    @property
+    def side_by_side(self) -> int:
+        """Runs at once."""
+        return self.workers or usable_cores()
+
+    @property
+    def regimes(self) -> list[Regime]:
+        """Each once."""
+        return list(dict.fromkeys(one for part in self.parts.values() for one in part.regimes))
+
     def sizes(self) -> list[int]:
         """Of the training sets, in images."""
-        return sorted({run.regime.images for run in self.runs()})
+        return sorted({regime.images for regime in self.regimes})
 
     def tree(self) -> dict[str, Any]:
         """What the numbers of its rows depend on, as JSON: more seeds are the same study."""
-        regimes = {run.regime.name: asdict(run.regime) for run in self.runs()}
+        regimes = {regime.name: asdict(regime) for regime in self.regimes}
         arms = {name: asdict(ARMS[name]) for name in {run.arm for run in self.runs()}}
         tested = {name: getattr(self, name) for name in TESTED}
         return json.loads(json.dumps({"regimes": regimes, "arms": arms} | tested, sort_keys=True))
@@ -179,7 +190,6 @@ SMALL = Study(
     corrupted=2_000,
     attacked=500,
     strongly_attacked=100,
-    workers=2,
 )
 
 # One GPU: ResNet-18 on all of CIFAR-10, three arms side by side.

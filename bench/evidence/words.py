@@ -27,6 +27,7 @@ def words(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
     if study.headline is not None:
         yield from _headline(rows, study.headline)
         yield from _control(rows, study.headline)
+        yield from _norms(rows, study.headline)
     saturation = study.parts.get("saturation")
     if saturation is not None:
         yield from _saturation(rows, saturation)
@@ -53,6 +54,20 @@ def _control(rows: Rows, part: Part) -> Iterator[str]:
     found = _compared(rows, regime, OURS, CONTROL)
     if found:
         yield f"Fast AdvProp against the noise control, whose signs are random: {found}."
+
+
+def _norms(rows: Rows, part: Part) -> Iterator[str]:
+    """Would the other norms be the better ones to use?"""
+    (regime,) = part.regimes
+    for base, lead in ((OURS, "its main ones"), (BASE, "vanilla")):
+        parts = []
+        for name in ("clean", "corrupted", "pgd10/1", "pgd10/2", "ece"):
+            measure = MEASURES[f"main/{name}"]
+            found = rows.difference(regime, OURS, base, f"aux/{name}", f"main/{name}")
+            if found is not None:
+                parts.append(f"{measure.title} {in_words(found, measure)}")
+        if parts:
+            yield f"Fast AdvProp through its auxiliary norms against {lead}: {'; '.join(parts)}."
 
 
 def _compared(rows: Rows, regime: Regime, arm: str, base: str) -> str:

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with closing(open_store(files["train"])) as store:
         study = study.with_images(len(store))
     train = dict.fromkeys(study.sizes(), files["train"])
-    runs = Runs(folder, train, files["test"], a.pipeline, study.workers)
+    runs = Runs(folder, train, files["test"], a.pipeline, study.side_by_side)
     measure = Measure(runs, study, files["test"], folder / "eval")
     assert study.methods is not None
     found_costs = costs(runs, study.methods, folder / "costs.json")
