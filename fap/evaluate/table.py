@@ -25,7 +25,7 @@ from fap.tasks.base import Result, Task
 
 AUX_NOTE = (
     "aux BN: through the auxiliary norms, which trained on what was attacked; an exported "
-    "model has the main ones (docs/glossary.md)"
+    "model has the main ones, or with fap-export --bn aux these (docs/glossary.md)"
 )
 
 
