@@ -35,6 +35,7 @@ TEX_ESCAPES = {
     "|": "$|$",
     "±": r"$\pm$",
 }
+OUTER_COMMA = re.compile(r", (?![^(]*\))")  # not those of `(0, 1, 2)`
 SPECIAL = re.compile("[" + re.escape("".join(TEX_ESCAPES)) + "]")
 
 
@@ -96,12 +97,21 @@ def _tabular(rows: Sequence[str], groups: Sequence[Group]) -> list[str]:
     base, *others = groups
     heads = ["", *(group.name for group in groups), *(f"{g.name}, difference" for g in others)]
     lines = [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
-    lines += [f"{' & '.join(map(tex, heads))} \\\\", r"\midrule"]
+    lines += [f"{' & '.join(map(_tex_head, heads))} \\\\", r"\midrule"]
     for row in rows:
         cells = [row, *(cell_of(group, row) for group in groups)]
         cells += [_tex_difference(group, base, row) for group in others]
         lines.append(f"{' & '.join(map(tex, cells))} \\\\")
     return [*lines, r"\bottomrule", r"\end{tabular}", ""]
+
+
+def _tex_head(text: str) -> str:
+    """Broken at its commas: a column is as wide as its numbers, not as its name."""
+    parts = OUTER_COMMA.split(text)
+    if len(parts) == 1:
+        return tex(text)
+    stacked = r",\\".join(map(tex, parts))
+    return rf"\shortstack[r]{{{stacked}}}"
 
 
 def _tex_difference(group: Group, base: Group, row: str) -> str:

@@ -43,6 +43,14 @@ def test_the_csv_has_every_metric_of_every_set() -> None:
     assert (last["group"], last["name"], last["seed"], last["step"]) == ("2", ODD, "", "")
 
 
+def test_latex_breaks_long_heads_at_their_commas() -> None:
+    groups = groups_of([*seeds("a", BASE, method="vanilla"), *seeds("b", BASE)])
+    text = tex_file(groups).decode()
+    seeds_of_b = r"\shortstack[r]{b,\\3 seeds (0, 1, 2),\\step 5"
+    assert seeds_of_b + "}" in text
+    assert seeds_of_b + r",\\difference} \\" in text
+
+
 def test_latex_is_escaped_and_every_line_has_as_many_cells() -> None:
     reports = [
         *seeds("base", BASE, method="vanilla"),
