@@ -1,33 +1,32 @@
-"""What `fap-corrupt` does, from the arguments to the last set. `fap.cli.corrupt` is the way in."""
+"""What `fap-corrupt` does, up to the last set. `fap.cli.corrupt` is the way in."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import pipelines
+from fap.cli.corrupt_arguments import arguments, sets_of
 from fap.cli.output import told
 from fap.evaluate.images import Seen, look_at, pixel_versions, stamps_of
 from fap.run.torch_setup import limit_threads
 from fap.sections.data import usual_resize
 from pipelines import Store
-from pipelines.corrupt import DEFINITIONS, EXTRA, NAMES, PUBLISHED, SEVERITIES, SMALL, definitions
+from pipelines.corrupt import DEFINITIONS, SMALL, definitions
 from pipelines.corrupt_copies import (
-    QUALITY,
     SUFFIXES,
     Fit,
-    Format,
     How,
     class_folders,
     file_names,
@@ -39,15 +38,9 @@ from pipelines.corrupt_copies import (
 from pipelines.corrupt_folder import CopiesFolder, whole_folder
 from pipelines.files import readable
 from pipelines.progress import progress_of
-from pipelines.sources import accepted
 from pipelines.subset import SubsetStore
 from pipelines.workers import Workers
 
-DESCRIPTION = (
-    "Write corrupted copies of images, in the layout of ImageNet-C: DST/CORRUPTION/SEVERITY/CLASS/"
-    "NAME.JPEG. fap-eval --imagenet-c DST reads them."
-)
-GROUPS = {"all": NAMES, "imagenet-c": PUBLISHED, "extra": EXTRA}
 USUAL_SIZE = 224  # pixels, of the published files
 SAMPLED = 2  # images of each set, for an estimate of its bytes
 LITTLE = 500  # images in all sets, which take less long than processes need to start
@@ -68,62 +61,6 @@ def run(argv: Sequence[str] | None) -> int:
         problem = "out of memory; fewer --workers need less"
     print(f"fap-corrupt: {problem}", file=sys.stderr)
     return 1
-
-
-def arguments(argv: Sequence[str] | None) -> Namespace:
-    parser = ArgumentParser(prog="fap-corrupt", description=DESCRIPTION)
-    add = parser.add_argument
-    add("src", metavar="SRC", type=_path, help=f"clean images: {accepted()}")
-    add(
-        "dst",
-        metavar="DST",
-        type=_path,
-        help="a new folder, or one that the same command began to fill: it goes on there",
-    )
-    add(
-        "--corruptions",
-        nargs="+",
-        default=["imagenet-c"],
-        metavar="NAME",
-        choices=[*GROUPS, *NAMES],
-        help="imagenet-c: the 15 of ImageNet-C (default); extra: its 4 others; all: both; or names:"
-        f" {', '.join(NAMES)}",
-    )
-    add("--severity", nargs="+", type=int, choices=SEVERITIES, help="default: 1 2 3 4 5")
-    add("--seed", type=int, default=0, help="of the corruptions; default: 0, as for fap-eval")
-    add("--resize", type=int, metavar="PX", help="the shorter side; default: 256 for --size 224")
-    add("--size", type=int, metavar="PX", help="of the centre that is cut out; default: 224")
-    add(
-        "--as-stored",
-        action="store_true",
-        help="no resize and no crop; the default where no image is larger than 64 px",
-    )
-    add(
-        "--format",
-        choices=get_args(Format),
-        default="jpeg",
-        help="jpeg, as published; png, without loss; beton, a file of raw pixels for each set",
-    )
-    add("--quality", type=int, metavar="Q", help="of JPEGs; default: 85, as published")
-    add("--workers", type=int, metavar="N", help="processes; default: as many as there are cores")
-    args = parser.parse_intermixed_args(argv)  # SRC and DST may stand behind the options
-    if args.as_stored and (args.resize is not None or args.size is not None):
-        parser.error("--as-stored: images in their own size go with neither --resize nor --size")
-    if args.quality is not None and args.format != "jpeg":
-        parser.error(f"--quality is of JPEGs, and --format is {args.format}")
-    for name, least, most in (
-        ("seed", 0, 2**63 - 1),
-        ("resize", 1, 1 << 15),
-        ("size", 1, 1 << 15),
-        ("quality", 1, 100),
-        ("workers", 1, 1024),
-    ):
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name} {value}: must be {least:,} to {most:,}")
-    if args.format == "jpeg" and args.quality is None:
-        args.quality = QUALITY
-    return args
 
 
 def corrupt(args: Namespace) -> int:
@@ -329,19 +266,6 @@ def _follow(done: Generator[int, None, None], pool: Workers, update: Callable[[i
             raise
 
 
-def sets_of(args: Namespace) -> list[How]:
-    """The sets that are asked for, in the order of NAMES and of severities, not in the user's."""
-    asked = [GROUPS.get(word, (word,)) for word in args.corruptions]
-    names = set(chain.from_iterable(asked))
-    severities = args.severity or SEVERITIES
-    return [
-        How(name, severity, args.seed, args.format, args.quality)
-        for name in NAMES
-        for severity in SEVERITIES
-        if name in names and severity in severities
-    ]
-
-
 def fit_for(store: Store, args: Namespace) -> Fit | None:
     """None: images in their own size."""
     given = args.size is not None or args.resize is not None
@@ -366,7 +290,3 @@ def _say(line: str) -> None:
 
 def _warn(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))

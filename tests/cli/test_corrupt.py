@@ -20,7 +20,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fap.cli import corrupt_command
+from fap.cli import corrupt_arguments, corrupt_command
 from fap.cli.corrupt import main
 from pipelines import corrupt_copies, open_store
 from pipelines.corrupt import NAMES, corrupt
@@ -163,8 +163,8 @@ def test_which_sets_and_sizes_are_meant(world: Path) -> None:
         (("--corruptions", "all"), NAMES),
         (("--corruptions", "fog", "extra"), ("fog", *NAMES[15:])),
     ):
-        args = corrupt_command.arguments([str(world / "val"), str(world / "none"), *words])
-        sets = corrupt_command.sets_of(args)
+        args = corrupt_arguments.arguments([str(world / "val"), str(world / "none"), *words])
+        sets = corrupt_arguments.sets_of(args)
         assert [how.name for how in sets] == [name for name in names for _ in range(5)]
         assert [how.severity for how in sets] == [*range(1, 6)] * len(names)
     store = open_store(world / "val")
@@ -175,7 +175,7 @@ def test_which_sets_and_sizes_are_meant(world: Path) -> None:
         (SMALL, (32, 36)),
         (("--as-stored",), None),
     ):
-        args = corrupt_command.arguments([str(world / "val"), str(world / "none"), *words])
+        args = corrupt_arguments.arguments([str(world / "val"), str(world / "none"), *words])
         assert corrupt_command.fit_for(store, args) == fit
 
 
