@@ -10,7 +10,8 @@ from pathlib import Path
 import timm
 
 from fap.checkpoint import FOLDER, checkpoint_at
-from fap.evaluate.load import Trained, WhichWeights, load_model, load_weights
+from fap.evaluate.load import Trained, WhichWeights, load_model
+from fap.evaluate.plain_weights import load_weights
 from fap.nets.dual import has_aux
 from fap.nets.weights.files import CONFIG, is_file_of_a_run
 from fap.nets.weights.find import HUB, TIMM, is_published

@@ -215,7 +215,7 @@ def test_export_says_wrote_only_of_what_is_there_and_loads(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out.safetensors"))
 
-    def without_bias(state: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+    def without_bias(state: dict[str, Tensor], steps: int, bn: str) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if name != "fc.bias"}
 
     def lost(out: Path, *_: Any, **__: Any) -> None:

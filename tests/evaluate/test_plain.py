@@ -18,7 +18,7 @@ from fap.cli import eval as cli
 from fap.cli.export import main as export
 from fap.config import load_config
 from fap.evaluate import report
-from fap.evaluate.load import load_weights
+from fap.evaluate.plain_weights import load_weights
 from fap.nets.build import build
 from tests.evaluate.world import CHECKPOINT, WNIDS, counted, no_plot, refused, run
 
