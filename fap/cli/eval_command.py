@@ -22,7 +22,7 @@ from fap.evaluate.models import Model
 from fap.evaluate.results import Results
 from fap.evaluate.validated import check_validated_on, part_of, validated_on
 from fap.evaluate.work import carry_out, look
-from fap.run.torch_setup import limit_threads
+from fap.run.torch_setup import keep_freed_memory, limit_threads
 from pipelines import Store
 from pipelines.corrupt import SMALL
 from pipelines.subset import SubsetStore
@@ -58,6 +58,8 @@ def evaluate(args: Namespace) -> int:
         tqdm.write(line, file=sys.stderr)
 
     limit_threads()
+    if args.device == "cpu":
+        keep_freed_memory()
     wanted = wishes(args)
     models = models_of(args)
     out = path_of(args.out)

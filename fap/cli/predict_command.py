@@ -24,7 +24,7 @@ from fap.evaluate.images import Reading, usable_device
 from fap.evaluate.load import Trained
 from fap.evaluate.models import check_bn, check_words, model_of, refuse_idle
 from fap.evaluate.predict import Predictor, csv_bytes
-from fap.run.torch_setup import limit_threads
+from fap.run.torch_setup import keep_freed_memory, limit_threads
 from fap.step.graph import out_of_memory
 from pipelines import Store
 from pipelines.files import readable, write_whole
@@ -119,6 +119,8 @@ class Done:
 
 def predict(args: Namespace) -> int:
     limit_threads()
+    if args.device == "cpu":
+        keep_freed_memory()
     done = Done()
     trained = _trained(args, usable_device(args.device))
     predictor = _predictor(args, trained, done.skip if args.skip_bad else None)

@@ -34,13 +34,13 @@ def set_up_torch(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees.
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step, or a batch of an evaluation on CPU cores, frees.
 
-    Otherwise the next step's page faults take a fifth of its time (bench/NOTES.md).
+    Otherwise the next one's page faults take a fifth of its time or more (bench/NOTES.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
