@@ -45,7 +45,8 @@ def conduct(
     finished = [run for run in wanted if runs.finished(run)]
     rows = list(known)
     if finished:
-        rows += measure.rows(finished)
+        with stopping():
+            rows += measure.rows(finished)
     if not rows:
         raise SystemExit(f"no run was done in {seconds:.0f} s")
     return rows

@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +14,10 @@ import numpy as np
 import pytest
 
 import bench.evidence.__main__ as command
+from bench import commands
 from bench.evidence import cost
 from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
-from bench.evidence.conduct import Clock, known_rows
+from bench.evidence.conduct import Clock, conduct, known_rows
 from bench.evidence.measure import Row, percentages
 from bench.evidence.numbers import MEASURES, Rows
 from bench.evidence.report import differences_table, write
@@ -233,6 +239,42 @@ def test_rows_of_another_machine_are_added_where_they_are_the_same_runs(tmp_path
     assert known_rows(file, SMALL.only(["headline"])) == list(rows.rows)
     with pytest.raises(SystemExit, match="corrupted = 2000 images"):
         known_rows(file, replace(SMALL, corrupted=100))
+
+
+SLEEPER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"told to stop"), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+class Sleeping:
+    """Measures by a command that takes for ever, beside which a signal arrives."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def rows(self, runs: list[Run]) -> list[Row]:
+        def leave() -> None:
+            self.wait_for("ready")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=leave).start()
+        commands.run([sys.executable, "-c", SLEEPER], "sleeper", self.log)
+        return []
+
+    def wait_for(self, words: str) -> None:
+        while not self.log.exists() or words not in self.log.read_text():
+            time.sleep(0.02)
+
+
+def test_a_signal_during_the_evaluation_ends_its_command(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Runs, "finished", lambda *_: True)
+    measure = Sleeping(tmp_path / "log")
+    with pytest.raises(SystemExit):
+        conduct(MINIATURE, runs_in(tmp_path, MINIATURE), measure, 0, [])  # type: ignore[arg-type]
+    measure.wait_for("told to stop")
 
 
 # ------------------------------------------------------------------ a whole study
