@@ -18,6 +18,7 @@ DRAWN = {  # measure: its name, its colour
     "main/corrupted": ("corrupted images", "C3"),
     "main/pgd10/2": ("attacked images (PGD-10, eps 2)", "C2"),
 }
+FEWEST_FOR_INTERVAL = 3  # seeds: the interval of two is a dozen standard errors wide
 
 
 def figure(rows: Rows, study: Study) -> Figure | None:
@@ -33,11 +34,13 @@ def figure(rows: Rows, study: Study) -> Figure | None:
         curve(panels[0], rows, saturation)
     if methods is not None:
         bars(panels[-1], rows, methods)
+    panels[0].legend(loc="lower right")
+    drawn.suptitle(f"95% intervals where there are {FEWEST_FOR_INTERVAL} seeds or more")
     return drawn
 
 
 def curve(axes: Any, rows: Rows, part: Part) -> None:
-    """Fast AdvProp less vanilla over how long vanilla trained, with 95% intervals."""
+    """Fast AdvProp less vanilla over how long vanilla trained."""
     for measure, (name, colour) in DRAWN.items():
         found = {}
         for regime in part.regimes:
@@ -55,11 +58,10 @@ def curve(axes: Any, rows: Rows, part: Part) -> None:
     axes.set_xticks(epochs, [str(number) for number in epochs])
     axes.set_xlabel("epochs of vanilla training, and image passes as many")
     axes.set_ylabel("Fast AdvProp - vanilla, points right")
-    axes.legend()
 
 
 def bars(axes: Any, rows: Rows, part: Part) -> None:
-    """Every method less vanilla, with 95% intervals."""
+    """Every method less vanilla."""
     (regime,) = part.regimes
     arms = [arm for arm in part.arms if arm != BASE and rows.of(regime, arm)]
     height = 0.8 / len(DRAWN)
@@ -76,15 +78,16 @@ def bars(axes: Any, rows: Rows, part: Part) -> None:
     axes.set_yticks([place + 0.4 for place in range(len(arms))], [ARMS[arm].title for arm in arms])
     axes.invert_yaxis()
     axes.set_xlabel("minus vanilla, points right")
-    axes.legend()
 
 
 def _errors(found: Sequence[Difference]) -> list[list[float]]:
-    """How far the intervals go below and above the means; 0 without one, as of one seed."""
+    """How far the 95% intervals go below and above the means; 0 where the seeds are too few."""
     below, above = [], []
     for difference in found:
-        low = difference.mean if difference.low is None else difference.low
-        high = difference.mean if difference.high is None else difference.high
+        low = high = difference.mean
+        if difference.n >= FEWEST_FOR_INTERVAL and difference.low is not None:
+            assert difference.high is not None
+            low, high = difference.low, difference.high
         below.append(difference.mean - low)
         above.append(high - difference.mean)
     return [below, above]

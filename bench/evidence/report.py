@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from bench.common import write_json
@@ -78,7 +78,10 @@ def compared(rows: Rows, part: Part) -> list[dict[str, Any]]:
 
 
 def means_table(rows: Rows, part: Part) -> str:
-    """A line per regime and arm: means over the seeds, in percent, and what a run took."""
+    """A line per regime and arm: means over the seeds, in percent, and how long was trained.
+
+    Without seconds: runs that had other neighbours, or machines, compare nothing (`costs_table`).
+    """
     head = [
         "percent",
         "seeds",
@@ -87,18 +90,15 @@ def means_table(rows: Rows, part: Part) -> str:
         "zero signs",
         "steps",
         "image passes",
-        "CPU seconds",
     ]
     lines = []
     for regime, arm in _lines(rows, part):
         runs = rows.of(regime, arm)
         first = runs[0]
-        seconds = [run["cpu_seconds"] for run in runs if run["cpu_seconds"] is not None]
         line = [_title(part, regime, arm), str(len(runs)), _training(runs)]
         line += [_mean(rows.mean(regime, arm, measure)) for measure in SHOWN]
         line.append(f"{first['numbers']['zero_signs']:.2g}" if attacks(first) else "")
         line += [f"{first['steps']:,}", f"{first['image_passes']:,}"]
-        line.append(f"{median(seconds):.0f}" if seconds else "not known")
         lines.append(line)
     return markdown(head, lines)
 

@@ -82,16 +82,15 @@ def _compared(rows: Rows, regime: Regime, arm: str, base: str) -> str:
 
 def _saturation(rows: Rows, part: Part) -> Iterator[str]:
     """The gain by how long vanilla training is, of those regimes that were measured."""
-    for arm, lead in LEADS.items():
-        answers = []
-        for regime in part.regimes:
-            found = rows.difference(regime, arm, BASE, CORRUPTED)
-            if found is not None:
-                learnt = rows.mean(regime, BASE, "train/clean")
-                gain = in_words(found, MEASURES[CORRUPTED])
-                answers.append(f"{regime.epochs} epochs ({learnt:.0f}% learnt) {gain}")
-        if answers:
-            yield f"{lead}, corrupted images by epochs of vanilla training: {'; '.join(answers)}."
+    answers = []
+    for regime in part.regimes:
+        found = rows.difference(regime, OURS, BASE, CORRUPTED)
+        if found is not None:
+            learnt = rows.mean(regime, BASE, "train/clean")
+            gain = in_words(found, MEASURES[CORRUPTED])
+            answers.append(f"{regime.epochs} epochs ({learnt:.0f}% learnt) {gain}")
+    if answers:
+        yield f"{LEADS[OURS]}, {MEASURES[CORRUPTED].title} by epochs: {'; '.join(answers)}."
 
 
 def in_words(found: Difference, measure: Measure) -> str:
