@@ -16,7 +16,7 @@ from bench.evidence.measure import Measure, Row
 from bench.evidence.runs import Runs
 from bench.evidence.studies import TESTED, Run, Study
 
-TRAINING_SHARE = 0.6  # of the seconds; the rest is for the evaluation of what was trained
+TRAINING_SHARE = 0.55  # of the seconds; the rest is for the evaluation of what was trained
 MARGIN = 1.1  # a run may take so many times the longest
 
 
