@@ -8,9 +8,8 @@
 
 `fap-train` trains, `fap-eval` evaluates. Of the first seed every arm is trained, then the other
 seeds of the headline, then those of the other parts: the seconds decide how many seeds there are,
-never which results are shown. What is trained and
-measured is kept in `runs/`, so an interrupted study goes on where it stopped. Writes
-OUT/evidence_small.json, .md and .png.
+never which results are shown. What is trained and measured is kept in `runs/`, so an interrupted
+study goes on where it stopped. Writes OUT/evidence_small.json, .md and .png.
 """
 
 from collections.abc import Sequence

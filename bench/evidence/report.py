@@ -23,7 +23,6 @@ from pipelines.corrupt import NAMES
 
 SHOWN = ("clean", "main/corrupted", "main/pgd10/1", "main/ece")  # in the tables of means
 COMPARED = ("clean", "main/corrupted", "main/lost", "main/pgd10/1", "main/ece")
-
 OF_NORMS = ("clean", "corrupted", "pgd10/1", "pgd10/2", "pgd10/4", "autoattack/1", "ece")
 
 

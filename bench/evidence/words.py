@@ -3,7 +3,7 @@
 A library of `bench.evidence`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from bench.evidence.arms import BASE, CONTROL, OURS, OURS_STEPS
 from bench.evidence.cost import Costs
@@ -11,9 +11,11 @@ from bench.evidence.numbers import MEASURES, Measure, Rows
 from bench.evidence.studies import Part, Regime, Study
 from bench.tables import with_interval
 from fap.evaluate.compare import Difference
+from fap.nets.norm import Bn
 
 CORRUPTED = "main/corrupted"
 HEADLINE = ("clean", CORRUPTED, "main/pgd10/1", "main/ece")
+OF_NORMS = ("main/clean", CORRUPTED, "main/pgd10/1", "main/pgd10/2", "main/ece")
 LEADS = {
     OURS: "At equal cost (equal image passes)",
     OURS_STEPS: "At equal optimiser steps, for 1.5 times the cost",
@@ -60,21 +62,23 @@ def _norms(rows: Rows, part: Part) -> Iterator[str]:
     """Would the other norms be the better ones to use?"""
     (regime,) = part.regimes
     for base, lead in ((OURS, "its main ones"), (BASE, "vanilla")):
-        parts = []
-        for name in ("clean", "corrupted", "pgd10/1", "pgd10/2", "ece"):
-            measure = MEASURES[f"main/{name}"]
-            found = rows.difference(regime, OURS, base, f"aux/{name}", f"main/{name}")
-            if found is not None:
-                parts.append(f"{measure.title} {in_words(found, measure)}")
-        if parts:
-            yield f"Fast AdvProp through its auxiliary norms against {lead}: {'; '.join(parts)}."
+        found = _compared(rows, regime, OURS, base, OF_NORMS, norms="aux")
+        if found:
+            yield f"Fast AdvProp through its auxiliary norms against {lead}: {found}."
 
 
-def _compared(rows: Rows, regime: Regime, arm: str, base: str) -> str:
+def _compared(
+    rows: Rows,
+    regime: Regime,
+    arm: str,
+    base: str,
+    names: Sequence[str] = HEADLINE,
+    norms: Bn = "main",  # of `arm`; those of `base` are the main ones
+) -> str:
     """Empty where they have no seed in common."""
     parts = []
-    for name in HEADLINE:
-        found = rows.difference(regime, arm, base, name)
+    for name in names:
+        found = rows.difference(regime, arm, base, name.replace("main/", f"{norms}/"), name)
         if found is not None:
             parts.append(f"{MEASURES[name].title} {in_words(found, MEASURES[name])}")
     return "; ".join(parts)

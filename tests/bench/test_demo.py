@@ -19,6 +19,7 @@ from scipy import stats
 from bench import commands, demo, demo_common, demo_figures, demo_measure, demo_words
 from bench.demo_words import BASE, EQUAL_COST, EQUAL_STEPS, MEASURES, Cost
 from fap.config import DataConfig
+from fap.evaluate.compare import Difference
 
 PAPER = {BASE: {"top1": 76.2, "imagenet_c": 58.5}, EQUAL_COST: {"top1": 76.5, "imagenet_c": 56.4}}
 FAIR = Cost(1.01, 0.99, 1.03, {})
@@ -173,6 +174,13 @@ def test_the_verdict_ends_with_what_it_cannot_show() -> None:
     last = verdict(dict.fromkeys(MEASURES, BETTER))[-1]
     assert "3 seeds of a tiny network on 320 images say nothing about ImageNet" in last
     assert "76.2 -> 76.5% right on clean images and 58.5 -> 56.4% wrong" in last
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"), [(0.1, 2.0, "better"), (-2, -0.1, "worse"), (-0.1, 2, "undecided")]
+)
+def test_an_interval_decides_by_0(low: float, high: float, answer: str) -> None:
+    assert Difference((low + high) / 2, 3, True, low, high).verdict("more") == answer
 
 
 def test_seeds_without_spread_decide_nothing() -> None:
