@@ -11,7 +11,9 @@ BASE = "vanilla"
 OURS = "fast_advprop"
 OURS_STEPS = "fast_advprop_steps"
 CONTROL = "noise"
-THROUGH_BOTH = (OURS, OURS_STEPS, CONTROL)
+AUGMIX = "augmix"
+OURS_AUGMIX = "fast_advprop_augmix"
+THROUGH_BOTH = (OURS, OURS_STEPS, CONTROL, OURS_AUGMIX)
 """Measured through their auxiliary norms too."""
 
 
@@ -50,8 +52,6 @@ ARMS = {
     "decoupled": Arm("decoupled training", "decoupled", ATTACK),
     "advprop": Arm("AdvProp, PGD-1", "advprop_pgd1", ATTACK),
     "adversarial_training": Arm("adversarial training", "adversarial_training", ATTACK),
-    "augmix": Arm("AugMix", "vanilla", ("data.augment=augmix",)),
-    "fast_advprop_augmix": Arm(
-        "Fast AdvProp with AugMix", "fast_advprop", (*ATTACK, "data.augment=augmix")
-    ),
+    AUGMIX: Arm("AugMix", "vanilla", ("data.augment=augmix",)),
+    OURS_AUGMIX: Arm("Fast AdvProp with AugMix", "fast_advprop", (*ATTACK, "data.augment=augmix")),
 }

@@ -39,7 +39,8 @@ class Measure:
     def rows(self, runs: Sequence[Run]) -> list[Row]:
         """Of finished runs, in their order."""
         words = ["--corrupt", *self.study.corrupt, "--keep", str(self.out / "corrupted")]
-        words += ["--attack", ATTACK, "--eps", *(str(eps) for eps in EPS_255)]
+        eps = [str(radius) for radius in EPS_255]
+        words += ["--attack", ATTACK, "--eps", *eps]
         words += ["--attack-images", str(self.study.attacked)]
         both = [run for run in runs if run.arm in THROUGH_BOTH]
         main = [run for run in runs if run.arm not in THROUGH_BOTH]
@@ -47,7 +48,7 @@ class Measure:
         reports += self._evaluated(main, ["--bn", "main", *words], self.out / "main")
 
         strongly = [run for run in runs if self.study.is_strongly_attacked(run)]
-        words = ["--bn", "both", "--attack", "autoattack", "--eps", str(EPS_255[0])]
+        words = ["--bn", "both", "--attack", "autoattack", "--eps", *eps]
         words += ["--attack-images", str(self.study.strongly_attacked)]
         reports += self._evaluated(strongly, words, self.out / "autoattack")
         return [self._row(run, reports) for run in runs]

@@ -29,6 +29,8 @@ MEASURES = {
     "main/pgd10/2": Measure("right under PGD-10, eps 2"),
     "main/pgd10/4": Measure("right under PGD-10, eps 4"),
     "main/autoattack/1": Measure("right under AutoAttack, eps 1"),
+    "main/autoattack/2": Measure("right under AutoAttack, eps 2"),
+    "main/autoattack/4": Measure("right under AutoAttack, eps 4"),
     "main/ece": Measure("calibration error", better="less"),
 }
 

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.common import write_json
-from bench.evidence.arms import ARMS, BASE, OURS
+from bench.evidence.arms import ARMS, THROUGH_BOTH
 from bench.evidence.cost import Costs
 from bench.evidence.figure import figure
 from bench.evidence.measure import Row
@@ -23,7 +23,17 @@ from pipelines.corrupt import NAMES
 
 SHOWN = ("clean", "main/corrupted", "main/pgd10/1", "main/ece")  # in the tables of means
 COMPARED = ("clean", "main/corrupted", "main/lost", "main/pgd10/1", "main/ece")
-OF_NORMS = ("clean", "corrupted", "pgd10/1", "pgd10/2", "pgd10/4", "autoattack/1", "ece")
+OF_NORMS = (
+    "clean",
+    "corrupted",
+    "pgd10/1",
+    "pgd10/2",
+    "pgd10/4",
+    "autoattack/1",
+    "autoattack/2",
+    "autoattack/4",
+    "ece",
+)
 
 
 def write(rows: Rows, study: Study, out: Path, costs: Costs) -> str:
@@ -43,6 +53,8 @@ def write(rows: Rows, study: Study, out: Path, costs: Costs) -> str:
 def _text(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
     yield "\n".join(f"- {line}" for line in words(rows, study, costs))
     for title, part in study.parts.items():
+        if not any(_lines(rows, part)):
+            continue
         yield f"## {title[0].upper()}{title[1:]}"
         yield part.question
         yield means_table(rows, part)
@@ -65,10 +77,10 @@ def compared(rows: Rows, part: Part) -> list[dict[str, Any]]:
     for regime in part.regimes:
         for arm in part.arms:
             for measure in MEASURES:
-                difference = rows.difference(regime, arm, BASE, measure)
-                if arm == BASE or difference is None:
+                difference = rows.difference(regime, arm, part.base, measure)
+                if arm == part.base or difference is None:
                     continue
-                where = {"regime": regime.name, "arm": arm, "measure": measure}
+                where = {"regime": regime.name, "arm": arm, "base": part.base, "measure": measure}
                 found.append(where | asdict(difference))
     return found
 
@@ -114,13 +126,14 @@ def attacks(row: Row) -> bool:
 
 
 def differences_table(rows: Rows, part: Part) -> str:
-    """A line per regime and arm: differences to vanilla in points, with 95% intervals."""
-    head = ["minus vanilla, points", "seeds", *(MEASURES[measure].title for measure in COMPARED)]
+    """A line per regime and arm: differences to the part's base in points, with 95% intervals."""
+    titles = [MEASURES[measure].title for measure in COMPARED]
+    head = [f"minus {ARMS[part.base].title}, points", "seeds", *titles]
     lines = []
     for regime, arm in _lines(rows, part):
-        found = [rows.difference(regime, arm, BASE, measure) for measure in COMPARED]
+        found = [rows.difference(regime, arm, part.base, measure) for measure in COMPARED]
         seeds = [difference.n for difference in found if difference is not None]
-        if arm == BASE or not seeds:
+        if arm == part.base or not seeds:
             continue
         cells = ["" if difference is None else with_interval(difference) for difference in found]
         lines.append([_title(part, regime, arm), str(max(seeds)), *cells])
@@ -129,15 +142,16 @@ def differences_table(rows: Rows, part: Part) -> str:
 
 def tests_table(rows: Rows, part: Part) -> str:
     """A line per measure and arm: both means, and the paired test."""
-    head = ["", "measure", "vanilla", "arm", "difference", "effect size d_z", "p", "seeds"]
+    base = ARMS[part.base].title
+    head = ["", "measure", base, "arm", "difference", "effect size d_z", "p", "seeds"]
     lines = []
     (regime,) = part.regimes
     for arm in part.arms:
         for measure in MEASURES:
-            difference = rows.difference(regime, arm, BASE, measure)
-            if arm == BASE or difference is None:
+            difference = rows.difference(regime, arm, part.base, measure)
+            if arm == part.base or difference is None:
                 continue
-            means = [f"{rows.mean(regime, one, measure):.2f}" for one in (BASE, arm)]
+            means = [f"{rows.mean(regime, one, measure):.2f}" for one in (part.base, arm)]
             test = [with_interval(difference, 2), _number(difference.effect), _number(difference.p)]
             lines.append(
                 [ARMS[arm].title, MEASURES[measure].title, *means, *test, str(difference.n)]
@@ -146,45 +160,51 @@ def tests_table(rows: Rows, part: Part) -> str:
 
 
 def corruptions_table(rows: Rows, part: Part) -> str:
-    """A line per corruption: the mean over its severities, and the differences to vanilla."""
+    """A line per corruption: the base's mean over its severities, and the differences to it."""
     (regime,) = part.regimes
-    others = [arm for arm in part.arms if arm != BASE and rows.of(regime, arm)]
-    head = ["percent right under", "vanilla", *(f"{ARMS[arm].title} - vanilla" for arm in others)]
+    others = [arm for arm in part.arms if arm != part.base and rows.of(regime, arm)]
+    base = ARMS[part.base].title
+    head = ["percent right under", base, *(f"{ARMS[arm].title} - {base}" for arm in others)]
     lines = []
-    measured = rows.of(regime, BASE)[0]["numbers"]
+    measured = rows.of(regime, part.base)[0]["numbers"]
     for name in NAMES:
         if f"main/{name}" not in measured:
             continue
-        cells = [f"{rows.mean(regime, BASE, f'main/{name}'):.1f}"]
+        cells = [f"{rows.mean(regime, part.base, f'main/{name}'):.1f}"]
         for arm in others:
-            difference = rows.difference(regime, arm, BASE, f"main/{name}")
+            difference = rows.difference(regime, arm, part.base, f"main/{name}")
             cells.append("" if difference is None else with_interval(difference))
         lines.append([name, *cells])
     return markdown(head, lines)
 
 
 def norms_table(rows: Rows, study: Study) -> str:
-    """Fast AdvProp's networks through both sets of norms, all on the images that are corrupted.
+    """What was measured through both sets of norms, all on the images that are corrupted.
 
-    Lines per regime: both less vanilla, and the auxiliary norms less the main ones.
+    Lines per regime and arm: both sets less the part's base, and the auxiliary less the main one.
     """
     head = ["points", "seeds", *(MEASURES[f"main/{name}"].title for name in OF_NORMS)]
-    lines = []
-    for regime in study.regimes:
-        for title, arm_norms, base, base_norms in (
-            ("main norms - vanilla", "main", BASE, "main"),
-            ("auxiliary norms - vanilla", "aux", BASE, "main"),
-            ("auxiliary - main norms", "aux", OURS, "main"),
-        ):
-            found = [
-                rows.difference(regime, OURS, base, f"{arm_norms}/{name}", f"{base_norms}/{name}")
-                for name in OF_NORMS
-            ]
-            seeds = [difference.n for difference in found if difference is not None]
-            if seeds:
-                cells = ["" if one is None else with_interval(one) for one in found]
-                lines.append([f"{regime.title}: {title}", str(max(seeds)), *cells])
-    return markdown(head, lines)
+    lines = {}  # each once: parts share regimes and arms
+    for part in study.parts.values():
+        base = ARMS[part.base].title
+        for regime, arm in _lines(rows, part):
+            if arm not in THROUGH_BOTH:
+                continue
+            for title, norms, other in (
+                (f"main norms - {base}", "main", part.base),
+                (f"auxiliary norms - {base}", "aux", part.base),
+                ("auxiliary - main norms", "aux", arm),
+            ):
+                found = [
+                    rows.difference(regime, arm, other, f"{norms}/{name}", f"main/{name}")
+                    for name in OF_NORMS
+                ]
+                seeds = [difference.n for difference in found if difference is not None]
+                if seeds:
+                    cells = ["" if one is None else with_interval(one) for one in found]
+                    what = f"{regime.title}, {ARMS[arm].title}: {title}"
+                    lines[what] = [str(max(seeds)), *cells]
+    return markdown(head, [[what, *cells] for what, cells in lines.items()])
 
 
 def costs_table(costs: Costs) -> str:

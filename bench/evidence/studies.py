@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from bench.evidence.arms import ARMS, BASE, CONTROL, OURS, OURS_STEPS
+from bench.evidence.arms import ARMS, AUGMIX, BASE, CONTROL, OURS, OURS_AUGMIX, OURS_STEPS
 from pipelines.machine import usable_cores
 
 
@@ -56,12 +56,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One question of the study: arms that are compared with vanilla training in some regimes."""
+    """One question of the study: arms that are compared with one of them in some regimes."""
 
     question: str
     regimes: tuple[Regime, ...]
     arms: tuple[str, ...]
     seeds: int  # at most, from 0 on
+    base: str = BASE  # the arm that the others are compared with
 
     def round(self, seed: int) -> Iterator[Run]:
         """The runs of one seed."""
@@ -184,6 +185,13 @@ SMALL = Study(
             ),
             (BASE, OURS),
             seeds=5,
+        ),
+        "AugMix": Part(
+            "Does Fast AdvProp add to AugMix?",
+            (SATURATED,),
+            (AUGMIX, OURS_AUGMIX),
+            seeds=5,
+            base=AUGMIX,
         ),
     },
     test=10_000,

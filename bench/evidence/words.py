@@ -5,7 +5,7 @@ A library of `bench.evidence`.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from bench.evidence.arms import BASE, CONTROL, OURS, OURS_STEPS
+from bench.evidence.arms import AUGMIX, BASE, CONTROL, OURS, OURS_AUGMIX, OURS_STEPS
 from bench.evidence.cost import Costs
 from bench.evidence.numbers import MEASURES, Measure, Rows
 from bench.evidence.studies import Part, Regime, Study
@@ -33,6 +33,9 @@ def words(rows: Rows, study: Study, costs: Costs) -> Iterator[str]:
     saturation = study.parts.get("saturation")
     if saturation is not None:
         yield from _saturation(rows, saturation)
+    augmix = study.parts.get("AugMix")
+    if augmix is not None:
+        yield from _augmix(rows, augmix)
 
 
 def _cost(cost: Mapping[str, float]) -> str:
@@ -95,6 +98,15 @@ def _saturation(rows: Rows, part: Part) -> Iterator[str]:
             answers.append(f"{regime.epochs} epochs ({learnt:.0f}% learnt) {gain}")
     if answers:
         yield f"{LEADS[OURS]}, {MEASURES[CORRUPTED].title} by epochs: {'; '.join(answers)}."
+
+
+def _augmix(rows: Rows, part: Part) -> Iterator[str]:
+    """Do the gains of both add up?"""
+    (regime,) = part.regimes
+    for norms, through in (("main", ""), ("aux", " through its auxiliary norms")):
+        found = _compared(rows, regime, OURS_AUGMIX, AUGMIX, OF_NORMS, norms)
+        if found:
+            yield f"Fast AdvProp with AugMix{through} against AugMix alone: {found}."
 
 
 def in_words(found: Difference, measure: Measure) -> str:

@@ -16,11 +16,11 @@ import pytest
 import bench.evidence.__main__ as command
 from bench import commands
 from bench.evidence import cost
-from bench.evidence.arms import ARMS, BASE, OURS, OURS_STEPS
+from bench.evidence.arms import ARMS, AUGMIX, BASE, OURS, OURS_AUGMIX, OURS_STEPS
 from bench.evidence.conduct import Clock, conduct, known_rows
 from bench.evidence.measure import Row, percentages
 from bench.evidence.numbers import MEASURES, Rows
-from bench.evidence.report import differences_table, write
+from bench.evidence.report import compared, differences_table, norms_table, write
 from bench.evidence.runs import Runs
 from bench.evidence.studies import FULL, SATURATED, SMALL, Part, Regime, Run, Study
 from bench.evidence.words import words
@@ -206,6 +206,38 @@ def test_a_number_that_lacks_leaves_its_cell_empty() -> None:
     cells = [cell.strip() for cell in line.split("|")]
     assert len(cells) == len(head.split("|"))
     assert cells[3] == ""
+
+
+def test_a_part_is_compared_with_its_own_base() -> None:
+    """AugMix with Fast AdvProp against AugMix without, whatever vanilla training has."""
+    corrupted = {BASE: 10.0, AUGMIX: 50.0, OURS_AUGMIX: 51.0}
+    rows = Rows(
+        [
+            made_up(SATURATED, arm, seed, main__corrupted=value, aux__corrupted=value + 2)
+            for arm, value in corrupted.items()
+            for seed in (0, 1)
+        ]
+    )
+    part = SMALL.parts["AugMix"]
+    gains = {one["measure"]: one["mean"] for one in compared(rows, part)}
+    assert gains["main/corrupted"] == pytest.approx(1)
+    assert "minus AugMix, points" in differences_table(rows, part)
+
+    table = norms_table(rows, SMALL.only(["methods", "AugMix"])).splitlines()
+    gain = {line.split("|")[1].split(":")[1].strip(): line for line in table[2:]}
+    assert gain.keys() == {
+        "main norms - vanilla",
+        "auxiliary norms - vanilla",
+        "main norms - AugMix",
+        "auxiliary norms - AugMix",
+        "auxiliary - main norms",
+    }
+    assert "+43.0" in gain["auxiliary norms - vanilla"]
+    assert "+3.0" in gain["auxiliary norms - AugMix"]
+    assert "+2.0" in gain["auxiliary - main norms"]
+
+    said = list(words(rows, SMALL.only(["AugMix"]), {}))
+    assert any("through its auxiliary norms against AugMix alone" in line for line in said)
 
 
 @pytest.mark.parametrize("title", SMALL.parts)
