@@ -4,16 +4,18 @@ A library of `bench.evidence`.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 BASE = "vanilla"
 """What every other arm is compared with."""
 OURS = "fast_advprop"
 OURS_STEPS = "fast_advprop_steps"
+OURS_LATE = "fast_advprop_late"
 CONTROL = "noise"
 AUGMIX = "augmix"
 OURS_AUGMIX = "fast_advprop_augmix"
-THROUGH_BOTH = (OURS, OURS_STEPS, CONTROL, OURS_AUGMIX)
+THROUGH_BOTH = (OURS, OURS_STEPS, OURS_LATE, CONTROL, OURS_AUGMIX)
 """Measured through their auxiliary norms too."""
 
 
@@ -26,6 +28,13 @@ class Arm:
     words: tuple[str, ...] = ()  # key=value, what is otherwise than in the config
     spends: Literal["passes", "steps"] = "passes"
     """As much of what as vanilla training: image passes, which is its cost, or optimiser steps."""
+    vanilla_first: str = "0"
+    """The share of the schedule that vanilla training makes: the arm goes on with its weights."""
+
+    @property
+    def begins(self) -> Fraction:
+        """The share of the schedule that is over when the arm's own training begins."""
+        return Fraction(self.vanilla_first)
 
 
 def attacking(eps_255: float) -> tuple[str, ...]:
@@ -42,6 +51,9 @@ ARMS = {
     BASE: Arm("vanilla", "vanilla"),
     OURS: Arm("Fast AdvProp", "fast_advprop", ATTACK),
     OURS_STEPS: Arm("Fast AdvProp, equal steps", "fast_advprop", ATTACK, spends="steps"),
+    OURS_LATE: Arm(
+        "Fast AdvProp, last 3/8 of the epochs", "fast_advprop", ATTACK, vanilla_first="5/8"
+    ),
     CONTROL: Arm("noise control", "noise", ATTACK),
     "eps1": Arm("Fast AdvProp, eps 1", "fast_advprop", attacking(1)),
     "eps2": Arm("Fast AdvProp, eps 2", "fast_advprop", attacking(2)),

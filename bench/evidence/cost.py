@@ -31,22 +31,26 @@ def costs(runs: Runs, part: Part, file: Path) -> Costs:
     Measured in this process, and kept in `file` for the same arms on the same machine.
     """
     (regime,) = part.regimes
-    configs = {arm: runs.config(Run(regime, arm, 0)) for arm in part.arms}
-    settings = {arm: settings_of(config) for arm, config in configs.items()}
+    stages = {arm: runs.stages(Run(regime, arm, 0)) for arm in part.arms}
+    settings = {arm: [settings_of(config) for config in found] for arm, found in stages.items()}
     what = json.loads(json.dumps([settings, runs.threads, versions()]))
     if file.exists():
         kept = json.loads(file.read_text())
         if kept["of"] == what:
             return kept["costs"]
-    steps = {arm: budget(config, regime.images).steps for arm, config in configs.items()}
     torch.set_num_threads(runs.threads)
     amp = AMPS[0] if GPU else "off"
-    contestants = [Contestant(config, amp) for config in configs.values()]
+    configs = [config for found in stages.values() for config in found]
+    contestants = [Contestant(config, amp) for config in configs]
     per_step = alternate(
         lambda contestant: seconds_per_step(contestant, STEPS_PER_BLOCK), contestants, ROUNDS
     )
-    seconds = {arm: steps[arm] * found for arm, found in zip(configs, per_step, strict=True)}
-    found = {arm: ratio(seconds[arm], seconds[BASE]) for arm in configs}
+    per_stage = iter(per_step)
+    seconds = {
+        arm: sum(budget(config, regime.images).steps * next(per_stage) for config in found)
+        for arm, found in stages.items()
+    }
+    found = {arm: ratio(seconds[arm], seconds[BASE]) for arm in stages}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"of": what, "costs": found}))
     return found

@@ -76,7 +76,8 @@ class Measure:
     def _written(self, run: Run) -> Row:
         """What a run wrote: what it did, and how it ended."""
         folder = self.runs.folder_of(run)
-        result = json.loads((folder / "result.json").read_text())
+        results = self.runs.results(run)
+        result = results[-1]
         numbers = {"clean": 100 * result["last"]["top1"]}
         last = last_epoch(folder)
         for kind in KINDS:
@@ -89,9 +90,9 @@ class Measure:
             "regime": run.regime.name,
             "arm": run.arm,
             "seed": run.seed,
-            "steps": result["steps"],
-            "epochs": result["epochs"],
-            "image_passes": result["image_passes"],
+            "steps": sum(stage["steps"] for stage in results),
+            "epochs": sum(stage["epochs"] for stage in results),
+            "image_passes": sum(stage["image_passes"] for stage in results),
             "cpu_seconds": cpu_seconds(folder),
             "commit": result["versions"]["commit"],
             "numbers": numbers,

@@ -8,9 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-from bench.evidence.arms import ARMS, AUGMIX, BASE, CONTROL, OURS, OURS_AUGMIX, OURS_STEPS
+from bench.evidence.arms import (
+    ARMS,
+    AUGMIX,
+    BASE,
+    CONTROL,
+    OURS,
+    OURS_AUGMIX,
+    OURS_LATE,
+    OURS_STEPS,
+)
 from pipelines.machine import usable_cores
 
 
@@ -34,9 +44,9 @@ class Regime:
         return f"{network}, {self.images:,} images, {self.epochs} epochs"
 
     @property
-    def milestones(self) -> tuple[float, float]:
-        """Shares of the epochs at which the learning rate falls to a tenth."""
-        return 5 / 8, 11 / 12
+    def milestones(self) -> tuple[Fraction, Fraction]:
+        """Shares of the schedule at which the learning rate falls to a tenth."""
+        return Fraction(5, 8), Fraction(11, 12)
 
 
 STRONGLY_ATTACKED_SEEDS = 1  # AutoAttack takes minutes for a run
@@ -173,7 +183,7 @@ SMALL = Study(
             "How does the gain depend on how long is trained?",
             # Epochs of which Fast AdvProp's 7/9 are whole ones: equal to the image pass.
             tuple(Regime(images=500, epochs=epochs) for epochs in (36, 72, 144, 288, 576)),
-            (BASE, OURS),
+            (BASE, OURS, OURS_LATE),
             seeds=5,
         ),
         "more images, a larger network": Part(
