@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import bench.evidence.__main__ as command
 from bench import commands
 from bench.evidence import cost
-from bench.evidence.arms import ARMS, AUGMIX, BASE, OURS, OURS_AUGMIX, OURS_STEPS
+from bench.evidence.arms import ARMS, AUGMIX, BASE, OURS, OURS_AUGMIX, OURS_LATE, OURS_STEPS
 from bench.evidence.conduct import Clock, conduct, known_rows
 from bench.evidence.measure import Row, percentages
 from bench.evidence.numbers import MEASURES, Rows
@@ -25,6 +26,7 @@ from bench.evidence.runs import Runs
 from bench.evidence.studies import FULL, SATURATED, SMALL, Part, Regime, Run, Study
 from bench.evidence.words import words
 from fap.budget import budget
+from fap.config import Config
 from fap.evaluate.compare import paired
 from pipelines.corrupt import NAMES
 
@@ -47,16 +49,48 @@ def every_kind_of_run() -> list[Run]:
 
 @pytest.mark.parametrize("run", every_kind_of_run(), ids=lambda run: run.name)
 def test_every_arm_spends_what_vanilla_training_spends(run: Run, tmp_path: Path) -> None:
-    """To within half an epoch, which is what whole epochs allow."""
+    """To within half an epoch of each stage, which is what whole epochs allow."""
     runs = runs_in(tmp_path, SMALL if run.regime.images < 50_000 else FULL)
     base = budget(runs.config(run._replace(arm=BASE)), run.regime.images)
-    own = budget(runs.config(run), run.regime.images)
+    own = [budget(config, run.regime.images) for config in runs.stages(run)]
     if ARMS[run.arm].spends == "steps":
-        spent, due, epoch = own.steps, base.steps, own.steps_per_epoch
+        spent, due = sum(stage.steps for stage in own), base.steps
+        epochs = sum(stage.steps_per_epoch for stage in own)
     else:
-        spent, due = own.image_passes, base.image_passes
-        epoch = own.steps_per_epoch * own.image_passes_per_step
-    assert abs(spent - due) <= epoch / 2
+        spent, due = sum(stage.image_passes for stage in own), base.image_passes
+        epochs = sum(stage.steps_per_epoch * stage.image_passes_per_step for stage in own)
+    assert abs(spent - due) <= epochs / 2
+
+
+@pytest.mark.parametrize("regime", SMALL.parts["saturation"].regimes, ids=lambda r: r.name)
+def test_fast_advprop_late_goes_on_where_vanilla_training_stops(
+    regime: Regime, tmp_path: Path
+) -> None:
+    """The rate is vanilla's, image pass by image pass, to within the epochs' rounding."""
+    runs = runs_in(tmp_path, SMALL)
+    run = Run(regime, OURS_LATE, 3)
+    first, last = runs.stages(run)
+    assert (first.method.name, last.method.name) == ("vanilla", "fast_advprop")
+    assert (first.seed, last.seed) == (3, 3)
+    assert last.model.init == f"{first.run.dir}/{first.name}/seed3"
+
+    def rates(configs: Sequence[Config]) -> np.ndarray:
+        """By image pass."""
+        found = []
+        for one in (budget(config, regime.images) for config in configs):
+            by_step = [one.rates.at(step) for step in range(one.steps)]
+            found.append(np.repeat(by_step, one.image_passes_per_step))
+        return np.concatenate(found)
+
+    whole = rates([runs.config(run._replace(arm=BASE))])
+    staged = rates([first, last])
+    shared = min(len(whole), len(staged))
+    two_epochs = sum(
+        one.steps_per_epoch * one.image_passes_per_step
+        for one in (budget(config, regime.images) for config in (first, last))
+    )
+    different = ~np.isclose(whole[:shared], staged[:shared], rtol=1e-9)
+    assert different.sum() <= two_epochs  # of all: the rate falls between whole epochs
 
 
 def test_fast_advprop_is_equal_to_the_image_pass_on_the_curve(tmp_path: Path) -> None:
@@ -313,7 +347,11 @@ def test_a_signal_during_the_evaluation_ends_its_command(tmp_path: Path, monkeyp
 
 
 MINIATURE = Study(
-    parts={"headline": Part("Does it run?", (Regime(images=80, epochs=3),), (BASE, OURS), seeds=1)},
+    parts={
+        "headline": Part(
+            "Does it run?", (Regime(images=80, epochs=3),), (BASE, OURS, OURS_LATE), seeds=1
+        )
+    },
     test=8,
     corrupted=8,
     attacked=4,
@@ -333,12 +371,15 @@ def test_a_miniature_study_ends_in_table_and_figure(
     words = ["--pipeline", "reference", "--out", str(tmp_path)]
     assert command.main(words) == 0
     said = capsys.readouterr().out
-    assert "2 runs to train" in said
+    assert "3 runs to train" in said
     assert "Fast AdvProp" in said
     found = json.loads((tmp_path / "evidence_small.json").read_text())
     rows = {row["arm"]: row for row in found["rows"]}
     assert rows[BASE]["image_passes"] == 3 * 64
     assert rows[OURS]["image_passes"] == rows[BASE]["image_passes"]
+    assert rows[OURS_LATE]["image_passes"] == 2 * 64 + 96  # two epochs of vanilla's, one of its own
+    assert rows[OURS_LATE]["epochs"] == 3
+    assert rows[OURS_LATE]["numbers"].keys() == rows[OURS]["numbers"].keys()
     numbers = rows[OURS]["numbers"]
     assert numbers["aux/corrupted"] == pytest.approx(
         (numbers["aux/fog"] + numbers["aux/contrast"]) / 2
