@@ -15,7 +15,7 @@ OURS_LATE = "fast_advprop_late"
 CONTROL = "noise"
 AUGMIX = "augmix"
 OURS_AUGMIX = "fast_advprop_augmix"
-THROUGH_BOTH = (OURS, OURS_STEPS, OURS_LATE, CONTROL, OURS_AUGMIX)
+THROUGH_BOTH = (OURS, OURS_STEPS, CONTROL, OURS_AUGMIX)
 """Measured through their auxiliary norms too."""
 
 

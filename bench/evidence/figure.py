@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.evidence.arms import ARMS, BASE, OURS
+from bench.evidence.arms import ARMS, BASE, OURS, OURS_LATE
 from bench.evidence.numbers import Rows
 from bench.evidence.studies import Part, Study
 from fap.evaluate.compare import Difference
@@ -18,6 +18,7 @@ DRAWN = {  # measure: its name, its colour
     "main/corrupted": ("corrupted images", "C3"),
     "main/pgd10/2": ("attacked images (PGD-10, eps 2)", "C2"),
 }
+STYLES = {OURS: "-", OURS_LATE: "--"}  # of the curves' lines
 FEWEST_FOR_INTERVAL = 3  # seeds: the interval of two is a dozen standard errors wide
 
 
@@ -40,24 +41,26 @@ def figure(rows: Rows, study: Study) -> Figure | None:
 
 
 def curve(axes: Any, rows: Rows, part: Part) -> None:
-    """Fast AdvProp less vanilla over how long vanilla trained."""
-    for measure, (name, colour) in DRAWN.items():
-        found = {}
-        for regime in part.regimes:
-            difference = rows.difference(regime, OURS, BASE, measure)
-            if difference is not None:
-                found[regime.epochs] = difference
-        means = [difference.mean for difference in found.values()]
-        errors = _errors(list(found.values()))
-        axes.errorbar(
-            list(found), means, yerr=errors, color=colour, marker="o", capsize=3, label=name
-        )
+    """Fast AdvProp less vanilla over how long vanilla trained; dashed where it begins late."""
+    for arm, style in STYLES.items():
+        for measure, (name, colour) in DRAWN.items():
+            found = {}
+            for regime in part.regimes:
+                difference = rows.difference(regime, arm, BASE, measure)
+                if difference is not None:
+                    found[regime.epochs] = difference
+            means = [difference.mean for difference in found.values()]
+            errors = _errors(list(found.values()))
+            line = {"color": colour, "linestyle": style, "marker": "o", "capsize": 3}
+            axes.errorbar(
+                list(found), means, yerr=errors, label=name if arm == OURS else None, **line
+            )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     epochs = [regime.epochs for regime in part.regimes]
     axes.set_xticks(epochs, [str(number) for number in epochs])
     axes.set_xlabel("epochs of vanilla training, and image passes as many")
-    axes.set_ylabel("Fast AdvProp - vanilla, points right")
+    axes.set_ylabel(f"minus vanilla, points right; dashed: {ARMS[OURS_LATE].title}")
 
 
 def bars(axes: Any, rows: Rows, part: Part) -> None:

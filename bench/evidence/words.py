@@ -5,7 +5,16 @@ A library of `bench.evidence`.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from bench.evidence.arms import AUGMIX, BASE, CONTROL, OURS, OURS_AUGMIX, OURS_STEPS
+from bench.evidence.arms import (
+    ARMS,
+    AUGMIX,
+    BASE,
+    CONTROL,
+    OURS,
+    OURS_AUGMIX,
+    OURS_LATE,
+    OURS_STEPS,
+)
 from bench.evidence.cost import Costs
 from bench.evidence.numbers import MEASURES, Measure, Rows
 from bench.evidence.studies import Part, Regime, Study
@@ -89,15 +98,17 @@ def _compared(
 
 def _saturation(rows: Rows, part: Part) -> Iterator[str]:
     """The gain by how long vanilla training is, of those regimes that were measured."""
-    answers = []
-    for regime in part.regimes:
-        found = rows.difference(regime, OURS, BASE, CORRUPTED)
-        if found is not None:
-            learnt = rows.mean(regime, BASE, "train/clean")
-            gain = in_words(found, MEASURES[CORRUPTED])
-            answers.append(f"{regime.epochs} epochs ({learnt:.0f}% learnt) {gain}")
-    if answers:
-        yield f"{LEADS[OURS]}, {MEASURES[CORRUPTED].title} by epochs: {'; '.join(answers)}."
+    for arm in (OURS, OURS_LATE):
+        answers = []
+        for regime in part.regimes:
+            found = rows.difference(regime, arm, BASE, CORRUPTED)
+            if found is not None:
+                learnt = rows.mean(regime, BASE, "train/clean")
+                gain = in_words(found, MEASURES[CORRUPTED])
+                answers.append(f"{regime.epochs} epochs ({learnt:.0f}% learnt) {gain}")
+        if answers:
+            what = f"{ARMS[arm].title}, {MEASURES[CORRUPTED].title} by epochs"
+            yield f"{LEADS[OURS]}, {what}: {'; '.join(answers)}."
 
 
 def _augmix(rows: Rows, part: Part) -> Iterator[str]:
