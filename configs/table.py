@@ -118,6 +118,7 @@ MIXUP: Overrides = {
     "budget.epochs": 180,
     "budget.milestones": [60, 120],
 }
+AUGMIX: Overrides = {"data.augment": "augmix", "data.augment_magnitude": 3}
 CUTMIX: Overrides = {
     "data.mix": "cutmix",
     "data.mix_alpha": 1.0,
@@ -437,6 +438,16 @@ IMAGENET = [
         (ASSUMED_CUTMIX,),
         {"imagenet_c": 55.0, "imagenet_r": 36.5, "stylized": 7.0},
     ),
+    Row(
+        "imagenet/augmix_vanilla",
+        "AugMix. Ours, no row of the paper; docs/evidence.md has it on CIFAR-10.",
+        VANILLA | AUGMIX,
+    ),
+    Row(
+        "imagenet/augmix_fast_advprop",
+        "AugMix + Fast AdvProp. Ours, no row of the paper; docs/evidence.md has it on CIFAR-10.",
+        FAST | AUGMIX,
+    ),
     # ---------------------------------------------------------------- section 4.3, appendix A.1
     Row(
         "imagenet/fast_advprop_no_shuffle",
@@ -527,6 +538,12 @@ CIFAR10 = [
     Row("cifar10/mixup_fast_advprop", "Mixup + Fast AdvProp.", FAST | {"data.mix": "mixup"}),
     Row("cifar10/cutmix_vanilla", "CutMix.", VANILLA | {"data.mix": "cutmix"}),
     Row("cifar10/cutmix_fast_advprop", "CutMix + Fast AdvProp.", FAST | {"data.mix": "cutmix"}),
+    Row("cifar10/augmix_vanilla", "AugMix.", VANILLA | AUGMIX),
+    Row(
+        "cifar10/augmix_fast_advprop",
+        "AugMix + Fast AdvProp (docs/evidence.md: a recipe).",
+        FAST | AUGMIX,
+    ),
 ]
 
 # Steps of the warm-up are 1,000 of any method. A step of Fast AdvProp and of decoupled training
