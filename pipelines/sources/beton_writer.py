@@ -161,8 +161,7 @@ class BetonWriter:
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.write(field_descriptors(self._fields).tobytes())
-        for start in range(0, n, ROWS_AT_ONCE):
-            self._file.write(self._rows[filled[start : start + ROWS_AT_ONCE]].tobytes())
+        self._write_rows(filled)
         self._file.flush()
         os.fsync(self._file.fileno())
         del self._rows, self._ptrs, self._sizes  # of a large set, before the file is read again
@@ -184,6 +183,16 @@ class BetonWriter:
         except OSError as error:
             error.filename = os.fspath(self.dst)  # it is there, but a power cut may undo that
             raise
+
+    def _write_rows(self, filled: np.ndarray) -> None:
+        """The metadata of the places that are `filled`, in their order.
+
+        Picked as bytes: of rows that numpy picks, what lies in the gaps between entries is whatever
+        the memory held.
+        """
+        rows = self._rows.view(np.uint8).reshape(len(self._rows), self._rows.itemsize)
+        for start in range(0, len(filled), ROWS_AT_ONCE):
+            self._file.write(rows[filled[start : start + ROWS_AT_ONCE]].tobytes())
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pipelines.convert import Encoding, check
 from pipelines.convert_images import convert_images
 from pipelines.sources import beton_writer
 from pipelines.sources.beton import BetonStore
-from pipelines.sources.beton_layout import HEADER
+from pipelines.sources.beton_layout import FIELD, HEADER
 from pipelines.sources.beton_writer import BetonWriter, Sample
 from pipelines.sources.sidecar import sidecar_path
 from pipelines.store import PLANES, RAW
@@ -55,6 +56,25 @@ def test_samples_larger_than_a_page(tmp_path: Path) -> None:
     first_page = store._ptrs // page
     last_page = (store._ptrs + store.sizes - 1) // page
     assert (first_page == last_page).all()
+
+
+def test_gaps_in_the_table_are_zero(tmp_path: Path, seed: int) -> None:
+    """Not what the memory held: equal samples make equal files, and nothing else gets into them."""
+    rng = np.random.default_rng(seed)
+    dst = tmp_path / "out.beton"
+    sides = rng.integers(1, 9, (50, 2)).tolist()
+    with BetonWriter(dst, len(sides)) as writer:
+        for label, (height, width) in enumerate(sides):
+            writer.add(Sample(rng.bytes(3 * height * width), RAW, height, width), label)
+        writer.commit(None, {})
+    ptrs = BetonStore(dst)._ptrs.tolist()
+    wanted = b"".join(
+        # Mode, width, height, pointer; to the next multiple of 8 there is a gap of 3 bytes; label.
+        struct.pack("<BHHQ3xq", RAW, width, height, ptr, label)
+        for label, ((height, width), ptr) in enumerate(zip(sides, ptrs, strict=True))
+    )
+    begin = HEADER.itemsize + 2 * FIELD.itemsize
+    assert dst.read_bytes()[begin : begin + len(wanted)] == wanted
 
 
 # ------------------------------------------------------------------ places, and planes
